@@ -1,0 +1,1 @@
+"""Reinforcement learning of a Megatron-core model on SGLang rollouts."""

@@ -1,0 +1,166 @@
+"""Fill in what follows from other flags, and refuse what can't be right. Pure: looks at no file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rltrain.arguments.errors import UserError
+
+_PATHS = ("hf_checkpoint", "load", "ref_load", "save", "save_hf", "wandb_dir")
+
+
+def resolve(args: argparse.Namespace) -> argparse.Namespace:
+    """Resolve in place and return the namespace.
+
+    Raises:
+        UserError: names the flags that contradict each other, with their values.
+    """
+    _require(args)
+    _batch(args)
+    _micro_batch(args)
+    _parallel(args)
+    _engines(args)
+    _evaluation(args)
+    _algorithm(args)
+    _absolute_paths(args)
+    return args
+
+
+def _require(args: argparse.Namespace) -> None:
+    wanted = {
+        "--hf-checkpoint": (args.hf_checkpoint, "the model's Hugging Face directory"),
+        "--prompt-data": (args.prompt_data, "a JSONL file of prompts"),
+        "--rollout-batch-size": (args.rollout_batch_size, "prompts in a rollout"),
+        "--num-rollout": (args.num_rollout or args.num_epoch, "rollouts in the run (or --num-epoch)"),
+    }
+    missing = [f"{flag} ({what})" for flag, (value, what) in wanted.items() if value is None]
+    if missing:
+        raise UserError("missing " + ", ".join(missing) + ".")
+    for name in ("rollout_batch_size", "n_samples_per_prompt", "num_rollout", "micro_batch_size", "save_interval",
+                 "global_batch_size", "num_steps_per_rollout", "max_tokens_per_gpu", "eval_interval",
+                 "rollout_max_response_len", "update_weights_interval"):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1.")
+
+
+def _batch(args: argparse.Namespace) -> None:
+    samples = args.rollout_batch_size * args.n_samples_per_prompt
+    product = (
+        f"--rollout-batch-size {args.rollout_batch_size} × --n-samples-per-prompt {args.n_samples_per_prompt}"
+    )
+    if args.global_batch_size is None:
+        steps = args.num_steps_per_rollout or 1
+        if samples % steps:
+            raise UserError(
+                f"{product} = {samples} samples do not divide into --num-steps-per-rollout {steps} optimizer steps."
+            )
+        args.global_batch_size, args.num_steps_per_rollout = samples // steps, steps
+    elif args.num_steps_per_rollout is None:
+        if samples % args.global_batch_size:
+            raise UserError(
+                f"{product} = {samples} samples are no multiple of --global-batch-size {args.global_batch_size}."
+            )
+        args.num_steps_per_rollout = samples // args.global_batch_size
+    elif samples != args.global_batch_size * args.num_steps_per_rollout:
+        raise UserError(
+            f"{product} = {samples} samples, but --global-batch-size {args.global_batch_size} ×"
+            f" --num-steps-per-rollout {args.num_steps_per_rollout} ="
+            f" {args.global_batch_size * args.num_steps_per_rollout}: they must be equal. Leave one of the last"
+            " two out and it is worked out for you."
+        )
+
+
+def _micro_batch(args: argparse.Namespace) -> None:
+    if args.use_dynamic_batch_size and args.max_tokens_per_gpu is None:
+        raise UserError(
+            "--use-dynamic-batch-size needs --max-tokens-per-gpu: the tokens of a packed micro-batch."
+        )
+    if args.log_probs_max_tokens_per_gpu is None:
+        args.log_probs_max_tokens_per_gpu = args.max_tokens_per_gpu
+
+
+def _parallel(args: argparse.Namespace) -> None:
+    world, tensor = args.actor_num_nodes * args.actor_num_gpus_per_node, args.tensor_model_parallel_size
+    if args.pipeline_model_parallel_size != 1:
+        raise UserError("--pipeline-model-parallel-size other than 1 is not supported yet.")
+    if world < 1 or tensor < 1 or world % tensor:
+        raise UserError(
+            f"--tensor-model-parallel-size {tensor} does not divide the {world} trainer ranks"
+            f" (--actor-num-nodes {args.actor_num_nodes} × --actor-num-gpus-per-node {args.actor_num_gpus_per_node})."
+        )
+    data = world // tensor
+    if not args.use_dynamic_batch_size and args.global_batch_size % (data * args.micro_batch_size):
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size} is no multiple of --micro-batch-size"
+            f" {args.micro_batch_size} × {data} data parallel ranks; --use-dynamic-batch-size has no such limit."
+        )
+    if args.sequence_parallel and tensor == 1:
+        args.sequence_parallel = False
+    if args.recompute_granularity == "full" and not (args.recompute_method and args.recompute_num_layers):
+        raise UserError("--recompute-granularity full needs --recompute-method and --recompute-num-layers.")
+
+
+def _engines(args: argparse.Namespace) -> None:
+    size = args.rollout_num_gpus_per_engine
+    if args.rollout_num_gpus is None:
+        args.rollout_num_gpus = size
+    if size < 1 or args.rollout_num_gpus < 1 or args.rollout_num_gpus % size:
+        raise UserError(
+            f"--rollout-num-gpus {args.rollout_num_gpus} is no multiple of --rollout-num-gpus-per-engine {size}."
+        )
+    if args.debug_train_only and args.debug_rollout_only:
+        raise UserError("--debug-train-only and --debug-rollout-only exclude each other.")
+
+
+def _evaluation(args: argparse.Namespace) -> None:
+    sets = args.eval_prompt_data or []
+    if len(sets) % 2:
+        raise UserError(
+            f"--eval-prompt-data takes pairs of a name and a file, but {len(sets)} words were given."
+        )
+    if args.eval_interval is not None and not sets:
+        raise UserError("--eval-interval needs --eval-prompt-data NAME FILE.")
+    if any("/" in name or name.startswith(".") for name in sets[::2]):
+        raise UserError(
+            "--eval-prompt-data: a set's name becomes a directory, so it holds no '/' and no leading dot."
+        )
+    for name in ("input_key", "label_key", "reward_key"):
+        if getattr(args, f"eval_{name}") is None:
+            setattr(args, f"eval_{name}", getattr(args, name))
+    for name in ("temperature", "top_p", "top_k", "max_response_len"):
+        if getattr(args, f"eval_{name}") is None:
+            setattr(args, f"eval_{name}", getattr(args, f"rollout_{name}"))
+
+
+def _algorithm(args: argparse.Namespace) -> None:
+    if args.eps_clip_high is None:
+        args.eps_clip_high = args.eps_clip
+    if args.eps_clip_c is not None and args.eps_clip_c <= 1:
+        raise UserError(f"--eps-clip-c {args.eps_clip_c}: the dual clip must be greater than 1.")
+    if args.loss_type == "policy_loss" and args.debug_train_only:
+        raise UserError(
+            "--debug-train-only starts no engines, so only --loss-type sft_loss can be trained so far."
+        )
+    if args.rollout_temperature <= 0:
+        raise UserError(
+            "--rollout-temperature must be positive: training needs samples, not the greedy response."
+        )
+
+
+def _absolute_paths(args: argparse.Namespace) -> None:
+    """The job may run in another directory than the one it was submitted from."""
+    for name in _PATHS:
+        if getattr(args, name) is not None:
+            setattr(args, name, _absolute(getattr(args, name)))
+    if args.prompt_data is not None:
+        args.prompt_data = _absolute(args.prompt_data)
+    if args.eval_prompt_data:
+        args.eval_prompt_data = [
+            word if i % 2 == 0 else _absolute(word) for i, word in enumerate(args.eval_prompt_data)
+        ]
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())

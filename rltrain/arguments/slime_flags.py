@@ -1,0 +1,233 @@
+"""slime's flags: same names, same meaning, so that a slime launch script's arguments work here.
+
+What slime knows and this version does not is listed in `NOT_YET`, and refused by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+# Known to slime, not built here yet: better refused than silently ignored.
+NOT_YET = """
+offload offload-train offload-rollout train-env-vars update-weight-mode release-train update-weight-disk-dir
+update-weight-disk-keep-files update-weight-delta-encoding update-weight-delta-checksum
+custom-update-weight-post-write-path update-weight-local-checkpoint-dir custom-model-provider-path
+recompute-loss-function log-probs-chunk-size only-train-params-name-list freeze-params-name-list allgather-cp
+over-sampling-batch-size dynamic-sampling-filter-path partial-rollout mask-offpolicy-in-partial-rollout
+rollout-sample-hook-path custom-rollout-log-function-path custom-eval-rollout-log-function-path
+buffer-filter-path update-weight-buffer-size keep-old-actor rollout-data-postprocess-path
+rollout-external-engine-addrs use-fault-tolerance rollout-health-check-interval rollout-health-check-timeout
+rollout-health-check-first-wait disable-rollout-global-dataset data-source-path multimodal-keys
+balance-by-flops eval-config eval-tool-key eval-max-prompt-len eval-min-new-tokens eval-max-context-len
+ref-ckpt-step async-save num-critic-only-steps megatron-config-path value-clip custom-loss-function-path
+disable-compute-advantages-and-returns custom-advantage-function-path use-unbiased-kl ref-update-interval
+gamma lambd normalize-advantages use-rollout-entropy get-mismatch-metrics reset-optimizer-states
+use-stateless-adam use-tis tis-clip tis-clip-low custom-tis-function-path
+custom-pg-loss-reducer-function-path use-routing-replay use-rollout-routing-replay use-opsm opsm-delta use-opd
+opd-type opd-kl-coef opd-teacher-load opd-teacher-ckpt-step wandb-key wandb-host disable-wandb-random-suffix
+wandb-always-use-train-step log-multi-turn log-passrate log-reward-category log-correct-samples use-tensorboard
+tb-project-name tb-experiment-name save-debug-rollout-data load-debug-rollout-data
+load-debug-rollout-data-subsample save-debug-train-data dump-details memory-snapshot-dir
+memory-snapshot-num-steps profile-target memory-recorder record-memory-history check-weight-update-equal
+http-proxy use-distributed-post group-rm rm-url custom-reward-post-process-path
+custom-convert-samples-to-train-data-path rollout-buffer-url fetch-trajectory-retry-times
+min-batch-collection-ratio rollout-task-type loss-mask-type data-pad-size-multiplier
+rollout-sample-filter-path rollout-all-samples-process-path custom-megatron-init-path
+custom-megatron-before-log-prob-hook-path custom-megatron-before-train-step-hook-path ci-test
+ci-disable-kl-checker ci-train-rollout-logprob-abs-diff-threshold ci-save-grad-norm ci-load-grad-norm
+""".split()
+
+
+def add_slime_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the supported ones, grouped as slime's documentation groups them."""
+    _cluster(parser.add_argument_group("cluster"))
+    _rollout(parser.add_argument_group("rollout"))
+    _data(parser.add_argument_group("data"))
+    _eval(parser.add_argument_group("evaluation"))
+    _algorithm(parser.add_argument_group("algorithm"))
+    _checkpoint(parser.add_argument_group("model and checkpoints"))
+    _tracking(parser.add_argument_group("tracking"))
+    _debug(parser.add_argument_group("debug"))
+
+
+def _cluster(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--actor-num-nodes", type=int, default=1, metavar="N", help="trainer nodes (default: 1)")
+    add("--actor-num-gpus-per-node", type=int, default=1, metavar="N",
+        help="trainer ranks on each node: one a GPU, or one a process on a CPU machine (default: 1)")  # fmt: skip
+    add("--rollout-num-gpus", type=int, metavar="N",
+        help="GPUs (CPU: processes) for all engines together (default: one engine)")  # fmt: skip
+    add("--rollout-num-gpus-per-engine", type=int, default=1, metavar="N",
+        help="tensor parallel size of an engine (default: 1)")  # fmt: skip
+    add("--num-gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    add("--colocate", action="store_true", help="engines and trainer share the same GPUs")
+    add("--distributed-backend", choices=["nccl", "gloo"], help="default: nccl with CUDA, else gloo")
+    add(
+        "--distributed-timeout-minutes",
+        type=int,
+        default=10,
+        metavar="MIN",
+        help="of a collective (default: 10)",
+    )
+
+
+def _rollout(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--rollout-function-path", default="rltrain.rollout.sglang_rollout.generate_rollout", metavar="PATH",
+        help="function(args, rollout_id, data_source, evaluation=False) that makes a batch")  # fmt: skip
+    add(
+        "--eval-function-path", metavar="PATH", help="the same for evaluation (default: the rollout function)"
+    )
+    add("--custom-generate-function-path", metavar="PATH",
+        help="async function(args, sample, sampling_params) that fills one sample")  # fmt: skip
+    add("--custom-rm-path", metavar="PATH", help="async function(args, sample) that returns the reward")
+    add("--rm-type", metavar="NAME", help="built-in reward; see docs/rewards.md")
+    add("--reward-key", metavar="KEY", help="entry of a dict reward that is trained on")
+    add("--eval-reward-key", metavar="KEY", help="the same for evaluation (default: --reward-key)")
+    add(
+        "--reward-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="a reward slower than this fails its sample",
+    )
+    add("--reward-num-workers", type=int, default=1, metavar="N", help="reward processes (default: 1)")
+    add("--rollout-temperature", type=float, default=1.0, metavar="T", help="default: 1.0")
+    add("--rollout-top-p", type=float, default=1.0, metavar="P", help="default: 1.0")
+    add("--rollout-top-k", type=int, default=-1, metavar="K", help="-1: off (default)")
+    add("--rollout-max-context-len", type=int, metavar="N", help="prompt and response together, in tokens")
+    add("--rollout-max-prompt-len", type=int, metavar="N", help="longer prompts are left out and counted")
+    add("--rollout-max-response-len", type=int, default=1024, metavar="N", help="in tokens (default: 1024)")
+    add("--rollout-stop", nargs="+", metavar="TEXT", help="stop words")
+    add("--rollout-stop-token-ids", nargs="+", type=int, metavar="ID", help="stop tokens")
+    add(
+        "--rollout-skip-special-tokens",
+        action="store_true",
+        help="leave special tokens out of the response text",
+    )
+    add("--rollout-shuffle", action="store_true", help="shuffle the prompts in every epoch")
+    add(
+        "--rollout-seed", type=int, default=42, metavar="SEED", help="of shuffling and sampling (default: 42)"
+    )
+    add(
+        "--sglang-server-concurrency", type=int, default=512, metavar="N", help="requests in flight an engine"
+    )
+    add("--update-weight-transport", choices=["disk"], default="disk", help="how weights reach the engines")
+    add(
+        "--update-weights-interval",
+        type=int,
+        default=1,
+        metavar="N",
+        help="rollouts between two pushes (default: 1)",
+    )
+
+
+def _data(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--prompt-data", metavar="FILE", help="JSONL prompts; FILE@[a:b] takes a slice")
+    add(
+        "--input-key", default="input", metavar="KEY", help="of the prompt: text or messages (default: input)"
+    )
+    add("--label-key", metavar="KEY", help="of the answer that the reward compares with")
+    add("--metadata-key", default="metadata", metavar="KEY", help="of further fields (default: metadata)")
+    add("--tool-key", default="tools", metavar="KEY", help="of the chat template's tools (default: tools)")
+    add("--apply-chat-template", action="store_true", help="render messages with the tokenizer's template")
+    add("--apply-chat-template-kwargs", type=json.loads, default={}, metavar="JSON", help="for the template")
+    add("--num-rollout", type=int, metavar="N", help="rollouts (steps of the loop) in the whole run")
+    add("--num-epoch", type=int, metavar="N", help="instead of --num-rollout: passes over the prompts")
+    add("--start-rollout-id", type=int, metavar="N", help="default: after the checkpoint that is loaded")
+    add("--rollout-batch-size", type=int, metavar="N", help="prompts in a rollout")
+    add("--n-samples-per-prompt", type=int, default=1, metavar="N", help="responses to each (default: 1)")
+    add("--global-batch-size", type=int, metavar="N", help="samples in an optimizer step")
+    add("--num-steps-per-rollout", type=int, metavar="N", help="optimizer steps in a rollout")
+    add("--micro-batch-size", type=int, default=1, metavar="N", help="samples in a micro-batch (default: 1)")
+    add(
+        "--use-dynamic-batch-size",
+        action="store_true",
+        help="pack samples up to --max-tokens-per-gpu instead",
+    )
+    add("--max-tokens-per-gpu", type=int, metavar="N", help="tokens in a packed micro-batch")
+    add("--log-probs-max-tokens-per-gpu", type=int, metavar="N", help="the same where no gradient is needed")
+    add("--balance-data", action="store_true", help="even out the tokens over data parallel ranks")
+
+
+def _eval(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--eval-interval", type=int, metavar="N", help="rollouts between two evaluations")
+    add(
+        "--eval-prompt-data",
+        nargs="+",
+        metavar="NAME FILE",
+        help="one or more pairs of a name and a prompt file",
+    )
+    add("--skip-eval-before-train", action="store_true", help="do not evaluate the untrained model")
+    add("--eval-input-key", metavar="KEY", help="default: --input-key")
+    add("--eval-label-key", metavar="KEY", help="default: --label-key")
+    add("--n-samples-per-eval-prompt", type=int, default=1, metavar="N", help="default: 1")
+    add("--eval-temperature", type=float, metavar="T", help="default: --rollout-temperature")
+    add("--eval-top-p", type=float, metavar="P", help="default: --rollout-top-p")
+    add("--eval-top-k", type=int, metavar="K", help="default: --rollout-top-k")
+    add("--eval-max-response-len", type=int, metavar="N", help="default: --rollout-max-response-len")
+
+
+def _algorithm(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--loss-type", choices=["policy_loss", "sft_loss"], default="policy_loss", help="default: policy_loss"
+    )
+    add("--advantage-estimator", choices=["grpo"], default="grpo", help="default: grpo")
+    add("--eps-clip", type=float, default=0.2, metavar="E", help="PPO clip range (default: 0.2)")
+    add("--eps-clip-high", type=float, metavar="E", help="upper clip range (default: --eps-clip)")
+    add("--eps-clip-c", type=float, metavar="C", help="dual clip for negative advantages, > 1")
+    add("--kl-coef", type=float, default=0.0, metavar="B", help="KL to the reference taken off the advantage")
+    add("--use-kl-loss", action="store_true", help="KL to the reference as a term of the loss")
+    add("--kl-loss-coef", type=float, default=0.0, metavar="B", help="its weight (default: 0)")
+    add(
+        "--kl-loss-type",
+        choices=["k1", "k2", "k3", "low_var_kl"],
+        default="k1",
+        help="estimator (default: k1)",
+    )
+    add("--entropy-coef", type=float, default=0.0, metavar="C", help="entropy bonus (default: 0)")
+    add("--disable-grpo-std-normalization", action="store_false", dest="grpo_std_normalization",
+        help="do not divide by the group's standard deviation (Dr.GRPO)")  # fmt: skip
+    add("--disable-rewards-normalization", action="store_false", dest="rewards_normalization",
+        help="train on the rewards as graded")  # fmt: skip
+    add("--calculate-per-token-loss", action="store_true", help="mean over all tokens, not over samples")
+    add("--use-rollout-logprobs", action="store_true", help="take the engine's log-probs as the old ones")
+
+
+def _checkpoint(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--hf-checkpoint", metavar="DIR", help="Hugging Face directory: shape, tokenizer and first weights")
+    add("--random-init", action="store_true", help="start from random weights (seed: --seed)")
+    add("--load", metavar="DIR", help="checkpoints or Hugging Face directory to start from")
+    add("--ref-load", metavar="DIR", help="weights of the reference model (default: the first weights)")
+    add("--save", metavar="DIR", help="where checkpoints go (default: checkpoints/ of the run)")
+    add("--save-interval", type=int, metavar="N", help="rollouts between two checkpoints")
+    add("--save-hf", metavar="DIR", help="also write Hugging Face weights at the end")
+    add("--no-save-optim", action="store_true", help="checkpoints without optimizer state")
+    add("--no-load-optim", action="store_true", help="ignore the optimizer state of --load")
+    add("--ckpt-step", type=int, metavar="N", help="take this checkpoint and not the latest")
+
+
+def _tracking(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--use-wandb", action="store_true", help="log to Weights & Biases beside metrics.jsonl")
+    add("--wandb-mode", choices=["online", "offline", "disabled"], help="default: WANDB_MODE, else offline")
+    add("--wandb-dir", metavar="DIR", help="default: the run directory")
+    add("--wandb-team", metavar="NAME", help="W&B entity")
+    add("--wandb-project", metavar="NAME", default="slurmlime", help="default: slurmlime")
+    add("--wandb-group", metavar="NAME", help="default: none")
+    add("--wandb-run-id", metavar="ID", help="default: made once, kept for every attempt")
+
+
+def _debug(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--debug-train-only",
+        action="store_true",
+        help="no engines: the rollout function makes the data alone",
+    )
+    add("--debug-rollout-only", action="store_true", help="no trainer: generate and grade only")

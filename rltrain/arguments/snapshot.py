@@ -1,0 +1,49 @@
+"""Write `engine_flags.txt`: which flags the installed SGLang server and router take, and of which kind.
+
+A login node has neither package, yet a typo in `--sglang-…` should be found there and not after an hour in
+the queue. Run `python -m rltrain.arguments.snapshot` after changing either pin; a test compares the file
+with the installed packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SNAPSHOT = Path(__file__).with_name("engine_flags.txt")
+
+
+def describe(prefix: str, parser: argparse.ArgumentParser) -> list[str]:
+    """One line a flag: prefix, flag without dashes, kind (bool, int, float, str or list)."""
+    lines = []
+    for action in parser._actions:
+        for option in action.option_strings:
+            if option.startswith("--") and option != "--help":
+                lines.append(f"{prefix} {option[2:]} {_kind(action)}")
+    return sorted(set(lines))
+
+
+def _kind(action: argparse.Action) -> str:
+    if action.nargs == 0:
+        return "bool"
+    if action.nargs in ("*", "+") or isinstance(action.nargs, int):
+        return "list"
+    return {int: "int", float: "float"}.get(action.type, "str")  # type: ignore[call-overload]
+
+
+def installed_flags() -> list[str]:
+    """The lines for the packages that are installed here; imports SGLang (seconds)."""
+    from rltrain.sglang import cpu_launcher
+
+    cpu_launcher.install()
+    from sglang.srt.server_args import ServerArgs
+    from sglang_router.router_args import RouterArgs
+
+    server, router = argparse.ArgumentParser(), argparse.ArgumentParser()
+    ServerArgs.add_cli_args(server)
+    RouterArgs.add_cli_args(router)
+    return describe("sglang", server) + describe("router", router)
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text("\n".join(installed_flags()) + "\n")

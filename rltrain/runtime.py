@@ -1,0 +1,139 @@
+"""A role's side of the job: who am I, where are the others, what happened.
+
+The supervisor starts every role with `SLURMLIME_*` variables and keeps a small HTTP registry (the server
+is `hpc/registry.py`). Roles announce their address there, wait for each other there, and report events.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc.layout import RunLayout
+
+EXIT_REQUEUE = 75  # stopped with a checkpoint, wants to run again
+EXIT_NEVER_RESTART = 93  # running it again would fail the same way
+
+_LONG_POLL_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class RoleAddress:
+    """Where a role listens."""
+
+    role: str
+    index: int
+    url: str
+    pid: int
+    host: str
+
+
+@dataclass(frozen=True)
+class RoleContext:
+    """What the supervisor told this process about its place in the job."""
+
+    run_dir: Path
+    attempt: int
+    role: str
+    index: int
+    registry_url: str
+    token: str
+
+    @classmethod
+    def from_env(cls) -> RoleContext:
+        """Read the `SLURMLIME_*` variables.
+
+        Raises:
+            RuntimeError: the process was not started by a supervisor.
+        """
+        try:
+            return cls(
+                run_dir=Path(os.environ["SLURMLIME_RUN_DIR"]),
+                attempt=int(os.environ["SLURMLIME_ATTEMPT"]),
+                role=os.environ["SLURMLIME_ROLE"],
+                index=int(os.environ["SLURMLIME_INDEX"]),
+                registry_url=os.environ["SLURMLIME_REGISTRY"],
+                token=os.environ["SLURMLIME_TOKEN"],
+            )
+        except KeyError as error:
+            raise RuntimeError(
+                f"{error.args[0]} is not set: this program is one role of a job and is started by its"
+                " supervisor. Start a job with `python -m hpc.submit`."
+            ) from None
+
+    @property
+    def layout(self) -> RunLayout:
+        """The run's paths."""
+        return RunLayout(self.run_dir)
+
+    @property
+    def auth(self) -> dict[str, str]:
+        """Headers that every HTTP endpoint of the job asks for."""
+        return {"Authorization": f"Bearer {self.token}"}
+
+
+class Registry:
+    """Client of the supervisor's registry."""
+
+    def __init__(self, context: RoleContext) -> None:
+        self._context = context
+
+    def register(self, url: str) -> None:
+        """Announce that this role is ready and listens at `url`."""
+        context = self._context
+        self._call("POST", "/roles", {
+            "role": context.role, "index": context.index, "url": url,
+            "pid": os.getpid(), "host": socket.gethostname(),
+        })  # fmt: skip
+
+    def wait_for(self, role: str, count: int = 1, timeout: float = 600.0) -> list[RoleAddress]:
+        """The first `count` instances of `role`, by index, as soon as all have registered.
+
+        Raises:
+            TimeoutError: they have not within `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            wait = max(0.0, min(_LONG_POLL_SECONDS, deadline - time.monotonic()))
+            answer = self._call("GET", f"/roles/{role}?count={count}&wait={wait:.3f}", timeout=wait + 30)
+            found = [RoleAddress(**entry) for entry in answer["roles"]]
+            if len(found) >= count:
+                return found[:count]
+            if time.monotonic() >= deadline:
+                raise TimeoutError(
+                    f"only {len(found)} of {count} {role} processes were ready after {timeout:.0f} s"
+                )
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append an event to the run's `events.jsonl`."""
+        self._call("POST", "/events", {"kind": kind, "role": self._context.role, **fields})
+
+    def status(self, phase: str, step: int | None = None, **fields: Any) -> None:
+        """Tell what the run does now; shown by the live view."""
+        self._call("POST", "/status", {"phase": phase, "step": step, **fields})
+
+    def stop_requested(self) -> str | None:
+        """Why the job should save and stop at the next step boundary, or None."""
+        return self._call("GET", "/stop")["reason"]
+
+    def _call(self, method: str, path: str, body: Any = None, timeout: float = 30.0) -> Any:
+        request = urllib.request.Request(
+            self._context.registry_url + path,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json", **self._context.auth},
+            method=method,
+        )
+        with _OPENER.open(request, timeout=timeout) as response:
+            return json.loads(response.read() or b"null")
+
+
+# Proxies of the site must not swallow traffic inside the job.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -1,0 +1,96 @@
+"""A sample: one prompt with one response, its tokens, log-probs, mask and reward.
+
+Field names and meanings are slime's, so that generation and reward functions written for slime run
+unchanged. Free of torch: the rollout process, custom functions and tests import it cheaply.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+Message = dict[str, Any]
+
+
+@dataclass
+class Sample:
+    """One response to one prompt. `tokens` holds prompt and response; the other lists only the response.
+
+    `loss_mask`, `rollout_log_probs`: one entry a response token (`response_length` of them), or None.
+    """
+
+    class Status(Enum):
+        """How generation ended."""
+
+        PENDING = "pending"
+        COMPLETED = "completed"
+        TRUNCATED = "truncated"  # stopped by a length limit
+        ABORTED = "aborted"  # stopped by us; may be continued
+        FAILED = "failed"  # generation or reward went wrong: see `failure`
+
+    group_index: int | None = None
+    index: int | None = None
+    prompt: str | list[Message] = ""
+    tokens: list[int] = field(default_factory=list)
+    response: str = ""
+    response_length: int = 0
+    label: str | None = None
+    reward: float | dict[str, Any] | None = None
+    loss_mask: list[int] | None = None
+    weight_versions: list[str] = field(default_factory=list)
+    rollout_log_probs: list[float] | None = None
+    remove_sample: bool = False
+    status: Status = Status.PENDING
+    metadata: dict[str, Any] = field(default_factory=dict)
+    train_metadata: dict[str, Any] | None = None
+    generate_function_path: str | None = None
+    session_id: str | None = None
+    non_generation_time: float = 0.0
+
+    # Not in slime: why the sample failed, and where its time went (seconds).
+    failure: str | None = None
+    generate_seconds: float = 0.0
+    reward_seconds: float = 0.0
+
+    def append_response_tokens(
+        self, tokens: list[int], log_probs: list[float] | None, *, trainable: bool = True
+    ) -> None:
+        """Append tokens to the response and keep mask and log-probs in step with them.
+
+        Tokens that the model did not write (tool output) are appended with `trainable=False`; their
+        log-probs may be None and count as 0.
+
+        Raises:
+            ValueError: the number of log-probs differs from the number of tokens.
+        """
+        if log_probs is not None and len(log_probs) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens but {len(log_probs)} log-probs")
+        if log_probs is None and trainable:
+            raise ValueError("tokens that are trained on need log-probs")
+        if self.loss_mask is None:
+            self.loss_mask = [1] * self.response_length
+        if self.rollout_log_probs is None:
+            if self.response_length:
+                raise ValueError("the response has tokens without log-probs")
+            self.rollout_log_probs = []
+        self.tokens += tokens
+        self.rollout_log_probs += log_probs if log_probs is not None else [0.0] * len(tokens)
+        self.loss_mask += [int(trainable)] * len(tokens)
+        self.response_length += len(tokens)
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of prompt tokens."""
+        return len(self.tokens) - self.response_length
+
+    @property
+    def effective_response_length(self) -> int:
+        """Number of response tokens that are trained on."""
+        return sum(self.loss_mask) if self.loss_mask is not None else self.response_length
+
+    def get_reward_value(self, args: Any) -> float:
+        """The scalar reward: the reward itself or, with `--reward-key`, that entry of it."""
+        if not args.reward_key:
+            return self.reward  # type: ignore[return-value]
+        return self.reward[args.reward_key]  # type: ignore[index]

@@ -1,0 +1,112 @@
+"""Columns of the Parquet files that hold samples: the one format that rollout writes and others read.
+
+One row a sample. The trainer trains on it, a restart reuses it, the notebook reads it. Free of torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from rltrain.sample import Sample
+
+SCHEMA_VERSION = "1"
+METRICS_KEY = b"slurmlime.metrics"
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),  # rollout_id: number of rollouts before this one
+        ("attempt", pa.int32()),  # attempt of the job that generated it
+        ("dataset", pa.string()),  # "train" or the name of the evaluation set
+        ("group_index", pa.int64()),  # samples of one prompt share it
+        ("index", pa.int64()),  # unique in the run
+        ("prompt", pa.string()),  # text, or the messages as JSON
+        ("response", pa.string()),
+        ("label", pa.string()),
+        ("status", pa.string()),  # Sample.Status value
+        ("failure", pa.string()),  # why the sample failed
+        ("reward", pa.float64()),  # scalar reward as graded
+        ("train_reward", pa.float64()),  # after normalisation: what the advantage is made of
+        ("rewards", pa.string()),  # a dict reward, as JSON
+        ("prompt_length", pa.int32()),  # tokens
+        ("response_length", pa.int32()),  # tokens
+        ("generate_seconds", pa.float64()),
+        ("reward_seconds", pa.float64()),
+        ("metadata", pa.string()),  # JSON
+        ("tokens", pa.list_(pa.int32())),  # prompt and response
+        ("loss_mask", pa.list_(pa.int8())),  # one a response token
+        ("rollout_log_probs", pa.list_(pa.float32())),  # one a response token, or null
+        ("weight_versions", pa.list_(pa.string())),
+    ],
+    metadata={b"slurmlime.schema": SCHEMA_VERSION.encode()},
+)
+
+TRAIN_COLUMNS = [
+    "group_index", "index", "status", "reward", "train_reward", "response_length",
+    "tokens", "loss_mask", "rollout_log_probs",
+]  # fmt: skip
+
+
+def samples_to_table(
+    samples: Sequence[Sample],
+    *,
+    step: int,
+    attempt: int,
+    dataset: str,
+    rewards: Sequence[float],
+    train_rewards: Sequence[float] | None = None,
+    metrics: dict[str, float] | None = None,
+) -> pa.Table:
+    """Rows of `samples`; `rewards` and `train_rewards` hold one scalar a sample."""
+    rows = [
+        {
+            "step": step,
+            "attempt": attempt,
+            "dataset": dataset,
+            "group_index": sample.group_index,
+            "index": sample.index,
+            "prompt": _text(sample.prompt),
+            "response": _clean(sample.response),
+            "label": None if sample.label is None else _text(sample.label),
+            "status": sample.status.value,
+            "failure": sample.failure,
+            "reward": reward,
+            "train_reward": train_rewards[i] if train_rewards is not None else None,
+            "rewards": _text(sample.reward) if isinstance(sample.reward, dict) else None,
+            "prompt_length": sample.prompt_length,
+            "response_length": sample.response_length,
+            "generate_seconds": sample.generate_seconds,
+            "reward_seconds": sample.reward_seconds,
+            "metadata": _text(sample.metadata),
+            "tokens": sample.tokens,
+            "loss_mask": sample.loss_mask or [1] * sample.response_length,
+            "rollout_log_probs": sample.rollout_log_probs,
+            "weight_versions": sample.weight_versions,
+        }
+        for i, (sample, reward) in enumerate(zip(samples, rewards, strict=True))
+    ]
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    return with_metrics(table, metrics or {})
+
+
+def with_metrics(table: pa.Table, metrics: dict[str, float]) -> pa.Table:
+    """The same table with the rollout's metrics in its schema metadata."""
+    metadata = {**(table.schema.metadata or {}), METRICS_KEY: json.dumps(metrics).encode()}
+    return table.replace_schema_metadata(metadata)
+
+
+def read_metrics(schema: pa.Schema) -> dict[str, float]:
+    """The metrics that `with_metrics` stored, or an empty dict."""
+    return json.loads((schema.metadata or {}).get(METRICS_KEY, b"{}"))
+
+
+def _text(value: Any) -> str:
+    return _clean(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _clean(text: str) -> str:
+    """Lone surrogates cannot be stored as UTF-8: replaced."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
