@@ -80,6 +80,11 @@ class RunLayout:
         return self.root / "weights"
 
     @property
+    def plots(self) -> Path:
+        """Pictures made from the run."""
+        return self.root / "plots"
+
+    @property
     def rollouts(self) -> Path:
         """Parquet files of the samples."""
         return self.root / "rollouts"
@@ -94,14 +99,24 @@ class RunLayout:
 
     def find_step(self, step: int) -> Path | None:
         """The newest attempt's finished directory of a step, or None."""
-        attempts = (self.rollouts / f"step={step:06d}").glob("attempt=*")
-        finished = [path for path in attempts if any(path.glob("*.parquet"))]
-        return max(finished, key=lambda path: int(path.name.partition("=")[2]), default=None)
+        return _newest_attempt(self.rollouts / f"step={step:06d}")
 
     def steps(self) -> list[int]:
         """Steps that have at least a directory, ascending."""
-        matches = (_STEP_DIR.fullmatch(path.name) for path in self.rollouts.glob("step=*"))
-        return sorted(int(match[1]) for match in matches if match)
+        return sorted(_step_dirs(self.rollouts))
+
+    def sample_files(self, dataset: str | None = None) -> dict[int, list[Path]]:
+        """Finished Parquet files by step, ascending, of each step's newest attempt.
+
+        Of the training samples, or of the evaluation set `dataset`.
+        """
+        base = self.rollouts if dataset is None else self.rollouts / "eval" / dataset
+        newest = ((step, _newest_attempt(path)) for step, path in sorted(_step_dirs(base).items()))
+        return {step: _parquet_files(path) for step, path in newest if path is not None}
+
+    def eval_datasets(self) -> list[str]:
+        """Names of the evaluation sets that have samples, sorted."""
+        return sorted(path.name for path in (self.rollouts / "eval").glob("*") if path.is_dir())
 
     def log_dir(self, attempt: int) -> Path:
         """Logs of one attempt; `logs/latest` is a link to the newest."""
@@ -111,3 +126,18 @@ class RunLayout:
     def latest_logs(self) -> Path:
         """A symbolic link to the newest attempt's logs."""
         return self.root / "logs" / "latest"
+
+
+def _step_dirs(base: Path) -> dict[int, Path]:
+    matches = ((_STEP_DIR.fullmatch(path.name), path) for path in base.glob("step=*"))
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def _newest_attempt(step_dir: Path) -> Path | None:
+    finished = [path for path in step_dir.glob("attempt=*") if _parquet_files(path)]
+    return max(finished, key=lambda path: int(path.name.partition("=")[2]), default=None)
+
+
+def _parquet_files(attempt_dir: Path) -> list[Path]:
+    # Files beginning with a dot are still being written; pathlib's glob matches them too.
+    return sorted(path for path in attempt_dir.glob("*.parquet") if not path.name.startswith("."))

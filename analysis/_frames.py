@@ -1,0 +1,51 @@
+"""Frames made from a run's JSON lines: steps, events, and the seconds of each phase of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+STEP_KEYS = ["step", "attempt", "time"]
+EVENT_KEYS = ["time", "attempt", "kind", "role", "index"]
+PHASES = ["generate", "reward", "train", "update_weights", "save"]
+
+
+def steps_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row a step, ascending; of a step that several attempts trained, the newest attempt's row."""
+    newest: dict[int, dict[str, Any]] = {}
+    for row in sorted((row for row in rows if "step" in row), key=lambda row: row.get("attempt", 0)):
+        newest[int(row["step"])] = {"attempt": 0, **row}
+    frame = _frame([newest[step] for step in sorted(newest)], STEP_KEYS)
+    return frame.astype({"step": "int64", "attempt": "int64"})
+
+
+def events_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row an event, in order of time; fields that an event kind lacks are missing."""
+    frame = _frame(rows, EVENT_KEYS).astype({"attempt": "Int64", "index": "Int64"})
+    return frame.sort_values("time", kind="stable", ignore_index=True)
+
+
+def phase_seconds(steps: pd.DataFrame) -> pd.DataFrame:
+    """Wall seconds of every trained step by phase: columns of `PHASES` and `other`, indexed by step.
+
+    `other` is what `perf/step_s` holds beyond the phases, never below 0.
+    """
+    trained = steps[steps["perf/step_s"].notna()] if "perf/step_s" in steps else steps.iloc[:0]
+    columns = {name: _seconds(trained, name) for name in PHASES}
+    frame = pd.DataFrame(columns).fillna(0.0)
+    frame["other"] = (_seconds(trained, "step") - frame.sum(axis=1)).clip(lower=0.0)
+    return frame.set_axis(pd.Index(trained["step"], name="step"))
+
+
+def _seconds(steps: pd.DataFrame, phase: str) -> pd.Series:
+    return steps.get(f"perf/{phase}_s", pd.Series(0.0, index=steps.index)).astype("float64")
+
+
+def _frame(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame:
+    """`rows` with the columns `keys` first, even if no row has them, and `time` as UTC timestamps."""
+    others = dict.fromkeys(name for row in rows for name in row if name not in keys)
+    frame = pd.DataFrame(list(rows), columns=[*keys, *others])
+    frame["time"] = pd.to_datetime(frame["time"].astype("float64"), unit="s", utc=True)
+    return frame

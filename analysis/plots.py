@@ -1,0 +1,171 @@
+"""Pictures of a run: one function a view, each draws on the Axes it is given or a new one and returns it.
+
+matplotlib is imported when the first picture is drawn. The colours are Okabe and Ito's, which people with
+any common colour blindness can tell apart.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from analysis._frames import PHASES, phase_seconds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from analysis._run import Run
+
+BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
+INK, MUTED, GRID = "#222222", "#767676", "#E6E6E6"
+EVAL_COLOURS = [RED, GREEN, PINK, SKY, ORANGE]
+PHASE_COLOURS = dict(zip([*PHASES, "other"], [BLUE, PINK, ORANGE, GREEN, SKY, "#BDBDBD"], strict=True))
+
+STEPS_DONE = "training steps done"
+
+
+def reward_curve(run: Run, ax: Axes | None = None) -> Axes:
+    """Mean reward of the training samples and of every evaluation set, against training steps done.
+
+    The thin line is each step, the thick one a centred running mean.
+    """
+    ax = _axes(ax)
+    trained = _column(run.steps, "rollout/reward")
+    if len(trained):
+        ax.plot(trained.index, trained, color=BLUE, linewidth=0.8, alpha=0.4)
+        ax.plot(trained.index, _smooth(trained), color=BLUE, linewidth=2.2, label="training samples")
+    sets = [name for name in run.steps if name.startswith("eval/") and name.count("/") == 1]
+    for name, colour in zip(sets, EVAL_COLOURS * len(sets), strict=False):
+        scores = _column(run.steps, name)
+        # The evaluation on the line of step k used the weights that step k + 1 generates with.
+        ax.plot(scores.index + 1, scores, "o-", color=colour, linewidth=1.6, markersize=5,
+                label=f"held out: {name.removeprefix('eval/')}")  # fmt: skip
+        _label_last(ax, scores.index[-1] + 1, scores.iloc[-1], colour)
+    _attempt_marks(ax, run.steps)
+    if ax.lines and 0 <= ax.dataLim.y0 and ax.dataLim.y1 <= 1:
+        ax.set_ylim(-0.02, 1.04)
+    return _dress(ax, "Reward", STEPS_DONE, "mean reward")
+
+
+def response_lengths(run: Run, ax: Axes | None = None) -> Axes:
+    """Response length by step: mean, median, the middle 80 % of the samples, and the length limit."""
+    ax = _axes(ax)
+    lengths = run.samples.groupby("step")["response_length"]
+    if len(lengths):
+        low, median, high = (lengths.quantile(q) for q in (0.1, 0.5, 0.9))
+        ax.fill_between(
+            low.index, low, high, color=BLUE, alpha=0.18, linewidth=0, label="10th to 90th percentile"
+        )
+        ax.plot(median.index, median, color=BLUE, linewidth=2.2, label="median")
+        ax.plot(lengths.mean().index, lengths.mean(), color=INK, linewidth=1, linestyle=":", label="mean")
+        ax.set_ylim(bottom=0)
+        _length_limit(ax, run)
+    _attempt_marks(ax, run.steps)
+    return _dress(ax, "Response length", STEPS_DONE, "response length (tokens)")
+
+
+def logprob_gap(run: Run, ax: Axes | None = None) -> Axes:
+    """How far the trainer's log-probs are from the engine's on the same tokens, by step."""
+    ax = _axes(ax)
+    for name, label, colour in [
+        ("train/logprob_abs_diff_max", "largest of a step", ORANGE),
+        ("train/logprob_abs_diff", "mean", BLUE),
+    ]:
+        gap = _column(run.steps, name)
+        if len(gap):
+            ax.plot(gap.index, gap, color=colour, linewidth=1.8, label=label)
+    if ax.lines and ax.dataLim.y1 > 0:
+        ax.set_yscale("log", nonpositive="mask")
+    _attempt_marks(ax, run.steps)
+    return _dress(ax, "Log-prob gap between trainer and engine", STEPS_DONE, "|trainer − engine| (nats)")
+
+
+def time_breakdown(run: Run, ax: Axes | None = None) -> Axes:
+    """Wall seconds of each step, stacked by phase; a phase that takes no time is left out."""
+    ax = _axes(ax)
+    seconds = phase_seconds(run.steps)
+    if len(seconds):
+        seconds = seconds.reindex(range(seconds.index[0], seconds.index[-1] + 1), fill_value=0.0)
+        edges = np.append(seconds.index, seconds.index[-1] + 1) - 0.5
+        base = np.zeros(len(seconds))
+        for phase in seconds.columns[seconds.sum() > 0]:
+            top = base + seconds[phase].to_numpy()
+            label = f"{phase.replace('_', ' ')} ({seconds[phase].sum() / seconds.to_numpy().sum():.0%})"
+            ax.stairs(top, edges, baseline=base, fill=True, color=PHASE_COLOURS[phase], label=label)
+            base = top
+        ax.margins(x=0)
+    _attempt_marks(ax, run.steps)
+    return _dress(ax, "Time of a step", STEPS_DONE, "wall time (s)")
+
+
+def overview(run: Run) -> Figure:
+    """The four views on one page."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    for view, ax in zip(
+        [reward_curve, response_lengths, logprob_gap, time_breakdown], axes.flat, strict=True
+    ):
+        view(run, ax)
+    figure.suptitle(run.name, x=0.01, ha="left", fontsize=16, fontweight="bold", color=INK)
+    return figure
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(7, 4), layout="constrained")[1]
+
+
+def _column(steps: pd.DataFrame, name: str) -> pd.Series:
+    """The recorded values of a metric, indexed by step."""
+    if name not in steps:
+        return pd.Series(dtype="float64")
+    return steps.set_index("step")[name].dropna()
+
+
+def _smooth(values: pd.Series) -> pd.Series:
+    return values.rolling(max(3, len(values) // 15), center=True, min_periods=1).mean()
+
+
+def _length_limit(ax: Axes, run: Run) -> None:
+    limit = run.config.get("train", {}).get("rollout_max_response_len")
+    if limit and ax.dataLim.y1 > limit / 2:  # far away, it would only squeeze the curves
+        ax.axhline(limit, color=RED, linewidth=1, linestyle="--", label=f"limit ({limit} tokens)")
+        ax.set_ylim(top=limit * 1.06)
+
+
+def _attempt_marks(ax: Axes, steps: pd.DataFrame) -> None:
+    """A thin line where a later attempt of the job took over."""
+    first = steps[steps["step"] >= 0].groupby("attempt")["step"].min()
+    for attempt, step in list(first.items())[1:]:
+        ax.axvline(step, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0.5)
+        ax.annotate(f"attempt {attempt}", (step, 1), xycoords=("data", "axes fraction"), xytext=(3, -3),
+                    textcoords="offset points", va="top", fontsize=8, color=MUTED)  # fmt: skip
+
+
+def _label_last(ax: Axes, x: float, y: float, colour: str) -> None:
+    ax.annotate(f"{y:.2f}", (x, y), xytext=(0, 7), textcoords="offset points",
+                ha="center", fontsize=9, fontweight="bold", color=colour)  # fmt: skip
+
+
+def _dress(ax: Axes, title: str, xlabel: str, ylabel: str) -> Axes:
+    ax.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
+    ax.set_xlabel(xlabel, color=MUTED)
+    ax.set_ylabel(ylabel, color=MUTED)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(MUTED)
+    ax.tick_params(colors=MUTED, labelsize=9)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(axis="y", color=GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize=9, labelcolor=INK)
+    else:
+        ax.text(0.5, 0.5, "nothing recorded yet", transform=ax.transAxes, ha="center", color=MUTED)
+    return ax
