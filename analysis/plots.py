@@ -25,6 +25,7 @@ EVAL_COLOURS = [RED, GREEN, PINK, SKY, ORANGE]
 PHASE_COLOURS = dict(zip([*PHASES, "other"], [BLUE, PINK, ORANGE, GREEN, SKY, "#BDBDBD"], strict=True))
 
 STEPS_DONE = "training steps done"
+_LEGEND_COLUMNS = 3
 
 
 def reward_curve(run: Run, ax: Axes | None = None) -> Axes:
@@ -37,7 +38,7 @@ def reward_curve(run: Run, ax: Axes | None = None) -> Axes:
     if len(trained):
         ax.plot(trained.index, trained, color=BLUE, linewidth=0.8, alpha=0.4)
         ax.plot(trained.index, _smooth(trained), color=BLUE, linewidth=2.2, label="training samples")
-    sets = [name for name in run.steps if name.startswith("eval/") and name.count("/") == 1]
+    sets = [name for name in map(str, run.steps.columns) if name.startswith("eval/") and name.count("/") == 1]
     for name, colour in zip(sets, EVAL_COLOURS * len(sets), strict=False):
         scores = _column(run.steps, name)
         # The evaluation on the line of step k used the weights that step k + 1 generates with.
@@ -45,7 +46,7 @@ def reward_curve(run: Run, ax: Axes | None = None) -> Axes:
                 label=f"held out: {name.removeprefix('eval/')}")  # fmt: skip
         _label_last(ax, scores.index[-1] + 1, scores.iloc[-1], colour)
     _attempt_marks(ax, run.steps)
-    if ax.lines and 0 <= ax.dataLim.y0 and ax.dataLim.y1 <= 1:
+    if ax.lines and ax.dataLim.y0 >= 0 and ax.dataLim.y1 <= 1:
         ax.set_ylim(-0.02, 1.04)
     return _dress(ax, "Reward", STEPS_DONE, "mean reward")
 
@@ -77,10 +78,10 @@ def logprob_gap(run: Run, ax: Axes | None = None) -> Axes:
         gap = _column(run.steps, name)
         if len(gap):
             ax.plot(gap.index, gap, color=colour, linewidth=1.8, label=label)
-    if ax.lines and ax.dataLim.y1 > 0:
-        ax.set_yscale("log", nonpositive="mask")
+    if ax.lines:
+        _whole_decades(ax)
     _attempt_marks(ax, run.steps)
-    return _dress(ax, "Log-prob gap between trainer and engine", STEPS_DONE, "|trainer − engine| (nats)")
+    return _dress(ax, "Log-prob gap between trainer and engine", "step", "|trainer − engine| (nats)")
 
 
 def time_breakdown(run: Run, ax: Axes | None = None) -> Axes:
@@ -98,14 +99,16 @@ def time_breakdown(run: Run, ax: Axes | None = None) -> Axes:
             base = top
         ax.margins(x=0)
     _attempt_marks(ax, run.steps)
-    return _dress(ax, "Time of a step", STEPS_DONE, "wall time (s)")
+    return _dress(ax, "Time of a step", "step", "wall time (s)")
 
 
 def overview(run: Run) -> Figure:
     """The four views on one page."""
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    margins = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12)
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout=margins)
     for view, ax in zip(
         [reward_curve, response_lengths, logprob_gap, time_breakdown], axes.flat, strict=True
     ):
@@ -136,8 +139,10 @@ def _smooth(values: pd.Series) -> pd.Series:
 def _length_limit(ax: Axes, run: Run) -> None:
     limit = run.config.get("train", {}).get("rollout_max_response_len")
     if limit and ax.dataLim.y1 > limit / 2:  # far away, it would only squeeze the curves
-        ax.axhline(limit, color=RED, linewidth=1, linestyle="--", label=f"limit ({limit} tokens)")
-        ax.set_ylim(top=limit * 1.06)
+        ax.axhline(limit, color=RED, linewidth=1, linestyle="--")
+        ax.annotate(f"limit: {limit} tokens", (1, limit), xycoords=("axes fraction", "data"), xytext=(-3, -4),
+                    textcoords="offset points", ha="right", va="top", fontsize=9, color=RED)  # fmt: skip
+        ax.set_ylim(top=limit * 1.12)
 
 
 def _attempt_marks(ax: Axes, steps: pd.DataFrame) -> None:
@@ -154,18 +159,38 @@ def _label_last(ax: Axes, x: float, y: float, colour: str) -> None:
                 ha="center", fontsize=9, fontweight="bold", color=colour)  # fmt: skip
 
 
+def _whole_decades(ax: Axes) -> None:
+    """A log scale from one power of ten to another: it needs no labels in between."""
+    from matplotlib.ticker import NullFormatter
+
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype="float64") for line in ax.lines])
+    positive = values[values > 0]
+    if not len(positive):
+        return
+    ax.set_yscale("log", nonpositive="mask")
+    ax.set_ylim(10 ** np.floor(np.log10(positive.min())), 10 ** np.ceil(np.log10(positive.max()) + 1e-9))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _dress(ax: Axes, title: str, xlabel: str, ylabel: str) -> Axes:
-    ax.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
+    """What all views share; the legend stands between title and picture, where it hides no data."""
+    from matplotlib.ticker import MaxNLocator
+
+    labels = ax.get_legend_handles_labels()[1]
+    legend_rows = -(-len(labels) // _LEGEND_COLUMNS)
+    pad = 10 + 16 * legend_rows  # points
+    ax.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=pad)
     ax.set_xlabel(xlabel, color=MUTED)
     ax.set_ylabel(ylabel, color=MUTED)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(MUTED)
-    ax.tick_params(colors=MUTED, labelsize=9)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.tick_params(which="both", colors=MUTED, labelsize=9)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     ax.grid(axis="y", color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize=9, labelcolor=INK)
+    if labels:
+        ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=_LEGEND_COLUMNS,
+                  frameon=False, fontsize=9, labelcolor=INK)  # fmt: skip
     else:
         ax.text(0.5, 0.5, "nothing recorded yet", transform=ax.transAxes, ha="center", color=MUTED)
     return ax
