@@ -1,0 +1,42 @@
+"""Share of a step that is neither generation, reward, training nor weight sync.
+
+`python benchmarks/step_overhead.py RUN_DIR` reads the run's `metrics.jsonl`. The aim is at most 5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import load_run
+from analysis._frames import phase_seconds
+
+WORK = ["generate", "reward", "train", "update_weights"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="directory of a run, for example runs/demo")
+    parser.add_argument(
+        "--skip", type=int, default=1, help="steps to leave out at the start: warm-up (default: 1)"
+    )
+    args = parser.parse_args()
+    seconds = phase_seconds(load_run(args.run_dir).steps).iloc[args.skip :]
+    if seconds.empty:
+        raise SystemExit(f"error: {args.run_dir} has no more than {args.skip} trained steps")
+    report(seconds)
+
+
+def report(seconds: pd.DataFrame) -> None:
+    total = seconds.to_numpy().sum()
+    print(f"{len(seconds)} steps, {total / len(seconds):.3f} s each")
+    for phase in seconds.columns:
+        print(f"  {phase:<15} {seconds[phase].mean():8.3f} s  {seconds[phase].sum() / total:6.1%}")
+    overhead = 1 - seconds[WORK].to_numpy().sum() / total
+    print(f"step overhead: {overhead:.1%} of the step (aim: at most 5 %)")
+
+
+if __name__ == "__main__":
+    main()
