@@ -110,8 +110,6 @@ def _engines(args: argparse.Namespace) -> None:
         raise UserError(
             f"--rollout-num-gpus {args.rollout_num_gpus} is no multiple of --rollout-num-gpus-per-engine {size}."
         )
-    if args.debug_train_only and args.debug_rollout_only:
-        raise UserError("--debug-train-only and --debug-rollout-only exclude each other.")
 
 
 def _evaluation(args: argparse.Namespace) -> None:

@@ -1,0 +1,1 @@
+"""The built-in demo: two-digit addition, learned from a teacher who forgets to carry."""

@@ -1,0 +1,94 @@
+"""A trainer rank's connections to the rest of the job: rollout process, engines, registry, metrics.
+
+Only rank 0 talks to them. Every method is called by all ranks, in the same order, and gives all of them the
+same answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from rltrain.rollout.client import RolloutClient
+from rltrain.runtime import Registry, RoleContext
+from rltrain.sglang.adapter import HttpServerEngineAdapter
+from rltrain.tracking import Tracker
+
+T = TypeVar("T")
+
+# How far the log-probs of trainer and engine may be apart on the same tokens: they compute the same function.
+LOGPROB_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+
+
+class Job:
+    """What the training loop needs beside the model."""
+
+    def __init__(self, args: argparse.Namespace, context: RoleContext, registry: Registry) -> None:
+        self._args, self._context, self._registry = args, context, registry
+        self._tracker = Tracker(args, context.layout, context.attempt) if dist.get_rank() == 0 else None
+        self._rollout: RolloutClient | None = None
+        self.engines: list[HttpServerEngineAdapter] = []
+
+    def connect(self) -> None:
+        """Wait until rollout process and engines are ready."""
+        if dist.get_rank() == 0:
+            self._registry.status("loading")
+            auth = self._context.auth
+            self._rollout = RolloutClient(self._registry.wait_for("rollout")[0].url, auth)
+            if not self._args.debug_train_only:
+                count = self._args.rollout_num_gpus // self._args.rollout_num_gpus_per_engine
+                addresses = self._registry.wait_for("engine", count)
+                self.engines = [HttpServerEngineAdapter(each.url, self._context.token) for each in addresses]
+        dist.barrier()
+
+    def rollout(self, call: Callable[[RolloutClient], T]) -> T:
+        """The result of one call to the rollout process."""
+        return on_rank_0(lambda: call(self._rollout))  # type: ignore[arg-type]
+
+    def status(self, phase: str, step: int | None = None) -> None:
+        """Tell the live view what the run does now."""
+        if dist.get_rank() == 0:
+            self._registry.status(phase, step)
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Append to the run's events."""
+        if dist.get_rank() == 0:
+            self._registry.event(kind, **fields)
+
+    def stop_requested(self) -> str | None:
+        """Why the job should save and stop now, or None."""
+        return on_rank_0(self._registry.stop_requested)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of a step."""
+        if self._tracker is not None:
+            self._tracker.log(step, metrics)
+
+    def check_logprobs(self, step: int, metrics: dict[str, float]) -> None:
+        """Say whether trainer and engines agree on the log-probs of the first batch of this attempt."""
+        mean = metrics.get("train/logprob_abs_diff")
+        if mean is None:
+            return
+        tolerance = LOGPROB_TOLERANCE["bf16" if self._args.bf16 else "fp32"]
+        verdict = "agree" if mean <= tolerance else "DIFFER"
+        if dist.get_rank() == 0:
+            print(
+                f"log-probs of trainer and engines {verdict}: mean |difference| {mean:.2e}, limit {tolerance:.0e}"
+            )
+        self.event("logprob_check", step=step, mean_abs_diff=mean, tolerance=tolerance, ok=mean <= tolerance)
+
+    def finish(self) -> None:
+        """Flush the metrics."""
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def on_rank_0(call: Callable[[], T]) -> T:
+    """Run `call` on rank 0 and give its result to every rank."""
+    result: list[T | None] = [call() if dist.get_rank() == 0 else None]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(result, src=0)
+    return result[0]  # type: ignore[return-value]

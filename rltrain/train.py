@@ -1,0 +1,104 @@
+"""The training loop: generate → train → save → push weights → evaluate, once a rollout.
+
+Started once a trainer rank by the job's supervisor (`hpc/supervisor.py`). Every rank runs this same loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rltrain.arguments import UserError, load
+from rltrain.data.batch import TrainBatch
+from rltrain.job import Job
+from rltrain.megatron.actor import MegatronTrainActor
+from rltrain.megatron.distributed import init_process_group
+from rltrain.runtime import EXIT_NEVER_RESTART, EXIT_REQUEUE, Registry, RoleContext
+from rltrain.timing import Timers
+
+
+def train(args: argparse.Namespace, actor: MegatronTrainActor, job: Job) -> int:
+    """Train until `--num-rollout`; returns the exit code: 0 done, 75 saved and wants to run again."""
+    first = actor.start_rollout_id
+    job.rollout(lambda client: client.load(first))
+    push_weights(actor, job, version=first)
+    if first == 0 and args.eval_interval and not args.skip_eval_before_train:
+        job.log(-1, evaluate(job, trained=0))
+
+    for rollout_id in range(first, args.num_rollout):
+        last = rollout_id + 1 == args.num_rollout
+        timers = Timers()
+
+        job.status("generating", rollout_id)
+        with timers("rollout"):
+            table, metrics = job.rollout(lambda client, i=rollout_id: client.generate(i))  # type: ignore[misc]
+
+        job.status("training", rollout_id)
+        with timers("train"):
+            metrics |= actor.train(rollout_id, TrainBatch.from_arrow(table))
+        if rollout_id == first:
+            job.check_logprobs(rollout_id, metrics)
+
+        stop = job.stop_requested()
+        if stop or last or is_due(args.save_interval, rollout_id):
+            job.status("saving", rollout_id)
+            with timers("save"):
+                actor.save(rollout_id)
+        if stop and not last:
+            job.log(rollout_id, metrics | timers.metrics())
+            return EXIT_REQUEUE
+
+        eval_due = args.eval_interval and (last or is_due(args.eval_interval, rollout_id))
+        if eval_due or is_due(args.update_weights_interval, rollout_id):
+            with timers("update_weights"):
+                push_weights(actor, job, version=rollout_id + 1)
+        timers.stop_step()
+
+        if eval_due:
+            with timers("eval"):
+                metrics |= evaluate(job, trained=rollout_id + 1)
+        job.log(rollout_id, metrics | timers.metrics())
+    return 0
+
+
+def is_due(interval: int | None, rollout_id: int) -> bool:
+    """Whether something that happens every `interval` rollouts happens after this one."""
+    return interval is not None and (rollout_id + 1) % interval == 0
+
+
+def push_weights(actor: MegatronTrainActor, job: Job, version: int) -> None:
+    """Give the engines the actor's weights as `version`: the number of rollouts that they were trained on."""
+    job.status("weights", version)
+    actor.update_weights(job.engines, version)
+
+
+def evaluate(job: Job, trained: int) -> dict[str, float]:
+    """Evaluate the weights that the engines hold, after `trained` rollouts."""
+    job.status("evaluating", trained)
+    metrics = job.rollout(lambda client: client.eval(trained))
+    job.event("eval_finished", step=trained, **metrics)
+    return metrics
+
+
+def main() -> int:
+    """Run this rank."""
+    context = RoleContext.from_env()
+    registry = Registry(context)
+    args = load(context.run_dir)
+    init_process_group(context, registry, args)
+    actor = MegatronTrainActor(args, context, registry)
+    job = Job(args, context, registry)
+    try:
+        job.connect()
+        return train(args, actor, job)
+    finally:
+        job.finish()
+
+
+# megatron-core's checkpoint writer re-imports this module in a spawned process: keep the guard.
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_NEVER_RESTART)
