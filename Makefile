@@ -1,0 +1,53 @@
+# slurmlime: `make demo` and `make test` set up what they need by themselves.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+# Warnings of pip are about the machine's package indexes; errors are still shown.
+PIP    := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test test-fast lint format bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY) ## make .venv with everything a CPU machine needs (about a minute, 2 GB)
+
+$(READY): requirements/cpu.txt requirements/cpu-no-deps.txt requirements/constraints.txt pyproject.toml
+	@echo "[1/4] virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[2/4] PyTorch"
+	@$(PIP) install -c requirements/constraints.txt torch==2.13.0
+	@echo "[3/4] Megatron-core, SGLang and the rest"
+	@$(PIP) install -c requirements/constraints.txt -r requirements/cpu.txt
+	@$(PIP) install --no-deps -r requirements/cpu-no-deps.txt
+	@echo "[4/4] slurmlime itself"
+	@$(PIP) install -c requirements/constraints.txt -e .
+	@touch $@
+
+demo: $(READY) ## train a small model to add: SFT, then GRPO (about 5 minutes)
+	@$(BIN)/python -m hpc.submit
+
+test: $(READY) ## every test, on the real parts
+	@$(BIN)/python -m pytest
+
+test-fast: $(READY) ## only the tests that start no engine and no trainer
+	@$(BIN)/python -m pytest -m "not slow and not slurm"
+
+lint: $(READY) ## ruff, mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(READY) ## let ruff rewrite
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(READY) ## every benchmark; each prints a ratio
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
