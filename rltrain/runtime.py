@@ -12,6 +12,7 @@ import os
 import socket
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,17 @@ class RoleContext:
     def auth(self) -> dict[str, str]:
         """Headers that every HTTP endpoint of the job asks for."""
         return {"Authorization": f"Bearer {self.token}"}
+
+    @property
+    def host(self) -> str:
+        """This machine's address as the job's other machines reach it: the one that leads to the registry.
+
+        Loopback when the registry is on loopback, so that a job on one machine is not visible outside.
+        """
+        parts = urllib.parse.urlsplit(self.registry_url)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((parts.hostname, parts.port))  # sends nothing: only looks up the route
+            return probe.getsockname()[0]
 
 
 class Registry:

@@ -1,0 +1,1 @@
+"""The engines and their router: starting real SGLang servers, and speaking to them."""

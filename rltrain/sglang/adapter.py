@@ -1,0 +1,138 @@
+"""`HttpServerEngineAdapter`: one SGLang engine behind its HTTP interface.
+
+Starts a real server as a child process, or speaks to one that runs elsewhere; registers it at the router;
+and sends it what the router does not pass on: pause, abort, flush and weight updates.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Self
+
+from rltrain.processes import reserve_port
+from rltrain.sglang import workers
+from rltrain.sglang.http import call, get_status
+from rltrain.sglang.process import READY_TIMEOUT, ServerProcess
+
+_UPDATE_TIMEOUT = 1800.0  # seconds; large models load slowly from a busy filesystem
+
+
+class HttpServerEngineAdapter:
+    """One engine. Methods block and raise `HttpError`, with the engine's own words, when it refuses."""
+
+    def __init__(self, url: str, token: str, process: ServerProcess | None = None) -> None:
+        """Speak to the engine at `url`; `process` is given when it is our own child."""
+        self.url = url.rstrip("/")
+        self._token = token
+        self._process = process
+
+    @classmethod
+    def launch(
+        cls,
+        server_args: dict[str, Any],
+        token: str,
+        *,
+        host: str = "127.0.0.1",
+        timeout: float = READY_TIMEOUT,
+    ) -> Self:
+        """Start a server on a free port of `host` and wait until it is ready.
+
+        Args:
+            server_args: keyword arguments of SGLang's `ServerArgs`, without address and key.
+            token: the key that every request must carry.
+
+        Raises:
+            ServerDiedError: the server ended while it started; its output says why.
+            TimeoutError: it was not ready within `timeout` seconds.
+        """
+        with reserve_port(host) as reserved:
+            port = reserved.getsockname()[1]
+            settings = {
+                "log_level_http": "warning",
+                **server_args,
+                "host": host,
+                "port": port,
+                "api_key": token,
+            }
+            process = ServerProcess("rltrain.sglang.server", settings, f"http://{host}:{port}")
+            try:
+                process.wait_until_ready(timeout=timeout)
+            except BaseException:
+                process.stop()
+                raise
+        return cls(process.url, token, process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.shutdown()
+
+    def wait(self) -> NoReturn:
+        """Wait for a server of our own to end.
+
+        Raises:
+            ServerDiedError: always, when it has ended.
+        """
+        assert self._process is not None, "only the process that started a server can wait for it"
+        self._process.wait()
+
+    def shutdown(self) -> None:
+        """End the server if it is our own child; else do nothing."""
+        if self._process is not None:
+            self._process.stop()
+
+    def register(self, router_url: str, timeout: float = 120.0) -> None:
+        """Join the router, and wait until it sends requests here."""
+        workers.add_worker(router_url, self._token, self.url, timeout)
+
+    def unregister(self, router_url: str, timeout: float = 60.0) -> None:
+        """Leave the router, and wait until it has forgotten us."""
+        workers.remove_worker(router_url, self._token, self.url, timeout)
+
+    def health(self, timeout: float = 5.0) -> bool:
+        """Whether the server answers; never raises."""
+        try:
+            return get_status(f"{self.url}/health", timeout) == 200
+        except OSError:
+            return False
+
+    def get_model_info(self) -> dict[str, Any]:
+        """The server's own description: model path, architecture, weight version, …"""
+        return self._call("GET", "/model_info")
+
+    def get_weight_version(self) -> str:
+        """Version of the weights in use: what the last update named, `default` before any."""
+        return str(self.get_model_info()["weight_version"])
+
+    def flush_cache(self, timeout: float = 60.0) -> None:
+        """Forget all cached prefixes; waits up to `timeout` seconds for running requests to end."""
+        self._call("POST", f"/flush_cache?timeout={timeout}", timeout=timeout + 10)
+
+    def pause_generation(self, mode: Literal["abort", "in_place", "retract"] = "retract") -> None:
+        """Stop generating: `abort` ends running requests with what they have; the others keep them.
+
+        Weights can be changed while requests are kept by `retract` (they are prefilled again afterwards).
+        """
+        self._call("POST", "/pause_generation", {"mode": mode})
+
+    def continue_generation(self) -> None:
+        """Go on after `pause_generation`."""
+        self._call("POST", "/continue_generation", {})
+
+    def abort(self, request_id: str | None = None) -> None:
+        """End one request, or all, with the tokens it has (finish reason `abort`)."""
+        self._call("POST", "/abort_request", {"rid": request_id or "", "abort_all": request_id is None})
+
+    def update_weights_from_disk(
+        self, path: Path | str, weight_version: str | None = None, *, timeout: float = _UPDATE_TIMEOUT
+    ) -> None:
+        """Load the Hugging Face weights in `path`, flush the cache, and name the result `weight_version`.
+
+        The engine must be idle or paused with `retract`.
+        """
+        body = {"model_path": str(path), "weight_version": weight_version}
+        self._call("POST", "/update_weights_from_disk", body, timeout)
+
+    def _call(self, method: str, path: str, body: Any = None, timeout: float = 60.0) -> Any:
+        return call(method, self.url + path, self._token, body, timeout)

@@ -1,0 +1,78 @@
+"""The router role: `python -m rltrain.sglang.router` runs the real sglang-router and announces it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any, Self
+
+from rltrain import arguments
+from rltrain.processes import reserve_port
+from rltrain.runtime import Registry, RoleContext
+from rltrain.sglang.process import READY_TIMEOUT, ServerProcess
+from rltrain.sglang.role import run_server_role
+
+# Engines share nothing that would make one better for a prompt than another until caches are large; and a
+# dead engine should be noticed within seconds. A paused engine answers /health but no requests, for as long
+# as an update takes, which must not open its circuit breaker.
+DEFAULTS = {
+    "policy": "round_robin",
+    "log_level": "warn",
+    "health_check_interval_secs": 2,
+    "health_failure_threshold": 2,
+    "health_success_threshold": 1,
+    "disable_circuit_breaker": True,
+    "shutdown_grace_period_secs": 1,
+    "request_timeout_secs": 7200,
+}
+
+
+class Router:
+    """A router process of our own, ready for engines to join."""
+
+    def __init__(self, router_args: dict[str, Any], token: str, host: str = "127.0.0.1") -> None:
+        """Start it on free ports of `host` and wait until it answers.
+
+        Args:
+            router_args: keyword arguments of sglang-router's `RouterArgs`; they win over `DEFAULTS`.
+            token: the key that every request must carry.
+            host: address to listen on.
+        """
+        with ExitStack() as ports:
+            port, metrics_port = (ports.enter_context(reserve_port(host)).getsockname()[1] for _ in range(2))
+            settings = {
+                **DEFAULTS, **router_args, "host": host, "port": port, "api_key": token,
+                "prometheus_host": host, "prometheus_port": metrics_port,
+            }  # fmt: skip
+            self._process = ServerProcess("rltrain.sglang.router_server", settings, f"http://{host}:{port}")
+            try:
+                self._process.wait_until_ready(timeout=READY_TIMEOUT)
+            except BaseException:
+                self._process.stop()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._process.stop()
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return self._process.url
+
+    def wait(self) -> None:
+        """Wait for it to end; raises `ServerDiedError` when it has."""
+        self._process.wait()
+
+
+def main(context: RoleContext) -> None:
+    """Start the router, announce it, and watch it."""
+    args = arguments.load(context.run_dir)
+    with Router(args.router, context.token, context.host) as router:
+        Registry(context).register(router.url)
+        router.wait()
+
+
+if __name__ == "__main__":
+    run_server_role(main)

@@ -1,0 +1,110 @@
+"""The process of one SGLang server: `python -m rltrain.sglang.server`, with its `ServerArgs` as JSON on stdin.
+
+Started by `rltrain.sglang.adapter`. The arguments come over stdin because the API key is one of them and a
+command line can be read by everybody on the machine. With a GPU this is SGLang's stock server; without one
+it is the same server with the defaults that make it small and quick on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import re
+import sys
+from typing import Any
+
+from rltrain.processes import die_with_parent
+from rltrain.sglang import cpu
+
+# Without the two memory limits the scheduler takes all the memory there is; "auto" would turn fp32 weights
+# into fp16; an idle scheduler that polls would take a core from the trainer.
+CPU_DEFAULTS = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "dtype": "float32",
+    "mem_fraction_static": 0.1,
+    "max_total_tokens": 65536,
+    "disable_overlap_schedule": True,
+    "sleep_on_idle": True,
+}
+# One thread a process is fastest for small models and leaves the cores to the trainer; compiled code would be
+# built for minutes; asked to generate, a paused engine would be taken for a dead one by the router.
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+}
+_SECRET = re.compile(r"""(api_key['"]?\s*[=:]\s*)(['"])[^'"]+\2""")
+
+
+def main() -> None:
+    """Read the arguments, start the server, and serve until told to stop."""
+    die_with_parent()
+    server_args = json.load(sys.stdin)
+    if cpu.has_accelerator():
+        run_server(server_args)
+    else:
+        run_cpu_server({**CPU_DEFAULTS, **server_args})
+
+
+def run_cpu_server(server_args: dict[str, Any]) -> None:
+    """Serve on the CPU: with stand-ins for missing GPU packages, and forked rather than spawned children.
+
+    SGLang's three processes spend nearly all of their start-up importing the same modules. Imported once,
+    before any thread exists, and then forked, they are up in a third of the time and share the memory.
+    """
+    for name, value in CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    cpu.install()
+    if server_args.get("enable_deterministic_inference"):
+        from rltrain.sglang.cpu_sampling import allow_deterministic_sampling
+
+        allow_deterministic_sampling()
+    import sglang.srt.managers.scheduler
+    import sglang.srt.model_executor.model_runner  # noqa: F401
+    from sglang.srt.entrypoints import engine
+
+    engine.mp = _ForkContext()
+    run_server(server_args)
+
+
+class _ForkContext(multiprocessing.context.ForkContext):
+    """`multiprocessing` for SGLang's engine module: forks, whatever start method it asks for."""
+
+    def set_start_method(self, method: str | None, force: bool = False) -> None:
+        """Ignored: SGLang asks for "spawn" because of CUDA, of which there is none here."""
+
+
+def run_server(server_args: dict[str, Any]) -> None:
+    """Serve with exactly these `ServerArgs`."""
+    hide_secrets_in_logs()
+    from sglang.launch_server import run_server as serve
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.utils import kill_process_tree
+
+    try:
+        serve(ServerArgs(**server_args))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def hide_secrets_in_logs() -> None:
+    """SGLang logs its arguments, the API key among them: blank it in every record of this process."""
+    make_record = logging.getLogRecordFactory()
+
+    def factory(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        message = record.getMessage()
+        if "api_key" in message:
+            record.msg, record.args = _SECRET.sub(r"\1\2***\2", message), ()
+        return record
+
+    logging.setLogRecordFactory(factory)
+
+
+if __name__ == "__main__":
+    main()
+elif multiprocessing.current_process().name != "MainProcess":  # a spawned child re-imports the main module
+    hide_secrets_in_logs()
