@@ -1,0 +1,103 @@
+"""Functions that users name by an import path, `package.module.function`: checked, and loaded."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rltrain.arguments.errors import UserError
+
+
+def check_function(path: str, *, flag: str) -> None:
+    """Check, without running the module, that `path` names something defined at the top of a module.
+
+    The module may need packages that only the job's machines have, so its source is read and not imported
+    (the packages above it are, because Python needs them to find it).
+
+    Raises:
+        UserError: no such module, or nothing of that name in it; names the nearest.
+    """
+    module_name, name = _split(path, flag)
+    try:
+        spec = importlib.util.find_spec(module_name)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{flag} {path}: module {module_name} can't be found ({error}).{_HINT}") from None
+    if spec is None:
+        raise UserError(f"{flag} {path}: there is no module {module_name}.{_HINT}")
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return  # compiled, or a namespace: loading it will tell
+    try:
+        tree = ast.parse(Path(spec.origin).read_bytes())
+    except SyntaxError as error:
+        raise UserError(f"{flag} {path}: {spec.origin}, line {error.lineno}: {error.msg}.") from None
+    names = _top_level_names(tree)
+    if name not in names and "*" not in names:
+        raise UserError(_no_such_name(path, module_name, name, names, flag))
+
+
+def load_function(path: str, *, flag: str) -> Callable[..., Any]:
+    """Import the function that `path` names.
+
+    Raises:
+        UserError: the module can't be imported, or has no such function; the message has the reason.
+    """
+    module_name, name = _split(path, flag)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{flag} {path}: importing {module_name} failed with {reason}.{_HINT}") from error
+    function = getattr(module, name, None)
+    if function is None:
+        raise UserError(_no_such_name(path, module_name, name, set(dir(module)), flag))
+    if not callable(function):
+        raise UserError(f"{flag} {path}: it is a {type(function).__name__}, and not a function.")
+    return function
+
+
+_HINT = " Modules are looked for in the directory that the job was submitted from and among installed packages."
+
+
+def _split(path: str, flag: str) -> tuple[str, str]:
+    module_name, _, name = path.rpartition(".")
+    if not module_name or not name.isidentifier():
+        raise UserError(f"{flag} {path}: give an import path of the form package.module.function.")
+    return module_name, name
+
+
+def _no_such_name(path: str, module_name: str, name: str, names: set[str], flag: str) -> str:
+    near = difflib.get_close_matches(name, sorted(names), n=3)
+    candidates = near or sorted(each for each in names if not each.startswith("_"))[:10]
+    hint = f" Did you mean {' or '.join(near)}?" if near else f" It has: {', '.join(candidates) or 'nothing'}."
+    return f"{flag} {path}: module {module_name} has no {name}.{hint}"
+
+
+def _top_level_names(tree: ast.Module) -> set[str]:
+    """Names bound by the module's statements, also inside `if` and `try`; `*` for a star import."""
+    names: set[str] = set()
+    for node in _statements(tree.body):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update(alias.asname or alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names.update(each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name))
+    return names
+
+
+def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
+    """The statements and those nested in `if`, `try` and `with` at module level."""
+    found = list(body)
+    for node in body:
+        if isinstance(node, ast.If | ast.Try | ast.With):
+            for block in ("body", "orelse", "finalbody"):
+                found += _statements(getattr(node, block, []))
+            for handler in getattr(node, "handlers", []):
+                found += _statements(handler.body)
+    return found

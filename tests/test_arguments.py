@@ -1,0 +1,189 @@
+"""Training flags: what follows from what, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rltrain import arguments
+from rltrain.arguments import UserError
+
+BASE = [
+    "--hf-checkpoint",
+    "model",
+    "--prompt-data",
+    "p.jsonl",
+    "--rollout-batch-size",
+    "4",
+    "--num-rollout",
+    "3",
+]
+
+
+def parse(*more: str) -> object:
+    return arguments.parse([*BASE, *more])
+
+
+def refusal(*more: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(*more)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "batch", "steps"),
+    [
+        ([], 8, 1),
+        (["--global-batch-size", "4"], 4, 2),
+        (["--num-steps-per-rollout", "4"], 2, 4),
+        (["--num-steps-per-rollout", "2", "--global-batch-size", "4"], 4, 2),
+    ],
+)
+def test_batch_arithmetic_is_completed(flags: list[str], batch: int, steps: int) -> None:
+    args = parse("--n-samples-per-prompt", "2", *flags)
+    assert (args.global_batch_size, args.num_steps_per_rollout) == (batch, steps)
+
+
+def test_batch_arithmetic_that_contradicts_itself_shows_all_numbers() -> None:
+    message = refusal(
+        "--n-samples-per-prompt", "2", "--global-batch-size", "4", "--num-steps-per-rollout", "3"
+    )
+    for part in ("--rollout-batch-size 4", "--n-samples-per-prompt 2", "= 8", "= 12"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--global-batch-size", "3"], "no multiple of --global-batch-size 3"),
+        (["--tensor-model-parallel-size", "2"], "does not divide the 1 trainer ranks"),
+        (["--actor-num-gpus-per-node", "3"], "no multiple of --micro-batch-size"),
+        (["--use-dynamic-batch-size"], "needs --max-tokens-per-gpu"),
+        (["--rollout-num-gpus", "3", "--rollout-num-gpus-per-engine", "2"], "no multiple of"),
+        (["--eval-interval", "2"], "needs --eval-prompt-data"),
+        (["--eval-prompt-data", "only-a-name"], "pairs"),
+        (["--eval-prompt-data", "../x", "f"], "becomes a directory"),
+        (["--eps-clip-c", "0.5"], "greater than 1"),
+        (["--rollout-temperature", "0"], "must be positive"),
+        (["--micro-batch-size", "0"], "at least 1"),
+        (["--rolout-seed", "1"], "did you mean --rollout-seed?"),
+        (["--sglang-mem-fration-static", "0.5"], "did you mean --sglang-mem-fraction-static?"),
+        (["--router-polcy", "random"], "did you mean --router-policy?"),
+        (["--sglang-port", "1"], "set by the job itself"),
+        (["--use-tis"], "a flag of slime that this version does not support yet"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--lr", "fast"], "--lr"),
+    ],
+)
+def test_refusals_name_the_flag(flags: list[str], words: str) -> None:
+    assert words in refusal(*flags)
+
+
+def test_missing_flags_are_named_together() -> None:
+    with pytest.raises(
+        UserError, match=r"--hf-checkpoint.*--prompt-data.*--rollout-batch-size.*--num-rollout"
+    ):
+        arguments.parse([])
+
+
+def test_engine_flags_pass_through_with_their_types() -> None:
+    args = parse(
+        "--sglang-mem-fraction-static", "0.5", "--sglang-enable-metrics", "--router-policy", "random"
+    )
+    assert args.sglang == {"mem_fraction_static": 0.5, "enable_metrics": True}
+    assert args.router == {"policy": "random"}
+
+
+def test_two_parses_share_no_state() -> None:
+    parse("--sglang-enable-metrics")
+    assert parse().sglang == {}
+
+
+def test_dump_and_load_carry_every_value(tmp_path: Path) -> None:
+    import tomli_w
+
+    args = parse(
+        "--sglang-enable-metrics", "--rollout-stop", "a", "b", "--apply-chat-template-kwargs", '{"x": 1}'
+    )
+    (tmp_path / "config.toml").write_text(tomli_w.dumps({"train": arguments.dump(args)}))
+    loaded = arguments.load(tmp_path)
+    assert loaded.save == str(tmp_path / "checkpoints")
+    loaded.save = None
+    assert vars(loaded) == vars(args)
+
+
+def test_paths_do_not_depend_on_the_working_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = parse("--eval-prompt-data", "held-out", "e.jsonl@[0:4]")
+    assert args.prompt_data == str(tmp_path / "p.jsonl")
+    assert args.eval_prompt_data == ["held-out", str(tmp_path / "e.jsonl@[0:4]")]
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, Path]:
+    """A model directory and a prompt file that pass every check."""
+    from rltrain.demo.assets import write_assets
+
+    write_assets(tmp_path / "demo")
+    return {"model": tmp_path / "demo/model", "prompts": tmp_path / "demo/train.jsonl"}
+
+
+def check(inputs: dict[str, Path], *more: str) -> str:
+    args = arguments.parse([
+        "--hf-checkpoint", str(inputs["model"]), "--prompt-data", str(inputs["prompts"]),
+        "--rollout-batch-size", "4", "--label-key", "label", *more,
+    ])  # fmt: skip
+    try:
+        arguments.check_inputs(args)
+    except UserError as error:
+        return str(error)
+    return f"fine: {args.num_rollout}"
+
+
+def test_good_inputs_pass_and_epochs_become_rollouts(inputs: dict[str, Path]) -> None:
+    assert check(inputs, "--random-init", "--num-epoch", "2") == f"fine: {2 * 4600 // 4}"
+
+
+def test_model_directory_is_checked(inputs: dict[str, Path], tmp_path: Path) -> None:
+    more = ["--num-rollout", "1"]
+    assert "--random-init" in check(inputs, *more)
+    assert "no such directory" in check({**inputs, "model": tmp_path / "nowhere"}, *more)
+    assert "no config.json" in check({**inputs, "model": tmp_path}, *more)
+    config = json.loads((inputs["model"] / "config.json").read_text())
+    (inputs["model"] / "config.json").write_text(
+        json.dumps({**config, "architectures": ["MambaForCausalLM"]})
+    )
+    assert "MambaForCausalLM" in check(inputs, "--random-init", *more)
+    (inputs["model"] / "config.json").write_text("{")
+    assert "not valid JSON" in check(inputs, "--random-init", *more)
+
+
+def test_tensor_parallel_size_must_divide_the_heads(inputs: dict[str, Path]) -> None:
+    message = check(inputs, "--random-init", "--num-rollout", "1", "--tensor-model-parallel-size", "3",
+                    "--actor-num-gpus-per-node", "3", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "64")  # fmt: skip
+    assert "3" in message
+    assert "4" in message
+    assert "heads" in message
+
+
+def test_chat_template_must_exist(inputs: dict[str, Path]) -> None:
+    assert "no chat template" in check(inputs, "--random-init", "--num-rollout", "1", "--apply-chat-template")
+
+
+def test_reward_function_must_exist(inputs: dict[str, Path]) -> None:
+    message = check(
+        inputs, "--random-init", "--num-rollout", "1", "--custom-rm-path", "rltrain.demo.task.rewrd"
+    )
+    assert "--custom-rm-path" in message
+    assert "rewrd" in message
+
+
+@pytest.mark.slow
+def test_engine_flag_list_is_that_of_the_installed_packages() -> None:
+    from rltrain.arguments.snapshot import SNAPSHOT, installed_flags
+
+    assert SNAPSHOT.read_text().splitlines() == installed_flags()
