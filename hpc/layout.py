@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _STEP_DIR = re.compile(r"step=(\d{6,})")
+_ATTEMPT_LOGS = re.compile(r"attempt_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,11 @@ class RunLayout:
     def log_dir(self, attempt: int) -> Path:
         """Logs of one attempt; `logs/latest` is a link to the newest."""
         return self.root / "logs" / f"attempt_{attempt}"
+
+    def attempts(self) -> list[int]:
+        """Numbers of the attempts that have been started, ascending."""
+        matches = (_ATTEMPT_LOGS.fullmatch(path.name) for path in (self.root / "logs").glob("attempt_*"))
+        return sorted(int(match[1]) for match in matches if match)
 
     @property
     def latest_logs(self) -> Path:

@@ -1,0 +1,146 @@
+"""What was asked for: options of `submit` itself, recipes, and the training flags.
+
+`@recipe.toml` words (files, or names of built-in recipes such as `@demo`) are merged from left to right, then
+the flags of the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import NoReturn
+
+from hpc import flags as flag_data
+from hpc.flags import Flags
+from hpc.layout import RunLayout
+from rltrain import arguments
+from rltrain.arguments import UserError
+
+USAGE = "python -m hpc.submit [@RECIPE …] [--FLAG VALUE …]"
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class SubmitOptions:
+    """Options of `submit` itself."""
+
+    name: str
+    runs_dir: Path
+    partition: str | None = None
+    nodes: int = 1
+    dry_run: bool = False
+
+    @property
+    def layout(self) -> RunLayout:
+        """Paths of the run."""
+        return RunLayout(self.runs_dir / self.name)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A whole command line: options, and training flags with the recipes merged in."""
+
+    options: SubmitOptions
+    train: Flags
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def add_submit_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `submit` itself."""
+    add = parser.add_argument_group("submit").add_argument
+    add("--name", metavar="NAME", help="of the run and its directory; an existing run is resumed"
+        " (default: the last recipe's name)")  # fmt: skip
+    add("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs lie (default: ./runs)")
+    add("--partition", metavar="NAME", help="Slurm partition (default: run on this machine)")
+    add("--nodes", type=int, default=1, metavar="N", help="nodes to ask Slurm for (default: 1)")
+    add("--dry-run", action="store_true", help="print what would be run, write nothing")
+
+
+def full_parser() -> argparse.ArgumentParser:
+    """A parser with every flag, for `--help`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hpc.submit",
+        usage=USAGE,
+        description="Train a language model by reinforcement learning, on Slurm or on this machine."
+        " With nothing but options of its own it runs the built-in demo.",
+        epilog="A recipe is a TOML file of flags (lr = 1e-3); @NAME is a file or one of: "
+        + ", ".join(f"@{name}" for name in builtin_recipes()),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36),
+    )
+    add_submit_flags(parser)
+    arguments.add_flags(parser)
+    return parser
+
+
+def read_request(argv: list[str]) -> Request:
+    """Read a command line and the recipes that it names.
+
+    Raises:
+        UserError: an unknown flag (with the nearest known one), an unreadable recipe, a bad name.
+    """
+    recipes, given = flag_data.split(argv)
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    add_submit_flags(parser)
+    own = {option.removeprefix("--") for option in parser._option_string_actions}
+    known = own | {option.removeprefix("--") for option in arguments.known_flags()}
+    merged = flag_data.merge(*(read_recipe(recipe, known) for recipe in recipes), given)
+    for name in merged:
+        if name not in known:
+            raise UserError(arguments.explain_unknown(f"--{name}", sorted(f"--{flag}" for flag in known)))
+    parsed = parser.parse_args(flag_data.to_argv({name: merged[name] for name in merged if name in own}))
+    parsed.name = _check_name(parsed.name or _default_name(recipes, any(name not in own for name in merged)))
+    parsed.runs_dir = parsed.runs_dir.expanduser().absolute()
+    if parsed.nodes < 1:
+        raise UserError(f"--nodes is {parsed.nodes}: it must be at least 1.")
+    return Request(
+        options=SubmitOptions(**vars(parsed)),
+        train={name: values for name, values in merged.items() if name not in own},
+    )
+
+
+def builtin_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("rltrain") / "demo"
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def read_recipe(name: str, known: set[str]) -> Flags:
+    """Flags of a recipe: a file, or the name of a built-in one.
+
+    Raises:
+        UserError: there is no such recipe, or it can't be read.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return flag_data.from_toml(path.read_text(), str(path), known)
+    if name in builtin_recipes():
+        text = (resources.files("rltrain") / "demo" / f"{name}.toml").read_text()
+        return flag_data.from_toml(text, f"@{name}", known)
+    built_in = ", ".join(f"@{recipe}" for recipe in builtin_recipes())
+    raise UserError(f"@{name}: there is no such file, and the built-in recipes are {built_in or 'none'}.")
+
+
+def _default_name(recipes: list[str], has_train_flags: bool) -> str:
+    if recipes:
+        return Path(recipes[-1]).stem
+    return time.strftime("run-%Y%m%d-%H%M%S") if has_train_flags else "demo"
+
+
+def _check_name(name: str) -> str:
+    if not _RUN_NAME.fullmatch(name) or len(name) > 100:
+        raise UserError(
+            f"--name {name!r}: a run's name has letters, digits, '.', '_' and '-', begins with a letter or a"
+            " digit, and is at most 100 characters long."
+        )
+    return name

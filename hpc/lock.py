@@ -1,0 +1,61 @@
+"""One running job a run directory: an flock(2) that the kernel lets go of when its holder dies."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+
+from hpc.layout import RunLayout
+from rltrain.arguments.errors import UserError
+
+# Another `submit` may hold the lock for the moment in which it finds out that the run is free.
+_PATIENCE_SECONDS = 1.0
+
+
+@contextmanager
+def hold_lock(layout: RunLayout) -> Iterator[None]:
+    """Hold the run's lock.
+
+    Raises:
+        UserError: a job holds it; the message says which process, where and since when.
+    """
+    fd = os.open(layout.lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        _acquire(fd, layout)
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps(holder).encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _acquire(fd: int, layout: RunLayout) -> None:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(_explain(fd, layout)) from None
+            time.sleep(0.05)
+
+
+def _explain(fd: int, layout: RunLayout) -> str:
+    try:
+        holder = json.loads(os.pread(fd, 4096, 0))
+        since = datetime.fromtimestamp(holder["since"]).strftime("%Y-%m-%d %H:%M:%S")
+        who = f"process {holder['pid']} on {holder['host']}, since {since}"
+    except (ValueError, KeyError):
+        who = "another process"
+    return (
+        f"the run {layout.name} ({layout.root}) belongs to a job that is running: {who}. Wait for it, stop it"
+        " (Ctrl-C where it was submitted), or give another --name."
+    )

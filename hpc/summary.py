@@ -1,0 +1,67 @@
+"""What a run has come to, and the exact commands to go on with."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from hpc.feed import RunFeed, RunState
+from hpc.layout import RunLayout
+from hpc.view import clock
+
+
+def summary_rows(
+    layout: RunLayout, state: RunState, num_rollout: int, seconds: float
+) -> list[tuple[str, str]]:
+    """Label and text of each line of the summary table."""
+    rows = [
+        ("run", str(layout.root)),
+        ("state", f"{state.status.get('phase', 'never started')}, {len(layout.attempts())} attempt(s)"),
+        ("steps", f"{max([*state.metrics, -1]) + 1} of {num_rollout}"),
+        ("time", clock(seconds)),
+    ]
+    for label, metric in [("reward", "rollout/reward"), *((name, name) for name in state.eval_names)]:
+        if values := state.series(metric):
+            rows.append((label, f"{values[0]:.3f} → {values[-1]:.3f}"))
+    if gaps := state.series("train/logprob_abs_diff"):
+        rows.append(("log-prob gap", f"{gaps[0]:.1e} first, {gaps[-1]:.1e} last (trainer against engine)"))
+    return rows
+
+
+def next_commands(layout: RunLayout, finished: bool, num_rollout: int) -> list[tuple[str, str]]:
+    """What to do next, and the command for it."""
+    run = shlex.quote(str(layout.root))
+    submit = f"python -m hpc.submit --name {layout.name} --runs-dir {shlex.quote(str(layout.root.parent))}"
+    more = ("train on", f"{submit} --num-rollout {2 * num_rollout}") if finished else ("resume", submit)
+    return [
+        ("metrics", _python(layout, "print(run.steps)")),
+        ("a sample", _python(layout, "print(run.samples.iloc[-1])")),
+        more,
+        ("logs", f"ls {run}/logs/latest"),
+    ]
+
+
+def _python(layout: RunLayout, statement: str) -> str:
+    code = f"from analysis import load_run; run = load_run({str(layout.root)!r}); {statement}"
+    # Double quotes read better around Python's single ones, where the shell would leave the text alone.
+    return f"python -c {shlex.quote(code)}" if set(code) & set('"$`\\!') else f'python -c "{code}"'
+
+
+def print_summary(layout: RunLayout, num_rollout: int, seconds: float) -> None:
+    """Print both."""
+    from rich.console import Console
+    from rich.table import Table
+
+    feed = RunFeed(layout)
+    feed.poll()
+    finished = feed.state.status.get("phase") == "finished"
+    # soft_wrap: a command that is broken over two lines can't be copied
+    options: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
+    console = Console()
+    table = Table(show_header=False)
+    for row in summary_rows(layout, feed.state, num_rollout, seconds):
+        table.add_row(*row)
+    console.print(table, soft_wrap=True)
+    console.print("next:", **options)
+    for label, command in next_commands(layout, finished, num_rollout):
+        console.print(f"  {label + ':':9} {command}", **options)

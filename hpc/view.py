@@ -1,0 +1,157 @@
+"""Show a run while it runs: a live panel on a terminal, one line a step elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Protocol
+
+from hpc.feed import Record, RunFeed, RunState
+from hpc.layout import RunLayout
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+class View(Protocol):
+    """Something that shows a run; enter it while the job runs."""
+
+    def refresh(self) -> None:
+        """Look for news and show them."""
+
+    def say(self, text: str) -> None:
+        """Show a message that stays."""
+
+    def shown(self) -> AbstractContextManager[object]:
+        """The time in which the view is on the screen."""
+
+
+def make_view(layout: RunLayout, num_rollout: int) -> View:
+    """A panel if the output is a terminal, else plain lines."""
+    return LiveView(layout, num_rollout) if sys.stdout.isatty() else PlainView(layout, num_rollout)
+
+
+class PlainView:
+    """One line a step, and one for each event that a reader of a log file wants to know of."""
+
+    def __init__(self, layout: RunLayout, num_rollout: int) -> None:
+        self._feed, self._num_rollout, self._begun = RunFeed(layout), num_rollout, time.monotonic()
+        self._feed.poll()  # what earlier attempts did is not news
+
+    def refresh(self) -> None:
+        """Print what is new."""
+        metrics, events = self._feed.poll()
+        for event in events:
+            if text := describe_event(event):
+                self.say(text)
+        for record in metrics:
+            self.say(describe_step(record, self._num_rollout, self._feed.state))
+
+    def say(self, text: str) -> None:
+        """Print a line with the time since the start."""
+        print(f"[{time.monotonic() - self._begun:5.0f} s] {text}", flush=True)
+
+    def shown(self) -> AbstractContextManager[object]:
+        """Nothing to set up."""
+        return nullcontext()
+
+
+class LiveView:
+    """A panel that is drawn over again: phase, progress, rewards, roles."""
+
+    def __init__(self, layout: RunLayout, num_rollout: int) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._name, self._feed, self._num_rollout = layout.name, RunFeed(layout), num_rollout
+        self._console, self._begun = Console(), time.monotonic()
+        self._live = Live(console=self._console, auto_refresh=False)
+
+    def refresh(self) -> None:
+        """Draw what the files say now."""
+        self._feed.poll()
+        elapsed = time.monotonic() - self._begun
+        self._live.update(panel(self._name, self._feed.state, self._num_rollout, elapsed), refresh=True)
+
+    def say(self, text: str) -> None:
+        """Print a line above the panel."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def shown(self) -> AbstractContextManager[object]:
+        """Draws from entry to exit; the last state stays on the screen."""
+        return self._live
+
+
+def describe_event(event: Record) -> str | None:
+    """A line for an event, or None for one that is no news to the reader of a log."""
+    who = f"{event.get('role')}-{event.get('index')}"
+    return {
+        "attempt_started": f"attempt {event.get('attempt')} started",
+        "role_ready": f"{who} is ready",
+        "role_died": f"{who} died (exit code {event.get('exit_code')})",
+        "checkpoint_saved": f"checkpoint saved after step {event.get('step', '?')}",
+    }.get(event.get("kind", ""))
+
+
+def describe_step(record: Record, num_rollout: int, state: RunState) -> str:
+    """A line for a step: what it was, reward, evaluations, speed, time left."""
+    parts = ["before training" if record["step"] < 0 else f"step {record['step'] + 1}/{num_rollout}"]
+    if "rollout/reward" in record:
+        parts.append(f"reward {record['rollout/reward']:.3f}")
+    if "train/loss" in record:
+        parts.append(f"loss {record['train/loss']:.4f}")
+    parts += [f"{name} {record[name]:.3f}" for name in state.eval_names if name in record]
+    if "perf/tokens_per_s" in record:
+        parts.append(f"{record['perf/tokens_per_s']:.0f} tokens/s")
+    if "perf/step_s" in record:
+        parts.append(f"{record['perf/step_s']:.1f} s")
+    if record["step"] >= 0 and (left := state.seconds_left(num_rollout)):
+        parts.append(f"{clock(left)} left")
+    return "  ".join(parts)
+
+
+def panel(name: str, state: RunState, num_rollout: int, elapsed: float) -> RenderableType:
+    """The panel of the live view."""
+    from rich import box
+    from rich.panel import Panel
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    done = max([*state.metrics, -1]) + 1
+    left = state.seconds_left(num_rollout)
+    phase = state.status.get("phase", "starting")
+    last = state.steps[-1] if state.steps else {}
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", justify="right")
+    grid.add_column()
+    grid.add_row("phase", f"[bold]{phase}[/]  (attempt {state.status.get('attempt', 0)})")
+    grid.add_row("step", f"{done}/{num_rollout}")
+    grid.add_row("", ProgressBar(total=num_rollout, completed=done, width=40))
+    grid.add_row("time", clock(elapsed) + (f", about {clock(left)} left" if left is not None else ""))
+    for label, metric in [("reward", "rollout/reward"), *((name, name) for name in state.eval_names)]:
+        if values := state.series(metric):
+            grid.add_row(label, f"{values[-1]:.3f}  {sparkline(values[-40:])}")
+    if "perf/tokens_per_s" in last:
+        grid.add_row("tokens/s", f"{last['perf/tokens_per_s']:.0f}")
+    colours = {"starting": "yellow", "ready": "green", "exited": "red"}
+    roles = (f"[{colours[what]}]{role} {what}[/]" for role, what in state.roles.items())
+    grid.add_row("roles", "  ".join(roles))
+    return Panel(grid, title=name, title_align="left", box=box.ROUNDED, expand=False)
+
+
+def sparkline(values: list[float]) -> str:
+    """A row of bars from the lowest to the highest value."""
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in values)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes:seconds, or with hours before them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,159 @@
+"""Watch the roles of a job until it is over: finished, stopped on request, or failed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hpc.eventlog import EventLog, StatusFile
+from hpc.launcher import Handle
+from hpc.plan import RoleProcess
+from hpc.registry import RegistryServer
+from hpc.signals import SignalPipe
+
+EXIT_REQUEUE = 75  # a role's exit code: saved, wants to run again
+LAST_LINES = 20
+
+_NOTHING_TO_SAVE = ("starting", "loading")  # phases
+# A rank may need a moment to exit after the others have; one that hangs there has nothing left to do.
+_STRAGGLER_SECONDS = 30.0
+_POLL_SECONDS = 5.0  # a lost SIGCHLD costs this much, no more
+
+logger = logging.getLogger("slurmlime.supervisor")
+
+
+class JobFailedError(RuntimeError):
+    """A role died. The message names it, its exit code and its log, and shows the log's last lines."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunningRole:
+    """A role's process and where its output goes."""
+
+    process: RoleProcess
+    handle: Handle
+    log: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended without a failure."""
+
+    state: Literal["finished", "stopped"]
+    reason: str
+    saved: bool
+
+
+class Watch:
+    """Waits for exits and signals; neither starts nor ends a process."""
+
+    def __init__(
+        self,
+        roles: list[RunningRole],
+        main_role: str,
+        registry: RegistryServer,
+        events: EventLog,
+        status: StatusFile,
+        signals: SignalPipe,
+        stop_grace: float,
+    ) -> None:
+        self._roles, self._main_role = roles, main_role
+        self._registry, self._events, self._status, self._signals = registry, events, status, signals
+        self._stop_grace = stop_grace
+        self._stop_reason: str | None = None
+        self._deadline = float("inf")
+        self._interrupts = 0
+        self._reported: set[str] = set()
+
+    def until_over(self) -> Outcome:
+        """Wait until the attempt is over.
+
+        Raises:
+            JobFailedError: a role died that should not have.
+        """
+        while True:
+            for number in self._signals.wait(min(_POLL_SECONDS, self._deadline - time.monotonic())):
+                self._on_signal(number)
+            if outcome := self._check_exits():
+                return outcome
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        logger.info("got %s", number.name)
+        self._interrupts += number == signal.SIGINT
+        if self._stop_reason is None:
+            self._stop_reason = f"{number.name} received"
+            self._deadline = time.monotonic() + self._stop_grace
+            if self._status.get("phase") in _NOTHING_TO_SAVE:
+                self._deadline = 0.0
+            self._registry.request_stop(self._stop_reason)
+            self._events.append("stop_requested", {"reason": self._stop_reason})
+            self._status.update({"phase": "stopping"})
+        elif self._interrupts > 1:  # only a person sends a second one
+            self._deadline = 0.0
+
+    def _check_exits(self) -> Outcome | None:
+        codes = {role: role.handle.poll() for role in self._roles}
+        dead = [role for role, code in codes.items() if code is not None and self._is_death(role, code)]
+        for role in dead:
+            self._report_death(role, codes[role])
+        # While stopping, only the main role matters: it may still save although, say, an engine is gone.
+        fatal = [role for role in dead if self._stop_reason is None or role.process.role == self._main_role]
+        if fatal:
+            raise JobFailedError(describe_death(fatal[0], codes[fatal[0]]))
+        return self._verdict([code for role, code in codes.items() if role.process.role == self._main_role])
+
+    def _verdict(self, main: list[int | None]) -> Outcome | None:
+        over = [code for code in main if code is not None]
+        if len(over) < len(main):
+            if over:
+                self._deadline = min(self._deadline, time.monotonic() + _STRAGGLER_SECONDS)
+            if time.monotonic() < self._deadline:
+                return None
+        if EXIT_REQUEUE in over:
+            reason = self._stop_reason or f"{self._main_role} asked to be run again"
+            return Outcome("stopped", reason, saved=True)
+        if over:
+            return Outcome("finished", "all steps are done", saved=True)
+        return Outcome("stopped", self._stop_reason or "", saved=False)
+
+    def _is_death(self, role: RunningRole, code: int) -> bool:
+        return role.process.role != self._main_role or code not in (0, EXIT_REQUEUE)
+
+    def _report_death(self, role: RunningRole, code: int | None) -> None:
+        name = role.process.name
+        if name in self._reported:
+            return
+        self._reported.add(name)
+        logger.error("%s %s", name, describe_exit(code))
+        who = {"role": role.process.role, "index": role.process.index}
+        self._events.append("role_died", {**who, "exit_code": code, "log": str(role.log)})
+
+
+def describe_death(role: RunningRole, code: int | None) -> str:
+    """One paragraph on a role's death, and the last lines of its log."""
+    tail = last_lines(role.log, LAST_LINES)
+    shown = "\n".join(f"  | {line}" for line in tail) if tail else "  (the log is empty)"
+    return f"{role.process.name} {describe_exit(code)}. Its log, {role.log}, ends:\n{shown}"
+
+
+def describe_exit(code: int | None) -> str:
+    """An exit code in words."""
+    if code is None:
+        return "is running"
+    if code >= 0:
+        return f"exited with code {code}"
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{hint}"
+
+
+def last_lines(path: Path, count: int, max_bytes: int = 64 * 1024) -> list[str]:
+    """The last lines of a text file, looking at no more than `max_bytes` of it."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - max_bytes))
+        return file.read().decode(errors="replace").splitlines()[-count:]

@@ -1,0 +1,30 @@
+"""`python -m hpc.submit` with fake roles: `FAKE_PLAN='{"rollout": ["serve"], …}' python submit.py FLAGS`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from hpc import run, submit
+from hpc.plan import JobPlan, RoleProcess
+from rltrain import arguments
+
+ROLE = str(Path(__file__).with_name("role.py"))
+TRAIN_FLAGS = ["--hf-checkpoint=/x", "--prompt-data=/x", "--rollout-batch-size=1", "--num-rollout=2"]
+
+
+def fake_plan(behaviours: dict[str, list[str]]) -> JobPlan:
+    """One process for each behaviour of a role."""
+    processes = [
+        RoleProcess(role, index, (sys.executable, ROLE, behaviour))
+        for role, listed in behaviours.items()
+        for index, behaviour in enumerate(listed)
+    ]
+    return JobPlan(tuple(processes), main_role="trainer")
+
+
+if __name__ == "__main__":
+    run.make_plan = lambda args: fake_plan(json.loads(os.environ["FAKE_PLAN"]))
+    arguments.check_inputs = lambda args: None
+    sys.argv += TRAIN_FLAGS
+    sys.exit(submit.main())
