@@ -7,11 +7,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+MAIN_ROLE = "trainer"
+
 _PROGRAMS = {
     "router": "rltrain.sglang.router",
     "engine": "rltrain.sglang.engine",
     "rollout": "rltrain.rollout",
-    "trainer": "rltrain.train",
+    MAIN_ROLE: "rltrain.train",
 }
 
 
@@ -32,27 +34,22 @@ class RoleProcess:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """The processes of a job. The run is over when those of `main_role` are."""
+    """The processes of a job. The run is over when its trainers are."""
 
     processes: tuple[RoleProcess, ...]
-    main_role: str
-
-    def count(self, role: str) -> int:
-        """How many processes a role has."""
-        return sum(process.role == role for process in self.processes)
 
 
 def make_plan(args: argparse.Namespace, python: str = sys.executable) -> JobPlan:
     """Plan a job on one machine from resolved training flags."""
     engines = 0 if args.debug_train_only else args.rollout_num_gpus // args.rollout_num_gpus_per_engine
-    trainers = 0 if args.debug_rollout_only else args.actor_num_nodes * args.actor_num_gpus_per_node
+    trainers = args.actor_num_nodes * args.actor_num_gpus_per_node
     processes = [
         *_role("router", min(engines, 1), python),
         *_role("engine", engines, python),
         *_role("rollout", 1, python),
-        *_role("trainer", trainers, python),
+        *_role(MAIN_ROLE, trainers, python),
     ]
-    return JobPlan(tuple(processes), main_role="trainer" if trainers else "rollout")
+    return JobPlan(tuple(processes))
 
 
 def _role(role: str, count: int, python: str) -> list[RoleProcess]:
@@ -61,7 +58,7 @@ def _role(role: str, count: int, python: str) -> list[RoleProcess]:
 
 
 def _role_env(role: str, index: int, count: int) -> dict[str, str]:
-    if role != "trainer":
+    if role != MAIN_ROLE:
         return {}
     rank, world = str(index), str(count)
     return {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}

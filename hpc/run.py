@@ -50,8 +50,8 @@ def submit_run(options: SubmitOptions, given: Flags) -> int:
         return EXIT_FINISHED
     verb = "resuming" if layout.root.exists() else "starting"
     run_dir.prepare(layout, args, flags)
-    why = "no Slurm on this machine, " if shutil.which("sbatch") is None else ""
-    print(f"{why}{verb} {layout.name} here: {layout.root}", flush=True)
+    why = "no Slurm on this machine" if shutil.which("sbatch") is None else "no --partition given"
+    print(f"{why}: {verb} {layout.name} here, in {layout.root}", flush=True)
     return _run_here(layout, args, plan)
 
 

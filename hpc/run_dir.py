@@ -61,7 +61,7 @@ def prepare(layout: RunLayout, args: argparse.Namespace, flags: Flags) -> None:
     Raises:
         UserError: the run belongs to a job that is running, or its place can't be written.
     """
-    config = {"flags": flag_data.to_table(flags), "train": arguments.dump(args)}
+    config = {"flags": flag_data.to_table(_resolve_paths(flags, args)), "train": arguments.dump(args)}
     if layout.root.exists():
         with hold_lock(layout):
             _write_config(layout, config)
@@ -73,6 +73,17 @@ def prepare(layout: RunLayout, args: argparse.Namespace, flags: Flags) -> None:
         raise UserError(
             f"the run directory {layout.root} can't be made: {error.strerror or error}."
         ) from None
+
+
+def _resolve_paths(flags: Flags, args: argparse.Namespace) -> Flags:
+    """The flags with paths made absolute, as they are in `args`: the run may be resumed from elsewhere."""
+    resolved = dict(flags)
+    for name, values in flags.items():
+        now = getattr(args, name.replace("-", "_"), None)
+        words = [now] if isinstance(now, str) else now
+        if values and isinstance(words, list) and any(str(word).startswith("/") for word in words):
+            resolved[name] = [str(word) for word in words]
+    return resolved
 
 
 def _create(layout: RunLayout, config: dict[str, Any], identity: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ class Supervisor:
     kill_grace: float = 5.0  # seconds from SIGTERM to SIGKILL
 
     def __call__(self) -> dict[str, Any]:
-        """Run until the main role is done, one role dies, or a signal asks to stop.
+        """Run until the trainers are done, one role dies, or a signal asks to stop.
 
         Returns:
             `state` ("finished" or "stopped"), `reason`, `saved`, `attempt`, `seconds`.
@@ -81,7 +81,7 @@ class Supervisor:
                 "SLURMLIME_TOKEN": token,
             }
             self._start(launcher, env, layout.log_dir(attempt), events, roles)
-            watch = Watch(roles, self.plan.main_role, registry, events, status, signals, self.stop_grace)
+            watch = Watch(roles, registry, events, status, signals, self.stop_grace)
             return watch.until_over()
         finally:
             self._stop_all(roles, launcher)

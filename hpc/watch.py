@@ -12,7 +12,7 @@ from typing import Literal
 
 from hpc.eventlog import EventLog, StatusFile
 from hpc.launcher import Handle
-from hpc.plan import RoleProcess
+from hpc.plan import MAIN_ROLE, RoleProcess
 from hpc.registry import RegistryServer
 from hpc.signals import SignalPipe
 
@@ -55,14 +55,13 @@ class Watch:
     def __init__(
         self,
         roles: list[RunningRole],
-        main_role: str,
         registry: RegistryServer,
         events: EventLog,
         status: StatusFile,
         signals: SignalPipe,
         stop_grace: float,
     ) -> None:
-        self._roles, self._main_role = roles, main_role
+        self._roles = roles
         self._registry, self._events, self._status, self._signals = registry, events, status, signals
         self._stop_grace = stop_grace
         self._stop_reason: str | None = None
@@ -98,14 +97,18 @@ class Watch:
 
     def _check_exits(self) -> Outcome | None:
         codes = {role: role.handle.poll() for role in self._roles}
-        dead = [role for role, code in codes.items() if code is not None and self._is_death(role, code)]
+        dead = [role for role, code in codes.items() if code is not None and is_death(role.process, code)]
         for role in dead:
             self._report_death(role, codes[role])
-        # While stopping, only the main role matters: it may still save although, say, an engine is gone.
-        fatal = [role for role in dead if self._stop_reason is None or role.process.role == self._main_role]
-        if fatal:
-            raise JobFailedError(describe_death(fatal[0], codes[fatal[0]]))
-        return self._verdict([code for role, code in codes.items() if role.process.role == self._main_role])
+        if trainers := [role for role in dead if role.process.role == MAIN_ROLE]:
+            raise JobFailedError(describe_deaths(trainers))
+        if outcome := self._verdict([code for role, code in codes.items() if role.process.role == MAIN_ROLE]):
+            return outcome
+        if (
+            dead and self._stop_reason is None
+        ):  # while stopping, a trainer may save although an engine is gone
+            raise JobFailedError(describe_deaths(dead))
+        return None
 
     def _verdict(self, main: list[int | None]) -> Outcome | None:
         over = [code for code in main if code is not None]
@@ -115,14 +118,11 @@ class Watch:
             if time.monotonic() < self._deadline:
                 return None
         if EXIT_REQUEUE in over:
-            reason = self._stop_reason or f"{self._main_role} asked to be run again"
+            reason = self._stop_reason or f"{MAIN_ROLE} asked to be run again"
             return Outcome("stopped", reason, saved=True)
         if over:
             return Outcome("finished", "all steps are done", saved=True)
         return Outcome("stopped", self._stop_reason or "", saved=False)
-
-    def _is_death(self, role: RunningRole, code: int) -> bool:
-        return role.process.role != self._main_role or code not in (0, EXIT_REQUEUE)
 
     def _report_death(self, role: RunningRole, code: int | None) -> None:
         name = role.process.name
@@ -134,11 +134,24 @@ class Watch:
         self._events.append("role_died", {**who, "exit_code": code, "log": str(role.log)})
 
 
-def describe_death(role: RunningRole, code: int | None) -> str:
-    """One paragraph on a role's death, and the last lines of its log."""
-    tail = last_lines(role.log, LAST_LINES)
+def is_death(process: RoleProcess, code: int) -> bool:
+    """Whether an exit code is bad news: only a trainer may end by itself, done or saved."""
+    return process.role != MAIN_ROLE or code not in (0, EXIT_REQUEUE)
+
+
+def describe_deaths(dead: list[RunningRole]) -> str:
+    """One paragraph on the role that died first, the last lines of its log, and who went with it.
+
+    When one rank dies the others soon lose their connection: the log that fell silent first is the cause.
+    """
+    first, *others = sorted(dead, key=lambda role: role.log.stat().st_mtime)
+    tail = last_lines(first.log, LAST_LINES)
     shown = "\n".join(f"  | {line}" for line in tail) if tail else "  (the log is empty)"
-    return f"{role.process.name} {describe_exit(code)}. Its log, {role.log}, ends:\n{shown}"
+    text = f"{first.process.name} {describe_exit(first.handle.poll())}. Its log, {first.log}, ends:\n{shown}"
+    also = ", ".join(
+        f"{role.process.name} {describe_exit(role.handle.poll())} ({role.log})" for role in others
+    )
+    return f"{text}\nAfter it, {also}." if also else text
 
 
 def describe_exit(code: int | None) -> str:

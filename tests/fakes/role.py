@@ -1,11 +1,11 @@
 """A stand-in for any role of a job, for fault tests: `python role.py BEHAVIOUR`."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 from rltrain.runtime import Registry, RoleContext
 
@@ -20,15 +20,15 @@ def serve(context: RoleContext, registry: Registry) -> int:
 
 
 def train(context: RoleContext, registry: Registry) -> int:
-    """Two steps, or as many as it takes until a stop is asked for with FAKE_STEPS set high."""
+    """Train `--num-rollout` steps of 0.05 s; save only when a stop is asked for."""
+    num_rollout = tomllib.loads(context.layout.config.read_text())["train"]["num_rollout"]
     registry.register("tcp://127.0.0.1:1")
     registry.wait_for("rollout")
     saved = context.layout.checkpoints / "latest_checkpointed_iteration.txt"
-    first = int(saved.read_text()) if saved.exists() else 0
-    for step in range(first, int(os.environ.get("FAKE_STEPS", "2"))):
-        registry.status("training", step, num_rollout=2)
-        time.sleep(0.1)
-        row = {"step": step, "attempt": context.attempt, "rollout/reward": 0.5, "perf/step_s": 0.1}
+    for step in range(int(saved.read_text()) if saved.exists() else 0, num_rollout):
+        registry.status("training", step)
+        time.sleep(0.05)
+        row = {"step": step, "attempt": context.attempt, "rollout/reward": 0.5, "perf/step_s": 0.05}
         with context.layout.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if registry.stop_requested():
@@ -39,8 +39,9 @@ def train(context: RoleContext, registry: Registry) -> int:
 
 
 def die(context: RoleContext, registry: Registry) -> int:
-    """Become ready, write a log and fail."""
+    """Become ready, write a log and fail once training has begun."""
     registry.register("http://127.0.0.1:1")
+    registry.wait_for("trainer")
     for i in range(30):
         print("log line", i)
     print("Traceback: the engine has no memory left")

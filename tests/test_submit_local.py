@@ -1,0 +1,281 @@
+"""`hpc.submit` on one machine, end to end but for the roles, which are small stand-ins (tests/fakes)."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hpc.layout import RunLayout
+
+FAKE_SUBMIT = Path(__file__).parent / "fakes" / "submit.py"
+SERVICES = {"router": ["serve"], "engine": ["serve", "leak"], "rollout": ["serve"]}
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+class Job:
+    """A `submit` process with fake roles, and a mark in its environment by which all that it starts is known."""
+
+    def __init__(self, directory: Path) -> None:
+        self.layout = RunLayout(directory / "runs" / "job")
+        self.directory = directory
+        self.mark = f"SLURMLIME_TEST_MARK={uuid.uuid4().hex}"
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(
+        self,
+        *flags: str,
+        steps: int = 2,
+        grace: float = 60,
+        stdout: int = subprocess.PIPE,
+        **roles: list[str],
+    ) -> subprocess.Popen[str]:
+        name, _, value = self.mark.partition("=")
+        plan = json.dumps({**SERVICES, "trainer": ["train"], **roles})
+        process = subprocess.Popen(
+            [sys.executable, str(FAKE_SUBMIT), "--name=job", f"--num-rollout={steps}", *flags],
+            cwd=self.directory,
+            env={
+                **os.environ,
+                "PATH": str(self.directory / "bin"),
+                "FAKE_PLAN": plan,
+                "FAKE_GRACE": str(grace),
+                name: value,
+            },
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # so that a signal to its group spares pytest
+        )
+        self.started.append(process)
+        return process
+
+    def finish(self, *flags: str, steps: int = 2, **roles: list[str]) -> tuple[int, str, str]:
+        process = self.start(*flags, steps=steps, **roles)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+    def living(self) -> list[int]:
+        """Every process that carries the mark, however it got away."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if self.mark.encode() in path.read_bytes():
+                    found.append(int(path.parent.name))
+            except OSError:
+                continue
+        return found
+
+    def events(self, kind: str) -> list[dict]:
+        lines = self.layout.events.read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+    def steps(self) -> list[int]:
+        if not self.layout.metrics.exists():
+            return []
+        return [json.loads(line)["step"] for line in self.layout.metrics.read_text().splitlines()]
+
+    def supervisor_pid(self) -> int:
+        return json.loads(self.layout.lock.read_text())["pid"]
+
+    def phase(self) -> str:
+        return json.loads(self.layout.status.read_text())["phase"] if self.layout.status.exists() else ""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    it = Job(tmp_path)
+    yield it
+    for pid in it.living():
+        os.kill(pid, signal.SIGKILL)
+    for process in it.started:
+        process.communicate()
+
+
+def test_finishes_and_says_what_next(job: Job) -> None:
+    code, out, err = job.finish()
+
+    assert (code, err) == (0, "")
+    assert "no Slurm on this machine" in out.splitlines()[0]
+    assert re.search(r"step 2/2 +reward 0\.500", out)
+    assert f"--name job --runs-dir {job.layout.root.parent} --num-rollout 4" in out
+    assert job.living() == []
+    assert job.steps() == [0, 1]
+    assert [event["state"] for event in job.events("attempt_finished")] == ["finished"]
+    ready = {(event["role"], event["index"]) for event in job.events("role_ready")}
+    assert ready == {("router", 0), ("engine", 0), ("engine", 1), ("rollout", 0), ("trainer", 0)}
+
+    assert stat.S_IMODE(job.layout.root.stat().st_mode) == 0o700
+    assert job.layout.latest_logs.resolve() == job.layout.log_dir(0).resolve()
+    identity = json.loads(job.layout.run_json.read_text())
+    assert identity["name"] == "job"
+    assert identity["packages"]["submitit"]
+
+    code, out, _ = job.finish()  # once more
+    assert code == 0
+    assert "has finished its 2 steps" in out
+    (job.directory / "bin").mkdir()
+    (job.directory / "bin" / "sbatch").touch(mode=0o755)
+    code, out, _ = job.finish(steps=3)
+    assert code == 0
+    assert "no --partition given: resuming job here" in out
+    assert json.loads(job.layout.run_json.read_text()) == identity
+
+
+def test_role_that_dies_ends_the_job(job: Job) -> None:
+    begun = time.monotonic()
+    code, _, err = job.finish(steps=1000, engine=["leak", "die"])
+
+    assert code == 1
+    assert time.monotonic() - begun < 15
+    assert "engine-1 exited with code 3" in err
+    assert str(job.layout.log_dir(0) / "engine-1.log") in err
+    assert err.rstrip().endswith("  | Traceback: the engine has no memory left")
+    assert "log line 29" in err
+    assert "log line 5" not in err
+    assert job.living() == []
+    (died,) = job.events("role_died")
+    assert (died["role"], died["index"], died["exit_code"]) == ("engine", 1, 3)
+    assert job.events("attempt_finished")[0]["state"] == "failed"
+
+
+def test_ctrl_c_saves_and_the_next_start_resumes(job: Job) -> None:
+    process = job.start(steps=1000)
+    wait_until(lambda: len(job.steps()) > 2)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+
+    assert (process.returncode, err) == (130, "")
+    assert "saving first" in out
+    assert "it resumes from here" in out
+    assert job.living() == []
+    assert len(job.events("stop_requested")) == 1
+    done = len(job.steps())
+
+    code, out, _ = job.finish(steps=done + 2)
+    assert code == 0
+    assert job.steps() == list(range(done + 2))
+    assert f"step {done + 1}/{done + 2}" in out
+    assert f"step {done}/" not in out  # what the earlier attempt did is not news
+
+
+def test_second_ctrl_c_stops_a_job_that_hangs(job: Job) -> None:
+    process = job.start(trainer=["hang"])
+    wait_until(lambda: job.phase() == "training")
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: job.phase() == "stopping")
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=15)
+
+    assert process.returncode == 130
+    assert "it resumes from its last checkpoint" in out
+    assert job.living() == []
+
+
+def test_hanging_trainer_is_killed_after_the_grace_time(job: Job) -> None:
+    process = job.start(trainer=["train", "hang"], steps=1000, grace=1.0)
+    wait_until(lambda: job.phase() == "training")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=15)
+
+    assert process.returncode == 130
+    assert job.living() == []
+
+
+def test_ctrl_c_while_loading_does_not_wait(job: Job) -> None:
+    process = job.start(trainer=["serve"])  # never gets further
+    wait_until(lambda: job.layout.events.exists() and len(job.events("role_ready")) == 5)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=15)
+
+    assert process.returncode == 130
+    assert time.monotonic() - begun < 10
+    assert job.living() == []
+
+
+def test_killed_supervisor_leaves_nothing(job: Job) -> None:
+    process = job.start(steps=1000)
+    wait_until(lambda: job.steps())
+    os.kill(job.supervisor_pid(), signal.SIGKILL)
+    _, err = process.communicate(timeout=15)
+
+    assert process.returncode == 1
+    assert "the supervisor ended without a result" in err
+    assert job.living() == []
+
+
+def test_killed_submit_leaves_nothing_and_a_saved_run(job: Job) -> None:
+    process = job.start(steps=1000)
+    wait_until(lambda: job.steps())
+    process.kill()
+    wait_until(lambda: not job.living())
+
+    assert job.events("attempt_finished")[-1]["state"] == "stopped"
+    assert (job.layout.checkpoints / "latest_checkpointed_iteration.txt").exists()
+
+
+def test_second_submit_is_refused_while_the_first_runs(job: Job) -> None:
+    job.start(steps=1000)
+    wait_until(lambda: job.steps())
+    before = job.layout.config.read_text()
+    code, _, err = job.finish(steps=7)
+
+    assert code == 2
+    assert f"process {job.supervisor_pid()} on " in err
+    assert job.layout.config.read_text() == before
+
+
+def test_token_reaches_roles_through_the_environment_only(job: Job) -> None:
+    process = job.start(steps=1000)
+    wait_until(lambda: job.steps())
+    environ = Path(f"/proc/{job.events('role_started')[0]['pid']}/environ").read_bytes()
+    token = next(word for word in environ.split(b"\0") if word.startswith(b"SLURMLIME_TOKEN=")).partition(
+        b"="
+    )[2]
+    assert len(token) > 30
+    arguments = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in job.living()]
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=15)
+
+    assert len(arguments) >= 8
+    written = [path.read_bytes() for path in job.layout.root.rglob("*") if path.is_file()]
+    assert len(written) > 10
+    assert not any(token in text for text in [*arguments, *written, out.encode(), err.encode()])
+
+
+def test_live_view_on_a_terminal(job: Job) -> None:
+    ours, theirs = pty.openpty()
+    process = job.start(stdout=theirs)
+    os.close(theirs)
+    screen = b""
+    while True:
+        try:
+            screen += os.read(ours, 65536)
+        except OSError:  # the terminal is closed: it has ended
+            break
+    os.close(ours)
+
+    assert process.wait(timeout=15) == 0
+    text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", screen).decode()
+    assert "engine-1 ready" in text
+    assert re.search(r"phase +finished +\(attempt 0\)", text)
+    assert re.search(r"step +2/2", text)
