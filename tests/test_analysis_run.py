@@ -1,0 +1,143 @@
+"""load_run: steps, events and configuration of a run directory, live, finished or damaged."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from synthetic_run import write_run
+
+from analysis import DamagedFileError, DamagedFileWarning, RunNotFoundError, load_run
+from analysis._frames import phase_seconds
+from hpc.layout import RunLayout
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> RunLayout:
+    return write_run(tmp_path_factory.mktemp("runs") / "demo", steps=20)
+
+
+def small_run(root: Path, *rows: dict[str, object] | str) -> Path:
+    """A run directory of nothing but metrics; texts are written as they are."""
+    root.mkdir(parents=True)
+    lines = [row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows]
+    RunLayout(root).metrics.write_text("".join(lines))
+    return root
+
+
+def test_steps_have_one_row_each_of_the_newest_attempt(layout: RunLayout) -> None:
+    steps = load_run(layout.root).steps
+    assert list(steps["step"]) == [-1, *range(20)]
+    # The run was stopped after step 11 and started again at step 10.
+    assert list(steps["attempt"]) == [0] * 11 + [1] * 10
+    lines = [json.loads(line) for line in layout.metrics.read_text().splitlines()[:-1]]
+    expected = next(row for row in lines if row["step"] == 10 and row["attempt"] == 1)
+    row = steps.set_index("step").loc[10]
+    assert row["rollout/reward"] == expected["rollout/reward"]
+    assert row["time"].timestamp() == pytest.approx(expected["time"])
+    assert str(steps["time"].dt.tz) == "UTC"
+
+
+def test_the_newest_attempt_wins_whatever_the_order_of_lines(tmp_path: Path) -> None:
+    path = small_run(
+        tmp_path / "run", {"step": 0, "attempt": 1, "rollout/reward": 1}, {"step": 0, "rollout/reward": 0}
+    )
+    assert list(load_run(path).steps["rollout/reward"]) == [1]
+
+
+def test_a_line_that_is_being_written_is_left_out_without_a_word(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = small_run(tmp_path / "run", {"step": 0}, '{"step": 1, "train/lo')
+    assert list(load_run(path, strict=True).steps["step"]) == [0]
+    # Complete JSON without its newline may still grow: {"step": 1} of {"step": 12}
+    path = small_run(tmp_path / "other", {"step": 0}, '{"step": 1}')
+    assert list(load_run(path, strict=True).steps["step"]) == [0]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("bad", ["{broken\n", "[1, 2]\n", '"\udcff"\n'])
+def test_a_damaged_line_is_named(tmp_path: Path, bad: str) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    RunLayout(path).metrics.write_bytes(
+        b'{"step": 0}\n' + bad.encode(errors="surrogateescape") + b'{"step": 1}\n'
+    )
+    with pytest.warns(DamagedFileWarning, match=r"metrics\.jsonl:2 is damaged"):
+        assert list(load_run(path).steps["step"]) == [0, 1]
+    with pytest.raises(DamagedFileError, match=r"metrics\.jsonl:2 is damaged"):
+        _ = load_run(path, strict=True).steps
+
+
+def test_events_are_in_order_and_in_utc(layout: RunLayout) -> None:
+    events = load_run(layout.root).events
+    assert list(events.columns[:5]) == ["time", "attempt", "kind", "role", "index"]
+    assert events["time"].is_monotonic_increasing
+    assert events["time"].iloc[0] == pd.Timestamp("2025-06-15 14:58:40", tz="UTC")
+    finished = events[events["kind"] == "attempt_finished"]
+    assert list(finished["state"]) == ["stopped", "finished"]
+    assert list(finished["attempt"]) == [0, 1]
+
+
+def test_a_run_that_has_just_begun_has_empty_frames(tmp_path: Path) -> None:
+    RunLayout(tmp_path).config.write_text("[train]\nlr = 1e-3\n")
+    run = load_run(tmp_path)
+    assert run.config == {"train": {"lr": 1e-3}}
+    for frame in (run.steps, run.events, run.samples, run.evals):
+        assert len(frame) == 0
+    assert {"step", "attempt", "time"} <= set(run.steps)
+    assert {"step", "reward", "response_length"} <= set(run.samples)
+    assert "steps 0" in repr(run)
+
+
+def test_frames_are_read_once_and_again_by_load_run(tmp_path: Path) -> None:
+    path = small_run(tmp_path / "run", {"step": 0})
+    run = load_run(path)
+    assert run.steps is run.steps
+    with RunLayout(path).metrics.open("a") as file:
+        file.write('{"step": 1}\n')
+    assert len(run.steps) == 1
+    assert len(load_run(path).steps) == 2
+
+
+def test_no_such_run_lists_the_runs_nearby(tmp_path: Path) -> None:
+    for name in ("demo", "other"):
+        small_run(tmp_path / "runs" / name, {"step": 0})
+    (tmp_path / "runs" / "no-run").mkdir()
+    with pytest.raises(RunNotFoundError) as caught:
+        load_run(tmp_path / "runs" / "dmeo")
+    message = str(caught.value)
+    assert "does not exist" in message
+    assert message.index("runs/demo") < message.index("runs/other")  # the likeliest first
+    assert "no-run" not in message
+    with pytest.raises(RunNotFoundError, match=r"holds no run.*runs/demo"):
+        load_run(tmp_path / "runs")
+    with pytest.raises(RunNotFoundError, match=r"runs/demo"):  # several levels that are not there
+        load_run(tmp_path / "a" / "b")
+
+
+def test_summary_is_short_and_escaped(tmp_path: Path) -> None:
+    path = small_run(
+        tmp_path / "<b>run", {"step": 0, "rollout/reward": 0.25}, {"step": 1, "rollout/reward": 0.5}
+    )
+    run = load_run(path)
+    assert repr(run).endswith("steps 2, attempts 1, rollout/reward 0.25 → 0.5)")
+    assert "<b>&lt;b&gt;run</b>" in run._repr_html_()
+
+
+def test_phase_seconds_add_up_to_the_step(layout: RunLayout) -> None:
+    steps = load_run(layout.root).steps
+    seconds = phase_seconds(steps)
+    assert list(seconds.index) == list(range(20))  # the evaluation before training is no step
+    recorded = steps.set_index("step").loc[0:, "perf/step_s"]
+    pd.testing.assert_series_equal(seconds.sum(axis=1), recorded, check_names=False)
+    assert seconds["other"].to_numpy() == pytest.approx(0.2)
+
+
+def test_import_is_light() -> None:
+    heavy = "torch sglang megatron transformers matplotlib wandb submitit"
+    code = f"import sys, analysis; print([name for name in {heavy.split()} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
