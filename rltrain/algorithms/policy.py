@@ -1,0 +1,50 @@
+"""The clipped policy loss.
+
+PPO (https://arxiv.org/abs/1707.06347, eq. 7), with DAPO's wider upper clip ("clip-higher",
+https://arxiv.org/abs/2503.14476) and the dual clip for negative advantages
+(https://arxiv.org/abs/1912.09729, eq. 5).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PolicyLoss(NamedTuple):
+    """Per-token values, all of the shape of the log-probs."""
+
+    loss: Tensor
+    clipped: Tensor  # 1.0 where the clip took the token's gradient away, else 0.0
+
+
+def clipped_policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    *,
+    eps_clip: float,
+    eps_clip_high: float,
+    eps_clip_c: float | None = None,
+) -> PolicyLoss:
+    """max(−A·r, −A·clip(r, 1 − eps_clip, 1 + eps_clip_high)) with r = exp(log π − log π_old), token by token.
+
+    Args:
+        log_probs: log π of the sampled tokens, shape [n]; gradients flow through it.
+        old_log_probs: log π_old of the same tokens, shape [n].
+        advantages: A of each token, shape [n].
+        eps_clip_c: Dual clip: where A < 0 the loss is at most −c·A (c > 1).
+    """
+    ratio = (log_probs - old_log_probs).exp()
+    plain = -advantages * ratio
+    bounded = -advantages * ratio.clamp(1 - eps_clip, 1 + eps_clip_high)
+    loss = torch.maximum(plain, bounded)
+    clipped = bounded > plain
+    if eps_clip_c is not None:
+        ceiling = -advantages * eps_clip_c
+        dual = (advantages < 0) & (loss > ceiling)
+        loss = torch.where(dual, ceiling, loss)
+        clipped = clipped | dual
+    return PolicyLoss(loss, clipped.to(loss.dtype))

@@ -1,0 +1,31 @@
+"""How per-token losses become one number: as a weight for every token.
+
+A weighted sum over tokens does not care in which order, micro-batch or rank the tokens are summed, so a loss
+and its gradient do not depend on packing or on the number of ranks. Both common reductions are such sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def token_weights(loss_masks: Sequence[NDArray[np.integer]], *, per_token: bool) -> NDArray[np.float64]:
+    """The weight of a trainable token of each sample of one optimizer step.
+
+    Args:
+        loss_masks: One mask a sample, [response_length] of 0 and 1.
+        per_token: False: the mean over each sample's tokens, then over all samples (GRPO). True: the mean
+            over all tokens of the step, so that long responses weigh more (DAPO,
+            https://arxiv.org/abs/2503.14476).
+
+    Returns:
+        One weight a sample. A sample without trainable tokens has weight 0 but, in the mean over samples,
+        still counts as one.
+    """
+    tokens = np.array([int(mask.sum()) for mask in loss_masks], dtype=np.int64)
+    if per_token:
+        return np.full(len(tokens), 1.0 / max(1, tokens.sum())) * (tokens > 0)
+    return np.divide(1.0 / len(tokens), tokens, out=np.zeros(len(tokens)), where=tokens > 0)

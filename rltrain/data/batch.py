@@ -1,0 +1,95 @@
+"""What the trainer trains on: the samples of one rollout as arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """One entry a sample, in the order of the rollout."""
+
+    tokens: list[NDArray[np.int32]]  # [prompt + response]
+    response_lengths: list[int]
+    loss_masks: list[NDArray[np.int8]]  # [response]
+    train_rewards: NDArray[np.float32]  # after group normalisation
+    rollout_log_probs: list[NDArray[np.float32]] | None  # [response], the engine's
+
+    def __post_init__(self) -> None:
+        for i, (tokens, length, mask) in enumerate(
+            zip(self.tokens, self.response_lengths, self.loss_masks, strict=True)
+        ):
+            if len(mask) != length:
+                raise ValueError(f"sample {i}: {len(mask)} mask entries for {length} response tokens")
+            if mask.any() and len(tokens) <= length:
+                raise ValueError(f"sample {i}: no prompt, so its first token has no log-prob")
+        for i, log_probs in enumerate(self.rollout_log_probs or []):
+            if len(log_probs) != self.response_lengths[i]:
+                raise ValueError(
+                    f"sample {i}: {len(log_probs)} log-probs for {self.response_lengths[i]} response tokens"
+                )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens of all samples."""
+        return sum(len(tokens) for tokens in self.tokens)
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table) -> TrainBatch:
+        """Samples from a table with the columns `rltrain.schema.TRAIN_COLUMNS`.
+
+        Log-probs are kept only if every sample that is trained on has them.
+
+        Raises:
+            ValueError: a sample's lists have lengths that do not fit together.
+        """
+        rewards = table["train_reward"].to_numpy().astype(np.float32)
+        response_lengths = table["response_length"].to_pylist()
+        masks = _lists(table["loss_mask"], np.int8)
+        log_probs = _lists(table["rollout_log_probs"], np.float32)
+        return cls(
+            tokens=_required(_lists(table["tokens"], np.int32), "tokens"),
+            response_lengths=response_lengths,
+            loss_masks=_required(masks, "loss_mask"),
+            train_rewards=np.nan_to_num(rewards, nan=0.0),
+            rollout_log_probs=_log_probs(log_probs, masks, response_lengths),
+        )
+
+
+def _lists(column: pa.ChunkedArray, dtype: Any) -> list[NDArray[Any] | None]:
+    """The lists of a list column as arrays (null stays None), without a copy per element."""
+    rows: list[NDArray[Any] | None] = []
+    for chunk in column.chunks:
+        values = chunk.values.to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+        offsets = chunk.offsets.to_numpy()
+        valid = chunk.is_valid().to_numpy(zero_copy_only=False)
+        bounds = zip(offsets[:-1], offsets[1:], valid, strict=True)
+        rows += [values[start:end] if ok else None for start, end, ok in bounds]
+    return rows
+
+
+def _required(rows: list[NDArray[Any] | None], name: str) -> list[NDArray[Any]]:
+    missing = [i for i, row in enumerate(rows) if row is None]
+    if missing:
+        raise ValueError(f"column {name} is null for sample {missing[0]}")
+    return [row for row in rows if row is not None]
+
+
+def _log_probs(
+    rows: list[NDArray[np.float32] | None], masks: list[NDArray[np.int8] | None], response_lengths: list[int]
+) -> list[NDArray[np.float32]] | None:
+    """The engine's log-probs; samples that nothing is trained on (failed ones) may lack them: zeros."""
+    filled: list[NDArray[np.float32]] = []
+    for row, mask, length in zip(rows, masks, response_lengths, strict=True):
+        if row is None and mask is not None and mask.any():
+            return None
+        filled.append(np.zeros(length, np.float32) if row is None else row)
+    return filled

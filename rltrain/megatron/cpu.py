@@ -1,0 +1,124 @@
+"""Lets Megatron-core 0.16 run on a machine without CUDA. Never active where there is one.
+
+Megatron-core names CUDA in three ways, and each has its answer here:
+
+- it calls functions of `torch.cuda` without asking whether there is a device: `install` puts stand-ins there;
+- it creates tensors with `device="cuda"` and compares `tensor.type()` with CUDA's names: the function mode
+  `CudaNamesMeanCpu` translates both, for the time that it is entered;
+- two of its own functions assume CUDA's generators or a process that outlives us: `install` replaces them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+class CudaNamesMeanCpu(TorchFunctionMode):
+    """Maps `device="cuda"`, `.cuda()`, pinned memory and type names of CUDA tensors to the CPU."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Called instead of every torch function while the mode is entered, so it is kept short."""
+        if kwargs:
+            if kwargs.get("device") == "cuda":
+                kwargs["device"] = _CPU
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+            return func(*args, **kwargs)
+        if func is torch.Tensor.type and len(args) == 1:
+            # The optimizers sort parameters by names such as "torch.cuda.FloatTensor".
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        return func(*args)
+
+
+class _Event:
+    """CUDA orders work with events; on the CPU everything is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None: ...
+
+    record = wait = synchronize = _nothing
+
+
+class _Stream(_Event):
+    wait_stream = wait_event = _Event._nothing
+
+    def record_event(self, *args: Any) -> _Event:
+        return _Event()
+
+
+def install() -> None:
+    """Make Megatron-core importable and usable on the CPU. Calling it again changes nothing."""
+    if torch.cuda.is_available():
+        raise RuntimeError("the CPU adaptor must not be installed where CUDA is available")
+    # It warns a dozen times that kernels for GPUs are not installed.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    _stub_torch_cuda()
+    _replace_rng()
+    _replace_checkpoint_queue()
+    from rltrain.megatron.cpu_adam import fix_checkpointing
+
+    fix_checkpointing()
+
+
+def _stub_torch_cuda() -> None:
+    stubs: dict[str, Any] = {
+        "current_device": lambda: _CPU,  # buffers and RoPE are created on "the current device"
+        "synchronize": lambda *args, **kwargs: None,
+        "empty_cache": lambda: None,
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+        # Classes must stay classes: libraries write `torch.cuda.Stream | None` in annotations.
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": lambda *args, **kwargs: _Stream(),
+        "default_stream": lambda *args, **kwargs: _Stream(),
+        "stream": lambda stream: contextlib.nullcontext(),
+    }
+    for name, stub in stubs.items():
+        setattr(torch.cuda, name, stub)
+
+
+def _replace_rng() -> None:
+    """Dropout and initialisation draw from the CPU's generator, which stands in for CUDA's."""
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    @contextlib.contextmanager
+    def fork(self: Any, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        # The original warns that the CPU's state changed, which is the point here.
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+    random.CudaRNGStatesTracker.fork = fork
+
+
+def _replace_checkpoint_queue() -> None:
+    """Writers of a checkpoint report through a queue that is read in this process.
+
+    The original starts a manager process for it: 3 s, a second import of the main module, and a process that
+    stays behind when this one is killed.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()

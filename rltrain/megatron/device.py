@@ -1,0 +1,42 @@
+"""The one place that decides whether the trainer runs on CUDA or on the CPU."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def use_cuda() -> bool:
+    """Whether this machine's trainer runs on CUDA."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live."""
+    return torch.device("cuda", torch.cuda.current_device()) if use_cuda() else torch.device("cpu")
+
+
+def backend(requested: str | None) -> str:
+    """torch.distributed's backend: the one asked for, else NCCL on CUDA and gloo on the CPU."""
+    return requested or ("nccl" if use_cuda() else "gloo")
+
+
+def set_up() -> None:
+    """Choose this rank's GPU, or make Megatron-core run on the CPU. Call before Megatron-core is imported."""
+    if use_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return
+    from rltrain.megatron import cpu
+
+    cpu.install()
+
+
+def megatron_scope() -> AbstractContextManager[object]:
+    """Enter it round every call into Megatron-core; it does nothing on CUDA."""
+    if use_cuda():
+        return nullcontext()
+    from rltrain.megatron.cpu import CudaNamesMeanCpu
+
+    return CudaNamesMeanCpu()

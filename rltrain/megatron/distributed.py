@@ -1,0 +1,143 @@
+"""Connects the trainer's ranks: process group, Megatron-core's groups, seeds, what rank 0 tells all."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import socket
+from datetime import timedelta
+from functools import cache
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+
+from rltrain.megatron import device
+from rltrain.runtime import RoleAddress, RoleContext
+
+_ROLE = "trainer"
+_RENDEZVOUS_TIMEOUT = 600.0  # seconds
+
+
+class RegistryClient(Protocol):
+    """What is needed of `rltrain.runtime.Registry`."""
+
+    def register(self, url: str) -> None:
+        """Announce an address."""
+
+    def wait_for(self, role: str, count: int = 1, timeout: float = 600.0) -> list[RoleAddress]:
+        """Addresses of a role."""
+
+
+def init_process_group(context: RoleContext, registry: RegistryClient, args: argparse.Namespace) -> None:
+    """Bring the ranks together; `RANK` and `WORLD_SIZE` say who and how many.
+
+    Rank 0 opens the rendezvous on a port that the system chooses and registers it; the others look it up.
+    """
+    device.set_up()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host = local_address(context.registry_url)
+    if host.startswith("127."):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    if rank == 0:
+        store = _open_store(host, world_size, timeout)
+        registry.register(f"tcp://{host}:{store.port}")
+    else:
+        url = urlsplit(registry.wait_for(_ROLE, timeout=_RENDEZVOUS_TIMEOUT)[0].url)
+        assert url.hostname and url.port
+        store = dist.TCPStore(url.hostname, url.port, world_size, is_master=False, timeout=timeout)
+    join(args, store, rank, world_size)
+
+
+def join(args: argparse.Namespace, store: dist.Store, rank: int, world_size: int) -> None:
+    """Form the process group and Megatron-core's groups over an open store, and seed everything."""
+    from megatron.core import parallel_state
+
+    dist.init_process_group(
+        device.backend(args.distributed_backend),
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+    )
+    set_seeds(args.seed)
+
+
+def set_seeds(seed: int) -> None:
+    """The same seed on every rank; Megatron-core derives those of tensor parallel regions from it."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+@cache
+def control_group() -> dist.ProcessGroup:
+    """A gloo group of all ranks for what rank 0 tells the others; made when first used, by all at once.
+
+    Ranks wait here while rank 0 waits for a rollout, for longer than any collective of the training should
+    take. A rank that died is noticed by the supervisor, not by a timeout.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=control_group())
+    return box[0]
+
+
+def broadcast_table(table: pa.Table | None) -> pa.Table:
+    """Rank 0's table, on every rank; the others pass None."""
+    payload = b""
+    if table is not None:
+        if dist.get_world_size() == 1:
+            return table
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        payload = sink.getvalue().to_pybytes()
+    size = torch.tensor([len(payload)])
+    dist.broadcast(size, src=0, group=control_group())
+    data = torch.empty(int(size), dtype=torch.uint8)
+    if table is not None:
+        data.numpy()[:] = np.frombuffer(payload, dtype=np.uint8)
+    dist.broadcast(data, src=0, group=control_group())
+    return pa.ipc.open_stream(pa.py_buffer(data.numpy())).read_all()
+
+
+def local_address(url: str) -> str:
+    """The address of this machine on the network that leads to `url`, so that its users can reach us too."""
+    target = urlsplit(url)
+    with socket.create_connection((target.hostname, target.port), timeout=30) as connection:
+        return connection.getsockname()[0]
+
+
+def _open_store(host: str, world_size: int, timeout: timedelta) -> dist.TCPStore:
+    # Bound here and handed over: the store would listen on every interface by itself.
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )

@@ -1,0 +1,104 @@
+"""Runs micro-batches through the model with Megatron-core's schedule: to train, or only for log-probs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from rltrain.arguments.hf_config import ModelShape
+from rltrain.megatron.device import megatron_scope
+from rltrain.megatron.log_probs import log_probs_and_entropy
+from rltrain.megatron.loss import Sums, add_up, metric_sums, token_loss
+from rltrain.megatron.micro_batch import MicroBatch
+
+LossFunc = Callable[..., Any]
+
+
+@torch.no_grad()
+def forward_log_probs(
+    model: DistributedDataParallel, micro_batches: list[MicroBatch], shape: ModelShape, temperature: float
+) -> list[Tensor]:
+    """log π of the trainable tokens of each micro-batch, [n] each, without gradients."""
+
+    def collect(micro_batch: MicroBatch, logits: Tensor, non_loss_data: bool) -> Tensor:
+        return _statistics(micro_batch, logits, shape, temperature)[0]
+
+    return _run(model, micro_batches, collect, forward_only=True)
+
+
+def forward_backward(
+    model: DistributedDataParallel,
+    micro_batches: list[MicroBatch],
+    shape: ModelShape,
+    args: argparse.Namespace,
+) -> Sums:
+    """Accumulate the gradient of Σ weight·loss over all ranks' tokens, and reduce it over the ranks.
+
+    Megatron-core divides a loss by the number of micro-batches, and its data parallel reduction takes the mean
+    over ranks. The token weights already hold the whole normalisation, so both are undone here.
+
+    Returns:
+        This rank's sums for the metrics.
+    """
+    undo = len(micro_batches) * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    temperature = 1.0 if args.loss_type == "sft_loss" else args.rollout_temperature
+
+    def loss_func(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Sums]:
+        values = micro_batch.values
+        log_probs, entropy = _statistics(micro_batch, logits, shape, temperature)
+        result = token_loss(args, log_probs, entropy, values)
+        loss = (result.loss @ values["weights"]) * undo
+        return loss, metric_sums(result.metrics, log_probs.detach(), values)
+
+    return add_up(_run(model, micro_batches, loss_func, forward_only=False))
+
+
+def _statistics(
+    micro_batch: MicroBatch, logits: Tensor, shape: ModelShape, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the trainable tokens from logits of all tokens, [1, t, vocabulary / ranks]."""
+    return log_probs_and_entropy(
+        logits.squeeze(0).index_select(0, micro_batch.rows),
+        micro_batch.targets,
+        temperature=temperature,
+        vocab_size=shape.vocab_size,
+        group=parallel_state.get_tensor_model_parallel_group(),
+    )
+
+
+def _run(
+    model: DistributedDataParallel,
+    micro_batches: list[MicroBatch],
+    loss_func: LossFunc,
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunc]:
+        micro_batch = next(batches)
+        logits = model(
+            input_ids=micro_batch.tokens,
+            position_ids=None,
+            attention_mask=None,
+            packed_seq_params=micro_batch.sequences,
+        )
+        return logits, partial(loss_func, micro_batch)
+
+    with megatron_scope():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[model],
+            num_microbatches=len(micro_batches),
+            seq_length=1,  # not used without pipeline parallelism
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )

@@ -1,0 +1,115 @@
+"""A Hugging Face model's shape as a Megatron-core GPT model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from rltrain.arguments.errors import UserError
+from rltrain.arguments.hf_config import ModelShape, check_hf_config, read_model_shape
+from rltrain.megatron.device import device, use_cuda
+from rltrain.megatron.specs import decoder_spec, use_transformer_engine
+
+
+def read_shape(args: argparse.Namespace) -> ModelShape:
+    """The model's shape from `args.hf_checkpoint`.
+
+    Raises:
+        UserError: there is no `config.json`, or it describes a model that cannot be trained.
+    """
+    path = Path(args.hf_checkpoint) / "config.json"
+    if not path.exists():
+        raise UserError(
+            f"--hf-checkpoint {args.hf_checkpoint}: not a model directory, it has no config.json."
+        )
+    config = json.loads(path.read_text())
+    check_hf_config(config, args)
+    return read_model_shape(config)
+
+
+def params_dtype(args: argparse.Namespace) -> torch.dtype:
+    """The weights' type; gradients and the optimizer are in fp32 either way."""
+    return torch.bfloat16 if args.bf16 else torch.float32
+
+
+def padded_vocab_size(shape: ModelShape, args: argparse.Namespace) -> int:
+    """The vocabulary with as many unused rows as it takes to divide it over tensor parallel ranks."""
+    size = args.tensor_model_parallel_size
+    return -(-shape.vocab_size // size) * size
+
+
+def transformer_config(shape: ModelShape, args: argparse.Namespace) -> TransformerConfig:
+    """Megatron-core's configuration."""
+    fused = use_transformer_engine()
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        layernorm_epsilon=shape.norm_eps,
+        qk_layernorm=shape.qk_norm,
+        add_qkv_bias=shape.qkv_bias,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=shape.init_std,
+        perform_initialization=args.random_init,
+        # The same random weights for every number of ranks; and on the CPU there is no other way.
+        use_cpu_initialization=args.random_init or not use_cuda(),
+        bf16=args.bf16,
+        params_dtype=params_dtype(args),
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        recompute_granularity=args.recompute_granularity,
+        recompute_method=args.recompute_method,
+        recompute_num_layers=args.recompute_num_layers,
+        # Fused kernels: TransformerEngine has them; without it they cost a torch.compile in the first step.
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        apply_rope_fusion=fused,
+        masked_softmax_fusion=False,
+        persist_layer_norm=fused,
+        gradient_accumulation_fusion=False,  # needs Apex
+    )
+
+
+def build_model(shape: ModelShape, args: argparse.Namespace) -> GPTModel:
+    """A model on this rank's device with its share of the weights: random or, without random_init, unset."""
+    config = transformer_config(shape, args)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=decoder_spec(config),
+        vocab_size=padded_vocab_size(shape, args),
+        max_sequence_length=shape.max_positions,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+        rope_scaling=shape.rope_factor is not None,
+        rope_scaling_factor=shape.rope_factor or 1.0,
+    )
+    return model.to(device())
+
+
+def wrap_data_parallel(model: GPTModel, args: argparse.Namespace) -> DistributedDataParallel:
+    """The model with Megatron-core's gradient buffers and reduction over data parallel ranks."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        check_for_nan_in_grad=True,
+    )
+    wrapped = DistributedDataParallel(model.config, config, model)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    return wrapped

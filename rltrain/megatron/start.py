@@ -1,0 +1,87 @@
+"""Where a run's weights come from: the checkpoint it goes on from, or what it starts from."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.models.gpt import GPTModel
+
+from rltrain.arguments.errors import UserError
+from rltrain.arguments.hf_config import ModelShape
+from rltrain.megatron.checkpoint import TrainState, find_checkpoint, has_optimizer, load_checkpoint
+from rltrain.megatron.hf_weights import load_hf_weights
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """A Hugging Face directory, a checkpoint of ours, or (both None) the model's own initialisation."""
+
+    hf_directory: Path | None = None
+    checkpoint: Path | None = None
+
+
+def initial_source(args: argparse.Namespace) -> WeightSource:
+    """What the run's first step starts from: --load, else random weights if asked for, else --hf-checkpoint.
+
+    Raises:
+        UserError: --load is neither a model directory nor one with checkpoints.
+    """
+    default = WeightSource() if args.random_init else WeightSource(hf_directory=Path(args.hf_checkpoint))
+    if args.load is None:
+        return default
+    # slime's scripts give one directory to --load and --save: empty when the run starts for the first time.
+    is_own = args.save is not None and Path(args.load) == Path(args.save)
+    return default if is_own else weight_source(Path(args.load), "--load", args.ckpt_step)
+
+
+def reference_source(args: argparse.Namespace) -> WeightSource:
+    """The reference policy: --ref-load, else what the run started from."""
+    if args.ref_load is None:
+        return initial_source(args)
+    return weight_source(Path(args.ref_load), "--ref-load", None)
+
+
+def weight_source(directory: Path, flag: str, step: int | None) -> WeightSource:
+    """Weights in a directory that a flag names.
+
+    Raises:
+        UserError: it is neither a Hugging Face directory nor one with a complete checkpoint.
+    """
+    if (directory / "config.json").exists():
+        return WeightSource(hf_directory=directory)
+    checkpoint = find_checkpoint(directory, step)
+    if checkpoint is None:
+        raise UserError(
+            f"{flag} {directory} holds neither a Hugging Face model (config.json and safetensors) nor a complete"
+            " checkpoint (iter_0000040/ with its manifest.json)."
+        )
+    return WeightSource(checkpoint=checkpoint)
+
+
+def load_source(model: GPTModel, shape: ModelShape, source: WeightSource) -> None:
+    """Fill a model that is not yet wrapped for data parallelism."""
+    if source.hf_directory is not None:
+        load_hf_weights(model, shape, source.hf_directory)
+    elif source.checkpoint is not None:
+        load_checkpoint(source.checkpoint, TrainState(model))
+
+
+def resume(args: argparse.Namespace, state: TrainState) -> int:
+    """Go on from the newest complete checkpoint of this run, if there is one.
+
+    With --no-load-optim, or when the checkpoint was saved with --no-save-optim, the optimizer starts afresh.
+
+    Returns:
+        The number of rollouts that have been trained on, 0 for a fresh run.
+    """
+    checkpoint = find_checkpoint(Path(args.save)) if args.save else None
+    if checkpoint is None:
+        return 0
+    if args.no_load_optim or not has_optimizer(checkpoint):
+        iteration = load_checkpoint(checkpoint, TrainState(state.model))
+        if state.optimizer is not None:
+            state.optimizer.reload_model_params()
+        return iteration
+    return load_checkpoint(checkpoint, state)

@@ -1,0 +1,77 @@
+"""Writes a Hugging Face model directory from a stream of tensors, so that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+_SHARD_BYTES = 2 * 1024**3  # held in memory at a time
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+def write_hf_directory(directory: Path, tensors: Iterable[tuple[str, Tensor]], template: Path) -> None:
+    """Write weights as safetensors, with the configuration and tokenizer of another directory.
+
+    Args:
+        directory: Must not exist; appears under its name when it is complete.
+        tensors: Hugging Face names and tensors on any device, all of one type; consumed one by one.
+        template: The model directory that everything but the weights is copied from.
+    """
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    dtype = _write_weights(temporary, tensors)
+    _copy_rest(temporary, template, dtype)
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+
+
+def _write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> torch.dtype:
+    shard: dict[str, Tensor] = {}
+    held = total = 0
+    file_of: dict[str, str] = {}
+    dtype = torch.float32
+
+    def flush() -> None:
+        name = f"model-{len(set(file_of.values())) + 1:05d}.safetensors"
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        file_of.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if shard and held + size > _SHARD_BYTES:
+            flush()
+            held = 0
+        # safetensors refuses tensors that share memory, as slices of a parameter do.
+        shard[name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+        held, total, dtype = held + size, total + size, tensor.dtype
+    flush()
+    if len(set(file_of.values())) == 1:
+        (directory / "model-00001.safetensors").rename(directory / "model.safetensors")
+    else:
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return dtype
+
+
+def _copy_rest(directory: Path, template: Path, dtype: torch.dtype) -> None:
+    for path in template.iterdir():
+        is_index = path.name.endswith(".index.json")
+        if (
+            path.is_file()
+            and path.suffix not in _WEIGHT_SUFFIXES
+            and not is_index
+            and path.name != "config.json"
+        ):
+            shutil.copyfile(path, directory / path.name)
+    config = json.loads((template / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (directory / "config.json").write_text(json.dumps(config, indent=2))

@@ -1,0 +1,166 @@
+"""Tiny models, rollouts and arguments for tests of the trainer, and a way to run a test on several ranks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rltrain.data.batch import TrainBatch
+from rltrain.runtime import RoleContext
+
+REPOSITORY = Path(__file__).parents[2]
+VOCAB_SIZE = 61  # a prime, so that tensor parallelism has to pad it
+
+
+def tiny_config(architecture: str = "Qwen3ForCausalLM", **changes: Any) -> dict[str, Any]:
+    """A config.json of a model with two layers."""
+    model_type = architecture.removesuffix("ForCausalLM").lower()
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": VOCAB_SIZE,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 512,
+        "hidden_act": "silu",
+        "initializer_range": 0.1,
+        "dtype": "float32",
+        **changes,
+    }
+
+
+def write_config(directory: Path, config: dict[str, Any]) -> Path:
+    """A model directory without weights."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def write_hf_model(directory: Path, config: dict[str, Any], seed: int = 0) -> Path:
+    """A model directory with random weights (biases too), written by transformers. Returns it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    write_config(directory, config)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                weight.add_(torch.randn_like(weight) * 0.1)
+    model.save_pretrained(directory)
+    return directory
+
+
+def make_args(hf_checkpoint: Path, **changes: Any) -> argparse.Namespace:
+    """Arguments as `rltrain.arguments` resolves them, for the trainer."""
+    from rltrain import arguments
+
+    argv = ["--hf-checkpoint", str(hf_checkpoint), "--prompt-data", "unused.jsonl"]
+    argv += ["--rollout-batch-size", "8", "--num-rollout", "4", "--lr", "1e-3", "--weight-decay", "0.1"]
+    args = arguments.parse(argv)
+    for name, value in changes.items():
+        if not hasattr(args, name):
+            raise AttributeError(name)
+        setattr(args, name, value)
+    return args
+
+
+def make_context(run_dir: Path) -> RoleContext:
+    """A trainer's place in a job that has no supervisor."""
+    return RoleContext(run_dir, 0, "trainer", int(os.environ.get("RANK", "0")), "http://127.0.0.1:1", "token")
+
+
+def make_batch(
+    count: int = 8, *, seed: int = 0, longest: int = 12, vocab_size: int = VOCAB_SIZE, masked: int = 0
+) -> TrainBatch:
+    """A rollout of random tokens; the first `masked` samples are not trained on."""
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(1, longest, count)
+    responses = rng.integers(1, longest, count)
+    masks = [(rng.random(n) < 0.8).astype(np.int8) for n in responses]
+    for i, mask in enumerate(masks):
+        mask[-1] = 1
+        if i < masked:
+            mask[:] = 0
+    return TrainBatch(
+        tokens=[
+            rng.integers(0, vocab_size, p + r).astype(np.int32)
+            for p, r in zip(prompts, responses, strict=True)
+        ],
+        response_lengths=responses.tolist(),
+        loss_masks=masks,
+        train_rewards=rng.normal(size=count).astype(np.float32),
+        rollout_log_probs=[-rng.random(n).astype(np.float32) * 5 for n in responses],
+    )
+
+
+def init_single_process() -> None:
+    """This process as the only trainer rank. Calling it again starts from the same random numbers."""
+    import torch.distributed as dist
+
+    from rltrain.megatron import device, distributed
+
+    device.set_up()
+    if not dist.is_initialized():
+        args = argparse.Namespace(
+            distributed_backend=None,
+            distributed_timeout_minutes=1,
+            tensor_model_parallel_size=1,
+            pipeline_model_parallel_size=1,
+            seed=1234,
+        )
+        distributed.join(args, dist.HashStore(), 0, 1)
+    distributed.set_seeds(1234)
+
+
+def run_ranks(
+    function: Callable[..., Any], args: argparse.Namespace, *values: Any, world_size: int = 2
+) -> list[Any]:
+    """Call `function(args, *values)` on every rank of a new process group, each rank a new process.
+
+    Args:
+        function: A function at the top of a module below the repository.
+
+    Returns:
+        What each rank returned.
+    """
+    work = Path(values[0])
+    job = work / "job.pickle"
+    job.write_bytes(pickle.dumps((function.__module__, function.__qualname__, args, values)))
+    processes = []
+    for rank in range(world_size):
+        env = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        command = [sys.executable, "-m", "helpers.rank", str(work)]
+        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    try:
+        outputs = [process.communicate(timeout=300)[0].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, process in enumerate(processes):
+        assert process.returncode == 0, f"rank {rank}:\n{outputs[rank][-5000:]}"
+    return [pickle.loads((work / f"result-{rank}.pickle").read_bytes()) for rank in range(world_size)]
