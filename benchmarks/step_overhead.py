@@ -1,6 +1,6 @@
 """Share of a step that is neither generation, reward, training nor weight sync.
 
-`python benchmarks/step_overhead.py RUN_DIR` reads the run's `metrics.jsonl`. The aim is at most 5 %.
+`python benchmarks/step_overhead.py [RUN_DIR]` reads the run's `metrics.jsonl`. The aim is at most 5 %.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import load_run
+from analysis import RunNotFoundError, load_run
 from analysis._frames import phase_seconds
 
 WORK = ["generate", "reward", "train", "update_weights"]
@@ -18,14 +18,22 @@ WORK = ["generate", "reward", "train", "update_weights"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="directory of a run, for example runs/demo")
+    parser.add_argument(
+        "run_dir", type=Path, nargs="?", default=Path("runs/demo"), help="default: %(default)s"
+    )
     parser.add_argument(
         "--skip", type=int, default=1, help="steps to leave out at the start: warm-up (default: 1)"
     )
     args = parser.parse_args()
-    seconds = phase_seconds(load_run(args.run_dir).steps).iloc[args.skip :]
+    try:
+        run = load_run(args.run_dir)
+    except RunNotFoundError as error:
+        print(f"nothing to measure: {error} `make demo` makes one.")
+        return
+    seconds = phase_seconds(run.steps).iloc[args.skip :]
     if seconds.empty:
-        raise SystemExit(f"error: {args.run_dir} has no more than {args.skip} trained steps")
+        print(f"nothing to measure: {args.run_dir} has no more than {args.skip} trained steps")
+        return
     report(seconds)
 
 

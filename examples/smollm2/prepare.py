@@ -115,8 +115,8 @@ def _check_packages() -> None:
     missing = [name for name in ("torch", "transformers", "gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise PrepareError(
-            f"not installed: {', '.join(missing)}. Run `make install`, then"
-            " `pip install -r examples/smollm2/requirements.txt`, in the project's environment."
+            f"not installed: {', '.join(missing)}. Use the environment that `make setup` makes, or install"
+            " them here with pip."
         )
 
 
