@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis._errors import RunNotFoundError
+from analysis._errors import RunNotFoundError, damaged
 from analysis._frames import events_frame, steps_frame
 from analysis._jsonl import read_jsonl
 from analysis._samples import Columns, read_frame, select_files
@@ -44,6 +44,9 @@ class Run:
         try:
             return tomllib.loads(self._layout.config.read_text(encoding="utf-8"))
         except FileNotFoundError:
+            return {}
+        except tomllib.TOMLDecodeError as error:
+            damaged(self._layout.config, str(error), strict=self._strict)
             return {}
 
     @cached_property

@@ -71,6 +71,12 @@ def test_a_damaged_line_is_named(tmp_path: Path, bad: str) -> None:
         _ = load_run(path, strict=True).steps
 
 
+def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
+    RunLayout(tmp_path).config.write_text("[train\n")
+    with pytest.warns(DamagedFileWarning, match=r"config\.toml is damaged"):
+        assert load_run(tmp_path).config == {}
+
+
 def test_events_are_in_order_and_in_utc(layout: RunLayout) -> None:
     events = load_run(layout.root).events
     assert list(events.columns[:5]) == ["time", "attempt", "kind", "role", "index"]
