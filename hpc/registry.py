@@ -10,8 +10,10 @@ A small HTTP server in the supervisor. Every request needs the job's token; bodi
 
 from __future__ import annotations
 
+import functools
 import hmac
 import json
+import math
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,7 +46,8 @@ class RegistryServer:
         self._closed = False
         self._server = _Server((host, 0), _Handler)
         self._server.registry = self
-        self._thread = threading.Thread(target=self._server.serve_forever, name="registry", daemon=True)
+        serve = functools.partial(self._server.serve_forever, poll_interval=0.1)
+        self._thread = threading.Thread(target=serve, name="registry", daemon=True)
         self._thread.start()
 
     @property
@@ -81,6 +84,8 @@ class RegistryServer:
                 count, wait = int(query.get("count", 1)), float(query.get("wait", 0))
             except ValueError:
                 raise _Refused(400, "count and wait are numbers") from None
+            if not math.isfinite(wait):
+                raise _Refused(400, "wait is a number of seconds")
             return {"roles": self._wait_for(url.path.removeprefix("/roles/"), count, wait)}
         raise _Refused(404, f"no such path: {url.path}")
 

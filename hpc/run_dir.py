@@ -71,7 +71,7 @@ def prepare(layout: RunLayout, args: argparse.Namespace, flags: Flags) -> None:
         _create(layout, config, run_identity(layout.name, args))
     except OSError as error:
         raise UserError(
-            f"the run directory {layout.root} can't be made: {error.strerror or error}."
+            f"can't make the run directory {layout.root}: {error.strerror}: {error.filename}."
         ) from None
 
 

@@ -1,0 +1,75 @@
+"""What `submit` understands: recipes, names, unknown flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpc import config
+from rltrain.arguments import UserError
+
+
+def test_recipes_from_left_to_right_then_flags(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    one.write_text("lr = 1\nseed = 1\nnum_rollout = 1\ncolocate = true")
+    two.write_text("seed = 2\nnum_rollout = 2\ncolocate = false\n[submit]\nname = 'mine'")
+    request = config.read_request([f"@{one}", "--num-rollout", "3", f"@{two}", "--runs-dir", str(tmp_path)])
+    assert request.train == {"lr": ["1"], "seed": ["2"], "num-rollout": ["3"], "colocate": None}
+    assert request.options == config.SubmitOptions(name="mine", runs_dir=tmp_path)
+    assert request.options.layout.root == tmp_path / "mine"
+
+
+def test_built_in_recipes_are_known_by_name_and_parse() -> None:
+    assert {"demo", "demo-sft"} <= set(config.builtin_recipes())
+    for name in config.builtin_recipes():
+        request = config.read_request([f"@{name}"])
+        assert request.options.name == name
+        assert request.train
+
+
+def test_default_names(tmp_path: Path) -> None:
+    recipe = tmp_path / "my-recipe.toml"
+    recipe.write_text("lr = 1")
+    assert config.read_request([]).options.name == "demo"
+    assert config.read_request([f"@{recipe}"]).options.name == "my-recipe"
+    assert config.read_request(["--lr", "1"]).options.name.startswith("run-2")
+    assert config.read_request([f"@{recipe}", "--name", "other"]).options.name == "other"
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--nmae", "x"], "unknown flag --nmae: did you mean --name?"),
+        (
+            ["--rollout-batchsize", "8"],
+            "unknown flag --rollout-batchsize: did you mean --rollout-batch-size?",
+        ),
+        (["--sglang-mem-fraction-statik=1"], "did you mean --sglang-mem-fraction-static?"),
+        (["@nosuch"], "the built-in recipes are @demo, @demo-sft"),
+        (["@/nosuch/file.toml"], "@/nosuch/file.toml: there is no such file"),
+        (["--name", "../x"], "--name '../x'"),
+        (["--name", ".hidden"], "--name '.hidden'"),
+        (["--name", "a" * 101], "at most 100 characters"),
+        (["--nodes", "0"], "--nodes is 0"),
+        (["--nodes", "two"], "--nodes: invalid int value: 'two'"),
+        (["--dry-run", "yes"], "--dry-run: ignored explicit argument 'yes'"),
+    ],
+)
+def test_bad_command_lines(argv: list[str], complaint: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config.read_request(argv)
+    assert complaint in str(caught.value)
+
+
+def test_unknown_flag_in_a_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("leraning-rate = 1\n[optimizer]\nweight_decoy = 0.1")
+    with pytest.raises(UserError, match="unknown flag"):
+        config.read_request([f"@{recipe}"])
+
+
+def test_help_shows_both_kinds_of_flags_in_groups() -> None:
+    text = config.full_parser().format_help()
+    for expected in ("submit:", "--runs-dir DIR", "evaluation:", "--eval-interval N", "@demo-sft"):
+        assert expected in text
