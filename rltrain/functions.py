@@ -6,6 +6,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,18 @@ def load_function(path: str, *, flag: str) -> Callable[..., Any]:
     return function
 
 
-_HINT = " Modules are looked for in the directory that the job was submitted from and among installed packages."
+def explain(error: BaseException) -> str:
+    """What a user's function raised, in one line, and where: `ValueError: … (rewards.py:12, grade)`."""
+    summary = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return summary
+    return f"{summary} ({Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name})"
+
+
+_HINT = (
+    " Modules are looked for in the directory that the job was submitted from and among installed packages."
+)
 
 
 def _split(path: str, flag: str) -> tuple[str, str]:
@@ -73,7 +85,9 @@ def _split(path: str, flag: str) -> tuple[str, str]:
 def _no_such_name(path: str, module_name: str, name: str, names: set[str], flag: str) -> str:
     near = difflib.get_close_matches(name, sorted(names), n=3)
     candidates = near or sorted(each for each in names if not each.startswith("_"))[:10]
-    hint = f" Did you mean {' or '.join(near)}?" if near else f" It has: {', '.join(candidates) or 'nothing'}."
+    hint = (
+        f" Did you mean {' or '.join(near)}?" if near else f" It has: {', '.join(candidates) or 'nothing'}."
+    )
     return f"{flag} {path}: module {module_name} has no {name}.{hint}"
 
 
@@ -87,7 +101,9 @@ def _top_level_names(tree: ast.Module) -> set[str]:
             names.update(alias.asname or alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names.update(each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name))
+            names.update(
+                each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)
+            )
     return names
 
 

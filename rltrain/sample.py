@@ -94,3 +94,12 @@ class Sample:
         if not args.reward_key:
             return self.reward  # type: ignore[return-value]
         return self.reward[args.reward_key]  # type: ignore[index]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-able values."""
+        return {**vars(self), "status": self.status.value}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Sample:
+        """The inverse of `to_dict`."""
+        return cls(**{**fields, "status": cls.Status(fields["status"])})

@@ -56,11 +56,11 @@ def samples_to_table(
     step: int,
     attempt: int,
     dataset: str,
-    rewards: Sequence[float],
+    rewards: Sequence[float | None],
     train_rewards: Sequence[float] | None = None,
     metrics: dict[str, float] | None = None,
 ) -> pa.Table:
-    """Rows of `samples`; `rewards` and `train_rewards` hold one scalar a sample."""
+    """Rows of `samples`; `rewards` (None: not graded) and `train_rewards` hold one scalar a sample."""
     rows = [
         {
             "step": step,

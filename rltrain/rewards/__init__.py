@@ -1,0 +1,1 @@
+"""Rewards: built-in rules, and a pool of processes that runs any reward function safely."""

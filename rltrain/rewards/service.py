@@ -1,0 +1,50 @@
+"""The rewards of the rollout process: one pool a reward function, found without passing it around.
+
+Generation functions have slime's signatures, which hold no pool: hence a module-level one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+
+from rltrain.rewards.pool import RewardPool
+from rltrain.rewards.rules import reward_function_path
+from rltrain.sample import Sample
+
+_pools: dict[tuple[str, str | None], asyncio.Future[RewardPool]] = {}
+
+
+async def grade(args: argparse.Namespace, sample: Sample) -> None:
+    """Grade the sample in place: sets `reward`, or `status` FAILED and `failure`.
+
+    Raises:
+        UserError: no reward function was asked for, or it can't be loaded.
+    """
+    pool = await start(args)
+    grade = await pool.grade(sample)
+    sample.reward, sample.reward_seconds = grade.reward, grade.seconds
+    if grade.metadata is not None:
+        sample.metadata = grade.metadata
+    if grade.failure is not None:
+        sample.status, sample.failure = Sample.Status.FAILED, grade.failure
+
+
+async def start(args: argparse.Namespace) -> RewardPool:
+    """The running pool for the reward that the flags ask for; started by the first call.
+
+    Raises:
+        UserError: see `grade`.
+    """
+    path = reward_function_path(args)
+    key = (path, args.reward_key)
+    if key not in _pools:
+        _pools[key] = asyncio.ensure_future(RewardPool.start(args, path))
+    return await _pools[key]
+
+
+async def close() -> None:
+    """End all pools."""
+    while _pools:
+        _, pool = _pools.popitem()
+        await (await pool).close()

@@ -1,0 +1,140 @@
+"""One process of the reward pool: `python -m rltrain.rewards.worker FD`.
+
+FD is a socket to the pool. Messages are pickles behind their length (4 bytes, big endian). The first one is
+`(args, path of the reward function)` and is answered by None or the reason why it can't be loaded. Then come
+`(number, sample)`, answered by `(number, Grade)` in any order: coroutine functions run side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import pickle
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rltrain.arguments.errors import UserError
+from rltrain.functions import explain, load_function
+from rltrain.processes import die_with_parent
+from rltrain.sample import Sample
+
+LENGTH = struct.Struct(">I")
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What became of one sample: its reward, or the reason why there is none."""
+
+    reward: float | dict[str, Any] | None
+    failure: str | None
+    seconds: float
+    metadata: dict[str, Any] | None = None  # the sample's, where the reward function changed it
+
+
+def main() -> None:
+    """Serve the pool on the other end of the socket until it closes."""
+    die_with_parent()
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    asyncio.run(_serve(connection))
+
+
+async def _serve(connection: socket.socket) -> None:
+    reader, writer = await asyncio.open_connection(sock=connection)
+    args, path = await read_message(reader)
+    try:
+        function = load_function(path, flag="--custom-rm-path")
+    except UserError as error:
+        write_message(writer, str(error))
+        await writer.drain()
+        return
+    write_message(writer, None)
+    running: set[asyncio.Task[None]] = set()
+    try:
+        while True:
+            number, sample = await read_message(reader)
+            if inspect.iscoroutinefunction(function):
+                task = asyncio.create_task(_answer(writer, number, function, args, sample))
+                running.add(task)
+                task.add_done_callback(running.discard)
+            else:
+                await _answer(writer, number, function, args, sample)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return  # the pool is gone
+
+
+async def _answer(
+    writer: asyncio.StreamWriter, number: int, function: Callable[..., Any], args: Any, sample: Sample
+) -> None:
+    write_message(writer, (number, await grade(function, args, sample)))
+
+
+async def grade(function: Callable[..., Any], args: Any, sample: Sample) -> Grade:
+    """Run the reward function on a sample; whatever goes wrong becomes the grade's `failure`."""
+    metadata_before = pickle.dumps(sample.metadata)
+    began = time.perf_counter()
+    try:
+        reward = function(args, sample)
+        if inspect.isawaitable(reward):
+            reward = await asyncio.wait_for(reward, args.reward_timeout)
+        reward = checked(reward, args.reward_key)
+    except Exception as error:
+        seconds = time.perf_counter() - began
+        if isinstance(error, TimeoutError) and seconds >= args.reward_timeout:
+            return Grade(
+                None, f"the reward took longer than --reward-timeout {args.reward_timeout:g} s", seconds
+            )
+        return Grade(None, explain(error), seconds)
+    seconds = time.perf_counter() - began
+    changed = pickle.dumps(sample.metadata) != metadata_before
+    return Grade(reward, None, seconds, sample.metadata if changed else None)
+
+
+def checked(reward: Any, reward_key: str | None) -> float | dict[str, Any]:
+    """The reward as a float, or as the dict that holds one under `reward_key`.
+
+    Raises:
+        ValueError: it is neither, or not a finite number.
+    """
+    value = reward
+    if reward_key:
+        if not isinstance(reward, dict) or reward_key not in reward:
+            raise ValueError(
+                f"the reward is {reward!r}, where a dict with the --reward-key {reward_key!r} is wanted"
+            )
+        value = reward[reward_key]
+    elif isinstance(reward, dict):
+        raise ValueError(
+            f"the reward is a dict with {', '.join(map(repr, reward))}: name one with --reward-key"
+        )
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"the reward is {value!r}, where a number is wanted") from None
+    if not math.isfinite(number):
+        raise ValueError(f"the reward is {number}, where a finite number is wanted")
+    return {**reward, reward_key: number} if reward_key else number
+
+
+async def read_message(reader: asyncio.StreamReader) -> Any:
+    """The next message; `asyncio.IncompleteReadError` at the end."""
+    (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+    return pickle.loads(await reader.readexactly(length))
+
+
+def write_message(writer: asyncio.StreamWriter, message: Any) -> None:
+    """Send a message; not waited for."""
+    data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    writer.write(LENGTH.pack(len(data)) + data)
+
+
+if __name__ == "__main__":
+    # Under this name, so that the pool can unpickle what it gets from here.
+    from rltrain.rewards import worker
+
+    worker.main()

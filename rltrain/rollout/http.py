@@ -1,0 +1,93 @@
+"""The asyncio HTTP client of everything that generates: one connection pool, retries, the job's token."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import aiohttp
+
+orjson: ModuleType | None
+try:
+    import orjson  # several times faster than json; comes with SGLang
+except ImportError:
+    orjson = None
+
+# How long a request may find nobody who answers: an engine that died is replaced within minutes.
+RETRY_SECONDS = 300.0
+_FIRST_DELAY, _LONGEST_DELAY = 0.05, 5.0
+_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+_dumps: Callable[[Any], bytes] = orjson.dumps if orjson else lambda value: json.dumps(value).encode()
+_loads: Callable[[bytes], Any] = orjson.loads if orjson else json.loads
+
+
+class GenerationError(RuntimeError):
+    """A request that failed for good; the message has the server's words."""
+
+
+class HttpClient:
+    """POSTs JSON from within one event loop."""
+
+    def __init__(self, token: str) -> None:
+        # No limit on connections: how many requests are in flight is bounded by who sends them. No timeout:
+        # a long response takes as long as it takes.
+        self._session = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
+            trust_env=False,
+            skip_auto_headers=("User-Agent", "Accept-Encoding"),
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._session.close()
+
+    async def post(self, url: str, payload: Any, retry_seconds: float = RETRY_SECONDS) -> Any:
+        """The JSON answer; tried again, ever more slowly, while the server is away or overloaded.
+
+        Raises:
+            GenerationError: the server refused the request, or did not answer for `retry_seconds`.
+        """
+        body = _dumps(payload)
+        deadline = asyncio.get_running_loop().time() + retry_seconds
+        delay = _FIRST_DELAY
+        while True:
+            try:
+                async with self._session.post(url, data=body) as response:
+                    content = await response.read()
+                    if response.status == 200:
+                        return _loads(content)
+                    problem = f"{url}: {response.status} {content.decode(errors='replace').strip()[:1000]}"
+                    if response.status not in _RETRIED:
+                        raise GenerationError(problem)
+            except aiohttp.ClientError as error:
+                problem = f"{url}: {type(error).__name__}: {error}"
+            if asyncio.get_running_loop().time() + delay > deadline:
+                raise GenerationError(f"{problem} (given up after {retry_seconds:.0f} s of trying)")
+            await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # not all at once
+            delay = min(2 * delay, _LONGEST_DELAY)
+
+
+_client: HttpClient | None = None
+
+
+def set_client(client: HttpClient | None) -> None:
+    """Make `client` the one that `post` uses: generation functions are called without any."""
+    global _client
+    _client = client
+
+
+async def post(url: str, payload: Any, max_retries: int | None = None) -> Any:
+    """POST JSON with the job's client; for custom generation functions (slime's name and arguments).
+
+    `max_retries` is accepted for slime's sake; what bounds the retries here is time.
+    """
+    if _client is None:
+        raise RuntimeError("no HTTP client: generation functions run inside the rollout process")
+    return await _client.post(url, payload)

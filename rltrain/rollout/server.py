@@ -1,0 +1,128 @@
+"""The rollout role: an HTTP server that hands out batches to the trainer.
+
+POST /load, /generate and /eval, each with `{"rollout_id": k}` and the job's token. /generate answers with an
+Arrow IPC stream, and errors are answered as 500 with `{"error": message}`. A repeated request (the trainer
+lost the connection) gets what the first one made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import signal
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+from aiohttp import web
+
+from rltrain import arguments
+from rltrain.arguments.errors import UserError
+from rltrain.functions import explain
+from rltrain.rewards import service as rewards
+from rltrain.rollout.http import HttpClient, set_client
+from rltrain.rollout.manager import RolloutManager
+from rltrain.rollout.setup import prepare_args
+from rltrain.runtime import Registry, RoleContext
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def make_app(manager: RolloutManager, token: str) -> web.Application:
+    """The application; `token` is what every request must carry."""
+    running: dict[tuple[str, int], asyncio.Task[Any]] = {}
+
+    async def once(what: str, rollout_id: int, work: Callable[[int], Awaitable[Any]]) -> Any:
+        """Join the work that is already under way for this step, and outlive the request that began it."""
+        key = (what, rollout_id)
+        if key not in running:
+            running[key] = asyncio.ensure_future(work(rollout_id))
+            running[key].add_done_callback(lambda _: running.pop(key, None))
+        return await asyncio.shield(running[key])
+
+    async def load(request: web.Request) -> web.Response:
+        manager.load(await _rollout_id(request))
+        return web.json_response({})
+
+    async def generate(request: web.Request) -> web.Response:
+        table = await once("generate", await _rollout_id(request), manager.generate)
+        return web.Response(body=_ipc_stream(table), content_type="application/vnd.apache.arrow.stream")
+
+    async def evaluate(request: web.Request) -> web.Response:
+        return web.json_response(await once("eval", await _rollout_id(request), manager.evaluate))
+
+    app = web.Application(middlewares=[_require_token(token), _errors_as_json])
+    app.add_routes([web.post("/load", load), web.post("/generate", generate), web.post("/eval", evaluate)])
+    return app
+
+
+def _require_token(token: str) -> Any:
+    expected = f"Bearer {token}".encode()
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode()
+        if not hmac.compare_digest(given, expected):
+            return web.json_response({"error": "the job's token is missing or wrong"}, status=401)
+        return await handler(request)
+
+    return middleware
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException:
+        raise
+    except UserError as error:
+        return web.json_response({"error": str(error)}, status=500)
+    except Exception as error:
+        traceback.print_exc()
+        return web.json_response({"error": explain(error)}, status=500)
+
+
+async def _rollout_id(request: web.Request) -> int:
+    try:
+        return int((await request.json())["rollout_id"])
+    except (ValueError, KeyError, TypeError):
+        raise web.HTTPBadRequest(text='the body must be {"rollout_id": number}') from None
+
+
+def _ipc_stream(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+async def serve(context: RoleContext) -> None:
+    """Prepare everything, announce the role, and serve until SIGTERM.
+
+    Raises:
+        UserError: prompts, tokenizer or a custom function are not as they should be.
+    """
+    args = arguments.load(context.run_dir)
+    prepare_args(args, context.layout)
+    registry = Registry(context)
+    manager = RolloutManager(args, context.layout, context.attempt)
+    client = HttpClient(context.token)
+    set_client(client)
+    if not args.debug_train_only:
+        await rewards.start(args)
+        router = urlsplit((await asyncio.to_thread(registry.wait_for, "router"))[0].url)
+        args.sglang_router_ip, args.sglang_router_port = router.hostname, router.port
+    runner = web.AppRunner(make_app(manager, context.token), access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, context.host, 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    await asyncio.to_thread(registry.register, f"http://{host}:{port}")
+    await stopped.wait()
+    await runner.cleanup()
+    await rewards.close()
+    await client.close()

@@ -1,0 +1,72 @@
+"""The default generation function: one prompt to the router, one response back, as token ids."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rltrain.rollout.http import GenerationError, post
+from rltrain.sample import Sample
+
+_STATUS = {
+    "stop": Sample.Status.COMPLETED,
+    "length": Sample.Status.TRUNCATED,
+    "abort": Sample.Status.ABORTED,
+}
+
+
+async def generate(args: argparse.Namespace, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
+    """Continue the sample's tokens by one response, with the engine's log-prob of every token.
+
+    Raises:
+        GenerationError: the tokens can't be sent, or the engine refused them.
+    """
+    check_input_ids(sample.tokens, args.vocab_size)
+    room = min(sampling_params["max_new_tokens"], args.rollout_max_context_len - len(sample.tokens))
+    if room <= 0:
+        sample.status = Sample.Status.TRUNCATED
+        return sample
+    output = await post(
+        f"http://{args.sglang_router_ip}:{args.sglang_router_port}/generate",
+        {
+            "input_ids": sample.tokens,
+            "sampling_params": {**sampling_params, "max_new_tokens": room},
+            "return_logprob": True,
+        },
+    )
+    return update_sample(sample, output)
+
+
+def update_sample(sample: Sample, output: dict[str, Any]) -> Sample:
+    """Append an engine's answer to the sample: tokens, log-probs, text, status, weight versions.
+
+    Raises:
+        GenerationError: the engine gave up on the request, or returned no log-probs.
+    """
+    meta = output["meta_info"]
+    reason = meta["finish_reason"]
+    if reason["type"] == "abort" and reason.get("status_code"):
+        raise GenerationError(f"the engine gave up on the request: {reason.get('message')}")
+    if "output_token_logprobs" not in meta:
+        raise GenerationError("the engine returned no log-probs (meta_info has no output_token_logprobs)")
+    entries = meta["output_token_logprobs"]  # (log-prob, token id, text) each
+    sample.append_response_tokens([entry[1] for entry in entries], [entry[0] for entry in entries])
+    sample.response += output.get("text", "")
+    for span in meta.get("weight_versions") or [{"version": meta["weight_version"]}]:
+        if span["version"] not in sample.weight_versions:
+            sample.weight_versions.append(span["version"])
+    sample.status = _STATUS[reason["type"]]
+    return sample
+
+
+def check_input_ids(ids: list[int], vocab_size: int) -> None:
+    """An id outside the vocabulary would end the engine: refuse it here.
+
+    Raises:
+        GenerationError: there is one, or there are no ids at all.
+    """
+    if not ids:
+        raise GenerationError("the sample has no prompt tokens")
+    for worst in (max(ids), min(ids)):
+        if not 0 <= worst < vocab_size:
+            raise GenerationError(f"token id {worst} is outside the model's vocabulary of {vocab_size}")
