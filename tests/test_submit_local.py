@@ -233,6 +233,18 @@ def test_killed_submit_leaves_nothing_and_a_saved_run(job: Job) -> None:
     assert (job.layout.checkpoints / "latest_checkpointed_iteration.txt").exists()
 
 
+def test_killed_submit_and_supervisor_take_the_roles_with_them(job: Job) -> None:
+    process = job.start(steps=1000, engine=["serve"])
+    wait_until(lambda: job.steps())
+    supervisor = job.supervisor_pid()
+    process.kill()
+    os.kill(supervisor, signal.SIGKILL)
+    wait_until(lambda: not job.living())
+
+    assert job.events("attempt_finished") == []
+    assert job.finish(steps=1)[0] == 0  # and nothing stands in the way of the next attempt
+
+
 def test_second_submit_is_refused_while_the_first_runs(job: Job) -> None:
     job.start(steps=1000)
     wait_until(lambda: job.steps())
