@@ -26,8 +26,12 @@ def check_function(path: str, *, flag: str) -> None:
     module_name, name = _split(path, flag)
     try:
         spec = importlib.util.find_spec(module_name)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{flag} {path}: module {module_name} can't be found ({error}).{_HINT}") from None
+    except ModuleNotFoundError:
+        spec = None
+    except Exception as error:
+        raise UserError(
+            f"{flag} {path}: the packages above {module_name} can't be imported ({explain(error)})."
+        ) from None
     if spec is None:
         raise UserError(f"{flag} {path}: there is no module {module_name}.{_HINT}")
     if spec.origin is None or not spec.origin.endswith(".py"):
@@ -35,7 +39,7 @@ def check_function(path: str, *, flag: str) -> None:
     try:
         tree = ast.parse(Path(spec.origin).read_bytes())
     except SyntaxError as error:
-        raise UserError(f"{flag} {path}: {spec.origin}, line {error.lineno}: {error.msg}.") from None
+        raise UserError(f"{flag} {path}: {spec.origin}:{error.lineno}: {error.msg}.") from None
     names = _top_level_names(tree)
     if name not in names and "*" not in names:
         raise UserError(_no_such_name(path, module_name, name, names, flag))
@@ -51,8 +55,7 @@ def load_function(path: str, *, flag: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{flag} {path}: importing {module_name} failed with {reason}.{_HINT}") from error
+        raise UserError(f"{flag} {path}: importing {module_name} failed: {explain(error)}.{_HINT}") from error
     function = getattr(module, name, None)
     if function is None:
         raise UserError(_no_such_name(path, module_name, name, set(dir(module)), flag))
@@ -78,17 +81,15 @@ _HINT = (
 def _split(path: str, flag: str) -> tuple[str, str]:
     module_name, _, name = path.rpartition(".")
     if not module_name or not name.isidentifier():
-        raise UserError(f"{flag} {path}: give an import path of the form package.module.function.")
+        raise UserError(f"{flag} {path}: give an import path such as package.module.function.")
     return module_name, name
 
 
 def _no_such_name(path: str, module_name: str, name: str, names: set[str], flag: str) -> str:
-    near = difflib.get_close_matches(name, sorted(names), n=3)
-    candidates = near or sorted(each for each in names if not each.startswith("_"))[:10]
-    hint = (
-        f" Did you mean {' or '.join(near)}?" if near else f" It has: {', '.join(candidates) or 'nothing'}."
-    )
-    return f"{flag} {path}: module {module_name} has no {name}.{hint}"
+    near = difflib.get_close_matches(name, sorted(names), n=1)
+    public = ", ".join(sorted(each for each in names if not each.startswith("_"))[:10])
+    hint = f"did you mean {near[0]}?" if near else f"it has {public or 'nothing'}."
+    return f"{flag} {path}: module {module_name} has no function {name}; {hint}"
 
 
 def _top_level_names(tree: ast.Module) -> set[str]:
