@@ -90,9 +90,16 @@ def test_missing_flags_are_named_together() -> None:
 
 def test_engine_flags_pass_through_with_their_types() -> None:
     args = parse(
-        "--sglang-mem-fraction-static", "0.5", "--sglang-enable-metrics", "--router-policy", "random"
-    )
-    assert args.sglang == {"mem_fraction_static": 0.5, "enable_metrics": True}
+        "--sglang-mem-fraction-static", "0.5", "--sglang-enable-metrics", "--router-policy", "random",
+        # SGLang reads these with converters of its own
+        "--sglang-max-total-tokens", "16384", "--sglang-extra-metric-labels", '{"a": "b"}',
+    )  # fmt: skip
+    assert args.sglang == {
+        "mem_fraction_static": 0.5,
+        "enable_metrics": True,
+        "max_total_tokens": 16384,
+        "extra_metric_labels": {"a": "b"},
+    }
     assert args.router == {"policy": "random"}
 
 

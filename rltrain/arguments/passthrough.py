@@ -6,6 +6,8 @@ Which exist is read from `engine_flags.txt` (see `snapshot.py`), so that this ne
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,14 @@ RESERVED = {
     },
     "router": {"host", "port", "worker-urls", "prometheus-port", "api-key", "model-path"},
 }
-_TYPES = {"int": int, "float": float, "str": str, "list": str}
+_TYPES: dict[str, Callable[[str], Any]] = {
+    "int": int, "float": float, "str": str, "list": str, "ints": int, "json": json.loads,
+}  # fmt: skip
 
 
 @cache
 def engine_flags() -> dict[str, dict[str, str]]:
-    """`{"sglang": {flag: kind}, "router": {…}}`; kinds are bool, int, float, str and list."""
+    """`{"sglang": {flag: kind}, "router": {…}}`; kinds are those of `snapshot.py`."""
     flags: dict[str, dict[str, str]] = {"sglang": {}, "router": {}}
     for line in Path(__file__).with_name("engine_flags.txt").read_text().splitlines():
         prefix, flag, kind = line.split()
@@ -68,8 +72,8 @@ def add_passthrough_flags(parser: argparse.ArgumentParser) -> None:
                 f"--{prefix}-{flag}",
                 action=_Store,
                 dest=f"{prefix}_{flag.replace('-', '_')}",
-                nargs=0 if kind == "bool" else "+" if kind == "list" else None,
-                type=None if kind == "bool" else _TYPES[kind],
+                nargs=0 if kind == "bool" else "+" if kind in ("list", "ints") else None,
+                type=_TYPES.get(kind, str),
                 default=argparse.SUPPRESS,
                 help=argparse.SUPPRESS,
             )

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 SNAPSHOT = Path(__file__).with_name("engine_flags.txt")
 
 
 def describe(prefix: str, parser: argparse.ArgumentParser) -> list[str]:
-    """One line a flag: prefix, flag without dashes, kind (bool, int, float, str or list)."""
+    """One line a flag: prefix, flag without dashes, kind (bool, int, float, str, json, list or ints)."""
     lines = []
     for action in parser._actions:
         for option in action.option_strings:
@@ -27,15 +28,31 @@ def _kind(action: argparse.Action) -> str:
     if action.nargs == 0:
         return "bool"
     if action.nargs in ("*", "+") or isinstance(action.nargs, int):
-        return "list"
-    return {int: "int", float: "float"}.get(action.type, "str")  # type: ignore[call-overload]
+        return "ints" if action.type is int else "list"
+    # SGLang has converters of its own (json.loads, "64k" as a number): tell them by what they make of a text.
+    for text in ("{}", "[]", "1"):
+        kind = _KIND_OF.get(type(_converted(action, text)))
+        if kind:
+            return kind
+    return "str"
+
+
+_KIND_OF: dict[type, str] = {dict: "json", list: "json", int: "int", float: "float"}
+
+
+def _converted(action: argparse.Action, text: str) -> Any:
+    """What the flag's converter makes of `text`; None if it refuses it."""
+    try:
+        return action.type(text) if callable(action.type) else text
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        return None
 
 
 def installed_flags() -> list[str]:
     """The lines for the packages that are installed here; imports SGLang (seconds)."""
-    from rltrain.sglang import cpu_launcher
+    from rltrain.sglang import cpu
 
-    cpu_launcher.install()
+    cpu.install()
     from sglang.srt.server_args import ServerArgs
     from sglang_router.router_args import RouterArgs
 
