@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from hpc.feed import RunFeed, RunState
 from hpc.layout import RunLayout
 from hpc.view import clock
+
+NOTEBOOK = Path(__file__).parent.parent / "analysis" / "notebooks" / "1_read_a_run.ipynb"
 
 
 def summary_rows(
@@ -34,8 +37,9 @@ def next_commands(layout: RunLayout, finished: bool, num_rollout: int) -> list[t
     submit = f"python -m hpc.submit --name {layout.name} --runs-dir {shlex.quote(str(layout.root.parent))}"
     more = ("train on", f"{submit} --num-rollout {2 * num_rollout}") if finished else ("resume", submit)
     return [
-        ("metrics", _python(layout, "print(run.steps)")),
-        ("a sample", _python(layout, "print(run.samples.iloc[-1])")),
+        ("samples", f"python -m analysis.sample {run} --worst"),
+        ("notebook", f"SLURMLIME_RUN={run} jupyter lab {shlex.quote(str(NOTEBOOK))}"),
+        ("pandas", _python(layout, "print(run.steps)")),
         more,
         ("logs", f"ls {run}/logs/latest"),
     ]

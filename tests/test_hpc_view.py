@@ -118,8 +118,16 @@ def test_next_commands_survive_the_shell(tmp_path: Path, folder: str) -> None:
     assert shlex.split(commands["resume"]) == [
         "python", "-m", "hpc.submit", "--name", "job", "--runs-dir", str(layout.root.parent),
     ]  # fmt: skip
+    assert shlex.split(commands["samples"]) == [
+        "python",
+        "-m",
+        "analysis.sample",
+        str(layout.root),
+        "--worst",
+    ]
+    assert summary.NOTEBOOK.is_file()
     words = subprocess.run(
-        ["bash", "-c", f'python() {{ printf "%s\\0" "$@"; }}; {commands["metrics"]}'],
+        ["bash", "-c", f'python() {{ printf "%s\\0" "$@"; }}; {commands["pandas"]}'],
         capture_output=True,
         text=True,
     ).stdout.split("\0")
