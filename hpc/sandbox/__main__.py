@@ -1,0 +1,103 @@
+"""`python -m hpc.sandbox up|down|env|power-off|power-on DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from hpc.sandbox.cluster import Sandbox
+from hpc.sandbox.spec import ClusterSpec
+from rltrain.arguments.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        args.act(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m hpc.sandbox",
+        description="A real Slurm of several nodes on this machine, below one directory.",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    default = ClusterSpec()
+    up = _verb(verbs, "up", _up, "start it; returns when every node is idle")
+    up.add_argument("--nodes", type=int, default=default.nodes, help="nodes with GPUs (%(default)s)")
+    up.add_argument("--gpus", type=int, default=default.gpus, help="GPUs of each of them (%(default)s)")
+    up.add_argument(
+        "--gpu-types", default=",".join(default.gpu_types), help="shared out among the nodes (%(default)s)"
+    )
+    up.add_argument(
+        "--cpu-nodes", type=int, default=default.cpu_nodes, help="nodes without GPUs (%(default)s)"
+    )
+    up.add_argument("--cpus", type=int, default=default.cpus, help="CPUs that each node claims (%(default)s)")
+    up.add_argument(
+        "--accounting", action="store_true", help="with slurmdbd and MariaDB, so that sacct answers"
+    )
+    _verb(verbs, "down", _down, "stop it and all that runs on it")
+    _verb(verbs, "env", _env, 'print what to export: eval "$(python -m hpc.sandbox env DIR)"')
+    for name, act, what in (
+        ("power-off", _power_off, "cut a node's power"),
+        ("power-on", _power_on, "restore it"),
+    ):
+        _verb(verbs, name, act, what).add_argument("node")
+    return parser
+
+
+def _verb(
+    verbs: Any, name: str, act: Callable[[argparse.Namespace], None], what: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=what, description=what)
+    parser.add_argument("directory", metavar="DIR")
+    parser.set_defaults(act=act)
+    return parser
+
+
+def _up(args: argparse.Namespace) -> None:
+    spec = ClusterSpec(
+        nodes=args.nodes,
+        gpus=args.gpus,
+        gpu_types=tuple(args.gpu_types.split(",")),
+        cpu_nodes=args.cpu_nodes,
+        cpus=args.cpus,
+        accounting=args.accounting,
+    )
+    begin = time.monotonic()
+    Sandbox(args.directory, spec).up()
+    print(f"# up in {time.monotonic() - begin:.1f} s; stop it: python -m hpc.sandbox down {args.directory}")
+    _env(args)
+
+
+def _down(args: argparse.Namespace) -> None:
+    Sandbox(args.directory).down()
+
+
+def _env(args: argparse.Namespace) -> None:
+    sandbox = Sandbox(args.directory)
+    if not sandbox.is_up:
+        raise UserError(
+            f"no sandbox is up in {sandbox.directory}. Start it: python -m hpc.sandbox up {args.directory}"
+        )
+    print(f"export SLURM_CONF={sandbox.env['SLURM_CONF']}")
+
+
+def _power_off(args: argparse.Namespace) -> None:
+    Sandbox(args.directory).power_off(args.node)
+
+
+def _power_on(args: argparse.Namespace) -> None:
+    Sandbox(args.directory).power_on(args.node)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""The process in charge of a sandbox: starts every daemon, does what it is told, and takes all down with it.
+
+    python -m hpc.sandbox.server DIR OWNER_PID READY_FD
+
+OWNER_PID (0 for none) is the process without which the sandbox must not go on. On READY_FD goes `ready`, or what
+went wrong. Everything below this process ends with it, however it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import secrets
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from hpc.processes import become_subreaper
+from hpc.sandbox import config, control, database, nodes
+from hpc.sandbox.daemons import DaemonError, Daemons
+from hpc.sandbox.layout import Layout
+from hpc.sandbox.packages import find_program, search_path
+from hpc.sandbox.spec import Addresses, ClusterSpec, choose_addresses
+from hpc.slurm.environment import without_slurm
+from rltrain.arguments.errors import UserError
+
+_REAP_SECONDS = 1.0
+
+
+class SandboxServer:
+    """One cluster, from boot to shutdown."""
+
+    def __init__(self, layout: Layout, spec: ClusterSpec) -> None:
+        self._layout, self._spec = layout, spec
+        self._user = pwd.getpwuid(os.geteuid()).pw_name
+        self._stopping = False
+        env = without_slurm(os.environ) | {"SLURM_CONF": str(layout.slurm_conf), "PATH": search_path()}
+        self._daemons = Daemons(layout.log, env)
+
+    def boot(self) -> None:
+        """Start all daemons; returns when every node is idle.
+
+        Raises:
+            DaemonError: one of them did not come up.
+        """
+        self._log("boot")
+        if self._spec.accounting:
+            database.start_database(self._daemons, self._layout, self._user)
+        addresses = choose_addresses(len(self._spec.node_names))
+        self._write_config(addresses)
+        self._start_munge()
+        if self._spec.accounting:
+            database.start_slurmdbd(self._daemons, self._layout, addresses, self._user)
+            self._log("slurmdbd answers")
+        self._daemons.start("slurmctld", nodes.controller_command(self._layout))
+        for name in self._spec.node_names:
+            self._daemons.start(name, nodes.node_command(name, self._layout))
+        self._daemons.wait_until(self._all_idle, "idle nodes")
+        self._log("every node is idle")
+
+    def serve(self, listener: socket.socket, owner: int | None) -> None:
+        """Do commands until one says stop, the owner (a pidfd) has ended, or slurmctld has."""
+        watched = [listener.fileno()] + ([] if owner is None else [owner])
+        while not self._stopping:
+            readable, _, _ = select.select(watched, [], [], _REAP_SECONDS)
+            self._daemons.reap()
+            if owner in readable:
+                self._stop("the owner has ended")
+            elif not self._daemons.is_running("slurmctld"):
+                self._stop("slurmctld has ended")
+            elif readable:
+                control.answer(listener, self._handle)
+
+    def shut_down(self) -> None:
+        """End everything. No daemon needs to save anything: the next boot starts from nothing."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        left = self._daemons.kill_all()
+        self._layout.control_socket.unlink(missing_ok=True)
+        self._log(f"down, processes left: {left}")
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        match message["command"]:
+            case "ping":
+                pass
+            case "stop":
+                self._stop("asked to stop")
+            case "power_off":
+                self._daemons.kill(self._known(message["node"]))
+            case "power_on":
+                name = self._known(message["node"])
+                if not self._daemons.is_running(name):
+                    self._daemons.start(name, nodes.node_command(name, self._layout))
+            case other:
+                raise ValueError(f"unknown command {other!r}")
+
+    def _known(self, name: str) -> str:
+        if name not in self._spec.node_names:
+            raise ValueError(f"there is no node {name!r}, only {', '.join(self._spec.node_names)}")
+        return name
+
+    def _write_config(self, addresses: Addresses) -> None:
+        layout, spec = self._layout, self._spec
+        layout.slurm_conf.write_text(config.slurm_conf(spec, addresses, layout, self._user))
+        (layout.etc / "gres.conf").write_text(config.gres_conf(spec, layout))
+        (layout.etc / "hosts").write_text(config.hosts_file(spec, addresses, socket.gethostname()))
+        (layout.etc / "cgroup.conf").write_text("CgroupAutomount=no\n")
+        (layout.state / "slurmctld").mkdir()
+        (layout.state / "dev").mkdir()
+        for index in range(spec.gpus):
+            (layout.state / "dev" / f"gpu{index}").symlink_to("/dev/null")
+
+    def _start_munge(self) -> None:
+        private = self._layout.state / "munge"
+        private.mkdir(mode=0o700)
+        key = private / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        layout = self._layout
+        files = [f"--key-file={key}", f"--seed-file={private}/munged.seed", f"--socket={layout.munge_socket}"]
+        files += [f"--pid-file={layout.run}/munged.pid", f"--log-file={layout.log}/munged.log"]
+        # --force: munged dislikes log files and sockets in directories that others could rename, such as those in /tmp
+        self._daemons.start(
+            "munged", [find_program("munged"), "--foreground", "--force", "--num-threads=2", *files]
+        )
+        self._daemons.wait_until(layout.munge_socket.exists, "munged")
+
+    def _all_idle(self) -> bool:
+        try:
+            listing = self._daemons.run([find_program("sinfo"), "-h", "-N", "-o", "%N %T"])
+        except DaemonError:  # slurmctld does not answer yet
+            return False
+        states = dict(line.split() for line in listing.splitlines())
+        return set(states) == set(self._spec.node_names) and set(states.values()) == {"idle"}
+
+    def _stop(self, why: str) -> None:
+        self._log(why)
+        self._stopping = True
+
+    def _log(self, what: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGINT."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main() -> None:
+    """Boot, tell whether that worked, serve, clean up."""
+    root, owner_pid, ready_fd = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    os.set_inheritable(ready_fd, False)
+    os.umask(0o022)  # other users are to read slurm.conf and to reach munge
+    become_subreaper()
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, _terminate)
+    layout = Layout(root)
+    server = SandboxServer(layout, ClusterSpec.from_json(layout.spec.read_text()))
+    try:
+        owner = os.pidfd_open(owner_pid) if owner_pid else None
+        listener = control.listen(layout.control_socket)
+        with os.fdopen(ready_fd, "w") as ready:
+            try:
+                server.boot()
+                ready.write("ready")
+            except (DaemonError, OSError, UserError, subprocess.SubprocessError) as problem:
+                ready.write(str(problem))
+                return
+        server.serve(listener, owner)
+    except (_Terminated, BrokenPipeError, ProcessLookupError):  # whoever wanted the sandbox has gone
+        pass
+    finally:
+        server.shut_down()
+
+
+if __name__ == "__main__":
+    main()

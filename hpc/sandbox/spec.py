@@ -1,0 +1,129 @@
+"""What a sandbox looks like (chosen by its user) and where it listens (chosen when it starts)."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import socket
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+
+from rltrain.arguments.errors import UserError
+
+MAX_NODES = 200  # they are numbered from 10 in the last byte of their address
+# Below the kernel's usual range for outgoing connections, so that none of those takes a port we have chosen.
+_PORTS = range(10_000, 32_000)
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """The shape of the cluster.
+
+    Attributes:
+        nodes: GPU nodes, `node1` to `nodeN`.
+        gpus: GPUs of each of them; 0 for none.
+        gpu_types: the GPU nodes are shared out evenly among these types, in order.
+        cpu_nodes: nodes without GPUs, `cpu1` to `cpuN`, in the partition `cpu`.
+        cpus: CPUs that each node claims to have; nothing stops jobs from using more.
+        memory_mb: memory that each node claims to have, MiB.
+        accounting: run slurmdbd and MariaDB, so that sacct answers.
+        extra_conf: lines added to slurm.conf.
+    """
+
+    nodes: int = 6
+    gpus: int = 4
+    gpu_types: tuple[str, ...] = ("h100", "a100")
+    cpu_nodes: int = 1
+    cpus: int = 16
+    memory_mb: int = 64_000
+    accounting: bool = False
+    extra_conf: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that slurm.conf can't say."""
+        if self.nodes < 1 or self.cpu_nodes < 0 or len(self.node_names) > MAX_NODES:
+            raise UserError(f"a sandbox has 1 to {MAX_NODES} nodes, not {self.nodes} + {self.cpu_nodes}.")
+        if self.gpus < 0 or self.cpus < 1 or self.memory_mb < 1:
+            raise UserError("a node has at least one CPU, some memory, and no fewer than 0 GPUs.")
+        if self.gpus and not all(re.fullmatch(r"[a-z][a-z0-9_]*", kind) for kind in self.gpu_types or ("",)):
+            raise UserError(f"GPU types are words like h100, not {','.join(self.gpu_types) or 'nothing'}.")
+
+    def to_json(self) -> str:
+        """For `from_json`."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> ClusterSpec:
+        """The inverse of `to_json`."""
+        fields = json.loads(text)
+        return cls(**{**fields, "gpu_types": tuple(fields["gpu_types"])})
+
+    @property
+    def gpu_node_names(self) -> list[str]:
+        """Names of the nodes with GPUs (or that would have them)."""
+        return [f"node{i}" for i in range(1, self.nodes + 1)]
+
+    @property
+    def node_names(self) -> list[str]:
+        """Names of all nodes."""
+        return self.gpu_node_names + [f"cpu{i}" for i in range(1, self.cpu_nodes + 1)]
+
+    def gpu_type(self, node: str) -> str | None:
+        """Type of a node's GPUs, None if it has none."""
+        if node not in self.gpu_node_names or not self.gpus:
+            return None
+        return self.gpu_types[self.gpu_node_names.index(node) * len(self.gpu_types) // self.nodes]
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where the daemons listen.
+
+    Attributes:
+        network: first three bytes of the nodes' addresses; every sandbox has its own.
+        first_port: slurmctld's; slurmdbd's is the next one, then one for each node's slurmd.
+    """
+
+    network: str
+    first_port: int
+
+    @property
+    def slurmctld_port(self) -> int:
+        """On 127.0.0.1."""
+        return self.first_port
+
+    @property
+    def slurmdbd_port(self) -> int:
+        """On 127.0.0.1."""
+        return self.first_port + 1
+
+    def slurmd_port(self, index: int) -> int:
+        """Port of the slurmd of the node with this number, from 0."""
+        return self.first_port + 2 + index
+
+    def node(self, index: int) -> str:
+        """IPv4 address of the node with this number, from 0."""
+        return f"{self.network}.{10 + index}"
+
+
+def choose_addresses(nodes: int) -> Addresses:
+    """A network below 127/8 and a run of free TCP ports for a cluster of `nodes` nodes."""
+    chance = random.SystemRandom()  # two sandboxes must differ whatever seed their owners have set
+    network = f"127.{chance.randint(1, 250)}.{chance.randint(0, 250)}"
+    for _ in range(200):
+        first = chance.randrange(_PORTS.start, _PORTS.stop - nodes - 2)
+        if all_free(range(first, first + nodes + 2)):
+            return Addresses(network, first)
+    raise OSError(f"no {nodes + 2} consecutive free TCP ports between {_PORTS.start} and {_PORTS.stop}")
+
+
+def all_free(ports: range) -> bool:
+    """Whether every one of these TCP ports can be bound on all addresses."""
+    with ExitStack() as stack:
+        for port in ports:
+            try:
+                stack.enter_context(socket.socket()).bind(("", port))
+            except OSError:
+                return False
+    return True

@@ -1,0 +1,1 @@
+"""Read what Slurm's commands print, and run them."""
