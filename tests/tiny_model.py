@@ -30,9 +30,8 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
 
 
 def make_model(directory: Path, *, seed: int = 0, weights: bool = True) -> Path:
-    """Write config, tokenizer and (fp32, random) weights into `directory` and return it."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    """Write config, tokenizer and (fp32, random) weights into `directory` and return it; quick without weights."""
+    from transformers import Qwen3Config
 
     tokenizer = make_tokenizer()
     config = Qwen3Config(
@@ -46,6 +45,9 @@ def make_model(directory: Path, *, seed: int = 0, weights: bool = True) -> Path:
     config.architectures = ["Qwen3ForCausalLM"]
     config.save_pretrained(directory)
     if weights:
+        import torch
+        from transformers import Qwen3ForCausalLM
+
         torch.manual_seed(seed)
         Qwen3ForCausalLM(config).save_pretrained(directory)
     return directory

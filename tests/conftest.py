@@ -1,0 +1,76 @@
+"""Fixtures that many tests share: a tiny model, and one real engine behind one real router for all of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny_model import make_model
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TOKEN = "test-token-0123456789"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory with a tiny random Qwen3 and a character tokenizer."""
+    return make_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without weights, which is quicker."""
+    return make_model(tmp_path_factory.mktemp("tiny_tokenizer"), weights=False)
+
+
+@pytest.fixture(scope="session")
+def router() -> Iterator:
+    """The real sglang-router."""
+    from rltrain.sglang.router import Router
+
+    with Router({}, TOKEN) as router:
+        yield router
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model: Path, router) -> Iterator:
+    """A real SGLang server with the tiny model, joined to `router`; it samples by seeds."""
+    from rltrain.sglang.adapter import HttpServerEngineAdapter
+
+    server_args = {"model_path": str(tiny_model), "enable_deterministic_inference": True}
+    with HttpServerEngineAdapter.launch(server_args, TOKEN) as engine:
+        engine.register(router.url)
+        yield engine
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    """20 additions with their results as labels."""
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"input": f"{i}+{i % 7}=", "label": str(i + i % 7), "metadata": {"number": i}} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def make_args(tiny_tokenizer: Path, prompt_file: Path, tmp_path: Path) -> Callable[..., argparse.Namespace]:
+    """Arguments as the rollout process sees them: 4 groups of 2 from `prompt_file`, and the given flags."""
+    from hpc.layout import RunLayout
+    from rltrain.arguments import parse
+    from rltrain.rollout.setup import prepare_args
+
+    def make(*flags: str) -> argparse.Namespace:
+        defaults = (
+            f"--hf-checkpoint {tiny_tokenizer} --prompt-data {prompt_file} --label-key label --rm-type exact"
+            " --num-rollout 3 --rollout-batch-size 4 --n-samples-per-prompt 2 --rollout-max-response-len 16"
+        )
+        args = parse([*defaults.split(), *flags])
+        prepare_args(args, RunLayout(tmp_path / "run"))
+        return args
+
+    return make
