@@ -27,7 +27,7 @@ from rltrain.megatron.model import build_model, read_shape, wrap_data_parallel
 from rltrain.megatron.optimizer import build_optimizer, build_scheduler
 from rltrain.megatron.reference import ReferenceWeights
 from rltrain.megatron.start import initial_source, load_source, reference_source, resume
-from rltrain.runtime import RoleContext
+from rltrain.runtime import Registry, RoleContext
 from rltrain.weights.disk import EngineClient, push_weights
 from rltrain.weights.hf_directory import write_hf_directory
 
@@ -39,7 +39,7 @@ class MegatronTrainActor:
         start_rollout_id: The first rollout to train on: 0, or where this run's newest checkpoint ends.
     """
 
-    def __init__(self, args: argparse.Namespace, context: RoleContext) -> None:
+    def __init__(self, args: argparse.Namespace, context: RoleContext, registry: Registry) -> None:
         """Build the model on this rank; `distributed.init_process_group` has run.
 
         Raises:
@@ -50,7 +50,7 @@ class MegatronTrainActor:
                 f"--kl-coef {args.kl_coef}: GRPO takes the KL to the reference as a loss, not out of the reward."
                 " Use --use-kl-loss --kl-loss-coef instead."
             )
-        self.args, self._layout = args, context.layout
+        self.args, self._layout, self._registry = args, context.layout, registry
         self.shape = read_shape(args)
         with megatron_scope():
             self.model = build_model(self.shape, args)
@@ -99,6 +99,7 @@ class MegatronTrainActor:
             if not args.no_save_optim:
                 state = TrainState(self.model, self.optimizer, self.scheduler)
             checkpoint = save_checkpoint(Path(args.save), rollout_id + 1, state)
+            self._event("checkpoint_saved", step=rollout_id + 1, path=str(checkpoint))
         if args.save_hf:
             self.export(Path(args.save_hf.format(rollout_id=rollout_id)))
         return checkpoint
@@ -110,9 +111,11 @@ class MegatronTrainActor:
 
     def update_weights(self, engines: Sequence[EngineClient], version: int) -> None:
         """Have every engine load the present weights; only rank 0 has use for `engines`."""
-        template = Path(self.args.hf_checkpoint)
-        root = self._layout.weights
+        if self.args.debug_train_only:
+            return
+        root, template = self._layout.weights, Path(self.args.hf_checkpoint)
         self._stream_weights(lambda tensors: push_weights(root, version, tensors, template, engines))
+        self._event("weights_updated", version=version)
 
     def _load_reference(self) -> ReferenceWeights | None:
         if self.args.loss_type != "policy_loss" or not self.args.use_kl_loss:
@@ -218,3 +221,7 @@ class MegatronTrainActor:
         else:
             for _ in tensors:
                 pass
+
+    def _event(self, kind: str, **fields: object) -> None:
+        if dist.get_rank() == 0:
+            self._registry.event(kind, **fields)

@@ -5,7 +5,8 @@ Megatron-core names CUDA in three ways, and each has its answer here:
 - it calls functions of `torch.cuda` without asking whether there is a device: `install` puts stand-ins there;
 - it creates tensors with `device="cuda"` and compares `tensor.type()` with CUDA's names: the function mode
   `CudaNamesMeanCpu` translates both, for the time that it is entered;
-- two of its own functions assume CUDA's generators or a process that outlives us: `install` replaces them.
+- some of its own functions assume CUDA's generators, a process that outlives us, or a fused kernel that is
+  not there: `install` replaces them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -68,6 +70,7 @@ def install() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     _stub_torch_cuda()
     _replace_rng()
+    _replace_rope()
     _replace_checkpoint_queue()
     from rltrain.megatron.cpu_adam import fix_checkpointing
 
@@ -111,6 +114,23 @@ def _replace_rng() -> None:
             torch.set_rng_state(outside)
 
     random.CudaRNGStatesTracker.fork = fork
+
+
+def _replace_rope() -> None:
+    """Rotary embeddings of packed sequences by one lookup of each token's position.
+
+    The original slices the frequencies once a sequence in every layer: a tenth of a step of short sequences.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    def apply_thd(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *, cp_group: Any, **options: Any) -> Tensor:
+        if cp_group.size() > 1:
+            raise NotImplementedError("context parallelism on the CPU")
+        starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
+        positions = torch.arange(t.shape[0]) - starts
+        return rope_utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs[positions], **options).squeeze(1)
+
+    rope_utils._apply_rotary_pos_emb_thd = apply_thd
 
 
 def _replace_checkpoint_queue() -> None:

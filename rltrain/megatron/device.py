@@ -33,6 +33,15 @@ def set_up() -> None:
     cpu.install()
 
 
+def model_scope() -> AbstractContextManager[object]:
+    """Enter it, inside `megatron_scope`, round a model's forward pass.
+
+    Our models name no CUDA device in there, so on the CPU the translation, which costs a Python call for every
+    torch function, is switched off.
+    """
+    return nullcontext() if use_cuda() else torch._C.DisableTorchFunction()
+
+
 def megatron_scope() -> AbstractContextManager[object]:
     """Enter it round every call into Megatron-core; it does nothing on CUDA."""
     if use_cuda():

@@ -8,11 +8,10 @@ import random
 import socket
 from datetime import timedelta
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 
@@ -91,34 +90,6 @@ def control_group() -> dist.ProcessGroup:
     take. A rank that died is noticed by the supervisor, not by a timeout.
     """
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
-
-
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    if dist.get_world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=control_group())
-    return box[0]
-
-
-def broadcast_table(table: pa.Table | None) -> pa.Table:
-    """Rank 0's table, on every rank; the others pass None."""
-    payload = b""
-    if table is not None:
-        if dist.get_world_size() == 1:
-            return table
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        payload = sink.getvalue().to_pybytes()
-    size = torch.tensor([len(payload)])
-    dist.broadcast(size, src=0, group=control_group())
-    data = torch.empty(int(size), dtype=torch.uint8)
-    if table is not None:
-        data.numpy()[:] = np.frombuffer(payload, dtype=np.uint8)
-    dist.broadcast(data, src=0, group=control_group())
-    return pa.ipc.open_stream(pa.py_buffer(data.numpy())).read_all()
 
 
 def local_address(url: str) -> str:

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from rltrain.arguments.hf_config import ModelShape
-from rltrain.megatron.device import megatron_scope
+from rltrain.megatron.device import megatron_scope, model_scope
 from rltrain.megatron.log_probs import log_probs_and_entropy
 from rltrain.megatron.loss import Sums, add_up, metric_sums, token_loss
 from rltrain.megatron.micro_batch import MicroBatch
@@ -83,12 +83,13 @@ def _run(
 ) -> list[Any]:
     def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunc]:
         micro_batch = next(batches)
-        logits = model(
-            input_ids=micro_batch.tokens,
-            position_ids=None,
-            attention_mask=None,
-            packed_seq_params=micro_batch.sequences,
-        )
+        with model_scope():
+            logits = model(
+                input_ids=micro_batch.tokens,
+                position_ids=None,
+                attention_mask=None,
+                packed_seq_params=micro_batch.sequences,
+            )
         return logits, partial(loss_func, micro_batch)
 
     with megatron_scope():

@@ -26,7 +26,8 @@ class _VocabParallel(torch.autograd.Function):
         target_logit = torch.where(mine, shifted.gather(-1, index).squeeze(-1), 0.0)
         probs = shifted.exp()
         # Three sums over the vocabulary in one message: Σ exp z, Σ z·exp z, z of the target.
-        sums = torch.stack([probs.sum(-1), (probs * shifted).sum(-1), target_logit])
+        weighted = torch.bmm(probs.unsqueeze(1), shifted.unsqueeze(2)).flatten()
+        sums = torch.stack([probs.sum(-1), weighted, target_logit])
         normalizer, weighted, target_logit = _all_reduce(sums, dist.ReduceOp.SUM, group)
         log_normalizer = normalizer.log()
         entropy = log_normalizer - weighted / normalizer
@@ -38,18 +39,16 @@ class _VocabParallel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
         probs, index, mine, entropy = ctx.saved_tensors
-        grad = torch.zeros_like(probs)
+        grad = None
         if grad_log_probs is not None:
             # d log p_target / dz = onehot − p
-            grad.addcmul_(probs, grad_log_probs.unsqueeze(-1), value=-1)
+            grad = probs * -grad_log_probs.unsqueeze(-1)
             grad.scatter_add_(-1, index, torch.where(mine, grad_log_probs, 0.0).unsqueeze(-1))
         if grad_entropy is not None:
-            # dH / dz = −p (log p + H)
-            grad -= (
-                probs
-                * (torch.log(probs.clamp_min(1e-38)) + entropy.unsqueeze(-1))
-                * grad_entropy.unsqueeze(-1)
-            )
+            # dH / dz = −p (log p + H); where p underflows to 0 so does p log p
+            log_probs = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
+            of_entropy = probs * (log_probs + entropy.unsqueeze(-1)) * -grad_entropy.unsqueeze(-1)
+            grad = of_entropy if grad is None else grad + of_entropy
         return grad, None, None, None
 
 
@@ -77,7 +76,8 @@ def log_probs_and_entropy(
     first = rank * logits.shape[-1]
     if vocab_size is not None and first + logits.shape[-1] > vocab_size:
         logits = logits[..., : max(0, vocab_size - first)]
-    return _VocabParallel.apply(logits.float() / temperature, targets, group, first)
+    logits = logits.float() if temperature == 1.0 else logits.float() / temperature
+    return _VocabParallel.apply(logits, targets, group, first)
 
 
 def _all_reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup | None) -> Tensor:

@@ -1,0 +1,155 @@
+"""Our training step against a bare Megatron-core loop over the same packed micro-batches.
+
+    python benchmarks/trainer_step.py [--layers 2] [--hidden 64] [--samples 256] [--longest 32]
+
+The bare loop has the same model and optimizer, takes micro-batches that are already tensors, and computes
+Megatron-core's own cross entropy: no log-probs, no policy loss, no metrics, no packing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rltrain import arguments
+from rltrain.data.batch import TrainBatch
+from rltrain.data.trainable import TrainableTokens
+from rltrain.runtime import Registry, RoleContext
+
+VOCAB_SIZE = 512
+WARM_UP, ROUNDS = 5, 25
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument(
+        "--longest", type=int, default=32, help="tokens of a prompt and of a response, at most"
+    )
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        actor = make_actor(options, Path(directory))
+        batch = make_batch(options)
+        ours, bare = race(lambda: actor.train(0, batch), bare_step(actor, batch))
+    print(
+        f"trainer step: bare loop / ours = {bare / ours:.3f} (aim: 0.95); ours {ours * 1e3:.1f} ms, bare"
+        f" {bare * 1e3:.1f} ms, {batch.num_tokens / ours:,.0f} tokens/s"
+    )
+
+
+def race(*candidates: Callable[[], Any]) -> list[float]:
+    """Median seconds of each, run in turns so that the machine's moods hit all alike."""
+    times: list[list[float]] = [[] for _ in candidates]
+    for number in range(WARM_UP + ROUNDS):
+        for candidate, taken in zip(candidates, times, strict=True):
+            start = time.perf_counter()
+            candidate()
+            if number >= WARM_UP:
+                taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]
+
+
+def make_actor(options: argparse.Namespace, directory: Path) -> Any:
+    """The trainer, alone in this process, on a Qwen3 shape."""
+    import torch.distributed as dist
+
+    from rltrain.megatron import device, distributed
+
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_hidden_layers": options.layers,
+        "hidden_size": options.hidden,
+        "intermediate_size": 2 * options.hidden,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": options.hidden // 4,
+        "vocab_size": VOCAB_SIZE,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    args = arguments.parse(
+        f"--hf-checkpoint {directory} --random-init --prompt-data none --num-rollout 1 --lr 1e-5"
+        f" --rollout-batch-size {options.samples} --use-dynamic-batch-size --max-tokens-per-gpu 8192".split()
+    )
+    device.set_up()
+    distributed.join(args, dist.HashStore(), 0, 1)
+    from rltrain.megatron.actor import MegatronTrainActor
+
+    context = RoleContext(directory, 0, "trainer", 0, "", "")
+    return MegatronTrainActor(args, context, Registry(context))
+
+
+def make_batch(options: argparse.Namespace) -> TrainBatch:
+    """Random samples."""
+    rng = np.random.default_rng(0)
+    prompts, responses = rng.integers(1, options.longest, (2, options.samples))
+    return TrainBatch(
+        tokens=[rng.integers(0, VOCAB_SIZE, n).astype(np.int32) for n in prompts + responses],
+        response_lengths=responses.tolist(),
+        loss_masks=[np.ones(n, np.int8) for n in responses],
+        train_rewards=rng.normal(size=options.samples).astype(np.float32),
+        rollout_log_probs=[-rng.random(n).astype(np.float32) for n in responses],
+    )
+
+
+def bare_step(actor: Any, batch: TrainBatch) -> Callable[[], None]:
+    """One optimizer step as a Megatron-core tutorial would write it."""
+    import torch
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from rltrain.megatron.device import megatron_scope, model_scope
+
+    trainable = TrainableTokens.of(batch)
+    plan = actor._plan(batch, trainable, np.arange(len(batch)))
+    micro_batches = [actor._micro_batch(batch, trainable, indices, {}) for indices in plan]
+
+    def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = (losses.view(-1) * mask).sum() / mask.sum()
+        return loss, {"loss": loss.detach()}
+
+    def forward_step(iterator: Iterator[Any], model: Any) -> Any:
+        micro_batch = next(iterator)
+        labels = micro_batch.tokens.roll(-1)
+        mask = torch.zeros(labels.numel()).index_fill_(0, micro_batch.rows, 1.0)
+        with model_scope():
+            losses = model(
+                input_ids=micro_batch.tokens,
+                position_ids=None,
+                attention_mask=None,
+                labels=labels,
+                packed_seq_params=micro_batch.sequences,
+            )
+        return losses, partial(loss_func, mask)
+
+    def step() -> None:
+        with megatron_scope():
+            actor.wrapped_model.zero_grad_buffer()
+            actor.optimizer.zero_grad()
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(micro_batches),
+                model=[actor.wrapped_model],
+                num_microbatches=len(micro_batches),
+                seq_length=1,
+                micro_batch_size=1,
+            )
+            actor.optimizer.step()
+            actor.scheduler.step(increment=1)
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
