@@ -51,7 +51,12 @@ async def generate_and_grade(
         if sample.status in (Sample.Status.COMPLETED, Sample.Status.TRUNCATED) and sample.reward is None:
             await rewards.grade(args, sample)
 
-    await asyncio.gather(*(fill(sample) for sample in samples))
+    tasks = [asyncio.ensure_future(fill(sample)) for sample in samples]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()  # after an error: nobody waits for the others any more
     failures = [sample.failure for sample in samples if sample.status is Sample.Status.FAILED]
     if samples and len(failures) == len(samples):
         raise RuntimeError(f"all {len(samples)} samples failed, the first one with: {failures[0]}")

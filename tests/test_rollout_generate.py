@@ -1,0 +1,246 @@
+"""From samples to responses: retries, limits, seeds, custom functions and their mistakes."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from fakes.engine_server import FakeEngine, answer, fake_engine
+
+from rltrain.arguments.errors import UserError
+from rltrain.data.source import RolloutDataSource
+from rltrain.rewards import service as rewards
+from rltrain.rollout.batch import generate_and_grade, sampling_params, with_seed
+from rltrain.rollout.eval import eval_sampling_params
+from rltrain.rollout.http import GenerationError, HttpClient, set_client
+from rltrain.rollout.sglang_rollout import generate_rollout
+from rltrain.rollout.single_turn import update_sample
+from rltrain.sample import Sample
+
+TOKEN = "test-token"
+
+CUSTOM = """
+import time
+
+async def generate(args, sample, sampling_params, evaluation=False):
+    what = sample.metadata["number"]
+    if what == 0:
+        raise KeyError("no such tool")
+    if what == 1:
+        return None
+    if what == 2:
+        sample.tokens = sample.tokens + [1, 1, 1]
+        sample.response_length, sample.loss_mask = 3, [1]
+        sample.status = sample.Status.COMPLETED
+        return sample
+    sample.append_response_tokens([4, 5], [-1.0, -2.0])
+    sample.append_response_tokens([6], None, trainable=False)
+    sample.response = "eval" if evaluation else "train"
+    sample.status = sample.Status.COMPLETED
+    return sample
+
+async def reward(args, sample):
+    return 1.0
+"""
+
+
+CUSTOM_FLAGS = (
+    "--custom-generate-function-path",
+    "custom_rollout.generate",
+    "--custom-rm-path",
+    "custom_rollout.reward",
+)
+
+
+@pytest.fixture
+def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "custom_rollout.py").write_text(CUSTOM)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def with_engine(
+    use: Callable[[FakeEngine, HttpClient], Awaitable[Any]], args: argparse.Namespace | None = None
+) -> Any:
+    """Run `use` with a fake engine, its client and, given arguments, the rewards."""
+
+    async def main() -> Any:
+        async with fake_engine(TOKEN) as engine:
+            client = HttpClient(TOKEN)
+            set_client(client)
+            if args is not None:
+                url = urlsplit(engine.url)
+                args.sglang_router_ip, args.sglang_router_port = url.hostname, url.port
+            try:
+                return await use(engine, client)
+            finally:
+                set_client(None)
+                await rewards.close()
+                await client.close()
+
+    return asyncio.run(main())
+
+
+def run_rollout(
+    args: argparse.Namespace, faults: list[int | str] | None = None
+) -> tuple[FakeEngine, list[Sample]]:
+    async def use(engine: FakeEngine, client: HttpClient) -> tuple[FakeEngine, list[Sample]]:
+        engine.faults = list(faults or [])
+        output = await generate_rollout(args, 0, RolloutDataSource(args))
+        return engine, [sample for group in output.samples for sample in group]
+
+    return with_engine(use, args)
+
+
+def test_requests_that_find_nobody_are_tried_again() -> None:
+    async def use(engine: FakeEngine, client: HttpClient) -> Any:
+        engine.faults = [503, "drop", 500]
+        body = {"input_ids": [7], "sampling_params": {"max_new_tokens": 2}}
+        return len((await client.post(f"{engine.url}/generate", body))["output_ids"]), len(engine.requests)
+
+    assert with_engine(use) == (2, 4)
+
+
+def test_requests_that_are_refused_are_not() -> None:
+    async def use(engine: FakeEngine, client: HttpClient) -> int:
+        engine.faults = [400]
+        with pytest.raises(GenerationError, match="400 a made-up fault"):
+            await client.post(f"{engine.url}/generate", {})
+        return len(engine.requests)
+
+    assert with_engine(use) == 1
+
+
+def test_trying_again_ends() -> None:
+    async def use(engine: FakeEngine, client: HttpClient) -> None:
+        engine.faults = [503] * 1000
+        with pytest.raises(GenerationError, match="given up after"):
+            await client.post(f"{engine.url}/generate", {}, retry_seconds=0.3)
+
+    with_engine(use)
+
+
+def test_a_rollout_fills_every_sample(make_args) -> None:
+    engine, samples = run_rollout(make_args(), faults=[503])
+    assert len(samples) == 8
+    for sample in samples:
+        assert sample.status is Sample.Status.TRUNCATED
+        assert sample.tokens[sample.prompt_length :] == [sample.tokens[sample.prompt_length - 1]] * 16
+        assert sample.rollout_log_probs == [-0.5] * 16 and sample.loss_mask == [1] * 16
+        assert (sample.response, sample.weight_versions, sample.reward) == ("x" * 16, ["3"], 0.0)
+        assert sample.generate_seconds > 0
+    assert all(request["return_logprob"] is True for request in engine.requests)
+    assert "sampling_seed" not in engine.requests[0]["sampling_params"]
+
+
+def test_requests_in_flight_are_bounded(make_args) -> None:
+    engine, _ = run_rollout(make_args("--sglang-server-concurrency", "3"))
+    assert engine.most_in_flight == 3
+
+
+def test_limits_on_the_context_shorten_the_response(make_args) -> None:
+    engine, _ = run_rollout(make_args("--rollout-max-context-len", "9"))
+    assert {request["sampling_params"]["max_new_tokens"] for request in engine.requests} == {5}
+    engine, samples = run_rollout(make_args("--rollout-max-context-len", "4"))
+    assert engine.requests == [] and {sample.status for sample in samples} == {Sample.Status.TRUNCATED}
+
+
+def test_a_request_that_the_engine_refuses_fails_its_sample_only(make_args) -> None:
+    _, samples = run_rollout(make_args(), faults=[400, "abort"])
+    failed = [sample for sample in samples if sample.status is Sample.Status.FAILED]
+    assert len(failed) == 2
+    assert {sample.failure.split(": ")[-1] for sample in failed} == {"400 a made-up fault", "made up"}
+    assert all(sample.reward is None and sample.response_length == 0 for sample in failed)
+
+
+def test_when_all_fail_the_rollout_fails(make_args) -> None:
+    with pytest.raises(RuntimeError, match=r"all 8 samples failed, the first one with: .*400"):
+        run_rollout(make_args(), faults=[400] * 8)
+
+
+@pytest.mark.parametrize("ids", [[5, 64], [-1, 5], []])
+def test_ids_outside_the_vocabulary_never_reach_the_engine(make_args, ids: list[int]) -> None:
+    args = make_args()
+    samples = [Sample(index=0, tokens=ids), Sample(index=1, tokens=[5, 63])]
+
+    async def use(engine: FakeEngine, client: HttpClient) -> list[list[int]]:
+        await generate_and_grade(args, samples, 0, sampling_params(args))
+        return [request["input_ids"] for request in engine.requests]
+
+    assert with_engine(use, args) == [[5, 63]]
+    assert samples[0].status is Sample.Status.FAILED
+    assert (
+        "outside the model's vocabulary of 64" in samples[0].failure
+        or "no prompt tokens" in samples[0].failure
+    )
+
+
+def test_deterministic_engines_get_a_seed_of_each_samples_own(make_args) -> None:
+    args = make_args("--sglang-enable-deterministic-inference")
+
+    def seeds() -> set[int]:
+        engine, _ = run_rollout(args)
+        return {request["sampling_params"]["sampling_seed"] for request in engine.requests}
+
+    first = seeds()
+    assert len(first) == 8 and first == seeds()
+    other_step = with_seed(args, {}, 1, Sample(index=0))["sampling_seed"]
+    assert other_step not in first and with_seed(args, {}, 0, Sample(index=0))["sampling_seed"] in first
+
+
+def test_custom_functions_fill_samples_or_fail_them_alone(custom, make_args) -> None:
+    args = make_args(*CUSTOM_FLAGS)
+    _, samples = run_rollout(args)
+    failures = [samples[2 * group].failure for group in range(3)]
+    assert failures[0] is not None and failures[0].startswith("KeyError: 'no such tool' (custom_rollout.py:")
+    assert failures[1] == "custom_rollout.generate returned a NoneType and not the sample that it was given"
+    assert failures[2] == "custom_rollout.generate: loss_mask has 1 entries for 3 response tokens"
+    good = samples[6]
+    assert (good.reward, good.response, good.loss_mask) == (1.0, "train", [1, 1, 0])
+    assert good.rollout_log_probs == [-1.0, -2.0, 0.0]
+
+
+def test_custom_functions_are_told_of_evaluations_if_they_want_to_know(custom, make_args) -> None:
+    args = make_args(*CUSTOM_FLAGS)
+    sample = Sample(index=0, tokens=[4], metadata={"number": 9})
+
+    async def use(engine: FakeEngine, client: HttpClient) -> None:
+        await generate_and_grade(args, [sample], 0, sampling_params(args), evaluation=True)
+
+    with_engine(use, args)
+    assert sample.response == "eval"
+
+
+def test_without_a_reward_the_user_is_told(make_args) -> None:
+    args = make_args()
+    args.rm_type = None
+    with pytest.raises(UserError, match="--custom-rm-path"):
+        run_rollout(args)
+
+
+def test_versions_of_a_response_that_saw_an_update_are_all_kept() -> None:
+    output = answer({"sampling_params": {"max_new_tokens": 3}, "input_ids": [5]})
+    output["meta_info"]["weight_versions"] = [
+        {"version": "1", "start": 0, "end": 2},
+        {"version": "2", "start": 2, "end": 3},
+    ]
+    assert update_sample(Sample(tokens=[5]), output).weight_versions == ["1", "2"]
+
+
+def test_an_answer_without_log_probs_is_refused() -> None:
+    output = answer({"sampling_params": {"max_new_tokens": 3}, "input_ids": [5]})
+    del output["meta_info"]["output_token_logprobs"]
+    with pytest.raises(GenerationError, match="no log-probs"):
+        update_sample(Sample(tokens=[5]), output)
+
+
+def test_evaluation_has_sampling_parameters_of_its_own(make_args) -> None:
+    args = make_args("--eval-temperature", "0", "--eval-max-response-len", "99", "--rollout-top-p", "0.9")
+    params = eval_sampling_params(args)
+    assert (params["temperature"], params["max_new_tokens"], params["top_p"]) == (0.0, 99, 0.9)
+    assert (sampling_params(args)["temperature"], sampling_params(args)["max_new_tokens"]) == (1.0, 16)
