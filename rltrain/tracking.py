@@ -36,7 +36,7 @@ class Tracker:
         """Flush and close both."""
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def wandb_mode(args: argparse.Namespace) -> str:

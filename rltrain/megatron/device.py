@@ -28,6 +28,10 @@ def set_up() -> None:
     if use_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Every rank would start a thread a core, and more threads than cores wait for each other.
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     from rltrain.megatron import cpu
 
     cpu.install()
