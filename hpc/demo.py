@@ -29,6 +29,8 @@ def submit_demo(options: SubmitOptions) -> int:
     for phase, flags in phases:
         if code := submit_run(phase, flags):
             return code
+    print("reward curve:", flush=True)
+    subprocess.run([sys.executable, "-m", "analysis.plot", str(options.layout.root)], check=True)
     return 0
 
 

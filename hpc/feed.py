@@ -55,7 +55,7 @@ class RunState:
 
     status: Record = field(default_factory=dict)
     metrics: dict[int, Record] = field(default_factory=dict)  # by step; -1 is before training
-    roles: dict[str, str] = field(default_factory=dict)  # "engine-0" → starting, ready or exited
+    roles: dict[str, str] = field(default_factory=dict)  # "engine-0" → starting, ready, died or ended
 
     def add_metrics(self, record: Record) -> None:
         """Take up a line of `metrics.jsonl`; a step that is trained again replaces its first try."""
@@ -64,11 +64,16 @@ class RunState:
 
     def add_event(self, event: Record) -> None:
         """Take up a line of `events.jsonl`."""
-        states = {"role_started": "starting", "role_ready": "ready", "role_died": "exited"}
+        states = {"role_started": "starting", "role_ready": "ready", "role_died": "died"}
+        name = f"{event.get('role')}-{event.get('index')}"
         if event.get("kind") == "attempt_started":
             self.roles = {}
+        elif event.get("kind") == "attempt_finished":
+            self.roles = {role: state if state == "died" else "ended" for role, state in self.roles.items()}
         elif event.get("kind") in states:
-            self.roles[f"{event.get('role')}-{event.get('index')}"] = states[event["kind"]]
+            self.roles[name] = states[event["kind"]]
+        if event.get("kind") == "role_ready" and name == "trainer-0":  # it speaks for all ranks
+            self.roles |= {role: "ready" for role in self.roles if role.startswith("trainer-")}
 
     @property
     def steps(self) -> list[Record]:

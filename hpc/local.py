@@ -76,9 +76,8 @@ def run(
     now"; `on_stop` is told which of the two. Nothing that the job started is left when this returns.
     """
     processes.become_subreaper()  # should the supervisor be killed, what it leaves is ours to end
-    signals = SignalPipe(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     interrupted = False
-    with signals:
+    with SignalPipe(*_wanted_signals()) as signals:
         job = LocalExecutor(folder).submit(supervisor)
         try:
             while not job.done():
@@ -91,6 +90,12 @@ def run(
             processes.kill_descendants(os.getpid())
         refresh()
     return _result(job, interrupted)
+
+
+def _wanted_signals() -> list[signal.Signals]:
+    """Those that ask to stop, but for what the shell has us ignore (nohup, a script's background job)."""
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in stops if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _result(job: LocalJob[Any], interrupted: bool) -> LocalResult:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from hpc import config
-from hpc.run import submit_run
+from hpc.run import EXIT_INTERRUPTED, submit_run
 from rltrain.arguments import UserError
 
 EXIT_USAGE = 2
@@ -39,6 +39,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("interrupted before anything was started", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

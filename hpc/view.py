@@ -137,7 +137,7 @@ def panel(name: str, state: RunState, num_rollout: int, elapsed: float) -> Rende
             grid.add_row(label, f"{values[-1]:.3f}  {sparkline(values[-40:])}")
     if "perf/tokens_per_s" in last:
         grid.add_row("tokens/s", f"{last['perf/tokens_per_s']:.0f}")
-    colours = {"starting": "yellow", "ready": "green", "exited": "red"}
+    colours = {"starting": "yellow", "ready": "green", "died": "red", "ended": "dim"}
     roles = (f"[{colours[what]}]{role} {what}[/]" for role, what in state.roles.items())
     grid.add_row("roles", "  ".join(roles))
     return Panel(grid, title=name, title_align="left", box=box.ROUNDED, expand=False)

@@ -44,6 +44,12 @@ def test_state_keeps_the_last_try_of_a_step_and_the_newest_roles() -> None:
     for kind, role in [("role_started", "engine"), ("role_ready", "engine"), ("role_started", "trainer")]:
         state.add_event({"kind": kind, "role": role, "index": 0})
     assert state.roles == {"engine-0": "ready", "trainer-0": "starting"}
+    state.add_event({"kind": "role_started", "role": "trainer", "index": 1})
+    state.add_event({"kind": "role_ready", "role": "trainer", "index": 0})
+    state.add_event({"kind": "role_died", "role": "engine", "index": 0})
+    assert state.roles == {"engine-0": "died", "trainer-0": "ready", "trainer-1": "ready"}
+    state.add_event({"kind": "attempt_finished"})
+    assert state.roles == {"engine-0": "died", "trainer-0": "ended", "trainer-1": "ended"}
     state.add_event({"kind": "attempt_started"})
     assert state.roles == {}
 

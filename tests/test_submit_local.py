@@ -45,23 +45,24 @@ class Job:
         steps: int = 2,
         grace: float = 60,
         stdout: int = subprocess.PIPE,
+        preexec: Callable[[], object] | None = None,
         **roles: list[str],
     ) -> subprocess.Popen[str]:
         name, _, value = self.mark.partition("=")
-        plan = json.dumps({**SERVICES, "trainer": ["train"], **roles})
+        plan = {**SERVICES, "trainer": ["train"], **roles}
+        fake = {
+            "FAKE_PLAN": json.dumps(plan),
+            "FAKE_ENGINES": str(len(plan["engine"])),
+            "FAKE_GRACE": str(grace),
+        }
         process = subprocess.Popen(
             [sys.executable, str(FAKE_SUBMIT), "--name=job", f"--num-rollout={steps}", *flags],
             cwd=self.directory,
-            env={
-                **os.environ,
-                "PATH": str(self.directory / "bin"),
-                "FAKE_PLAN": plan,
-                "FAKE_GRACE": str(grace),
-                name: value,
-            },
+            env={**os.environ, "PATH": str(self.directory / "bin"), **fake, name: value},
             stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=preexec,
             start_new_session=True,  # so that a signal to its group spares pytest
         )
         self.started.append(process)
@@ -176,6 +177,15 @@ def test_ctrl_c_saves_and_the_next_start_resumes(job: Job) -> None:
     assert f"step {done}/" not in out  # what the earlier attempt did is not news
 
 
+def test_nohup_is_respected(job: Job) -> None:
+    process = job.start(steps=10, preexec=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_until(lambda: job.steps())
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=15)
+    assert process.returncode == 0
+    assert job.steps() == list(range(10))
+
+
 def test_second_ctrl_c_stops_a_job_that_hangs(job: Job) -> None:
     process = job.start(trainer=["hang"])
     wait_until(lambda: job.phase() == "training")
@@ -288,6 +298,6 @@ def test_live_view_on_a_terminal(job: Job) -> None:
 
     assert process.wait(timeout=15) == 0
     text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", screen).decode()
-    assert "engine-1 ready" in text
+    assert "engine-1 ended" in text
     assert re.search(r"phase +finished +\(attempt 0\)", text)
     assert re.search(r"step +2/2", text)

@@ -1,6 +1,7 @@
 """A stand-in for any role of a job, for fault tests: `python role.py BEHAVIOUR`."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def train(context: RoleContext, registry: Registry) -> int:
     """Train `--num-rollout` steps of 0.05 s; save only when a stop is asked for."""
     num_rollout = tomllib.loads(context.layout.config.read_text())["train"]["num_rollout"]
     registry.register("tcp://127.0.0.1:1")
-    registry.wait_for("rollout")
+    registry.wait_for("engine", int(os.environ["FAKE_ENGINES"]))
     saved = context.layout.checkpoints / "latest_checkpointed_iteration.txt"
     for step in range(int(saved.read_text()) if saved.exists() else 0, num_rollout):
         registry.status("training", step)
