@@ -75,16 +75,16 @@ class MegatronTrainActor:
         plans = [self._plan(batch, trainable, step) for step in steps]
         values = self._token_values(batch, trainable, steps)
         self._add_log_probs(values, batch, trainable, plans)
-        sums, grad_norms = [], []
+        sums, updates = [], []
         for number, plan in enumerate(plans):
             if number == 1:  # after the first step the weights are not those that sampled: nothing to compare
                 values.pop("rollout_log_probs", None)
             micro_batches = [self._micro_batch(batch, trainable, indices, values) for indices in plan]
             sums.append(forward_backward(self.wrapped_model, micro_batches, self.shape, self.args))
-            grad_norms.append(self._optimizer_step())
+            updates.append(self._optimizer_step())
         metrics = step_metrics(sums, parallel_state.get_data_parallel_group(with_context_parallel=True))
-        metrics["grad_norm"] = sum(grad_norms) / len(grad_norms)
-        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        metrics["grad_norm"] = sum(grad_norm for grad_norm, _ in updates) / len(updates)
+        metrics["lr"] = updates[-1][1]
         return {f"train/{name}": value for name, value in metrics.items()}
 
     def save(self, rollout_id: int) -> Path | None:
@@ -200,8 +200,13 @@ class MegatronTrainActor:
         align = self.args.tensor_model_parallel_size if self.args.sequence_parallel else 1
         return build_micro_batch(batch, trainable, indices, values, align=align, device=device())
 
-    def _optimizer_step(self) -> float:
-        """Update the weights with the accumulated gradients and clear these. Returns the gradient's norm."""
+    def _optimizer_step(self) -> tuple[float, float]:
+        """Update the weights with the accumulated gradients and clear these.
+
+        Returns:
+            The gradient's norm before clipping, and the learning rate that was used.
+        """
+        learning_rate = self.optimizer.param_groups[0]["lr"]
         with megatron_scope():
             succeeded, grad_norm, _ = self.optimizer.step()
             if not succeeded:
@@ -209,7 +214,7 @@ class MegatronTrainActor:
             self.scheduler.step(increment=1)
             self.wrapped_model.zero_grad_buffer()
             self.optimizer.zero_grad()
-        return float(grad_norm)
+        return float(grad_norm), learning_rate
 
     def _stream_weights(self, consume: Callable[[Iterable[tuple[str, Tensor]]], object]) -> None:
         """Gather the weights tensor by tensor; rank 0 consumes them, its tensor parallel peers take part."""

@@ -65,4 +65,6 @@ def _all_at_once(call: Callable[[EngineClient], None], engines: Sequence[EngineC
     if not engines:
         return
     with ThreadPoolExecutor(len(engines)) as pool:
-        list(pool.map(call, engines))
+        calls = [pool.submit(call, engine) for engine in engines]
+    for finished in calls:  # all of them, also when one failed
+        finished.result()

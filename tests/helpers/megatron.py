@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,9 +83,22 @@ def make_args(hf_checkpoint: Path, **changes: Any) -> argparse.Namespace:
     return args
 
 
-def make_context(run_dir: Path) -> RoleContext:
-    """A trainer's place in a job that has no supervisor."""
-    return RoleContext(run_dir, 0, "trainer", int(os.environ.get("RANK", "0")), "http://127.0.0.1:1", "token")
+class RecordingRegistry:
+    """Stands in for the supervisor's registry: keeps the events."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.events.append((kind, fields))
+
+
+def make_actor(args: argparse.Namespace, run_dir: Path) -> Any:
+    """A trainer of this process's rank, outside of a job."""
+    from rltrain.megatron.actor import MegatronTrainActor
+
+    context = RoleContext(run_dir, 0, "trainer", int(os.environ.get("RANK", "0")), "", "")
+    return MegatronTrainActor(args, context, RecordingRegistry())  # type: ignore[arg-type]
 
 
 def make_batch(
@@ -131,36 +145,39 @@ def init_single_process() -> None:
 
 
 def run_ranks(
-    function: Callable[..., Any], args: argparse.Namespace, *values: Any, world_size: int = 2
+    function: Callable[..., Any], args: argparse.Namespace, work: Path, *, world_size: int = 2
 ) -> list[Any]:
-    """Call `function(args, *values)` on every rank of a new process group, each rank a new process.
+    """Call `function(args, work)` on every rank of a new process group, each rank a new process.
 
     Args:
-        function: A function at the top of a module below the repository.
+        function: A function at the top of a test module.
+        work: A directory for files of the exchange, and for the function's own.
 
     Returns:
         What each rank returned.
     """
-    work = Path(values[0])
-    job = work / "job.pickle"
-    job.write_bytes(pickle.dumps((function.__module__, function.__qualname__, args, values)))
-    processes = []
-    for rank in range(world_size):
-        env = os.environ | {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_RANK": str(rank),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
-            "GLOO_SOCKET_IFNAME": "lo",
-        }
-        command = [sys.executable, "-m", "helpers.rank", str(work)]
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    try:
-        outputs = [process.communicate(timeout=300)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "job.pickle").write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
+    with socket.create_server(("127.0.0.1", 0)) as supervisor:  # ranks look which address leads here
+        url = "http://{}:{}".format(*supervisor.getsockname())
+        processes = [_start_rank(work, url, rank, world_size) for rank in range(world_size)]
+        try:
+            outputs = [process.communicate(timeout=300)[0].decode() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
     for rank, process in enumerate(processes):
         assert process.returncode == 0, f"rank {rank}:\n{outputs[rank][-5000:]}"
     return [pickle.loads((work / f"result-{rank}.pickle").read_bytes()) for rank in range(world_size)]
+
+
+def _start_rank(work: Path, url: str, rank: int, world_size: int) -> subprocess.Popen[bytes]:
+    env = os.environ | {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
+    }
+    command = [sys.executable, "-m", "helpers.rank", str(work), url]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

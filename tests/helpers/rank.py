@@ -1,4 +1,4 @@
-"""One rank of `helpers.megatron.run_ranks`."""
+"""One rank of `helpers.megatron.run_ranks`, which meets the others as a trainer in a job does."""
 
 from __future__ import annotations
 
@@ -6,26 +6,44 @@ import importlib
 import os
 import pickle
 import sys
-from datetime import timedelta
+import time
 from pathlib import Path
 
+from rltrain.runtime import RoleAddress, RoleContext
 
-def main(work: Path) -> None:
+
+class FileRegistry:
+    """The registry's part in the rendezvous, through a file."""
+
+    def __init__(self, work: Path) -> None:
+        self._file = work / "trainer-0"
+
+    def register(self, url: str) -> None:
+        temporary = self._file.with_suffix(".tmp")
+        temporary.write_text(url)
+        temporary.rename(self._file)
+
+    def wait_for(self, role: str, count: int = 1, timeout: float = 600.0) -> list[RoleAddress]:
+        deadline = time.monotonic() + timeout
+        while not self._file.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return [RoleAddress(role, 0, self._file.read_text(), 0, "")]
+
+
+def main(work: Path, registry_url: str) -> None:
     import torch.distributed as dist
 
-    from rltrain.megatron import device, distributed
+    from rltrain.megatron.distributed import init_process_group
 
-    module, name, args, values = pickle.loads((work / "job.pickle").read_bytes())
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device.set_up()
-    (work / "store").mkdir(exist_ok=True)
-    store = dist.FileStore(str(work / "store" / "rendezvous"), world_size)
-    store.set_timeout(timedelta(seconds=60))
-    distributed.join(args, store, rank, world_size)
-    result = getattr(importlib.import_module(module), name)(args, *values)
+    module, name, args = pickle.loads((work / "job.pickle").read_bytes())
+    rank = int(os.environ["RANK"])
+    context = RoleContext(work, 0, "trainer", rank, registry_url, "token")
+    init_process_group(context, FileRegistry(work), args)
+    result = getattr(importlib.import_module(module), name)(args, work)
     (work / f"result-{rank}.pickle").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,48 @@
+"""Vocabulary-parallel log-probs and entropy, and their gradients, against torch in double precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rltrain.megatron.log_probs import log_probs_and_entropy
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_values_and_gradients(temperature: float, padding: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(20, 50 + padding, generator=generator) * 5).requires_grad_()
+    targets = torch.randint(0, 50, (20,), generator=generator)
+    weights = torch.randn(2, 20, generator=generator)
+    log_probs, entropy = log_probs_and_entropy(logits, targets, temperature=temperature, vocab_size=50)
+    (weights[0] @ log_probs + weights[1] @ entropy).backward()
+
+    exact = logits.detach()[:, :50].double().requires_grad_()
+    log_p = torch.log_softmax(exact / temperature, -1)
+    exact_log_probs, exact_entropy = (
+        log_p.gather(1, targets[:, None]).squeeze(1),
+        -(log_p.exp() * log_p).sum(-1),
+    )
+    (weights[0].double() @ exact_log_probs + weights[1].double() @ exact_entropy).backward()
+
+    torch.testing.assert_close(log_probs.double(), exact_log_probs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy.double(), exact_entropy, atol=1e-5, rtol=0)
+    assert logits.grad is not None and exact.grad is not None
+    torch.testing.assert_close(logits.grad[:, :50].double(), exact.grad, atol=1e-5, rtol=0)
+    assert not logits.grad[:, 50:].any()  # columns that pad the vocabulary
+
+
+def test_extreme_logits_stay_finite() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    log_probs, entropy = log_probs_and_entropy(logits, torch.tensor([1]))
+    (log_probs.sum() + entropy.sum()).backward()
+    assert log_probs.item() == -2e4 and entropy.item() == 0.0
+    assert logits.grad is not None and torch.isfinite(logits.grad).all()
+
+
+def test_no_tokens() -> None:
+    logits = torch.zeros(0, 5, requires_grad=True)
+    log_probs, entropy = log_probs_and_entropy(logits, torch.zeros(0, dtype=torch.int64))
+    (log_probs.sum() + entropy.sum()).backward()
+    assert log_probs.shape == entropy.shape == (0,)

@@ -1,0 +1,101 @@
+"""Weights on disk for the engines, with a stand-in that records what an engine is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.megatron import init_single_process, make_actor, make_args, tiny_config, write_hf_model
+from safetensors.torch import load_file
+
+from rltrain.weights import hf_directory
+from rltrain.weights.disk import push_weights
+
+
+class Engine:
+    def __init__(self, fails: bool = False) -> None:
+        self.calls: list[str] = []
+        self.loaded: dict[str, torch.Tensor] = {}
+        self._fails = fails
+
+    def pause_generation(self) -> None:
+        self.calls.append("pause")
+
+    def flush_cache(self) -> None:
+        self.calls.append("flush")
+
+    def update_weights_from_disk(self, path: str, weight_version: str) -> None:
+        if self._fails:
+            raise RuntimeError("no space")
+        self.loaded = load_file(Path(path) / "model.safetensors")
+        self.calls.append(f"update {weight_version}")
+
+    def continue_generation(self) -> None:
+        self.calls.append("continue")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    init_single_process()
+    return write_hf_model(tmp_path_factory.mktemp("model"), tiny_config())
+
+
+def test_every_engine_loads_and_old_versions_go(model_dir: Path, tmp_path: Path) -> None:
+    (model_dir / "tokenizer.json").write_text("{}")
+    actor = make_actor(make_args(model_dir), tmp_path)
+    engines = [Engine(), Engine()]
+    for version in (11, 12):
+        actor.update_weights(engines, version)
+    for engine in engines:
+        assert engine.calls[4:] == ["pause", "flush", "update 12", "continue"]
+        assert all(
+            torch.equal(engine.loaded[k], v) for k, v in load_file(model_dir / "model.safetensors").items()
+        )
+    root = tmp_path / "weights"
+    assert [path.name for path in root.iterdir()] == ["v000012"]
+    assert (root / "v000012" / "tokenizer.json").exists() and (root / "v000012" / "config.json").exists()
+    assert actor._registry.events[-1] == ("weights_updated", {"version": 12})
+
+
+def test_an_engine_that_fails_is_reported_and_goes_on(tmp_path: Path, model_dir: Path) -> None:
+    good, bad = Engine(), Engine(fails=True)
+    with pytest.raises(RuntimeError, match="no space"):
+        push_weights(tmp_path, 1, [("a", torch.zeros(2))], model_dir, [bad, good])
+    assert bad.calls[-1] == good.calls[-1] == "continue"
+
+
+def test_nothing_is_written_without_engines_to_read_it(model_dir: Path, tmp_path: Path) -> None:
+    make_actor(make_args(model_dir, debug_train_only=True), tmp_path).update_weights([], 1)
+    assert not (tmp_path / "weights").exists()
+
+
+def test_large_models_are_written_in_shards(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(hf_directory, "_SHARD_BYTES", 10_000)
+    make_actor(make_args(model_dir), tmp_path).export(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
+    ours, original = (
+        AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (tmp_path / "out", model_dir)
+    )
+    assert all(torch.equal(ours[name], original[name]) for name in original)
+    # and they are read back, which is also how a run starts from a sharded model
+    again = make_actor(make_args(model_dir, load=str(tmp_path / "out")), tmp_path)
+    assert torch.equal(
+        dict(again.model.named_parameters())["output_layer.weight"], original["lm_head.weight"]
+    )
+
+
+def test_an_unfinished_directory_has_another_name(tmp_path: Path, model_dir: Path) -> None:
+    def broken():  # type: ignore[no-untyped-def]
+        yield "a", torch.zeros(2)
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        hf_directory.write_hf_directory(tmp_path / "out", broken(), model_dir)
+    assert not (tmp_path / "out").exists()
+    hf_directory.write_hf_directory(tmp_path / "out", [("a", torch.ones(2))], model_dir)
+    assert load_file(tmp_path / "out" / "model.safetensors")["a"].tolist() == [1.0, 1.0]
