@@ -68,13 +68,19 @@ class HttpServerEngineAdapter:
     def __exit__(self, *exc_info: object) -> None:
         self.shutdown()
 
+    @property
+    def pid(self) -> int:
+        """Process id of a server of our own."""
+        assert self._process is not None, "the server is not a child of this process"
+        return self._process.pid
+
     def wait(self) -> NoReturn:
         """Wait for a server of our own to end.
 
         Raises:
             ServerDiedError: always, when it has ended.
         """
-        assert self._process is not None, "only the process that started a server can wait for it"
+        assert self._process is not None, "the server is not a child of this process"
         self._process.wait()
 
     def shutdown(self) -> None:
