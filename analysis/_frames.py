@@ -47,5 +47,6 @@ def _frame(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame:
     """`rows` with the columns `keys` first, even if no row has them, and `time` as UTC timestamps."""
     others = dict.fromkeys(name for row in rows for name in row if name not in keys)
     frame = pd.DataFrame(list(rows), columns=[*keys, *others])
-    frame["time"] = pd.to_datetime(frame["time"].astype("float64"), unit="s", utc=True)
+    # A float holds seconds since 1970 to a fraction of a microsecond; its further digits are noise.
+    frame["time"] = pd.to_datetime(frame["time"].astype("float64"), unit="s", utc=True).dt.round("us")
     return frame

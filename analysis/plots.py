@@ -31,7 +31,7 @@ _LEGEND_COLUMNS = 3
 def reward_curve(run: Run, ax: Axes | None = None) -> Axes:
     """Mean reward of the training samples and of every evaluation set, against training steps done.
 
-    The thin line is each step, the thick one a centred running mean.
+    The thin line is each step, the thick one (from 15 steps on) a centred running mean.
     """
     ax = _axes(ax)
     trained = _column(run.steps, "rollout/reward")
@@ -94,7 +94,8 @@ def time_breakdown(run: Run, ax: Axes | None = None) -> Axes:
         base = np.zeros(len(seconds))
         for phase in seconds.columns[seconds.sum() > 0]:
             top = base + seconds[phase].to_numpy()
-            label = f"{phase.replace('_', ' ')} ({seconds[phase].sum() / seconds.to_numpy().sum():.0%})"
+            share = seconds[phase].sum() / seconds.to_numpy().sum()
+            label = f"{phase.replace('_', ' ')} ({f'{share:.0%}' if share >= 0.01 else '<1%'})"
             ax.stairs(top, edges, baseline=base, fill=True, color=PHASE_COLOURS[phase], label=label)
             base = top
         ax.margins(x=0)
@@ -133,7 +134,8 @@ def _column(steps: pd.DataFrame, name: str) -> pd.Series:
 
 
 def _smooth(values: pd.Series) -> pd.Series:
-    return values.rolling(max(3, len(values) // 15), center=True, min_periods=1).mean()
+    window = max(3, len(values) // 15) if len(values) >= 15 else 1
+    return values.rolling(window, center=True, min_periods=1).mean()
 
 
 def _length_limit(ax: Axes, run: Run) -> None:

@@ -152,7 +152,7 @@ def _write_eval(layout: RunLayout, step: int, attempt: int, steps: int, seed: in
 
 def _metrics(rng: random.Random, samples: list[Sample]) -> dict[str, float]:
     count = len(samples)
-    tokens = sum(len(sample.tokens) for sample in samples)
+    tokens = sum(sample.response_length for sample in samples)
     phases = {
         "perf/generate_s": rng.uniform(3.6, 4.4),
         "perf/reward_s": rng.uniform(0.2, 0.4),
@@ -174,7 +174,7 @@ def _metrics(rng: random.Random, samples: list[Sample]) -> dict[str, float]:
         "train/logprob_abs_diff_max": rng.uniform(1e-5, 3e-5),
         **phases,
         "perf/step_s": step_seconds,
-        "perf/tokens_per_s": tokens / step_seconds,
+        "perf/tokens_per_s": tokens / phases["perf/generate_s"],
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from analysis import load_run
 from hpc.config import read_request
 from hpc.flags import to_argv
 from rltrain.arguments import check_inputs, parse
@@ -132,3 +133,32 @@ def test_recipe_passes_every_check(model: Path, prompts: Path) -> None:
     check_inputs(args)
     assert args.apply_chat_template
     assert args.sglang["dtype"] == "float32"
+
+
+@pytest.mark.slow
+def test_one_step_on_the_real_parts(model: Path, prompts: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "eval.jsonl"
+    held_out.write_text("\n".join((prompts / "eval.jsonl").read_text().splitlines()[:2]) + "\n")
+    done = python(
+        "-m", "hpc.submit", f"@{EXAMPLE / 'smollm2.toml'}", "--name", "smollm2", "--runs-dir", tmp_path / "runs",
+        "--hf-checkpoint", model, "--prompt-data", prompts / "train.jsonl",
+        "--eval-prompt-data", "reasoning-gym", held_out,
+        "--num-rollout", "1", "--rollout-batch-size", "2", "--rollout-max-response-len", "16",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run = load_run(tmp_path / "runs" / "smollm2", strict=True)
+
+    trained = run.steps.set_index("step").loc[0]
+    assert trained["train/logprob_abs_diff"] < 1e-4
+    assert trained["train/grad_norm"] > 0
+    assert run.steps["eval/reasoning-gym"].notna().all()  # before and after
+    samples = run.read_samples("all")
+    assert len(samples) == 2 * 4
+    assert samples["reward"].between(0, 1).all()
+    assert samples["failure"].isna().all()
+    assert samples["prompt"].str.endswith("<|im_end|>\n<|im_start|>assistant\n").all()
+    assert not samples["response"].str.contains("<|im_end|>", regex=False).any()
+    assert [list(versions) for versions in samples["weight_versions"]] == [["0"]] * 8
+    documented = (ROOT / "analysis" / "README.md").read_text()
+    for name in run.steps:
+        assert f"`{name.replace('reasoning-gym', 'NAME')}`" in documented
