@@ -48,7 +48,7 @@ def make_app(manager: RolloutManager, token: str) -> web.Application:
 
     async def generate(request: web.Request) -> web.Response:
         table = await once("generate", await _rollout_id(request), manager.generate)
-        return web.Response(body=_ipc_stream(table), content_type="application/vnd.apache.arrow.stream")
+        return web.Response(body=ipc_stream(table), content_type="application/vnd.apache.arrow.stream")
 
     async def evaluate(request: web.Request) -> web.Response:
         return web.json_response(await once("eval", await _rollout_id(request), manager.evaluate))
@@ -91,7 +91,8 @@ async def _rollout_id(request: web.Request) -> int:
         raise web.HTTPBadRequest(text='the body must be {"rollout_id": number}') from None
 
 
-def _ipc_stream(table: pa.Table) -> bytes:
+def ipc_stream(table: pa.Table) -> bytes:
+    """The table as the trainer reads it."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
