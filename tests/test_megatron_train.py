@@ -157,3 +157,35 @@ def test_warm_up_and_decay(model_dir: Path, tmp_path: Path) -> None:
     actor = make_actor(args, tmp_path)
     rates = [actor._optimizer_step()[1] for _ in range(7)]
     assert rates == pytest.approx([0.0, 0.5, 1.0, 0.775, 0.55, 0.325, 0.1])
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {"recompute_granularity": "selective"},
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    ],
+)
+def test_recomputing_activations_changes_nothing(
+    model_dir: Path, tmp_path: Path, recompute: dict[str, Any]
+) -> None:
+    batch = make_batch(8)
+    plain, recomputed = (train_once(model_dir, tmp_path, batch, **each) for each in ({}, recompute))
+    assert plain[0] == recomputed[0]
+    assert torch.equal(plain[1], recomputed[1])
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_bf16_trains_and_resumes(model_dir: Path, tmp_path: Path, distributed_optimizer: bool) -> None:
+    options: dict[str, Any] = {"bf16": True, "use_distributed_optimizer": distributed_optimizer}
+    args = make_args(model_dir, save=str(tmp_path / "c"), loss_type="sft_loss", lr=1e-3, **options)
+    actor = make_actor(args, tmp_path)
+    batch = make_batch(8)
+    exact, _ = train_once(model_dir, tmp_path, batch, loss_type="sft_loss")
+    losses = [actor.train(i, batch)["train/loss"] for i in range(10)]
+    assert losses[0] == pytest.approx(exact["train/loss"], rel=0.01)
+    assert losses[-1] < losses[0] - 0.05  # updates smaller than bf16 can hold add up in fp32
+    assert {weight.dtype for weight in actor.model.parameters()} == {torch.bfloat16}
+    actor.save(9)
+    resumed = make_actor(args, tmp_path)
+    assert resumed.train(10, batch) == actor.train(10, batch)

@@ -66,7 +66,9 @@ def transformer_config(shape: ModelShape, args: argparse.Namespace) -> Transform
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=shape.init_std,
-        perform_initialization=args.random_init,
+        # Not switched off where weights are loaded afterwards: only initialising marks a weight as split over
+        # tensor parallel ranks, without which the gradient's norm misses the other ranks' parts.
+        perform_initialization=True,
         # The same random weights for every number of ranks; and on the CPU there is no other way.
         use_cpu_initialization=args.random_init or not use_cuda(),
         bf16=args.bf16,
@@ -87,7 +89,7 @@ def transformer_config(shape: ModelShape, args: argparse.Namespace) -> Transform
 
 
 def build_model(shape: ModelShape, args: argparse.Namespace) -> GPTModel:
-    """A model on this rank's device with its share of the weights: random or, without random_init, unset."""
+    """A model on this rank's device, with its share of the random weights that `args.seed` gives."""
     config = transformer_config(shape, args)
     model = GPTModel(
         config=config,
