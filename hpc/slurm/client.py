@@ -139,7 +139,7 @@ class SlurmClient:
 
         All in one call; jobs that it does not know are left out.
         """
-        options = ["-h", "-r", "--states=all", "-o", parse.DELIMITER.join(parse.SQUEUE_COLUMNS.values())]
+        options = [*parse.SQUEUE_OPTIONS]
         if jobs is not None:
             chosen = ",".join(jobs)
             if not chosen:
@@ -190,8 +190,7 @@ class SlurmClient:
 
     def node_states(self) -> list[NodeState]:
         """All nodes, with their states only."""
-        columns = parse.DELIMITER.join(parse.SINFO_COLUMNS.values())
-        return parse.parse_sinfo(self.run("sinfo", "-h", "-N", "-o", columns))
+        return parse.parse_sinfo(self.run("sinfo", *parse.SINFO_OPTIONS))
 
     def accounts(self, user: str) -> list[str]:
         """Accounts that a user may charge; only with accounting."""

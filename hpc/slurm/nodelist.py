@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable
 
 _MAX_NODES = 100_000  # a bound on what a hostile or broken list can make of this process
-_NUMBERED = re.compile(r"(.*?)(\d+)", re.DOTALL)
+_NUMBERED = re.compile(r"(.*?)([0-9]+)", re.DOTALL)
+_NO_NUMBER = -1
 
 
 def expand(nodelist: str) -> list[str]:
@@ -23,9 +25,10 @@ def expand(nodelist: str) -> list[str]:
     if nodelist.strip() in ("", "(null)", "None", "None assigned", "n/a", "N/A"):
         return names
     for word in _split(nodelist):
-        names += ("".join(parts) for parts in itertools.product(*_alternatives(word)))
-        if len(names) > _MAX_NODES:
+        alternatives = _alternatives(word)
+        if len(names) + math.prod(map(len, alternatives)) > _MAX_NODES:
             raise ValueError(f"more than {_MAX_NODES} nodes in {nodelist[:80]!r}")
+        names += ("".join(parts) for parts in itertools.product(*alternatives))
     return names
 
 
@@ -35,13 +38,14 @@ def compress(names: Iterable[str]) -> str:
     >>> compress(["node3", "node1", "node2", "login"])
     'node[1-3],login'
     """
-    numbers: dict[tuple[str, int], set[int]] = {}
-    for name in dict.fromkeys(names):
-        prefix, digits = _numbered(name)
-        # Only numbers written with the same width may share a bracket if any of them begins with 0.
-        width = len(digits) if digits.startswith("0") and len(digits) > 1 else 0
-        numbers.setdefault((prefix, width if digits else -1), set()).update([int(digits)] if digits else ())
-    return ",".join(_write(prefix, width, sorted(group)) for (prefix, width), group in numbers.items())
+    unique = [_numbered(name) for name in dict.fromkeys(names)]
+    # Numbers that are filled up with zeros share brackets only with those of the same width.
+    padded = {(prefix, len(digits)) for prefix, digits in unique if len(digits) > 1 and digits[0] == "0"}
+    groups: dict[tuple[str, int], list[int]] = {}
+    for prefix, digits in unique:
+        width = len(digits) if (prefix, len(digits)) in padded else 0
+        groups.setdefault((prefix, width if digits else _NO_NUMBER), []).append(int(digits or 0))
+    return ",".join(_write(prefix, width, sorted(group)) for (prefix, width), group in groups.items())
 
 
 def _split(nodelist: str) -> list[str]:
@@ -73,7 +77,7 @@ def _alternatives(word: str) -> list[list[str]]:
 def _bracket(text: str) -> list[str]:
     numbers: list[str] = []
     for item in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", item)
         if not match:
             raise ValueError(f"{item[:80]!r} is no number or range of numbers")
         first, last = match[1], match[2] or match[1]
@@ -89,7 +93,7 @@ def _numbered(name: str) -> tuple[str, str]:
 
 
 def _write(prefix: str, width: int, numbers: list[int]) -> str:
-    if width < 0:
+    if width == _NO_NUMBER:
         return prefix
     ranges: list[list[int]] = []
     for number in numbers:

@@ -1,6 +1,6 @@
 """What sacct, squeue, scontrol and sinfo print, as frozen dataclasses. Pure: `client.py` runs the commands.
 
-The columns to ask for stand beside the parser that reads them. Fields are separated by a control character, as job
+The options to ask with stand beside the parsers. Fields are separated by a control character, as job
 names, comments and paths may hold any other.
 """
 
@@ -52,16 +52,19 @@ SQUEUE_COLUMNS = {
     "WorkDir": "%Z",
 }
 SINFO_COLUMNS = {"Node": "%N", "State": "%T", "Reason": "%E"}
+SACCT_OPTIONS = ("-n", "-P", f"--delimiter={DELIMITER}", f"--format={','.join(SACCT_COLUMNS)}")
+SQUEUE_OPTIONS = ("-h", "-r", "--states=all", "-o", DELIMITER.join(SQUEUE_COLUMNS.values()))
+SINFO_OPTIONS = ("-h", "-N", "-o", DELIMITER.join(SINFO_COLUMNS.values()))
 
 
 def parse_sacct(text: str) -> list[JobRecord]:
-    """Output of `sacct -n -P --delimiter=… -o SACCT_COLUMNS`; steps are left out."""
-    records = [_sacct_record(row) for row in _rows(text, SACCT_COLUMNS)]
-    return [record for record in records if record.key.step is None]
+    """Output of `sacct` with SACCT_OPTIONS; steps are left out."""
+    rows = _rows(text, SACCT_COLUMNS)
+    return [_sacct_record(row) for row in rows if JobKey.parse(row["JobID"]).step is None]
 
 
 def parse_squeue(text: str) -> list[JobRecord]:
-    """Output of `squeue -h -o` with SQUEUE_COLUMNS."""
+    """Output of `squeue` with SQUEUE_OPTIONS."""
     return [_squeue_record(row) for row in _rows(text, tuple(SQUEUE_COLUMNS))]
 
 
@@ -71,7 +74,7 @@ def parse_job_details(text: str) -> list[JobDetail]:
 
 
 def parse_sinfo(text: str) -> list[NodeState]:
-    """Output of `sinfo -h -N -o` with SINFO_COLUMNS, which has a line for each partition that a node is in."""
+    """Output of `sinfo` with SINFO_OPTIONS, which has a line for each partition that a node is in."""
     states = {
         row["Node"]: NodeState(row["Node"], row["State"].lower(), values.text_or_none(row["Reason"]))
         for row in _rows(text, tuple(SINFO_COLUMNS))
@@ -88,30 +91,30 @@ def _rows(text: str, columns: tuple[str, ...]) -> list[dict[str, str]]:
 def _sacct_record(row: dict[str, str]) -> JobRecord:
     code = values.parse_exit_code(row["ExitCode"])
     state = parse_state(row["State"])
+    common = _common(row, state)
+    if not state.is_waiting:  # sacct goes on showing why it once waited
+        common.update(reason=None)
     return JobRecord(
-        **_common(row, state),
+        **common,
         exit_code=code[0] if code and state.is_final else None,
         signal=code[1] if code and state.is_final else None,
         eligible=values.parse_time(row["Eligible"]),
         expected_start=None,
         elapsed_s=float(row["ElapsedRaw"] or 0),
-        gpus=values.gpus_of_tres(row["AllocTRES"]),
+        gpus=values.gpus_of_tres(row["AllocTRES"]) if common["nodes"] else 0,
         db_index=int(row["DBIndex"]),
     )
 
 
 def _squeue_record(row: dict[str, str]) -> JobRecord:
     state = parse_state(row["State"])
-    start = values.parse_time(row["Start"])
     common = _common(row, state)
-    if state.is_waiting:
-        common.update(started=None, ended=None)
     return JobRecord(
         **common,
         exit_code=None,
         signal=None,
         eligible=None,
-        expected_start=start if state.is_waiting else None,
+        expected_start=values.parse_time(row["Start"]) if state.is_waiting else None,
         elapsed_s=values.parse_duration(row["Elapsed"]) or 0.0,
         gpus=None,
         db_index=None,
@@ -120,9 +123,10 @@ def _squeue_record(row: dict[str, str]) -> JobRecord:
 
 def _common(row: dict[str, str], state: JobState) -> dict[str, Any]:
     """The fields that sacct and squeue both have."""
+    nodes = tuple(expand(row["NodeList"]))
     return {
         "key": JobKey.parse(row["JobID"]),
-        "raw_id": int(row["JobIDRaw"].partition("_")[0]),
+        "raw_id": int(row["JobIDRaw"]),
         "name": row["JobName"],
         "user": row["User"],
         "account": values.text_or_none(row["Account"]) or "",
@@ -131,11 +135,12 @@ def _common(row: dict[str, str], state: JobState) -> dict[str, Any]:
         "state": state,
         "reason": values.text_or_none(row["Reason"]),
         "submitted": values.parse_time(row["Submit"]),
-        "started": values.parse_time(row["Start"]),
+        # squeue gives a waiting job's expected start here, and one that was cancelled in the queue its end
+        "started": values.parse_time(row["Start"]) if nodes else None,
         "ended": values.parse_time(row["End"]) if state.is_final else None,
         "time_limit_s": values.parse_duration(row["Timelimit"]),
         "num_nodes": int(row["NNodes"] or 0),
-        "nodes": tuple(expand(row["NodeList"])),
+        "nodes": nodes,
         "work_dir": row["WorkDir"],
     }
 

@@ -126,8 +126,8 @@ _PRECEDENCE = (
 
 
 def parse_state(text: str) -> JobState:
-    """A state as any of Slurm's commands prints it: `CANCELLED by 0`, `COMPLETED+`, `PD`."""
-    word = text.split()[0].rstrip("+") if text.strip() else ""
+    """A state as Slurm's commands print it: `CANCELLED by 0`, `RUNNING`, `PD`."""
+    word = text.split()[0] if text.strip() else ""
     if word in _BY_CODE:
         return _BY_CODE[word]
     return JobState(word) if word in JobState.__members__ else JobState.UNKNOWN

@@ -1,0 +1,177 @@
+"""What a run has cost: every attempt of its jobs, from Slurm's accounting database, as a table.
+
+from hpc.accounting import attempts
+attempts("runs/my-run").groupby("role").gpu_hours.sum()
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpc.layout import RunLayout
+from hpc.slurm.client import SlurmClient, SlurmError
+from hpc.slurm.records import JobRecord
+from hpc.slurm.states import JobState
+from rltrain.arguments.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# The clocks of the node that submits and of the database may differ by so much.
+_CLOCK_SLACK = timedelta(minutes=2)
+
+# Columns and their pandas types, in order.
+COLUMNS = {
+    "job_id": "string",  # as sbatch printed it; of a heterogeneous job the leader's
+    "component": "Int64",  # number of the heterogeneous job's component, 0 for other jobs
+    "role": "string",  # what runs in the component, if the run's events say so
+    "attempt": "Int64",  # from 0, over all jobs of a run: how many attempts had started before
+    "state": "string",  # a word of hpc.slurm.states
+    "reason": "string",  # why it ended so, or what it waits for
+    "exit_code": "Int64",
+    "signal": "Int64",
+    "submitted": "datetime64[us, UTC]",  # submitted, or requeued
+    "eligible": "datetime64[us, UTC]",  # from when on it could start
+    "started": "datetime64[us, UTC]",
+    "ended": "datetime64[us, UTC]",
+    "wait_s": "Float64",  # seconds between submitted and started
+    "elapsed_s": "Float64",  # seconds between started and ended, or now
+    "partition": "string",
+    "num_nodes": "Int64",
+    "nodes": "object",  # list of names
+    "gpus": "Int64",
+    "gpu_hours": "Float64",
+}
+_REASONS = {
+    JobState.CANCELLED: "cancelled",
+    JobState.TIMEOUT: "reached its time limit",
+    JobState.PREEMPTED: "made way for another job",
+    JobState.NODE_FAIL: "a node failed",
+    JobState.OUT_OF_MEMORY: "out of memory",
+    JobState.REQUEUED: "requeued",
+}
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A job that belongs to a run.
+
+    Attributes:
+        job: id.
+        submitted: when the run's events recorded it; None if unknown.
+        roles: what runs in each component.
+    """
+
+    job: str
+    submitted: datetime | None = None
+    roles: tuple[str, ...] = ()
+
+
+def attempts(run: str | Path | Iterable[str], client: SlurmClient | None = None) -> pd.DataFrame:
+    """Every attempt of every component of a run's jobs (or of jobs given by id), oldest first; columns: `COLUMNS`.
+
+    Raises:
+        SlurmError: there is no accounting database here, or it does not answer.
+        UserError: the run has no Slurm jobs.
+    """
+    jobs = submitted_jobs(Path(run)) if isinstance(run, str | Path) else [SubmittedJob(job) for job in run]
+    client = client or SlurmClient()
+    if not client.has_accounting:
+        raise SlurmError(
+            "this cluster has no accounting database (slurmdbd), so nothing is known of past attempts."
+        )
+    times = [job.submitted for job in jobs if job.submitted]
+    since = min(times) - _CLOCK_SLACK if times and len(times) == len(jobs) else None
+    records = client.sacct((job.job for job in jobs), since=since, every_attempt=True)
+    return to_frame(records, jobs)
+
+
+def submitted_jobs(run_dir: Path) -> list[SubmittedJob]:
+    """The Slurm jobs of a run: those of its events that have a `job_id` (and, if they say so, `components`).
+
+    Raises:
+        UserError: there are none.
+    """
+    events = RunLayout(run_dir).events
+    if not events.is_file():
+        raise UserError(f"{run_dir} is no run: it has no {events.name}.")
+    found: dict[str, SubmittedJob] = {}
+    for line in events.read_text().splitlines():
+        event = _event(line)
+        if event.get("job_id") and str(event["job_id"]) not in found:
+            time = datetime.fromtimestamp(event["time"], UTC) if "time" in event else None
+            found[str(event["job_id"])] = SubmittedJob(
+                str(event["job_id"]), time, tuple(event.get("components", ()))
+            )
+    if not found:
+        raise UserError(f"{run_dir} has not been submitted to Slurm: no event in {events.name} has a job_id.")
+    return list(found.values())
+
+
+def to_frame(records: Iterable[JobRecord], jobs: Sequence[SubmittedJob]) -> pd.DataFrame:
+    """The table of these records. Records of another job that once had the same id are left out."""
+    import pandas as pd
+
+    known = {job.job: job for job in jobs}
+    own = [record for record in records if _belongs(record, known)]
+    own.sort(key=lambda record: (record.submitted or datetime.min.replace(tzinfo=UTC), record.db_index or 0))
+    started: dict[int, int] = defaultdict(int)  # by component
+    rows = []
+    for record in own:
+        component = record.key.component or 0
+        rows.append(_row(record, component, started[component], known[record.key.job].roles))
+        started[component] += record.started is not None
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+
+
+def _belongs(record: JobRecord, known: Mapping[str, SubmittedJob]) -> bool:
+    job = known.get(record.key.job)
+    if job is None:
+        return False
+    return job.submitted is None or not record.submitted or record.submitted >= job.submitted - _CLOCK_SLACK
+
+
+def _row(record: JobRecord, component: int, attempt: int, roles: Sequence[str]) -> dict[str, Any]:
+    waited = record.started - record.submitted if record.started and record.submitted else None
+    gpus = record.gpus or 0
+    return {
+        "job_id": record.key.job,
+        "component": component,
+        "role": roles[component] if component < len(roles) else None,
+        "attempt": attempt,
+        "state": record.state.value,
+        "reason": _reason(record),
+        "exit_code": record.exit_code,
+        "signal": record.signal,
+        "submitted": record.submitted,
+        "eligible": record.eligible,
+        "started": record.started,
+        "ended": record.ended,
+        "wait_s": waited.total_seconds() if waited is not None else None,
+        "elapsed_s": record.elapsed_s,
+        "partition": record.partition,
+        "num_nodes": record.num_nodes,
+        "nodes": list(record.nodes),
+        "gpus": gpus,
+        "gpu_hours": gpus * record.elapsed_s / 3600,
+    }
+
+
+def _reason(record: JobRecord) -> str | None:
+    if record.state is JobState.FAILED:
+        return f"signal {record.signal}" if record.signal else f"exit code {record.exit_code}"
+    return _REASONS.get(record.state) or record.reason
+
+
+def _event(line: str) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except ValueError:  # the line is being written
+        return {}
+    return event if isinstance(event, dict) else {}

@@ -1,0 +1,101 @@
+"""A real Slurm for tests marked `slurm`, and what such tests do with it.
+
+Where Slurm is not installed they are skipped, with the command that installs it; in CI they fail.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from hpc.sandbox import ClusterSpec, MissingPackagesError, Sandbox, require_packages
+from hpc.slurm import JobState, JobStatus, SlurmClient
+from hpc.slurm.client import status_of
+
+
+def need_slurm() -> None:
+    """Skip the test, or fail it in CI, unless all of Slurm is installed."""
+    try:
+        require_packages(accounting=True)
+    except MissingPackagesError as error:
+        if os.environ.get("CI", "").lower() in ("true", "1"):
+            pytest.fail(f"in CI the tests of Slurm must run: {error}", pytrace=False)
+        pytest.skip(str(error))
+
+
+@contextmanager
+def open_directory() -> Iterator[Path]:
+    """A directory that every user of the machine can read, with a path short enough for sockets."""
+    path = Path(tempfile.mkdtemp(prefix="slurm-test-"))
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[Sandbox]:
+    """One cluster for all tests: six nodes of four GPUs, one without, and accounting."""
+    need_slurm()
+    with (
+        open_directory() as path,
+        Sandbox(path, ClusterSpec(accounting=True), owner_pid=os.getpid()) as cluster,
+    ):
+        yield cluster
+
+
+@pytest.fixture
+def idle_cluster(slurm_cluster: Sandbox) -> Iterator[Sandbox]:
+    """`slurm_cluster` with no jobs, every node on; afterwards too."""
+    yield slurm_cluster
+    slurm_cluster.run("scancel", "--signal=KILL", "--full", "--state=RUNNING")
+    slurm_cluster.run("scancel", *(f"--state={state}" for state in ("PENDING", "RUNNING", "SUSPENDED")))
+    for node in SlurmClient(slurm_cluster.env).node_states():
+        if node.state.startswith(("down", "drain")):
+            slurm_cluster.power_on(node.name)
+    until(lambda: _is_quiet(slurm_cluster), 30, "an idle cluster")
+
+
+def submit(cluster: Sandbox, script: str, *options: str, user: str | None = None) -> str:
+    """Submit the lines of a batch script as a job; returns its id."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
+        file.write("#!/bin/bash\n" + script)
+        file.flush()
+        Path(file.name).chmod(0o644)
+        defaults = ("--parsable", "--output=/dev/null", "--chdir=/tmp")
+        return cluster.run("sbatch", *defaults, *options, file.name, user=user).strip()
+
+
+def wait_for(cluster: Sandbox, job: str, *states: JobState, timeout: float = 40.0) -> JobStatus:
+    """Poll until a job is in one of these states (by default, in any final one)."""
+    client = SlurmClient(cluster.env)
+
+    def status() -> JobStatus:
+        return status_of(job, client.squeue([job]))  # the controller itself: sacct lags by a second
+
+    def reached() -> bool:
+        state = status().state
+        return state in states if states else state.is_final
+
+    until(reached, timeout, f"job {job} to be {' or '.join(states) or 'over'}")
+    return status()
+
+
+def until(condition: Callable[[], bool], timeout: float, what: str) -> None:
+    """Probe until the condition holds; fails the test when time is up."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout:.0f} s for {what}"
+        time.sleep(0.1)
+
+
+def _is_quiet(cluster: Sandbox) -> bool:
+    return all(node.state == "idle" for node in SlurmClient(cluster.env).node_states())
