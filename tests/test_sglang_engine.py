@@ -230,3 +230,13 @@ def test_an_idle_engine_leaves_the_cores_alone(engine) -> None:
     before = cpu_seconds()
     time.sleep(3.0)
     assert cpu_seconds() - before < 0.6
+
+
+def test_a_tensor_parallel_engine_without_weights_of_its_own_computes_the_same(
+    engine, tiny_model: Path, tiny_tokenizer: Path
+) -> None:
+    server_args = {"model_path": str(tiny_tokenizer), "load_format": "dummy", "tp_size": 2}
+    with HttpServerEngineAdapter.launch(server_args, TOKEN) as parallel:
+        before = greedy(parallel.url)
+        parallel.update_weights_from_disk(tiny_model, "1")
+        assert greedy(parallel.url) == greedy(engine.url) != before

@@ -137,7 +137,8 @@ class HttpServerEngineAdapter:
 
         The engine must be idle or paused with `retract`.
         """
-        body = {"model_path": str(path), "weight_version": weight_version}
+        # An engine that was started without weights would else try to load these in the same way.
+        body = {"model_path": str(path), "weight_version": weight_version, "load_format": "auto"}
         self._call("POST", "/update_weights_from_disk", body, timeout)
 
     def _call(self, method: str, path: str, body: Any = None, timeout: float = 60.0) -> Any:
