@@ -66,8 +66,11 @@ def install() -> None:
     """Make Megatron-core importable and usable on the CPU. Calling it again changes nothing."""
     if torch.cuda.is_available():
         raise RuntimeError("the CPU adaptor must not be installed where CUDA is available")
-    # It warns a dozen times that kernels for GPUs are not installed.
+    # A dozen warnings that kernels for GPUs are not installed, and torch's about Megatron-core's use of it.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed|rltrain\.megatron\.cpu"
+    )
     _stub_torch_cuda()
     _replace_rng()
     _replace_rope()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -64,9 +66,9 @@ def forward_backward(
 def _statistics(
     micro_batch: MicroBatch, logits: Tensor, shape: ModelShape, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the trainable tokens from logits of all tokens, [1, t, vocabulary / ranks]."""
+    """Log-probs and entropies of the n trainable tokens from their logits, [1, n, vocabulary / ranks]."""
     return log_probs_and_entropy(
-        logits.squeeze(0).index_select(0, micro_batch.rows),
+        logits.squeeze(0),
         micro_batch.targets,
         temperature=temperature,
         vocab_size=shape.vocab_size,
@@ -83,7 +85,7 @@ def _run(
 ) -> list[Any]:
     def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunc]:
         micro_batch = next(batches)
-        with model_scope():
+        with model_scope(), _only_rows(model.module, micro_batch.rows):
             logits = model(
                 input_ids=micro_batch.tokens,
                 position_ids=None,
@@ -103,3 +105,26 @@ def _run(
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+
+@contextmanager
+def _only_rows(model: GPTModel, rows: Tensor) -> Iterator[None]:
+    """While entered, the model computes logits only at these positions: prompts need none.
+
+    With sequence parallelism the output layer itself gathers the positions from the ranks, so there the rows
+    are taken from its result.
+    """
+
+    def before(layer: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].index_select(0, rows), *inputs[1:])
+
+    def after(layer: torch.nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> Any:
+        return output[0].index_select(0, rows), output[1]
+
+    layer = model.output_layer
+    gathers = model.config.sequence_parallel
+    hook = layer.register_forward_hook(after) if gathers else layer.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        hook.remove()

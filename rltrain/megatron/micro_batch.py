@@ -1,6 +1,6 @@
 """One packed micro-batch as tensors: what goes into the model, and what its loss needs for each token.
 
-The loss is flat over trainable tokens: the model's output is indexed once with `rows`.
+The loss is flat over trainable tokens: the model computes logits at `rows` and nowhere else.
 """
 
 from __future__ import annotations

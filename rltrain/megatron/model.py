@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -112,6 +113,8 @@ def wrap_data_parallel(model: GPTModel, args: argparse.Namespace) -> Distributed
         use_distributed_optimizer=args.use_distributed_optimizer,
         check_for_nan_in_grad=True,
     )
+    # The check for NaN goes through a state machine that announces itself, with two warnings.
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     wrapped = DistributedDataParallel(model.config, config, model)
     model.config.finalize_model_grads_func = finalize_model_grads
     return wrapped
