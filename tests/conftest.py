@@ -13,6 +13,8 @@ from tiny_model import make_model
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+pytest_plugins = ["slurm_fixture"]
+
 TOKEN = "test-token-0123456789"
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc.slurm import parse, values
-from hpc.slurm.client import status_of
+from hpc.slurm.client import SlurmClient, SlurmError, SlurmUnavailableError, status_of
 from hpc.slurm.cluster import parse_config, parse_nodes, parse_partitions
 from hpc.slurm.environment import without_slurm
 from hpc.slurm.facts import ClusterFacts
@@ -413,6 +413,26 @@ class TestCluster:
     def test_config(self) -> None:
         config = parse_config(output("scontrol_show_config"))
         assert config["SLURM_VERSION"] == "22.05.8" and config["KillWait"] == "2 sec"
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        (
+            "slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
+            SlurmUnavailableError,
+        ),
+        ("sacct: error: Problem talking to the database: Connection refused", SlurmUnavailableError),
+        ("sbatch: error: Batch job submission failed: Invalid account", SlurmError),
+    ],
+)
+def test_an_outage_is_told_from_a_refusal(tmp_path: Path, said: str, kind: type[SlurmError]) -> None:
+    command = tmp_path / "squeue"
+    command.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    command.chmod(0o755)
+    with pytest.raises(SlurmError) as error:
+        SlurmClient({"PATH": f"{tmp_path}:/bin"}).squeue()
+    assert type(error.value) is kind and said in str(error.value)
 
 
 def test_environment_of_commands() -> None:

@@ -80,8 +80,8 @@ class Sandbox:
             MissingPackagesError: Slurm is not installed; the message says how to.
             UserError: the directory can't be used, or the cluster did not come up: the message has the log's end.
         """
-        require_packages(self._spec.accounting)
         self._check_directory()
+        require_packages(self._spec.accounting)
         _make_directories(self._layout)
         self._layout.spec.write_text(self._spec.to_json())
         reading, writing = os.pipe()
