@@ -115,7 +115,7 @@ async def serve(context: RoleContext) -> None:
         await rewards.start(args)
         router = urlsplit((await asyncio.to_thread(registry.wait_for, "router"))[0].url)
         args.sglang_router_ip, args.sglang_router_port = router.hostname, router.port
-    runner = web.AppRunner(make_app(manager, context.token), access_log=None)
+    runner = web.AppRunner(make_app(manager, context.token), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     site = web.TCPSite(runner, context.host, 0)
     await site.start()
