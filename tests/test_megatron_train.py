@@ -189,3 +189,11 @@ def test_bf16_trains_and_resumes(model_dir: Path, tmp_path: Path, distributed_op
     actor.save(9)
     resumed = make_actor(args, tmp_path)
     assert resumed.train(10, batch) == actor.train(10, batch)
+
+
+def test_a_sample_without_reward_is_named(model_dir: Path, tmp_path: Path) -> None:
+    rewards = np.array([0.5, np.nan, np.nan, 1.0], np.float32)
+    batch = dataclasses.replace(make_batch(4, masked=2), train_rewards=rewards)
+    with pytest.raises(ValueError, match=r"samples \[2\] have no reward"):
+        train_once(model_dir, tmp_path, batch)
+    train_once(model_dir, tmp_path, batch, loss_type="sft_loss")

@@ -17,7 +17,7 @@ class TrainBatch:
     tokens: list[NDArray[np.int32]]  # [prompt + response]
     response_lengths: list[int]
     loss_masks: list[NDArray[np.int8]]  # [response]
-    train_rewards: NDArray[np.float32]  # after group normalisation
+    train_rewards: NDArray[np.float32]  # after group normalisation; NaN: none
     rollout_log_probs: list[NDArray[np.float32]] | None  # [response], the engine's
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class TrainBatch:
             tokens=_required(_lists(table["tokens"], np.int32), "tokens"),
             response_lengths=response_lengths,
             loss_masks=_required(masks, "loss_mask"),
-            train_rewards=np.nan_to_num(rewards, nan=0.0),
+            train_rewards=rewards,
             rollout_log_probs=_log_probs(log_probs, masks, response_lengths),
         )
 

@@ -143,10 +143,14 @@ class MegatronTrainActor:
         """What the loss needs for each trainable token, as far as it needs no model."""
         per_token = self.args.calculate_per_token_loss
         weights = [token_weights([batch.loss_masks[i] for i in step], per_token=per_token) for step in steps]
-        values = {
-            "weights": trainable.spread(np.concatenate(weights)),
-            "advantages": trainable.spread(batch.train_rewards),
-        }
+        values = {"weights": trainable.spread(np.concatenate(weights))}
+        if self.args.loss_type == "policy_loss":
+            missing = [
+                i for i in range(len(batch)) if trainable.count(i) and np.isnan(batch.train_rewards[i])
+            ]
+            if missing:
+                raise ValueError(f"samples {missing} have no reward (or NaN) but are trained on")
+            values["advantages"] = trainable.spread(batch.train_rewards)
         if batch.rollout_log_probs is not None:
             values["rollout_log_probs"] = trainable.select(batch.rollout_log_probs)
         return values
