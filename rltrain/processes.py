@@ -10,15 +10,18 @@ import socket
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, however it dies. Linux only, else a no-op."""
-    parent = os.getppid()
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, however it dies. Linux only, else a no-op.
+
+    Args:
+        parent: process id of the parent, told by itself: it may be dead by now.
+    """
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     except (OSError, AttributeError):
         return
-    if os.getppid() != parent:  # it died before we asked
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import inspect
+import os
 import socket
 import sys
 import time
@@ -135,6 +136,7 @@ class _Worker:
                 "-m",
                 "rltrain.rewards.worker",
                 str(theirs.fileno()),
+                str(os.getpid()),
                 pass_fds=[theirs.fileno()],
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)

@@ -1,4 +1,4 @@
-"""One process of the reward pool: `python -m rltrain.rewards.worker FD`.
+"""One process of the reward pool: `python -m rltrain.rewards.worker FD PARENT_PID`.
 
 FD is a socket to the pool. Messages are pickles behind their length (4 bytes, big endian). The first one is
 `(args, path of the reward function)` and is answered by None or the reason why it can't be loaded. Then come
@@ -39,7 +39,7 @@ class Grade:
 
 def main() -> None:
     """Serve the pool on the other end of the socket until it closes."""
-    die_with_parent()
+    die_with_parent(int(sys.argv[2]))
     connection = socket.socket(fileno=int(sys.argv[1]))
     asyncio.run(_serve(connection))
 

@@ -21,7 +21,7 @@ class ServerDiedError(RuntimeError):
 
 
 class ServerProcess:
-    """`python -m module`, with its settings as JSON on stdin (they hold a secret), and its URL.
+    """`python -m module PARENT_PID`, with its settings as JSON on stdin (they hold a secret), and its URL.
 
     Must be started from the main thread: the kernel ends such a process with the thread that started it.
     """
@@ -33,7 +33,7 @@ class ServerProcess:
             prefix="slurmlime-"
         )  # for the sockets that SGLang leaves behind
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", module],
+            [sys.executable, "-W", "ignore", "-m", module, str(os.getpid())],
             stdin=subprocess.PIPE,
             env={**os.environ, "TMPDIR": self._tmp.name},
         )

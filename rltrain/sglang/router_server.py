@@ -1,4 +1,4 @@
-"""The process of the router: `python -m rltrain.sglang.router_server`, with its `RouterArgs` as JSON on stdin."""
+"""The router's process: `python -m rltrain.sglang.router_server PARENT_PID`, `RouterArgs` as JSON on stdin."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rltrain.processes import die_with_parent
 
 def main() -> None:
     """Read the arguments and route until told to stop."""
-    die_with_parent()
+    die_with_parent(int(sys.argv[1]))
     router_args = json.load(sys.stdin)
     from sglang_router.launch_router import launch_router
     from sglang_router.router_args import RouterArgs

@@ -1,4 +1,4 @@
-"""The process of one SGLang server: `python -m rltrain.sglang.server`, with its `ServerArgs` as JSON on stdin.
+"""The process of one SGLang server: `python -m rltrain.sglang.server PARENT_PID`, `ServerArgs` as JSON on stdin.
 
 Started by `rltrain.sglang.adapter`. The arguments come over stdin because the API key is one of them and a
 command line can be read by everybody on the machine. With a GPU this is SGLang's stock server; without one
@@ -41,7 +41,7 @@ _SECRET = re.compile(r"""(api_key['"]?\s*[=:]\s*)(['"])[^'"]+\2""")
 
 def main() -> None:
     """Read the arguments, start the server, and serve until told to stop."""
-    die_with_parent()
+    die_with_parent(int(sys.argv[1]))
     server_args = json.load(sys.stdin)
     if cpu.has_accelerator():
         run_server(server_args)
