@@ -16,6 +16,7 @@ from slurm_fixture import need_slurm, open_directory, submit, until, wait_for
 from hpc.accounting import attempts
 from hpc.sandbox import ClusterSpec, MissingPackagesError, Sandbox, require_packages
 from hpc.sandbox.control import Connection
+from hpc.sandbox.packages import find_program
 from hpc.slurm import JobState, SlurmClient, SlurmError, SlurmUnavailableError, read_facts
 from hpc.slurm.nodelist import compress, expand
 from rltrain.arguments.errors import UserError
@@ -161,6 +162,14 @@ class TestLife:
         with pytest.raises(SlurmUnavailableError, match="squeue gave no answer in 1 s"):
             SlurmClient(cluster.env, timeout_s=1).squeue()
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user lacks it anyway")
+    def test_container_without_the_capability(self, directory: Path) -> None:
+        drop = [find_program("setpriv"), "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
+        command = [*drop, sys.executable, "-m", "hpc.sandbox", "up", str(directory)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and "CAP_SYS_ADMIN" in done.stderr and "Traceback" not in done.stderr
+        assert processes_of(directory) == []
+
     @pytest.mark.skipif(os.geteuid() != 0, reason="is what the other tests do, unless root runs them")
     def test_ordinary_user(self, directory: Path) -> None:
         python = _python_of_everybody()
@@ -243,7 +252,12 @@ class TestNodes:
             slurm_cluster.power_off("node9")
 
     def test_facts(self, idle_cluster: Sandbox) -> None:
-        facts = read_facts(SlurmClient(idle_cluster.env))
+        client = SlurmClient(idle_cluster.env)
+        assert (
+            "research" in client.accounts(pwd.getpwuid(os.geteuid()).pw_name)
+            and client.accounts("nobody") == []
+        )
+        facts = read_facts(client)
         assert facts.has_accounting and facts.accounts is None
         assert sorted((shape.count, shape.idle, shape.gpus) for shape in facts.shapes("gpu")) == [
             (3, 3, (("a100", 4),)),

@@ -41,6 +41,7 @@ class Sandbox:
         self._layout = Layout(Path(directory).resolve())
         self._spec = spec or ClusterSpec()
         self._owner_pid = owner_pid
+        self._server: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Sandbox:
         self.up()
@@ -86,7 +87,7 @@ class Sandbox:
         self._layout.spec.write_text(self._spec.to_json())
         reading, writing = os.pipe()
         try:
-            server = self._start_server(writing)
+            server = self._server = self._start_server(writing)
         finally:
             os.close(writing)
         with os.fdopen(reading) as answer:
@@ -116,6 +117,8 @@ class Sandbox:
                     signal.pidfd_send_signal(server, signal.SIGKILL)  # its children are told to die with it
             finally:
                 os.close(server)
+        if self._server:
+            self._server.wait()
 
     def run(self, *command: str, user: str | None = None, env: Mapping[str, str] | None = None) -> str:
         """Standard output of a command run on the machine as on a login node, as another user if root wants it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 
+from hpc.sandbox.daemons import DaemonError, Daemons
 from hpc.sandbox.layout import Layout
 from hpc.sandbox.packages import find_program
 
@@ -35,6 +36,21 @@ def controller_command(layout: Layout) -> list[str]:
     return unshare(
         "--uts", "--", find_program("bash"), "-c", f"hostname localhost && exec {shlex.join(slurmctld)}"
     )
+
+
+def check_namespaces(daemons: Daemons) -> None:
+    """Try whether this machine lets us make namespaces at all.
+
+    Raises:
+        DaemonError: it does not; the message says what to change.
+    """
+    try:
+        daemons.run(unshare("--mount", "--pid", "--fork", "--uts", "--", "true"))
+    except DaemonError as error:
+        raise DaemonError(
+            f"{error}. The nodes are Linux namespaces, which need CAP_SYS_ADMIN (a container: --privileged), or for an"
+            " ordinary user a kernel that allows user namespaces (user.max_user_namespaces > 0)."
+        ) from None
 
 
 def unshare(*arguments: str) -> list[str]:

@@ -50,6 +50,7 @@ class SandboxServer:
             DaemonError: one of them did not come up.
         """
         self._log("boot")
+        nodes.check_namespaces(self._daemons)
         if self._spec.accounting:
             database.start_database(self._daemons, self._layout, self._user)
         addresses = choose_addresses(len(self._spec.node_names))

@@ -78,7 +78,7 @@ class SlurmClient:
             SlurmUnavailableError: a daemon did not answer, or not in time.
             SlurmError: the command is missing, or it failed.
         """
-        program = shutil.which(command[0], path=self._env.get("PATH"))
+        program = self._find(command[0])
         if program is None:
             raise SlurmError(
                 f"{command[0]} is not on PATH: this machine is no login node of a Slurm cluster, or its module is not"
@@ -100,6 +100,9 @@ class SlurmClient:
             raise _explain(command, done.stderr.strip() or done.stdout.strip(), done.returncode)
         return done.stdout
 
+    def _find(self, program: str) -> str | None:
+        return shutil.which(program, path=self._env.get("PATH"))
+
     @functools.cached_property
     def config(self) -> dict[str, str]:
         """The cluster's configuration (`scontrol show config`), by Slurm's names."""
@@ -107,8 +110,9 @@ class SlurmClient:
 
     @property
     def has_accounting(self) -> bool:
-        """Whether sacct knows this cluster's jobs."""
-        return self.config.get("AccountingStorageType", "").endswith("slurmdbd")
+        """Whether there is a sacct here that knows this cluster's jobs."""
+        stored = self.config.get("AccountingStorageType", "").endswith("slurmdbd")
+        return stored and self._find("sacct") is not None
 
     def sacct(
         self, jobs: Iterable[str], since: datetime | None = None, every_attempt: bool = False
