@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import resource
 import secrets
 import select
 import signal
@@ -161,6 +162,9 @@ def main() -> None:
     root, owner_pid, ready_fd = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     os.set_inheritable(ready_fd, False)
     os.umask(0o022)  # other users are to read slurm.conf and to reach munge
+    resource.setrlimit(
+        resource.RLIMIT_CORE, (0, 0)
+    )  # jobs inherit it: a crash leaves no gigabytes where they ran
     become_subreaper()
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, _terminate)
