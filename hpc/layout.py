@@ -36,6 +36,16 @@ class RunLayout:
         return self.root / "config.toml"
 
     @property
+    def job(self) -> Path:
+        """The jobs that the run was submitted as: a JSON list, one entry a submission, oldest first."""
+        return self.root / "job.json"
+
+    @property
+    def script(self) -> Path:
+        """The batch script that was submitted last, exactly."""
+        return self.root / "job.sbatch"
+
+    @property
     def lock(self) -> Path:
         """Held with flock(2) by the supervisor of the attempt that is running."""
         return self.root / ".lock"

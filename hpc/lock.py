@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 
 from hpc.layout import RunLayout
@@ -16,6 +17,41 @@ from rltrain.arguments.errors import UserError
 
 # Another `submit` may hold the lock for the moment in which it finds out that the run is free.
 _PATIENCE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a run's lock: the supervisor of the attempt that is running, or a `submit` for a moment."""
+
+    pid: int
+    host: str
+    since: float  # Unix seconds
+
+    @property
+    def is_here(self) -> bool:
+        """Whether `pid` is a process of this machine."""
+        return self.host == socket.gethostname()
+
+
+def find_holder(layout: RunLayout) -> Holder | None:
+    """Who holds the run's lock now; None if nobody does, or if the file system has no locks to ask for."""
+    try:
+        fd = os.open(layout.lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        try:
+            return Holder(**json.loads(os.pread(fd, 4096, 0)))
+        except (ValueError, TypeError):  # it holds the lock, but has not yet written who it is
+            return Holder(0, "", 0.0)
+    except OSError:
+        return None
+    else:
+        return None
+    finally:
+        os.close(fd)
 
 
 @contextmanager
