@@ -120,11 +120,14 @@ def test_a_batch_and_an_evaluation_through_router_and_engine(
         for each in [psutil.Process(process.pid), *descendants(process)]:
             assert TOKEN not in " ".join(each.cmdline())
     children = [child for process in job.roles.values() for child in descendants(process)]
+    shared = [Path(file.path) for child in children for file in child.open_files() if "/dev/shm" in file.path]
+    assert any(path.exists() for path in shared)
     for process in job.roles.values():
         process.terminate()
     assert [process.wait(timeout=20) for process in job.roles.values()] == [0, 0, 0]
     _, alive = psutil.wait_procs(children, timeout=5)
     assert alive == []
+    assert not any(path.exists() for path in shared)
 
 
 def test_an_engine_whose_server_dies_says_so_and_ends(job: Job, tiny_model: Path, prompt_file: Path) -> None:

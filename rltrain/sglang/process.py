@@ -8,7 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any, NoReturn, Self
+
+import psutil
 
 from rltrain.sglang.http import get_status
 
@@ -82,11 +85,24 @@ class ServerProcess:
 
     def stop(self) -> None:
         """Kill the process, which has nothing to save and takes seconds when asked. Its children end with it."""
+        left_behind = _shared_memory_files(self.pid)
         self._process.kill()
         self._process.wait()
+        for path in left_behind:
+            path.unlink(missing_ok=True)
         self._tmp.cleanup()
 
     def _raise_died(self, when: str) -> NoReturn:
         code = self._process.returncode
         how = f"exit code {code}" if code >= 0 else f"signal {-code}"
         raise ServerDiedError(f"{self._module} (pid {self.pid}) ended with {how} {when}")
+
+
+def _shared_memory_files(pid: int) -> set[Path]:
+    """Shared memory that SGLang's schedulers have made under names, and do not remove when they end."""
+    try:
+        processes = psutil.Process(pid).children(recursive=True)
+        files = [Path(file.path) for process in processes for file in process.open_files()]
+    except psutil.Error:
+        return set()  # it has ended by itself, and took what it knew with it
+    return {path for path in files if path.parent == Path("/dev/shm") and path.name.startswith("sglang_")}
