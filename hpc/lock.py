@@ -43,8 +43,9 @@ def find_holder(layout: RunLayout) -> Holder | None:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         try:
-            return Holder(**json.loads(os.pread(fd, 4096, 0)))
-        except (ValueError, TypeError):  # it holds the lock, but has not yet written who it is
+            holder = json.loads(os.pread(fd, 4096, 0))
+            return Holder(holder["pid"], holder["host"], holder["since"])
+        except (ValueError, KeyError):  # it holds the lock, but has not yet written who it is
             return Holder(0, "", 0.0)
     except OSError:
         return None

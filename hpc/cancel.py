@@ -1,0 +1,144 @@
+"""Stop a run. It finishes its step, saves and ends; the run stays resumable (`python -m hpc.resubmit RUN`).
+
+On Slurm all its jobs are cancelled, also those that wait; a running one has the cluster's KillWait to save.
+`--now` does not wait for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from hpc import cli
+from hpc.feed import read_status
+from hpc.layout import RunLayout
+from hpc.lock import Holder, find_holder
+from hpc.run_jobs import SlurmView, ask_slurm, job_state
+from hpc.runs import RunRecord, find_run, read_run
+from hpc.slurm.client import SlurmClient
+from rltrain.arguments.errors import UserError
+
+EXAMPLE = "python -m hpc.cancel demo"
+EXIT_CODES = "exit codes: 0 the run has been told to stop, 2 it does not run or there is no such run"
+
+_NOW_SECONDS = 10.0  # for a supervisor to end its roles before it is killed
+
+
+def cancel(
+    run: str | Path, now: bool = False, runs_dir: str | Path = "runs", client: SlurmClient | None = None
+) -> str:
+    """Stop a run, at once if `now`; returns a sentence on what has been done.
+
+    Does not wait for the end of an orderly stop.
+
+    Raises:
+        UserError: it does not run, it can't be reached from here, or Slurm refused.
+    """
+    layout = find_run(run, Path(runs_dir))
+    record = read_run(layout)
+    client = client or SlurmClient()
+    slurm = ask_slurm(record.slurm_jobs, client)
+    if jobs := active_jobs(record, slurm):
+        return _cancel_jobs(record, jobs, now, client)
+    if record.holder is None:
+        raise UserError(_explain_idle(record, slurm))
+    return _cancel_here(layout, record.holder, now)
+
+
+def active_jobs(record: RunRecord, slurm: SlurmView) -> list[str]:
+    """Ids of the run's Slurm jobs that run or wait, the newest first."""
+    found = []
+    for job in record.slurm_jobs:
+        state = job_state(slurm.records.get(job.job_id, ()))
+        if state is not None and not state.is_final:
+            found.append(job.job_id)
+    return found[::-1]
+
+
+def _cancel_jobs(record: RunRecord, jobs: list[str], now: bool, client: SlurmClient) -> str:
+    # The newest first: a spare job that waits for the end of the one before it would begin.
+    client.cancel(jobs)
+    if now:
+        client.run("scancel", "--signal=KILL", "--full", *jobs)
+    who = f"{record.layout.name}: cancelled {'job' if len(jobs) == 1 else 'jobs'} {', '.join(jobs)}"
+    if record.holder is None and not record.attempts:
+        return f"{who}, which had not begun. {_resumable(record.layout)}"
+    if now:
+        return f"{who} without saving. {_resumable(record.layout)}"
+    wait = client.config.get("KillWait", "30 sec")
+    return f"{who}; what runs has {wait} to save. {_resumable(record.layout)}"
+
+
+def _cancel_here(layout: RunLayout, holder: Holder, now: bool) -> str:
+    if not holder.is_here:
+        raise UserError(
+            f"{layout.name} runs as process {holder.pid} on {holder.host or 'another machine'}, and no job of Slurm's"
+            " is known for it: run this command there."
+        )
+    try:
+        os.kill(holder.pid, signal.SIGTERM)
+        if now:
+            _stop_now(layout, holder)
+            return f"{layout.name} was stopped without saving. {_resumable(layout)}"
+    except PermissionError:
+        raise UserError(
+            f"{layout.name} is run by another user: process {holder.pid} can't be stopped."
+        ) from None
+    except ProcessLookupError:
+        return f"{layout.name} has just ended."
+    return (
+        f"{layout.name} was asked to stop: it finishes its step and saves. `python -m hpc.logs {layout.name} -f` shows"
+        f" the end. {_resumable(layout)}"
+    )
+
+
+def _stop_now(layout: RunLayout, holder: Holder) -> None:
+    """End the supervisor with all its roles: as two Ctrl-C do or, if it does not listen, by SIGKILL."""
+
+    def has_ended() -> bool:
+        return find_holder(layout) is None
+
+    _until(lambda: has_ended() or read_status(layout).get("phase") == "stopping", _NOW_SECONDS)
+    for seconds in (0.5, _NOW_SECONDS):  # the second one means "now"
+        if not has_ended():
+            os.kill(holder.pid, signal.SIGINT)
+        if _until(has_ended, seconds):
+            return
+    os.kill(holder.pid, signal.SIGKILL)  # its roles die with it
+    _until(has_ended, _NOW_SECONDS)
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (held := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return held
+
+
+def _resumable(layout: RunLayout) -> str:
+    return f"`python -m hpc.resubmit {layout.name}` resumes it from its last checkpoint."
+
+
+def _explain_idle(record: RunRecord, slurm: SlurmView) -> str:
+    if slurm.problem:
+        return f"{record.layout.name} can't be cancelled: {slurm.problem}"
+    return f"{record.layout.name} does not run: it is {record.state}."
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns an exit code."""
+    parser = cli.make_parser("hpc.cancel", __doc__, EXAMPLE, EXIT_CODES)
+    parser.add_argument("run", metavar="RUN", help="name or directory")
+    parser.add_argument("--now", action="store_true", help="at once, without saving")
+    cli.add_runs_dir(parser)
+    args = parser.parse_args(argv)
+    print(cancel(args.run, args.now, args.runs_dir))
+    return cli.EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run_main(main))

@@ -1,0 +1,101 @@
+"""What the command lines of all verbs share: run names, errors for people, exit codes, tables.
+
+A table is drawn with rich on a terminal; elsewhere it is plain columns, which `awk` and `less` can read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rltrain.arguments.errors import UserError
+
+EXIT_OK, EXIT_FAIL, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_CODES = "exit codes: 0 done, 2 bad input, 130 interrupted"
+
+
+def make_parser(
+    module: str, doc: str | None, example: str, exit_codes: str = EXIT_CODES
+) -> argparse.ArgumentParser:
+    """A parser for `python -m MODULE` whose help shows the module's docstring, an example and the exit codes."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=doc,
+        epilog=f"example:\n  {example}\n\n{exit_codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_runs_dir(parser: argparse.ArgumentParser) -> None:
+    """Add `--runs-dir`."""
+    parser.add_argument(
+        "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs lie (default: ./runs)"
+    )
+
+
+def run_main(main: Callable[[list[str]], int]) -> int:
+    """Run a verb with the words of the command line; a `UserError` becomes one line and exit code 2."""
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `… | head` has seen enough; Python would complain once more while exiting
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON; what JSON does not know (paths, times) as text."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Mapping[str, str] | None = None
+) -> None:
+    """Print rows of text below their columns' names.
+
+    Args:
+        columns: names, one a column.
+        rows: cells, as many as there are columns.
+        styles: rich style of a whole cell by its text, for example `{"fail": "red"}`; on a terminal only.
+    """
+    if sys.stdout.isatty():
+        _print_rich(columns, rows, styles or {})
+    else:
+        print(plain_table(columns, rows))
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell, two spaces apart."""
+    lines = [[name.upper() for name in columns], *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _print_rich(columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Mapping[str, str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
+    Console().print(table)
