@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from rltrain.megatron.distributed import control_group
 from rltrain.rollout.client import RolloutClient
 from rltrain.runtime import Registry, RoleContext
 from rltrain.sglang.adapter import HttpServerEngineAdapter
@@ -34,15 +35,15 @@ class Job:
 
     def connect(self) -> None:
         """Wait until rollout process and engines are ready."""
-        if dist.get_rank() == 0:
-            self._registry.status("loading")
-            auth = self._context.auth
-            self._rollout = RolloutClient(self._registry.wait_for("rollout")[0].url, auth)
-            if not self._args.debug_train_only:
-                count = self._args.rollout_num_gpus // self._args.rollout_num_gpus_per_engine
-                addresses = self._registry.wait_for("engine", count)
-                self.engines = [HttpServerEngineAdapter(each.url, self._context.token) for each in addresses]
-        dist.barrier()
+        on_rank_0(self._connect)
+
+    def _connect(self) -> None:
+        self._registry.status("loading")
+        self._rollout = RolloutClient(self._registry.wait_for("rollout")[0].url, self._context.auth)
+        if not self._args.debug_train_only:
+            count = self._args.rollout_num_gpus // self._args.rollout_num_gpus_per_engine
+            addresses = self._registry.wait_for("engine", count)
+            self.engines = [HttpServerEngineAdapter(each.url, self._context.token) for each in addresses]
 
     def rollout(self, call: Callable[[RolloutClient], T]) -> T:
         """The result of one call to the rollout process."""
@@ -88,7 +89,8 @@ class Job:
 
 def on_rank_0(call: Callable[[], T]) -> T:
     """Run `call` on rank 0 and give its result to every rank."""
+    group = control_group()
     result: list[T | None] = [call() if dist.get_rank() == 0 else None]
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(result, src=0)
+        dist.broadcast_object_list(result, src=0, group=group)
     return result[0]  # type: ignore[return-value]

@@ -65,6 +65,8 @@ def test_batch_arithmetic_that_contradicts_itself_shows_all_numbers() -> None:
         (["--eval-interval", "2"], "needs --eval-prompt-data"),
         (["--eval-prompt-data", "only-a-name"], "pairs"),
         (["--eval-prompt-data", "../x", "f"], "becomes a directory"),
+        (["--eval-prompt-data", "a", "b", "--debug-train-only"], "needs engines"),
+        (["--kl-coef", "0.1"], "--use-kl-loss"),
         (["--eps-clip-c", "0.5"], "greater than 1"),
         (["--rollout-temperature", "0"], "must be positive"),
         (["--micro-batch-size", "0"], "at least 1"),

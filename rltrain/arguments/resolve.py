@@ -120,6 +120,8 @@ def _evaluation(args: argparse.Namespace) -> None:
         )
     if args.eval_interval is not None and not sets:
         raise UserError("--eval-interval needs --eval-prompt-data NAME FILE.")
+    if sets and args.debug_train_only:
+        raise UserError("--eval-prompt-data needs engines, and --debug-train-only starts none.")
     if any("/" in name or name.startswith(".") for name in sets[::2]):
         raise UserError(
             "--eval-prompt-data: a set's name becomes a directory, so it holds no '/' and no leading dot."
@@ -137,6 +139,11 @@ def _algorithm(args: argparse.Namespace) -> None:
         args.eps_clip_high = args.eps_clip
     if args.eps_clip_c is not None and args.eps_clip_c <= 1:
         raise UserError(f"--eps-clip-c {args.eps_clip_c}: the dual clip must be greater than 1.")
+    if args.kl_coef:
+        raise UserError(
+            f"--kl-coef {args.kl_coef}: GRPO takes the KL to the reference as a loss, not out of the reward."
+            " Use --use-kl-loss --kl-loss-coef instead."
+        )
     if args.loss_type == "policy_loss" and args.debug_train_only:
         raise UserError(
             "--debug-train-only starts no engines, so only --loss-type sft_loss can be trained so far."

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rltrain.algorithms.reduce import token_weights
-from rltrain.arguments.errors import UserError
 from rltrain.data.batch import TrainBatch
 from rltrain.data.packing import Bin, pack, plan_step
 from rltrain.data.trainable import Flat, TrainableTokens
@@ -45,11 +44,6 @@ class MegatronTrainActor:
         Raises:
             UserError: the model, its weights or the flags cannot be used.
         """
-        if args.kl_coef:
-            raise UserError(
-                f"--kl-coef {args.kl_coef}: GRPO takes the KL to the reference as a loss, not out of the reward."
-                " Use --use-kl-loss --kl-loss-coef instead."
-            )
         self.args, self._layout, self._registry = args, context.layout, registry
         self.shape = read_shape(args)
         with megatron_scope():

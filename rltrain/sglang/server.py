@@ -57,6 +57,9 @@ def run_cpu_server(server_args: dict[str, Any]) -> None:
     """
     for name, value in {**CPU_ENVIRONMENT, **_thread_binding(server_args)}.items():
         os.environ.setdefault(name, value)
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # OpenMP is loaded: it reads the variable no more
     cpu.install()
     if server_args.get("enable_deterministic_inference"):
         from rltrain.sglang.cpu_sampling import allow_deterministic_sampling
