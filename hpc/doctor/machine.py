@@ -1,0 +1,126 @@
+"""This machine: cores and threads, ports, addresses, open files, GPUs."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import socket
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+from hpc.doctor.check import Check, fail, ok, warn
+
+_FEW_FILES = 4096
+
+
+def check_machine(processes: int, is_batch: bool) -> list[Check]:
+    """All checks that need no run.
+
+    Args:
+        processes: that will compute on this machine at once.
+        is_batch: whether the job will run on other machines, which must reach each other.
+    """
+    cores = len(os.sched_getaffinity(0))
+    checks = [check_ports("127.0.0.1"), check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])]
+    if is_batch:
+        return [*checks, check_address(host_addresses())]
+    return [*checks, check_threads(os.environ.get("OMP_NUM_THREADS"), cores, processes)]
+
+
+def check_ports(host: str) -> Check:
+    """Whether ports can be opened and reached."""
+    try:
+        with socket.create_server((host, 0)) as server:
+            port = server.getsockname()[1]
+            with socket.create_connection((host, port), timeout=5):
+                return ok("ports", f"port {port} of {host} could be opened and reached")
+    except OSError as error:
+        return fail(
+            "ports", f"no port of {host} can be used: {error}", "a firewall or a sandbox is in the way"
+        )
+
+
+def check_open_files(limit: int) -> Check:
+    """Whether the soft limit of open files is enough for hundreds of requests in flight."""
+    if limit != resource.RLIM_INFINITY and limit < _FEW_FILES:
+        return warn(
+            "open files", f"the limit is {limit}", f"ulimit -n {_FEW_FILES}: every request in flight is one"
+        )
+    return ok("open files", "no limit" if limit == resource.RLIM_INFINITY else f"the limit is {limit}")
+
+
+def check_threads(omp_num_threads: str | None, cores: int, processes: int) -> Check:
+    """Whether OMP_NUM_THREADS makes sense for so many cores and processes."""
+    cores_text = (
+        f"{cores} core{'s' * (cores != 1)} for {processes} computing process{'es' * (processes != 1)}"
+    )
+    if omp_num_threads is None:
+        return ok("threads", f"{cores_text}; OMP_NUM_THREADS is not set, so every process chooses")
+    if not omp_num_threads.isdigit() or not int(omp_num_threads):
+        return fail(
+            "threads", f"OMP_NUM_THREADS is {omp_num_threads!r}, which is no number", "unset OMP_NUM_THREADS"
+        )
+    threads = int(omp_num_threads)
+    if threads > cores:
+        advice = f"export OMP_NUM_THREADS={max(1, cores // max(processes, 1))}: threads that share a core slow it down"
+        return warn("threads", f"OMP_NUM_THREADS={threads}, but {cores_text}", advice)
+    return ok("threads", f"{cores_text}, OMP_NUM_THREADS={threads}")
+
+
+def host_addresses() -> list[str]:
+    """IPv4 addresses that this machine's name stands for; none if it stands for nothing."""
+    try:
+        found = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET, socket.SOCK_STREAM)
+    except OSError:
+        return []
+    return [str(entry[4][0]) for entry in found]
+
+
+def check_address(addresses: list[str]) -> Check:
+    """Whether the machine's own name leads to an address that others can reach."""
+    name = socket.gethostname()
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        wanted = os.environ.get(variable, "").lstrip("=^").split(",")[0]
+        if wanted and not _has_interface(wanted) and not os.environ[variable].startswith("^"):
+            return fail("network", f"{variable} is {wanted}, and this machine has no such interface",
+                        f"one of: {', '.join(interfaces())}; or unset {variable}")  # fmt: skip
+    if not addresses:
+        return warn("network", f"the name {name} has no address", "nodes must find each other by name")
+    if all(address.startswith("127.") for address in addresses):
+        return warn("network", f"the name {name} stands for {addresses[0]}, which only this machine can reach",
+                    "fine if the nodes' names do not; --probe-nodes looks")  # fmt: skip
+    return ok("network", f"{name} is {', '.join(addresses)}; interfaces: {', '.join(interfaces())}")
+
+
+def interfaces() -> list[str]:
+    """Names of the network interfaces, without loopback."""
+    return sorted(path.name for path in Path("/sys/class/net").glob("*") if path.name != "lo")
+
+
+def _has_interface(name: str) -> bool:
+    return any(interface.startswith(name) for interface in [*interfaces(), "lo"])
+
+
+def local_gpus() -> list[float]:
+    """Bytes of memory of each GPU of this machine, asked of nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [float(line) * 1024**2 for line in done.stdout.split() if line.strip().isdigit()]
+
+
+def machine_memory() -> float:
+    """Bytes of memory that programs could have now, in this container if it has a limit of its own."""
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert available
+    sizes = [float(available[1]) * 1024]
+    with suppress(OSError, ValueError):  # no cgroups, or "max"
+        sizes.append(float(int(Path("/sys/fs/cgroup/memory.max").read_text())))
+    return min(sizes)

@@ -1,0 +1,141 @@
+"""How much memory a run needs on a trainer rank and on an engine: pure functions of the model's shape.
+
+An estimate to tell "fits" from "never will": weights, gradients and optimizer state are exact, activations are
+counted tensor by tensor for a decoder layer whose attention keeps no scores, and allocators need a tenth more.
+All sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rltrain.arguments.hf_config import ModelShape
+
+FP32, BF16 = 4, 2
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters on one tensor parallel rank: its share, and those that every rank has."""
+
+    split: int
+    replicated: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.split + self.replicated
+
+
+@dataclass(frozen=True)
+class TrainerAsk:
+    """What a trainer rank is asked to do.
+
+    Attributes:
+        tensor, data: sizes of tensor and data parallelism.
+        tokens: in the largest micro-batch.
+        keeps_reference: whether reference weights visit the device (KL loss).
+    """
+
+    tensor: int
+    data: int
+    bf16: bool
+    distributed_optimizer: bool
+    sequence_parallel: bool
+    recompute: bool
+    tokens: int
+    keeps_reference: bool = False
+
+
+@dataclass(frozen=True)
+class TrainerMemory:
+    """Bytes of one trainer rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        state = self.weights + self.gradients + self.optimizer
+        return state + self.reference + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes of one rank of an engine; `kv_per_token` is what a token of context takes on it."""
+
+    weights: int
+    kv_per_token: int
+
+    def tokens_in(self, memory: float) -> int:
+        """How many tokens of context fit beside the weights."""
+        return max(0, int((memory - self.weights) // self.kv_per_token))
+
+
+def count_parameters(shape: ModelShape, tensor: int = 1) -> Parameters:
+    """Parameters on one of `tensor` ranks; the vocabulary is padded so that it divides."""
+    vocab = -(-shape.vocab_size // tensor) * tensor
+    qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    layer = shape.hidden_size * qkv + shape.num_heads * shape.head_dim * shape.hidden_size
+    layer += 3 * shape.hidden_size * shape.ffn_hidden_size + (qkv if shape.qkv_bias else 0)
+    embeddings = vocab * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    norms = 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
+    return Parameters(
+        split=(shape.num_layers * layer + embeddings) // tensor,
+        replicated=shape.num_layers * norms + shape.hidden_size,
+    )
+
+
+def trainer_memory(shape: ModelShape, ask: TrainerAsk) -> TrainerMemory:
+    """Memory of a rank with Megatron-core's Adam: gradients in fp32; with bf16 weights also fp32 master weights.
+
+    The distributed optimizer splits Adam's two moments and the master weights over data parallel ranks.
+    """
+    count = count_parameters(shape, ask.tensor).total
+    width = BF16 if ask.bf16 else FP32
+    state = 2 * FP32 + (FP32 if ask.bf16 else 0)
+    owned = -(-count // ask.data) if ask.distributed_optimizer else count
+    return TrainerMemory(
+        weights=count * width,
+        gradients=count * FP32,
+        optimizer=owned * state,
+        reference=count * width if ask.keeps_reference else 0,
+        activations=_activations(shape, ask) * width,
+        # logits, their shifted copy and the probabilities that the backward pass needs, in fp32
+        logits=3 * FP32 * ask.tokens * -(-shape.vocab_size // ask.tensor),
+    )
+
+
+def _activations(shape: ModelShape, ask: TrainerAsk) -> int:
+    """Numbers that the forward pass keeps for the backward pass.
+
+    A layer keeps, of every token, the inputs and outputs of its two norms (4 h); queries, keys and values; the
+    attention's output; gate and up projections and their product (3 ffn). Full recomputation keeps the input only,
+    and at one time one layer's.
+    """
+    heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    split = (heads + 3 * shape.ffn_hidden_size) // ask.tensor
+    hidden = shape.hidden_size // (ask.tensor if ask.sequence_parallel else 1)
+    layer = 4 * hidden + split
+    kept = layer + shape.num_layers * hidden if ask.recompute else shape.num_layers * layer
+    return ask.tokens * kept
+
+
+def engine_memory(shape: ModelShape, tensor: int, bf16: bool) -> EngineMemory:
+    """Memory of one of `tensor` ranks of an engine. Key-value heads are copied where there are fewer than ranks."""
+    width = BF16 if bf16 else FP32
+    kv_heads = max(1, shape.num_kv_heads // tensor)
+    return EngineMemory(
+        weights=count_parameters(shape, tensor).total * width,
+        kv_per_token=2 * shape.num_layers * kv_heads * shape.head_dim * width,
+    )
+
+
+def checkpoint_bytes(shape: ModelShape, bf16: bool) -> int:
+    """Size of a checkpoint of all ranks: weights, Adam's moments and, with bf16 weights, the fp32 master weights."""
+    return count_parameters(shape).total * ((BF16 + FP32 if bf16 else FP32) + 2 * FP32)

@@ -1,0 +1,146 @@
+"""Does the run fit into the memory of the GPUs, or of the machine where there are none?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc.doctor.check import Check, fail, ok, warn
+from hpc.doctor.memory import EngineMemory, TrainerAsk, TrainerMemory, engine_memory, trainer_memory
+from rltrain.arguments.hf_config import ModelShape, read_model_shape
+
+GIB = 1024**3
+# What CUDA, NCCL, a Python process and fragmentation take: of a GPU a tenth, of a machine 1.5 GiB a process.
+_USABLE = 0.9
+_PROCESS_BYTES = int(1.5 * GIB)
+# SGLang's share of a GPU for weights and KV cache if --sglang-mem-fraction-static does not say.
+_ENGINE_SHARE = 0.85
+_CPU_KV_TOKENS = 65536  # rltrain/sglang/server.py
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What there is: bytes of one GPU, or of the machine's memory with `gpu` False."""
+
+    size: float
+    gpu: bool
+    where: str
+
+
+def read_shape(args: argparse.Namespace) -> ModelShape:
+    """The shape of the model of `--hf-checkpoint`, which has been checked before."""
+    return read_model_shape(json.loads((Path(args.hf_checkpoint) / "config.json").read_text()))
+
+
+def trainer_ask(args: argparse.Namespace) -> TrainerAsk:
+    """What the flags ask of one trainer rank."""
+    sample = args.rollout_max_context_len or args.rollout_max_response_len + (
+        args.rollout_max_prompt_len or 0
+    )
+    # A sample that is longer than the token budget is a micro-batch of its own.
+    tokens = (
+        max(args.max_tokens_per_gpu, sample)
+        if args.use_dynamic_batch_size
+        else sample * args.micro_batch_size
+    )
+    world = args.actor_num_nodes * args.actor_num_gpus_per_node
+    return TrainerAsk(
+        tensor=args.tensor_model_parallel_size,
+        data=max(1, world // args.tensor_model_parallel_size),
+        bf16=args.bf16,
+        distributed_optimizer=args.use_distributed_optimizer,
+        sequence_parallel=args.sequence_parallel,
+        recompute=args.recompute_granularity == "full",
+        tokens=tokens,
+        keeps_reference=args.use_kl_loss,
+    )
+
+
+def check_memory(args: argparse.Namespace, memory: Memory | None) -> list[Check]:
+    """Checks of trainer and engines against `memory`; None if it is not known."""
+    shape, ask = read_shape(args), trainer_ask(args)
+    trainer = trainer_memory(shape, ask)
+    engine = None
+    if not args.debug_train_only:
+        # An engine takes the weights' own type, which is bf16 for nearly every model; on a CPU it is fp32.
+        engine = engine_memory(shape, args.rollout_num_gpus_per_engine, bf16=memory is None or memory.gpu)
+    if memory is None:
+        return [
+            ok(
+                "memory",
+                f"{describe_trainer(trainer)}; {describe_engine(engine)}; the GPUs' size is not known",
+            )
+        ]
+    if memory.gpu:
+        return _fit_gpus(args, trainer, engine, memory)
+    return [_fit_machine(args, trainer, engine, memory)]
+
+
+def _fit_gpus(
+    args: argparse.Namespace, trainer: TrainerMemory, engine: EngineMemory | None, memory: Memory
+) -> list[Check]:
+    share = args.sglang.get("mem_fraction_static", _ENGINE_SHARE)
+    free = memory.size * (1 - share if args.colocate and engine else _USABLE)
+    checks = [
+        _judge(
+            "trainer memory", trainer.total, free, describe_trainer(trainer), memory.where, _TRAINER_ADVICE
+        )
+    ]
+    if engine is None:
+        return checks
+    tokens = engine.tokens_in(memory.size * share)
+    longest = args.rollout_max_context_len or args.rollout_max_response_len
+    message = f"{describe_engine(engine)}; {tokens} tokens of context fit on {memory.where}"
+    if tokens < longest:
+        advice = "raise --rollout-num-gpus-per-engine or --sglang-mem-fraction-static"
+        return [*checks, fail("engine memory", f"{message}, but a sample may have {longest}", advice)]
+    return [*checks, ok("engine memory", f"{message}, {tokens // longest} samples of full length at once")]
+
+
+_TRAINER_ADVICE = (
+    "more --tensor-model-parallel-size, --use-distributed-optimizer, --bf16, --recompute-granularity full, or fewer"
+    " tokens a micro-batch (--max-tokens-per-gpu)"
+)
+
+
+def _fit_machine(
+    args: argparse.Namespace, trainer: TrainerMemory, engine: EngineMemory | None, memory: Memory
+) -> Check:
+    ranks = args.actor_num_gpus_per_node
+    needed = ranks * (trainer.total + _PROCESS_BYTES) + 2 * _PROCESS_BYTES
+    text = f"{ranks} × {describe_trainer(trainer)}"
+    if engine is not None:
+        gpus = args.rollout_num_gpus
+        tokens = args.sglang.get("max_total_tokens", _CPU_KV_TOKENS)
+        needed += gpus * (engine.weights + tokens * engine.kv_per_token + _PROCESS_BYTES)
+        text += f"; {gpus} × {describe_engine(engine)}, {tokens} tokens of context"
+    return _judge("memory", needed, memory.size, text, memory.where, _TRAINER_ADVICE)
+
+
+def _judge(name: str, needed: float, available: float, text: str, where: str, advice: str) -> Check:
+    message = f"{text}: {gib(needed)} of {gib(available)} usable on {where}"
+    if needed > available:
+        return fail(name, message, advice)
+    if needed > 0.85 * available:
+        return warn(name, f"{message}, which is close", advice)
+    return ok(name, message)
+
+
+def describe_trainer(memory: TrainerMemory) -> str:
+    """Its parts, in words."""
+    state = f"weights {gib(memory.weights)}, gradients {gib(memory.gradients)}, Adam {gib(memory.optimizer)}"
+    return f"trainer rank: {state}, activations and logits about {gib(memory.activations + memory.logits)}"
+
+
+def describe_engine(memory: EngineMemory | None) -> str:
+    """Its parts, in words."""
+    if memory is None:
+        return "no engines"
+    return f"engine: weights {gib(memory.weights)}, {memory.kv_per_token / 1024:.0f} KiB a token of context"
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, or as MiB where that says more."""
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 1024**2:.1f} MiB"
