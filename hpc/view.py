@@ -101,7 +101,9 @@ def describe_step(record: Record, num_rollout: int, state: RunState) -> str:
     parts = ["before training" if record["step"] < 0 else f"step {record['step'] + 1}/{num_rollout}"]
     if "rollout/reward" in record:
         parts.append(f"reward {record['rollout/reward']:.3f}")
-    if "train/loss" in record:
+    elif (
+        "train/loss" in record
+    ):  # where rewards are normalised in groups, the policy's loss is 0 by construction
         parts.append(f"loss {record['train/loss']:.4f}")
     parts += [f"{name} {record[name]:.3f}" for name in state.eval_names if name in record]
     if "perf/tokens_per_s" in record:
@@ -132,7 +134,8 @@ def panel(name: str, state: RunState, num_rollout: int, elapsed: float) -> Rende
     grid.add_row("step", f"{done}/{num_rollout}")
     grid.add_row("", ProgressBar(total=num_rollout, completed=done, width=40))
     grid.add_row("time", clock(elapsed) + (f", about {clock(left)} left" if left is not None else ""))
-    for label, metric in [("reward", "rollout/reward"), *((name, name) for name in state.eval_names)]:
+    goal = ("reward", "rollout/reward") if "rollout/reward" in last else ("loss", "train/loss")
+    for label, metric in [goal, *((name, name) for name in state.eval_names)]:
         if values := state.series(metric):
             grid.add_row(label, f"{values[-1]:.3f}  {sparkline(values[-40:])}")
     if "perf/tokens_per_s" in last:

@@ -70,6 +70,19 @@ def test_step_lines() -> None:
     assert view.describe_step({"step": -1, "eval/t": 0.5}, 10, state) == "before training  eval/t 0.500"
 
 
+def test_the_loss_is_shown_only_where_there_is_no_reward() -> None:
+    grpo = step(0, **{"rollout/reward": 0.25, "train/loss": 1e-9})
+    assert "loss" not in view.describe_step(grpo, 10, RunState())
+    assert "loss 2.3456" in view.describe_step(step(0, **{"train/loss": 2.34561}), 10, RunState())
+    for record, label in [(grpo, "reward"), (step(0, **{"train/loss": 2.34561}), "loss")]:
+        state = RunState()
+        state.add_metrics(record)
+        console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+        console.print(view.panel("job", state, 4, elapsed=0))
+        text = console.export_text()
+        assert ("reward" in text, "loss" in text) == (label == "reward", label == "loss")
+
+
 def test_panel_shows_phase_progress_and_roles() -> None:
     state = RunState(status={"phase": "generating", "attempt": 1}, roles={"engine-0": "ready"})
     for i in range(3):
