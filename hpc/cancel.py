@@ -1,7 +1,6 @@
-"""Stop a run. It finishes its step, saves and ends; the run stays resumable (`python -m hpc.resubmit RUN`).
+"""Stop a run: it finishes its step, saves and ends, and can be resumed (`python -m hpc.resubmit RUN`).
 
-On Slurm all its jobs are cancelled, also those that wait; a running one has the cluster's KillWait to save.
-`--now` does not wait for a checkpoint.
+On Slurm its waiting jobs are cancelled too. `--now` does not wait for a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from hpc.lock import Holder, find_holder
 from hpc.run_jobs import SlurmView, ask_slurm, job_state
 from hpc.runs import RunRecord, find_run, read_run
 from hpc.slurm.client import SlurmClient
+from hpc.slurm.states import JobState
 from rltrain.arguments.errors import UserError
 
 EXAMPLE = "python -m hpc.cancel demo"
@@ -43,34 +43,34 @@ def cancel(
     client = client or SlurmClient()
     slurm = ask_slurm(record.slurm_jobs, client)
     if jobs := active_jobs(record, slurm):
-        return _cancel_jobs(record, jobs, now, client)
+        return _cancel_jobs(layout, jobs, now, client)
     if record.holder is None:
         raise UserError(_explain_idle(record, slurm))
     return _cancel_here(layout, record.holder, now)
 
 
-def active_jobs(record: RunRecord, slurm: SlurmView) -> list[str]:
-    """Ids of the run's Slurm jobs that run or wait, the newest first."""
-    found = []
-    for job in record.slurm_jobs:
-        state = job_state(slurm.records.get(job.job_id, ()))
-        if state is not None and not state.is_final:
-            found.append(job.job_id)
-    return found[::-1]
+def active_jobs(record: RunRecord, slurm: SlurmView) -> dict[str, JobState]:
+    """The run's Slurm jobs that run or wait, the newest first."""
+    states = {job.job_id: job_state(slurm.records.get(job.job_id, ())) for job in reversed(record.slurm_jobs)}
+    return {job: state for job, state in states.items() if state is not None and not state.is_final}
 
 
-def _cancel_jobs(record: RunRecord, jobs: list[str], now: bool, client: SlurmClient) -> str:
-    # The newest first: a spare job that waits for the end of the one before it would begin.
-    client.cancel(jobs)
+def _cancel_jobs(layout: RunLayout, jobs: dict[str, JobState], now: bool, client: SlurmClient) -> str:
+    running = [job for job, state in jobs.items() if state is JobState.RUNNING]
+    others = [job for job in jobs if now or job not in running]
+    # Those that wait first: a spare job would begin when the one before it ends.
+    client.cancel(others)
     if now:
         client.run("scancel", "--signal=KILL", "--full", *jobs)
-    who = f"{record.layout.name}: cancelled {'job' if len(jobs) == 1 else 'jobs'} {', '.join(jobs)}"
-    if record.holder is None and not record.attempts:
-        return f"{who}, which had not begun. {_resumable(record.layout)}"
+    elif running:
+        # What Ctrl-C is on this machine: scancel itself would leave no more than KillWait for saving.
+        client.run("scancel", "--batch", "--signal=INT", *running)
+    names = f"job{'s' * (len(jobs) > 1)} {', '.join(jobs)}"
+    if not running:
+        return f"{layout.name}: cancelled {names}, which had not begun. {_resumable(layout)}"
     if now:
-        return f"{who} without saving. {_resumable(record.layout)}"
-    wait = client.config.get("KillWait", "30 sec")
-    return f"{who}; what runs has {wait} to save. {_resumable(record.layout)}"
+        return f"{layout.name}: cancelled {names} without saving. {_resumable(layout)}"
+    return f"{layout.name}: {names}: {_asked(layout)}"
 
 
 def _cancel_here(layout: RunLayout, holder: Holder, now: bool) -> str:
@@ -90,10 +90,7 @@ def _cancel_here(layout: RunLayout, holder: Holder, now: bool) -> str:
         ) from None
     except ProcessLookupError:
         return f"{layout.name} has just ended."
-    return (
-        f"{layout.name} was asked to stop: it finishes its step and saves. `python -m hpc.logs {layout.name} -f` shows"
-        f" the end. {_resumable(layout)}"
-    )
+    return f"{layout.name}: {_asked(layout)}"
 
 
 def _stop_now(layout: RunLayout, holder: Holder) -> None:
@@ -117,6 +114,11 @@ def _until(condition: Callable[[], bool], seconds: float) -> bool:
     while not (held := condition()) and time.monotonic() < deadline:
         time.sleep(0.05)
     return held
+
+
+def _asked(layout: RunLayout) -> str:
+    shows = f"`python -m hpc.logs {layout.name} -f` shows the end."
+    return f"asked to stop: it finishes its step and saves. {shows} {_resumable(layout)}"
 
 
 def _resumable(layout: RunLayout) -> str:

@@ -89,16 +89,19 @@ def test_every_job_that_is_alive_is_cancelled_the_spare_first(tmp_path: Path) ->
         squeue=[squeue_row("28+0", "RUNNING"), squeue_row("28+1", "RUNNING"), squeue_row("31", "PENDING")],
     )
     message = cancel(layout.root, client=client)
-    assert client.calls[-1] == ("scancel", "31", "28")
-    assert "jobs 31, 28" in message and "30 sec to save" in message and "hpc.resubmit x" in message
+    # the spare one goes before the running one ends, which is asked and not killed
+    assert client.calls[-2:] == [("scancel", "31"), ("scancel", "--batch", "--signal=INT", "28")]
+    assert "jobs 31, 28" in message and "saves" in message and "hpc.resubmit x" in message
 
     assert "without saving" in cancel(layout.root, now=True, client=client)
-    assert client.calls[-1] == ("scancel", "--signal=KILL", "--full", "31", "28")
+    assert client.calls[-2:] == [("scancel", "31", "28"), ("scancel", "--signal=KILL", "--full", "31", "28")]
 
 
 def test_a_job_that_waits(tmp_path: Path) -> None:
     layout = submitted_to_slurm(make_run(tmp_path, "x"), "28")
-    assert "had not begun" in cancel(layout.root, client=Slurm(squeue=[squeue_row("28", "PENDING")]))
+    client = Slurm(squeue=[squeue_row("28", "PENDING")])
+    assert "had not begun" in cancel(layout.root, client=client)
+    assert [call for call in client.calls if call[0] == "scancel"] == [("scancel", "28")]
 
 
 def test_nothing_to_cancel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
