@@ -39,7 +39,7 @@ class Tracker:
             self._wandb.finish()
 
 
-def wandb_mode(args: argparse.Namespace) -> str:
+def wandb_mode(args: argparse.Namespace) -> Any:
     """online, offline or disabled: `--wandb-mode`, else `$WANDB_MODE`, else online only if asked for."""
     return args.wandb_mode or os.environ.get("WANDB_MODE") or ("online" if args.use_wandb else "offline")
 

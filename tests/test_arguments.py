@@ -144,7 +144,7 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
 def check(inputs: dict[str, Path], *more: str) -> str:
     args = arguments.parse([
         "--hf-checkpoint", str(inputs["model"]), "--prompt-data", str(inputs["prompts"]),
-        "--rollout-batch-size", "4", "--label-key", "label", *more,
+        "--rollout-batch-size", "4", "--label-key", "label", "--rm-type", "exact", *more,
     ])  # fmt: skip
     try:
         arguments.check_inputs(args)
@@ -181,6 +181,17 @@ def test_tensor_parallel_size_must_divide_the_heads(inputs: dict[str, Path]) -> 
 
 def test_chat_template_must_exist(inputs: dict[str, Path]) -> None:
     assert "no chat template" in check(inputs, "--random-init", "--num-rollout", "1", "--apply-chat-template")
+
+
+def test_policy_training_needs_a_reward_that_exists(inputs: dict[str, Path]) -> None:
+    more = ["--random-init", "--num-rollout", "1"]
+    assert "there is no such reward" in check(inputs, *more, "--rm-type", "exakt")
+    args = arguments.parse([
+        "--hf-checkpoint", str(inputs["model"]), "--prompt-data", str(inputs["prompts"]),
+        "--rollout-batch-size", "4", *more,
+    ])  # fmt: skip
+    with pytest.raises(UserError, match=r"no reward: give --custom-rm-path"):
+        arguments.check_inputs(args)
 
 
 def test_reward_function_must_exist(inputs: dict[str, Path]) -> None:

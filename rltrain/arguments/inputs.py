@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rltrain.arguments.errors import UserError
+from rltrain.arguments.slime_flags import DEFAULT_ROLLOUT_FUNCTION
 
 
-def check_inputs(args: argparse.Namespace) -> None:
+def check_inputs(args: argparse.Namespace, to_come: Mapping[str, str] | None = None) -> None:
     """Check every input file of a run; sets `num_rollout` where `--num-epoch` was given.
+
+    Args:
+        args: resolved flags.
+        to_come: model directories that a job before this one writes, each with one that is alike but for the weights.
 
     Raises:
         UserError: one paragraph with the file, the line where there is one, and what to do.
@@ -19,15 +25,20 @@ def check_inputs(args: argparse.Namespace) -> None:
     from rltrain.arguments.hf_config import check_hf_config
     from rltrain.data.prompts import check_prompt_file
     from rltrain.functions import check_function
+    from rltrain.rewards.rules import reward_function_path
 
-    check_hf_config(read_hf_config(args), args)
+    model = Path((to_come or {}).get(args.hf_checkpoint, args.hf_checkpoint))
+    without_weights = args.random_init or args.hf_checkpoint in (to_come or {})
+    check_hf_config(read_hf_config(model, without_weights), args)
     if args.apply_chat_template:
-        _check_chat_template(Path(args.hf_checkpoint))
+        _check_chat_template(model)
     prompts = check_prompt_file(args.prompt_data, args.input_key, args.label_key, args.metadata_key)
     for path in (args.eval_prompt_data or [])[1::2]:
         check_prompt_file(path, args.eval_input_key, args.eval_label_key, args.metadata_key)
     if args.num_rollout is None:
         args.num_rollout = max(1, args.num_epoch * prompts // args.rollout_batch_size)
+    if args.loss_type == "policy_loss" and args.rollout_function_path == DEFAULT_ROLLOUT_FUNCTION:
+        reward_function_path(args)
     for flag in (
         "rollout_function_path",
         "eval_function_path",
@@ -38,13 +49,12 @@ def check_inputs(args: argparse.Namespace) -> None:
             check_function(getattr(args, flag), flag="--" + flag.replace("_", "-"))
 
 
-def read_hf_config(args: argparse.Namespace) -> dict[str, Any]:
+def read_hf_config(directory: Path, without_weights: bool = False) -> dict[str, Any]:
     """`config.json` of `--hf-checkpoint`, having checked that the directory can be used.
 
     Raises:
-        UserError: no such directory, no `config.json`, not JSON, or no weights and no `--random-init`.
+        UserError: no such directory, no `config.json`, not JSON, or no weights, unless it can do without.
     """
-    directory = Path(args.hf_checkpoint)
     path = directory / "config.json"
     if not directory.is_dir():
         raise UserError(f"--hf-checkpoint {directory}: there is no such directory.")
@@ -54,8 +64,7 @@ def read_hf_config(args: argparse.Namespace) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}).") from None
-    has_weights = any(directory.glob("*.safetensors"))
-    if not has_weights and not args.random_init:
+    if not without_weights and not any(directory.glob("*.safetensors")):
         raise UserError(
             f"--hf-checkpoint {directory}: no *.safetensors in it. Give the weights, or --random-init to start"
             " from random ones."

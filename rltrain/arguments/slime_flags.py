@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 
+DEFAULT_ROLLOUT_FUNCTION = "rltrain.rollout.sglang_rollout.generate_rollout"
+
 # Known to slime, not built here yet: better refused than silently ignored.
 NOT_YET = frozenset(
     """
@@ -75,7 +77,7 @@ def _cluster(group: argparse._ArgumentGroup) -> None:
 
 def _rollout(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--rollout-function-path", default="rltrain.rollout.sglang_rollout.generate_rollout", metavar="PATH",
+    add("--rollout-function-path", default=DEFAULT_ROLLOUT_FUNCTION, metavar="PATH",
         help="function(args, rollout_id, data_source, evaluation=False) that makes a batch")  # fmt: skip
     add(
         "--eval-function-path", metavar="PATH", help="the same for evaluation (default: the rollout function)"

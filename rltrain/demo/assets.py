@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import sys
@@ -41,7 +40,7 @@ def write_assets(directory: Path) -> None:
             (temporary / "model" / name).write_text(json.dumps(content, indent=2) + "\n")
         for name, rows in prompt_rows().items():
             _write_jsonl(temporary / name, rows)
-        os.replace(temporary, directory)
+        temporary.replace(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -100,7 +99,12 @@ def tokenizer_files() -> dict[str, dict[str, Any]]:
         "padding": None,
         "added_tokens": special,
         "normalizer": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": "."},
+            "behavior": "Isolated",
+            "invert": False,
+        },
         "post_processor": None,
         "decoder": {"type": "Fuse"},
         "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": PAD},

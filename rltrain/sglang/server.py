@@ -59,7 +59,9 @@ def run_cpu_server(server_args: dict[str, Any]) -> None:
         os.environ.setdefault(name, value)
     import torch
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # OpenMP is loaded: it reads the variable no more
+    torch.set_num_threads(
+        int(os.environ["OMP_NUM_THREADS"])
+    )  # OpenMP is loaded: it reads the variable no more
     cpu.install()
     if server_args.get("enable_deterministic_inference"):
         from rltrain.sglang.cpu_sampling import allow_deterministic_sampling
@@ -78,6 +80,15 @@ def _thread_binding(server_args: dict[str, Any]) -> dict[str, str]:
     ranks = server_args.get("tp_size", 1) * server_args.get("dp_size", 1)
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     return {"SGLANG_CPU_OMP_THREADS_BIND": "|".join([cores] * ranks)} if ranks > 1 else {}
+
+
+def set_cpu_environment() -> None:
+    """Set what is not set; in this process too, where OpenMP is loaded and reads its variable no more."""
+    for name, value in CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 class _ForkContext(multiprocessing.context.ForkContext):

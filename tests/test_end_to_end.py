@@ -1,0 +1,158 @@
+"""The whole product on its real parts: the demo as a new user runs it, and a run that is stopped and resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from analysis import Run, load_run
+
+pytestmark = pytest.mark.slow
+
+
+def submit(*flags: str, timeout: float = 540) -> subprocess.CompletedProcess[str]:
+    """Run `python -m hpc.submit` and check that every process it started has ended."""
+    mark = uuid.uuid4().hex
+    finished = subprocess.run(
+        [sys.executable, "-m", "hpc.submit", *flags],
+        env={**os.environ, "SLURMLIME_TEST_MARK": mark},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert left_behind(mark) == []
+    return finished
+
+
+def left_behind(mark: str) -> list[str]:
+    """Command lines of living processes that were started with `mark` in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # it ended, or is not ours
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
+    """The demo's GRPO run, and what the terminal showed."""
+    runs = tmp_path_factory.mktemp("runs")
+    finished = submit("--runs-dir", str(runs))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return load_run(runs / "demo"), finished.stdout
+
+
+def test_the_model_learns_by_reinforcement(demo: tuple[Run, str]) -> None:
+    run, _ = demo
+    accuracy = run.evals.groupby("step")["reward"].mean()
+    assert accuracy.iloc[0] <= 0.5
+    assert accuracy.iloc[-1] >= 0.9
+    assert run.steps["rollout/reward"].tail(5).mean() > run.steps["rollout/reward"].head(2).mean() + 0.2
+
+
+def test_trainer_and_engines_agree_on_every_step(demo: tuple[Run, str]) -> None:
+    run, _ = demo
+    assert (run.steps["train/logprob_abs_diff"].dropna() < 1e-4).all()
+    checks = run.events[run.events["kind"] == "logprob_check"]
+    assert len(checks) == 1
+    assert checks["ok"].all()
+
+
+def test_every_sample_was_generated_by_the_newest_weights(demo: tuple[Run, str]) -> None:
+    run, _ = demo
+    samples = run.read_samples(columns="all")
+    assert len(samples) == 40 * 512
+    versions = samples["weight_versions"].map(lambda spans: set(map(str, spans)))
+    assert all(found == {str(step)} for step, found in zip(samples["step"], versions, strict=True))
+
+
+def test_the_terminal_shows_both_accuracies_the_plot_and_what_to_do_next(demo: tuple[Run, str]) -> None:
+    run, shown = demo
+    assert "before training  eval/addition" in shown
+    assert "eval/addition │" in shown
+    assert "python -m analysis.sample" in shown
+    plot = run.path / "plots" / "reward_curve.png"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert str(plot) in shown
+
+
+def test_wandb_has_the_run_offline(demo: tuple[Run, str]) -> None:
+    run, _ = demo
+    assert len(list(run.path.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+def test_a_finished_run_says_so(demo: tuple[Run, str]) -> None:
+    run, _ = demo
+    again = submit("--runs-dir", str(run.path.parent), "--name", run.name)
+    assert again.returncode == 0
+    assert "has finished its 40 steps" in again.stdout
+
+
+SMALL = [
+    *("--custom-rm-path", "rltrain.demo.task.reward", "--label-key", "label"),
+    *("--rollout-shuffle", "--rollout-batch-size", "8", "--n-samples-per-prompt", "4"),
+    *("--rollout-max-response-len", "24", "--rollout-skip-special-tokens"),
+    *("--use-dynamic-batch-size", "--max-tokens-per-gpu", "512"),
+    *("--lr", "1e-3", "--save-interval", "2", "--wandb-mode", "disabled"),
+    *("--sglang-enable-deterministic-inference",),
+]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param([], id="one-rank"),
+        pytest.param(
+            ["--actor-num-gpus-per-node", "2", "--tensor-model-parallel-size", "2"], id="tensor-parallel-2"
+        ),
+    ],
+)
+def test_a_stopped_run_continues_as_if_it_had_not_stopped(
+    demo: tuple[Run, str], tmp_path: Path, layout: list[str]
+) -> None:
+    data = demo[0].path.parent
+    inputs = [
+        *("--hf-checkpoint", str(data / "demo-sft/checkpoints/hf")),
+        *("--prompt-data", str(data / "demo-data/train.jsonl")),
+    ]
+    common = ["--runs-dir", str(tmp_path), "--num-rollout", "8", *inputs, *SMALL, *layout]
+    assert submit(*common, "--name", "whole").returncode == 0
+    interrupt_after_first_step(tmp_path / "parts", *common, "--name", "parts")
+    resumed = submit("--runs-dir", str(tmp_path), "--name", "parts")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+
+    whole, parts = load_run(tmp_path / "whole"), load_run(tmp_path / "parts")
+    assert set(parts.steps["attempt"]) == {0, 1}
+    assert parts.steps["step"].tolist() == list(range(8))
+    columns = ["rollout/reward", "rollout/response_length", "train/entropy", "train/grad_norm", "train/lr"]
+    for column in columns:
+        assert parts.steps[column].tolist() == pytest.approx(whole.steps[column].tolist(), rel=1e-5), column
+    texts = [
+        run.read_samples(columns="text").sort_values("index")["response"].tolist() for run in (whole, parts)
+    ]
+    assert texts[0] == texts[1]
+
+
+def interrupt_after_first_step(run_dir: Path, *flags: str) -> None:
+    """Submit, press Ctrl-C as soon as a step is done, and check that the run says it can be resumed."""
+    command = [sys.executable, "-m", "hpc.submit", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 300
+        while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_text():
+            assert process.poll() is None, "it ended before its first step"
+            assert time.monotonic() < deadline, "no step within five minutes"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, shown
+    assert "resumes from" in shown
