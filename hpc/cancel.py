@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from hpc import cli
@@ -18,7 +19,7 @@ from hpc.layout import RunLayout
 from hpc.lock import Holder, find_holder
 from hpc.run_jobs import SlurmView, ask_slurm, job_state
 from hpc.runs import RunRecord, find_run, read_run
-from hpc.slurm.client import SlurmClient
+from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.states import JobState
 from rltrain.arguments.errors import UserError
 
@@ -61,7 +62,8 @@ def _cancel_jobs(layout: RunLayout, jobs: dict[str, JobState], now: bool, client
     # Those that wait first: a spare job would begin when the one before it ends.
     client.cancel(others)
     if now:
-        client.run("scancel", "--signal=KILL", "--full", *jobs)
+        with suppress(SlurmError):  # by now some may have ended
+            client.run("scancel", "--signal=KILL", "--full", *jobs)
     elif running:
         # What Ctrl-C is on this machine: scancel itself would leave no more than KillWait for saving.
         client.run("scancel", "--batch", "--signal=INT", *running)
