@@ -1,12 +1,12 @@
-"""What a run has cost: every attempt of its jobs, from Slurm's accounting database, as a table.
+"""What a run has cost on Slurm: every attempt of its jobs, with queue wait, time, GPU-hours and end.
 
-from hpc.accounting import attempts
-attempts("runs/my-run").groupby("role").gpu_hours.sum()
+In Python: hpc.accounting.attempts("runs/my-run").groupby("role").gpu_hours.sum()
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpc import cli
 from hpc.layout import RunLayout
+from hpc.runs import find_run
 from hpc.slurm.client import SlurmClient, SlurmError
+from hpc.slurm.nodelist import compress
 from hpc.slurm.records import JobRecord
 from hpc.slurm.states import JobState
 from rltrain.arguments.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+EXAMPLE = "python -m hpc.accounting demo"
 
 # The clocks of the node that submits and of the database may differ by so much.
 _CLOCK_SLACK = timedelta(minutes=2)
@@ -175,3 +180,38 @@ def _event(line: str) -> dict[str, Any]:
     except ValueError:  # the line is being written
         return {}
     return event if isinstance(event, dict) else {}
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns an exit code."""
+    parser = cli.make_parser("hpc.accounting", __doc__, EXAMPLE)
+    parser.add_argument("run", metavar="RUN", help="name or directory")
+    parser.add_argument(
+        "--json", action="store_true", help="print a list of objects with every column instead of a table"
+    )
+    cli.add_runs_dir(parser)
+    args = parser.parse_args(argv)
+    table = attempts(find_run(args.run, args.runs_dir).root)
+    if args.json:
+        print(table.to_json(orient="records", date_format="iso", indent=2))
+        return cli.EXIT_OK
+    shown = ("job_id", "component", "role", "attempt", "state", "wait_s", "elapsed_s", "gpus", "gpu_hours", "nodes",
+             "reason")  # fmt: skip
+    cli.print_table([name.replace("_", "-") for name in shown],
+                    [[_cell(row[name]) for name in shown] for row in table.to_dict("records")])  # fmt: skip
+    print(f"{table.gpu_hours.sum():.2f} GPU-hours in all")
+    return cli.EXIT_OK
+
+
+def _cell(value: Any) -> str:
+    import pandas as pd
+
+    if isinstance(value, list):
+        return compress(value) or "-"
+    if pd.isna(value):
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run_main(main))

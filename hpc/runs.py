@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import tomllib
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from rltrain.arguments.errors import UserError
 LOCAL = "local"  # `layout` of a submission to this machine and not to Slurm
 
 _FINAL_PHASES = ("finished", "stopped", "failed")
-_TAIL_BYTES = 64 * 1024
+_TAIL_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,13 @@ def _submission(entry: dict[str, Any]) -> Submission:
 
 def _num_rollout(layout: RunLayout) -> int | None:
     try:
-        return tomllib.loads(layout.config.read_text())["train"].get("num_rollout")
-    except (OSError, ValueError, KeyError):
+        text = layout.config.read_text()
+    except OSError:
         return None
+    # Not tomllib: it takes milliseconds for a whole configuration, and there may be hundreds of runs.
+    table = f"\n{text}".partition("\n[train]\n")[2].partition("\n[")[0]
+    match = re.search(r"^num_rollout = (\d+)$", table, re.MULTILINE)
+    return int(match[1]) if match else None
 
 
 def _last_records(path: Path) -> list[dict[str, Any]]:
