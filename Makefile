@@ -7,9 +7,7 @@ READY  := $(VENV)/.ready
 # Warnings of pip are about the machine's package indexes; errors are still shown.
 PIP    := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
-export OMP_NUM_THREADS ?= 1
-
-.PHONY: help setup demo test test-fast lint format bench clean
+.PHONY: help setup slurm demo test test-fast lint format bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,13 +29,17 @@ $(READY): requirements/cpu.txt requirements/cpu-no-deps.txt requirements/constra
 demo: $(READY) ## train a small model to add: SFT, then GRPO (about 5 minutes)
 	@$(BIN)/python -m hpc.submit
 
+slurm: ## install Debian's Slurm packages, which the sandbox and its tests need (root)
+	@requirements/install-debian.sh
+
 test: $(READY) ## every test, on the real parts
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then requirements/install-debian.sh; fi
 	@$(BIN)/python -m pytest
 
 test-fast: $(READY) ## only the tests that start no engine and no trainer
 	@$(BIN)/python -m pytest -m "not slow and not slurm"
 
-lint: $(READY) ## ruff, mypy
+lint: $(READY) ## ruff, mypy, shellcheck
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

@@ -172,8 +172,8 @@ def test_model_directory_is_checked(inputs: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_tensor_parallel_size_must_divide_the_heads(inputs: dict[str, Path]) -> None:
-    message = check(inputs, "--random-init", "--num-rollout", "1", "--tensor-model-parallel-size", "3",
-                    "--actor-num-gpus-per-node", "3", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "64")  # fmt: skip
+    flags = "--random-init --num-rollout 1 --tensor-model-parallel-size 3 --actor-num-gpus-per-node 3"
+    message = check(inputs, *flags.split(), "--use-dynamic-batch-size", "--max-tokens-per-gpu", "64")
     assert "3" in message
     assert "4" in message
     assert "heads" in message
