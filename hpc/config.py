@@ -9,17 +9,21 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from dataclasses import dataclass
+import tomllib
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hpc import flags as flag_data
+from hpc import slurm_tables
 from hpc.flags import Flags
 from hpc.layout import RunLayout
+from hpc.slurm_tables import SlurmTables
 from rltrain import arguments
 from rltrain.arguments import UserError
 
+PLACEMENTS = ("het", "plain", "colocated")
 USAGE = "python -m hpc.submit [@RECIPE …] [--FLAG VALUE …]"
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -27,18 +31,68 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class SubmitOptions:
-    """Options of `submit` itself."""
+    """Options of `submit` itself.
+
+    Attributes:
+        partition: None to run on this machine.
+        nodes: None to work it out from the training flags.
+        placement: `het`, `plain` or `colocated`; None to choose.
+        after: ids or names of runs whose jobs must have ended well before this one starts.
+        max_restarts: how often a job is put back into the queue, whatever the reason.
+        max_failures: how many attempts in a row may fail without having saved anything.
+        slurm: what the recipes' `[slurm]` tables say.
+    """
 
     name: str
     runs_dir: Path
     partition: str | None = None
-    nodes: int = 1
+    nodes: int | None = None
+    placement: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = None
+    gpu_type: str | None = None
+    template: Path | None = None
+    after: tuple[str, ...] = ()
+    max_restarts: int = 100
+    max_failures: int = 1
+    detach: bool = False
+    test_only: bool = False
     dry_run: bool = False
+    slurm: SlurmTables = field(default_factory=SlurmTables)
 
     @property
     def layout(self) -> RunLayout:
         """Paths of the run."""
         return RunLayout(self.runs_dir / self.name)
+
+
+# What belongs to one call of `submit` and not to the run.
+_PASSING = ("name", "runs_dir", "after", "detach", "test_only", "dry_run")
+
+
+def to_table(options: SubmitOptions) -> dict[str, Any]:
+    """The options that a later submission of the same run takes over, as TOML."""
+    table = {
+        name: value for name, value in asdict(options).items() if name not in _PASSING and value is not None
+    }
+    if options.template:
+        table["template"] = str(options.template)
+    table["slurm"] = {name: value for name, value in table["slurm"].items() if value}
+    return table
+
+
+def stored_options(layout: RunLayout) -> SubmitOptions:
+    """The options that a run was last submitted with.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+    """
+    table = tomllib.loads(layout.config.read_text()).get("submit", {})
+    slurm = table.pop("slurm", {})
+    slurm = SlurmTables(**{**slurm, "setup": tuple(slurm.get("setup", ()))})
+    template = Path(table.pop("template")) if "template" in table else None
+    return SubmitOptions(layout.name, layout.root.parent, template=template, slurm=slurm, **table)
 
 
 @dataclass(frozen=True)
@@ -60,9 +114,35 @@ def add_submit_flags(parser: argparse.ArgumentParser) -> None:
     add("--name", metavar="NAME", help="of the run and its directory; an existing run is resumed"
         " (default: the last recipe's name)")  # fmt: skip
     add("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs lie (default: ./runs)")
-    add("--partition", metavar="NAME", help="Slurm partition (default: run on this machine)")
-    add("--nodes", type=int, default=1, metavar="N", help="nodes to ask Slurm for (default: 1)")
     add("--dry-run", action="store_true", help="print what would be run, write nothing")
+    add = parser.add_argument_group("Slurm").add_argument
+    add("--partition", metavar="NAME", help="Slurm partition (default: run on this machine)")
+    add("--nodes", type=int, metavar="N", help="nodes to ask for: half of them train, half of them generate"
+        " (default: what the cluster flags below need)")  # fmt: skip
+    add("--placement", choices=PLACEMENTS, help="het: each role its own part of a heterogeneous job; plain: one"
+        " allocation, split by nodes; colocated: roles share nodes (default: het; one node: colocated)")  # fmt: skip
+    add("--account", metavar="NAME", help="account to charge")
+    add("--qos", metavar="NAME", help="quality of service")
+    add("--time", metavar="LIMIT", help="time limit, as for sbatch: 4:00:00, 2-0 (default: the partition's)")
+    add("--gpu-type", metavar="NAME", help="type of GPU (default: any)")
+    add(
+        "--after",
+        nargs="+",
+        default=(),
+        metavar="JOB",
+        help="start when these jobs, or runs, have ended well",
+    )
+    add("--detach", action="store_true", help="return when submitted, instead of showing the run")
+    add("--test-only", action="store_true", help="let sbatch check the job, submit nothing")
+    add(
+        "--template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja template of the batch script; it may extend job.sbatch.j2",
+    )
+    add("--max-restarts", type=int, default=100, metavar="N", help="requeues in all (default: 100)")
+    add("--max-failures", type=int, default=1, metavar="N",
+        help="failed attempts in a row without a new checkpoint (default: 1)")  # fmt: skip
 
 
 def full_parser() -> argparse.ArgumentParser:
@@ -93,16 +173,21 @@ def read_request(argv: list[str]) -> Request:
     own = {option.removeprefix("--") for option in parser._option_string_actions}
     known = own | {option.removeprefix("--") for option in arguments.known_flags()}
     merged = flag_data.merge(*(read_recipe(recipe, known) for recipe in recipes), given)
+    slurm = {name: values for name, values in merged.items() if name.startswith(slurm_tables.PREFIX)}
+    merged = {name: values for name, values in merged.items() if name not in slurm}
     for name in merged:
         if name not in known:
             raise UserError(arguments.explain_unknown(f"--{name}", sorted(f"--{flag}" for flag in known)))
     parsed = parser.parse_args(flag_data.to_argv({name: merged[name] for name in merged if name in own}))
     parsed.name = _check_name(parsed.name or _default_name(recipes, any(name not in own for name in merged)))
     parsed.runs_dir = parsed.runs_dir.expanduser().absolute()
-    if parsed.nodes < 1:
+    parsed.after = tuple(parsed.after)
+    if parsed.template:
+        parsed.template = parsed.template.expanduser().absolute()
+    if parsed.nodes is not None and parsed.nodes < 1:
         raise UserError(f"--nodes is {parsed.nodes}: it must be at least 1.")
     return Request(
-        options=SubmitOptions(**vars(parsed)),
+        options=SubmitOptions(**vars(parsed), slurm=slurm_tables.read(slurm)),
         train={name: values for name, values in merged.items() if name not in own},
     )
 

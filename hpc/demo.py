@@ -17,21 +17,40 @@ from rltrain import arguments
 
 
 def submit_demo(options: SubmitOptions) -> int:
-    """Run the recipe `@demo-sft` as run `NAME-sft`, then `@demo` as run `NAME`; returns an exit code."""
+    """Run the recipe `@demo-sft` as run `NAME-sft`, then `@demo` as run `NAME`; returns an exit code.
+
+    On Slurm these are two jobs, of which the second waits for the first.
+    """
     data = options.runs_dir / "demo-data"
     first = dataclasses.replace(options, name=f"{options.name}-sft")
-    phases = [(first, _sft_flags(data, first.layout)), (options, _rl_flags(data, first.layout))]
+    sft, grpo = _sft_flags(data, first.layout), _rl_flags(data, first.layout)
+    if not options.dry_run or options.partition:  # a script is only shown if all that it needs is there
+        subprocess.run([sys.executable, "-m", "rltrain.demo.assets", str(data)], check=True)
+    if options.partition:
+        return _submit_to_slurm(options, first, sft, grpo, data)
     if options.dry_run:  # the second can't be checked before the first has run
-        for phase, flags in phases:
-            print(describe(phase, make_plan(arguments.parse(flag_data.to_argv(flags)))))
+        for flags in (sft, grpo):
+            print(describe(make_plan(arguments.parse(flag_data.to_argv(flags)))))
         return 0
-    subprocess.run([sys.executable, "-m", "rltrain.demo.assets", str(data)], check=True)
-    for phase, flags in phases:
+    for phase, flags in [(first, sft), (options, grpo)]:
         if code := submit_run(phase, flags):
             return code
     print("reward curve:", flush=True)
     subprocess.run([sys.executable, "-m", "analysis.plot", str(options.layout.root)], check=True)
     return 0
+
+
+def _submit_to_slurm(
+    options: SubmitOptions, first: SubmitOptions, sft: Flags, grpo: Flags, data: Path
+) -> int:
+    # The recipes are made for one machine; a tiny model wants one rank and one engine a node.
+    small: Flags = dict.fromkeys(("colocate", "actor-num-gpus-per-node", "rollout-num-gpus"))
+    small["num-gpus-per-node"] = ["1"]
+    if code := submit_run(dataclasses.replace(first, detach=True), sft | small):
+        return code
+    to_come = {str(first.layout.checkpoints / "hf"): str(data / "model")}
+    after = () if options.dry_run or options.test_only else (first.name,)
+    return submit_run(dataclasses.replace(options, after=after), grpo | small, to_come)
 
 
 def _sft_flags(data: Path, layout: RunLayout) -> Flags:

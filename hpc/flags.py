@@ -44,7 +44,8 @@ def from_toml(text: str, source: str, known: Collection[str] = ()) -> Flags:
     """Flags of a recipe. Tables only group: `[train] lr = 1e-3` is `--lr 0.001`.
 
     Names take dashes or underscores. `true` is the bare flag, `false` takes it back, a list is several
-    values. A table whose name is itself one of the `known` flags is that flag's value, as JSON.
+    values. A table whose name is itself one of the `known` flags is that flag's value, as JSON. The table
+    `[slurm]` keeps its names: `[slurm.srun] mpi = "pmix"` is `--slurm.srun.mpi pmix`.
 
     Raises:
         UserError: not TOML, or a value that no flag can have; the message names `source`.
@@ -70,10 +71,24 @@ def from_table(table: Mapping[str, Any], source: str, known: Collection[str] = (
     flags: Flags = {}
     for key, value in table.items():
         name = _name(key)
-        if isinstance(value, dict) and name not in known:
+        if name == "slurm" and isinstance(value, dict):
+            flags |= _dotted(value, name, source)
+        elif isinstance(value, dict) and name not in known:
             flags |= from_table(value, source, known)
         else:
             flags[name] = _values(value, f"{source}: {key}")
+    return flags
+
+
+def _dotted(table: Mapping[str, Any], prefix: str, source: str) -> Flags:
+    flags: Flags = {}
+    for key, value in table.items():
+        # Names of environment variables keep their underscores.
+        name = f"{prefix}.{key if prefix.endswith('.env') else _name(key)}"
+        if isinstance(value, dict):
+            flags |= _dotted(value, name, source)
+        else:
+            flags[name] = _values(value, f"{source}: {name}")
     return flags
 
 
@@ -110,4 +125,4 @@ def to_argv(flags: Flags) -> list[str]:
 
 
 def _name(text: str) -> str:
-    return text.replace("_", "-")
+    return text if text.startswith("slurm.env.") else text.replace("_", "-")

@@ -21,7 +21,13 @@ class Handle(Protocol):
         """Its id on this machine."""
 
     def poll(self) -> int | None:
-        """Its exit code (minus the signal's number if a signal ended it), or None while it runs."""
+        """Its exit code (minus the signal's number if a signal ended it), or None while it runs.
+
+        Of several processes that were started together, the code of the first that failed.
+        """
+
+    def failed_log(self) -> Path:
+        """Where to look for the reason of a failure."""
 
     def terminate(self) -> None:
         """Ask it, and what it started, to end."""
@@ -33,8 +39,11 @@ class Handle(Protocol):
 class Launcher(Protocol):
     """Starts processes of a job and leaves none behind. `close` comes last and ends what is left."""
 
-    def start(self, process: RoleProcess, env: Mapping[str, str], log: Path) -> Handle:
-        """Start with exactly the environment `env`; both output streams are appended to `log`."""
+    def start(self, process: RoleProcess, env: Mapping[str, str], log_dir: Path) -> Handle:
+        """Start with the environment `env`; the output is appended to `NAME.log` in `log_dir`."""
+
+    def start_canary(self, env: Mapping[str, str], log_dir: Path) -> Handle | None:
+        """A process that only shows whether a signal reaches the others and not us; None where that can't be."""
 
     def close(self) -> list[int]:
         """End every process that is left, however it hid; returns the ids that would not go."""
@@ -50,20 +59,24 @@ class LocalLauncher:
     def __init__(self) -> None:
         processes.become_subreaper()
 
-    def start(self, process: RoleProcess, env: Mapping[str, str], log: Path) -> Handle:
+    def start(self, process: RoleProcess, env: Mapping[str, str], log_dir: Path) -> Handle:
         """See `Launcher`."""
+        log = log_dir / f"{process.name}.log"
         with log.open("ab") as output:
-            return _LocalHandle(
-                subprocess.Popen(
-                    process.argv,
-                    env={**env, **process.env},
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=processes.die_with_parent(signal.SIGKILL),
-                )
+            started = subprocess.Popen(
+                process.argv,
+                env={**env, **process.env},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=processes.die_with_parent(signal.SIGKILL),
             )
+        return _LocalHandle(started, log)
+
+    def start_canary(self, env: Mapping[str, str], log_dir: Path) -> Handle | None:
+        """See `Launcher`."""
+        return None
 
     def close(self) -> list[int]:
         """See `Launcher`."""
@@ -71,8 +84,8 @@ class LocalLauncher:
 
 
 class _LocalHandle:
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self._process, self._log = process, log
 
     @property
     def pid(self) -> int:
@@ -80,6 +93,9 @@ class _LocalHandle:
 
     def poll(self) -> int | None:
         return self._process.poll()
+
+    def failed_log(self) -> Path:
+        return self._log
 
     def terminate(self) -> None:
         self._signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Which processes a job consists of: a pure function of the training flags."""
+"""Which processes a job consists of and where they run: pure functions of the training flags and the split of nodes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from hpc.split import Split
 
 MAIN_ROLE = "trainer"
 
@@ -18,47 +20,135 @@ _PROGRAMS = {
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where the tasks of a role run.
+
+    Attributes:
+        component: number of the heterogeneous job's component; 0 in other jobs.
+        nodes: positions in the component's list of nodes.
+        tasks_per_node: on each of them.
+        gpus: the first GPU and the number of GPUs on each node that these tasks share; None to see none.
+    """
+
+    component: int
+    nodes: tuple[int, ...]
+    tasks_per_node: int = 1
+    gpus: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class RoleProcess:
-    """One process of the job."""
+    """One process of the job, or several that are started together and end together.
+
+    Attributes:
+        index: of the first process.
+        env: on top of what every role gets.
+        count: number of processes.
+        placement: None on this machine.
+    """
 
     role: str
     index: int
     argv: tuple[str, ...]
-    env: Mapping[str, str] = field(default_factory=dict)  # on top of what every role gets
+    env: Mapping[str, str] = field(default_factory=dict)
+    count: int = 1
+    placement: Placement | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """How logs and messages call the processes, for example `engine-0`."""
+        return tuple(f"{self.role}-{self.index + i}" for i in range(self.count))
 
     @property
     def name(self) -> str:
-        """How logs and messages call it, for example `engine-0`."""
-        return f"{self.role}-{self.index}"
+        """All of them in one word."""
+        return (
+            self.names[0] if self.count == 1 else f"{self.role}-[{self.index}-{self.index + self.count - 1}]"
+        )
 
 
 @dataclass(frozen=True)
 class JobPlan:
-    """The processes of a job. The run is over when its trainers are."""
+    """The processes of a job. The run is over when its trainers are.
+
+    Attributes:
+        layout: `local`, or where a Slurm job has its processes: `het`, `plain`, `colocated`.
+    """
 
     processes: tuple[RoleProcess, ...]
+    layout: str = "local"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What runs in each component of the job."""
+        found: dict[int, list[str]] = {}
+        for process in self.processes:
+            component = found.setdefault(process.placement.component if process.placement else 0, [])
+            if process.role not in component:
+                component.append(process.role)
+        return tuple("+".join(found[component]) for component in sorted(found))
 
 
 def make_plan(args: argparse.Namespace, python: str = sys.executable) -> JobPlan:
     """Plan a job on one machine from resolved training flags."""
-    engines = 0 if args.debug_train_only else args.rollout_num_gpus // args.rollout_num_gpus_per_engine
-    trainers = args.actor_num_nodes * args.actor_num_gpus_per_node
+    engines = count_engines(args)
     processes = [
-        *_role("router", min(engines, 1), python),
-        *_role("engine", engines, python),
-        *_role("rollout", 1, python),
-        *_role(MAIN_ROLE, trainers, python),
+        *_single("router", min(engines, 1), python),
+        *_single("engine", engines, python),
+        *_single("rollout", 1, python),
+        *_ranks(args.actor_num_nodes * args.actor_num_gpus_per_node, python),
     ]
     return JobPlan(tuple(processes))
 
 
-def _role(role: str, count: int, python: str) -> list[RoleProcess]:
-    argv = (python, "-m", _PROGRAMS[role])
-    return [RoleProcess(role, index, argv, _role_env(role, index, count)) for index in range(count)]
+def make_slurm_plan(args: argparse.Namespace, split: Split, python: str = sys.executable) -> JobPlan:
+    """Plan a Slurm job. Router and rollout process are on the first node of the engines; each engine is a step of
+    its own, the trainer's ranks are one."""
+    engines = count_engines(args)
+    size = args.rollout_num_gpus_per_engine
+    component, first_node = (1, 0) if split.layout == "het" else (0, split.first_rollout_node)
+    service = Placement(component, (first_node,))
+    processes = [_place("router", 0, python, service)] if engines else []
+    for index in range(engines):
+        node, slot = divmod(index, split.engines_per_node)
+        gpus = (split.first_rollout_gpu + slot * size, size)
+        where = Placement(component, (first_node + node,), gpus=gpus)
+        processes.append(_place("engine", index, python, where))
+    processes.append(_place("rollout", 0, python, service))
+    per_node = split.trainer_gpus
+    ranks = Placement(0, tuple(range(split.trainer_nodes)), per_node, (0, per_node))
+    count = split.trainer_nodes * per_node
+    processes.append(RoleProcess(MAIN_ROLE, 0, _argv(MAIN_ROLE, python), count=count, placement=ranks))
+    return JobPlan(tuple(processes), split.layout)
 
 
-def _role_env(role: str, index: int, count: int) -> dict[str, str]:
-    if role != MAIN_ROLE:
-        return {}
-    rank, world = str(index), str(count)
-    return {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+def count_engines(args: argparse.Namespace) -> int:
+    """Number of engines that the flags ask for."""
+    return 0 if args.debug_train_only else args.rollout_num_gpus // args.rollout_num_gpus_per_engine
+
+
+def rank_env(rank: int, world_size: int, local_rank: int, local_world_size: int) -> dict[str, str]:
+    """The variables by which a rank of torch.distributed knows its place."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(local_world_size),
+    }
+
+
+def _single(role: str, count: int, python: str) -> list[RoleProcess]:
+    return [RoleProcess(role, index, _argv(role, python)) for index in range(count)]
+
+
+def _ranks(count: int, python: str) -> list[RoleProcess]:
+    argv = _argv(MAIN_ROLE, python)
+    return [RoleProcess(MAIN_ROLE, rank, argv, rank_env(rank, count, rank, count)) for rank in range(count)]
+
+
+def _place(role: str, index: int, python: str, placement: Placement) -> RoleProcess:
+    return RoleProcess(role, index, _argv(role, python), placement=placement)
+
+
+def _argv(role: str, python: str) -> tuple[str, ...]:
+    return (python, "-m", _PROGRAMS[role])

@@ -7,11 +7,13 @@ import shutil
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hpc import flags as flag_data
 from hpc import run_dir
 from hpc.config import SubmitOptions
+from hpc.feed import JsonLines
 from hpc.flags import Flags
 from hpc.layout import RunLayout
 from hpc.plan import JobPlan, make_plan
@@ -20,33 +22,36 @@ from rltrain.arguments import UserError
 
 if TYPE_CHECKING:
     from hpc.local import LocalResult
+    from hpc.slurm.client import JobStatus
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 
 
-def submit_run(options: SubmitOptions, given: Flags) -> int:
+def submit_run(options: SubmitOptions, given: Flags, to_come: Mapping[str, str] | None = None) -> int:
     """Submit one run, new or resumed: the flags it has already, overridden by those given.
 
+    Args:
+        options: where and how to run.
+        given: training flags.
+        to_come: see `rltrain.arguments.check_inputs`.
+
     Returns:
-        the exit code: 0 finished, 130 interrupted, 1 failed.
+        the exit code: 0 finished (or submitted, if the caller does not wait), 130 interrupted, 1 failed.
 
     Raises:
         UserError: bad input; nothing has been started.
     """
+    flags = flag_data.merge(run_dir.stored_flags(options.layout), given)
+    if options.partition:
+        return _run_in_slurm(options, flags, to_come)
     layout = options.layout
-    flags = flag_data.merge(run_dir.stored_flags(layout), given)
     args = arguments.parse(flag_data.to_argv(flags))
     arguments.check_inputs(args)
     plan = make_plan(args)
     if options.dry_run:
-        print(describe(options, plan))
+        print(describe(plan))
         return EXIT_FINISHED
-    if options.partition:
-        refuse_slurm()
-    if run_dir.is_finished(layout, args):
-        print(
-            f"{layout.name} has finished its {args.num_rollout} steps. A larger --num-rollout continues it."
-        )
+    if _has_finished(layout, args):
         return EXIT_FINISHED
     verb = "resuming" if layout.root.exists() else "starting"
     run_dir.prepare(layout, args, flags)
@@ -55,40 +60,76 @@ def submit_run(options: SubmitOptions, given: Flags) -> int:
     return _run_here(layout, args, plan)
 
 
-def describe(options: SubmitOptions, plan: JobPlan) -> str:
-    """What would be run: the batch script or, on this machine, the command of every role."""
-    if options.partition:
-        return _script(options)
+def describe(plan: JobPlan) -> str:
+    """The command of every role of a local run."""
     return "\n".join(
         f"{process.name}: {shlex.join([*(f'{k}={v}' for k, v in process.env.items()), *process.argv])}"
         for process in plan.processes
     )
 
 
-def _script(options: SubmitOptions) -> str:
-    from hpc.render import render
-    from hpc.supervisor import Supervisor
-
-    submitit = options.layout.submitit
-    return render(
-        "job.sbatch.j2",
-        name=options.name,
-        partition=options.partition,
-        nodes=options.nodes,
-        output=submitit / "%j.log",
-        stop_grace=round(Supervisor.stop_grace),
-        command=shlex.join([sys.executable, "-u", "-m", "submitit.core._submit", str(submitit)]),
-    ).rstrip("\n")
+def _has_finished(layout: RunLayout, args: Namespace) -> bool:
+    if not run_dir.is_finished(layout, args):
+        return False
+    print(f"{layout.name} has finished its {args.num_rollout} steps. A larger --num-rollout continues it.")
+    return True
 
 
-def refuse_slurm() -> None:
-    """Raise the UserError that says why a batch job can't be submitted from here."""
-    if shutil.which("sbatch") is None:
+def _run_in_slurm(options: SubmitOptions, flags: Flags, to_come: Mapping[str, str] | None) -> int:
+    from hpc.slurm_job import plan_job, submit_job
+
+    layout = options.layout
+    if shutil.which("sbatch") is None and not options.dry_run:
         raise UserError(
             "--partition asks for Slurm, but there is no sbatch on this machine's PATH. Submit from a Slurm login"
             " node (perhaps after `module load slurm`), or leave --partition out to run here."
         )
-    raise UserError("this version does not submit to Slurm yet: add --dry-run to see the script.")
+    job = plan_job(options, flags, to_come)
+    print(job.split.explain(), file=sys.stderr, flush=True)
+    if options.dry_run:
+        print(job.text(), end="")
+        return EXIT_FINISHED
+    if options.test_only:
+        from hpc.executor import check_script
+
+        print(check_script(job.text()))
+        return EXIT_FINISHED
+    if _has_finished(layout, job.args):
+        return EXIT_FINISHED
+    job_id = submit_job(job)
+    print(f"submitted {layout.name} as job {job_id}; its script is {layout.script}", flush=True)
+    return EXIT_FINISHED if options.detach else _follow(layout, job_id, job.args.num_rollout)
+
+
+def _follow(layout: RunLayout, job_id: str, num_rollout: int) -> int:
+    from hpc.feed import read_status
+    from hpc.follow import follow
+    from hpc.slurm.client import SlurmClient
+    from hpc.summary import print_summary
+    from hpc.view import make_view
+
+    begun = time.monotonic()
+    status = follow(layout, job_id, make_view(layout, num_rollout), SlurmClient())
+    name = f"{layout.name} --runs-dir {shlex.quote(str(layout.root.parent))}"
+    if status is None:
+        print(
+            f"\njob {job_id} goes on. Look again: python -m hpc.logs -f {name}; end it: python -m hpc.cancel {name}"
+        )
+        return EXIT_FINISHED
+    finished = read_status(layout).get("phase") == "finished"
+    if not finished:
+        print(f"error: {layout.name}: {why_it_ended(layout, status)}", file=sys.stderr)
+    print_summary(layout, num_rollout, time.monotonic() - begun)
+    return EXIT_FINISHED if finished else EXIT_FAILED
+
+
+def why_it_ended(layout: RunLayout, status: JobStatus) -> str:
+    """Why a job ended without finishing its run, and where to look."""
+    ended = f"job {status.job} ended as {status.state}"
+    events = [event for event in JsonLines(layout.events).read() if event.get("kind") == "attempt_finished"]
+    output = sorted(layout.submitit.glob(f"{status.job}_*_log.err"))
+    where = f"The output of its batch script: {output[-1]}." if output else "Its batch script has not begun."
+    return f"{ended}. {events[-1]['reason'] if events else where}"
 
 
 def _run_here(layout: RunLayout, args: Namespace, plan: JobPlan) -> int:

@@ -53,15 +53,21 @@ def is_finished(layout: RunLayout, args: argparse.Namespace) -> bool:
     return status.get("phase") == "finished" and args.num_rollout <= done["num_rollout"]
 
 
-def prepare(layout: RunLayout, args: argparse.Namespace, flags: Flags) -> None:
+def prepare(
+    layout: RunLayout, args: argparse.Namespace, flags: Flags, submit: dict[str, Any] | None = None
+) -> None:
     """Make the run directory (mode 0700), or write the new configuration into the one that is there.
 
-    A new directory appears whole or not at all.
+    A new directory appears whole or not at all. `submit` holds the options that a later submission takes over.
 
     Raises:
         UserError: the run belongs to a job that is running, or its place can't be written.
     """
-    config = {"flags": flag_data.to_table(_resolve_paths(flags, args)), "train": arguments.dump(args)}
+    config = {
+        "flags": flag_data.to_table(_resolve_paths(flags, args)),
+        "submit": submit or {},
+        "train": arguments.dump(args),
+    }
     if layout.root.exists():
         with hold_lock(layout):
             _write_config(layout, config)

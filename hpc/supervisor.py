@@ -44,7 +44,7 @@ class Supervisor:
         """Run until the trainers are done, one role dies, or a signal asks to stop.
 
         Returns:
-            `state` ("finished" or "stopped"), `reason`, `saved`, `attempt`, `seconds`.
+            `state` ("finished" or "stopped"), `reason`, `saved`, `signal`, `attempt`, `seconds`.
 
         Raises:
             JobFailedError: a role died; the message has its exit code, log path and last lines.
@@ -61,15 +61,15 @@ class Supervisor:
                 _report(events, status, attempt) as report,
             ):
                 outcome = self._run(layout, attempt, events, status, signals)
-                report.update(state=outcome.state, reason=outcome.reason, saved=outcome.saved)
+                report.update(vars(outcome))
             return report
 
     def _run(
         self, layout: RunLayout, attempt: int, events: EventLog, status: StatusFile, signals: SignalPipe
     ) -> Outcome:
         token = secrets.token_urlsafe(32)
-        registry = RegistryServer(token, events, status)
-        launcher = LocalLauncher()
+        registry = RegistryServer(token, events, status, self._host())
+        launcher = self._launcher()
         roles: list[RunningRole] = []
         try:
             env = {
@@ -80,8 +80,10 @@ class Supervisor:
                 "SLURMLIME_REGISTRY": registry.url,
                 "SLURMLIME_TOKEN": token,
             }
-            self._start(launcher, env, layout.log_dir(attempt), events, roles)
-            watch = Watch(roles, registry, events, status, signals, self.stop_grace)
+            log_dir = layout.log_dir(attempt)
+            self._start(launcher, env, log_dir, events, roles)
+            canary = launcher.start_canary(env, log_dir)
+            watch = Watch(roles, registry, events, status, signals, self.stop_grace, canary)
             return watch.until_over()
         finally:
             self._stop_all(roles, launcher)
@@ -96,13 +98,22 @@ class Supervisor:
         roles: list[RunningRole],
     ) -> None:
         for process in self.plan.processes:
-            log = log_dir / f"{process.name}.log"
             own = {"SLURMLIME_ROLE": process.role, "SLURMLIME_INDEX": str(process.index)}
-            handle = launcher.start(process, {**env, **own}, log)
-            roles.append(RunningRole(process, handle, log))
+            handle = launcher.start(process, {**env, **own}, log_dir)
+            roles.append(RunningRole(process, handle))
             logger.info("started %s, process %d: %s", process.name, handle.pid, " ".join(process.argv))
-            started = {"role": process.role, "index": process.index, "pid": handle.pid, "log": str(log)}
-            events.append("role_started", started)
+            for index, name in enumerate(process.names, process.index):
+                log = str(log_dir / f"{name}.log")
+                events.append(
+                    "role_started", {"role": process.role, "index": index, "pid": handle.pid, "log": log}
+                )
+
+    def _launcher(self) -> Launcher:
+        return LocalLauncher()
+
+    def _host(self) -> str:
+        """The address on which roles reach this process."""
+        return "127.0.0.1"
 
     def _stop_all(self, roles: list[RunningRole], launcher: Launcher) -> None:
         for role in roles:

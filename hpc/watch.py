@@ -16,28 +16,44 @@ from hpc.plan import MAIN_ROLE, RoleProcess
 from hpc.registry import RegistryServer
 from hpc.signals import SignalPipe
 
-EXIT_REQUEUE = 75  # a role's exit code: saved, wants to run again
+# Exit codes of roles.
+EXIT_REQUEUE = 75  # saved, wants to run again
+EXIT_NEVER_RESTART = 93  # running again would fail the same way
 LAST_LINES = 20
 
 _NOTHING_TO_SAVE = ("starting", "loading")  # phases
 # A rank may need a moment to exit after the others have; one that hangs there has nothing left to do.
 _STRAGGLER_SECONDS = 30.0
-_POLL_SECONDS = 5.0  # a lost SIGCHLD costs this much, no more
+# One of many tasks of a step may die without a SIGCHLD.
+_POLL_SECONDS = 1.0
 
 logger = logging.getLogger("slurmlime.supervisor")
 
 
 class JobFailedError(RuntimeError):
-    """A role died. The message names it, its exit code and its log, and shows the log's last lines."""
+    """A role died. The message names it, its exit code and its log, and shows the log's last lines.
+
+    Attributes:
+        never_restart: it said that running again would fail in the same way.
+    """
+
+    def __init__(self, message: str, never_restart: bool = False) -> None:
+        super().__init__(message)
+        self.never_restart = never_restart
 
 
 @dataclass(frozen=True, eq=False)
 class RunningRole:
-    """A role's process and where its output goes."""
+    """A role's process, or several that were started together."""
 
     process: RoleProcess
     handle: Handle
-    log: Path
+
+    @property
+    def failed(self) -> str:
+        """Name of the process that failed first."""
+        name = self.handle.failed_log().stem
+        return name if name in self.process.names else self.process.name
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,7 @@ class Outcome:
     state: Literal["finished", "stopped"]
     reason: str
     saved: bool
+    signal: str | None = None  # that asked to stop
 
 
 class Watch:
@@ -60,11 +77,13 @@ class Watch:
         status: StatusFile,
         signals: SignalPipe,
         stop_grace: float,
+        canary: Handle | None = None,
     ) -> None:
-        self._roles = roles
+        self._roles, self._canary = roles, canary
         self._registry, self._events, self._status, self._signals = registry, events, status, signals
         self._stop_grace = stop_grace
         self._stop_reason: str | None = None
+        self._stop_signal: str | None = None
         self._deadline = float("inf")
         self._interrupts = 0
         self._reported: set[str] = set()
@@ -78,14 +97,21 @@ class Watch:
         while True:
             for number in self._signals.wait(min(_POLL_SECONDS, self._deadline - time.monotonic())):
                 self._on_signal(number)
+            self._ask_canary()
             if outcome := self._check_exits():
                 return outcome
+
+    def _ask_canary(self) -> None:
+        """A step that only dies of the signals that Slurm sends to steps and not to us."""
+        code = self._canary.poll() if self._canary and self._stop_reason is None else None
+        if code in (-signal.SIGTERM, -signal.SIGUSR2):
+            self._on_signal(signal.Signals(-code))
 
     def _on_signal(self, number: signal.Signals) -> None:
         logger.info("got %s", number.name)
         self._interrupts += number == signal.SIGINT
         if self._stop_reason is None:
-            self._stop_reason = f"{number.name} received"
+            self._stop_reason, self._stop_signal = f"{number.name} received", number.name
             self._deadline = time.monotonic() + self._stop_grace
             if self._status.get("phase") in _NOTHING_TO_SAVE:
                 self._deadline = 0.0
@@ -101,13 +127,13 @@ class Watch:
         for role in dead:
             self._report_death(role, codes[role])
         if trainers := [role for role in dead if role.process.role == MAIN_ROLE]:
-            raise JobFailedError(describe_deaths(trainers))
+            raise _failure(trainers)
         if outcome := self._verdict([code for role, code in codes.items() if role.process.role == MAIN_ROLE]):
             return outcome
         if (
             dead and self._stop_reason is None
         ):  # while stopping, a trainer may save although an engine is gone
-            raise JobFailedError(describe_deaths(dead))
+            raise _failure(dead)
         return None
 
     def _verdict(self, main: list[int | None]) -> Outcome | None:
@@ -119,19 +145,20 @@ class Watch:
                 return None
         if EXIT_REQUEUE in over:
             reason = self._stop_reason or f"{MAIN_ROLE} asked to be run again"
-            return Outcome("stopped", reason, saved=True)
+            return Outcome("stopped", reason, saved=True, signal=self._stop_signal)
         if over:
             return Outcome("finished", "all steps are done", saved=True)
-        return Outcome("stopped", self._stop_reason or "", saved=False)
+        return Outcome("stopped", self._stop_reason or "", saved=False, signal=self._stop_signal)
 
     def _report_death(self, role: RunningRole, code: int | None) -> None:
-        name = role.process.name
-        if name in self._reported:
+        if role.process.name in self._reported:
             return
-        self._reported.add(name)
-        logger.error("%s %s", name, describe_exit(code))
-        who = {"role": role.process.role, "index": role.process.index}
-        self._events.append("role_died", {**who, "exit_code": code, "log": str(role.log)})
+        self._reported.add(role.process.name)
+        logger.error("%s %s", role.failed, describe_exit(code))
+        names = role.process.names
+        index = role.process.index + (names.index(role.failed) if role.failed in names else 0)
+        who = {"role": role.process.role, "index": index}
+        self._events.append("role_died", {**who, "exit_code": code, "log": str(role.handle.failed_log())})
 
 
 def is_death(process: RoleProcess, code: int) -> bool:
@@ -139,17 +166,23 @@ def is_death(process: RoleProcess, code: int) -> bool:
     return process.role != MAIN_ROLE or code not in (0, EXIT_REQUEUE)
 
 
+def _failure(dead: list[RunningRole]) -> JobFailedError:
+    never = any(role.handle.poll() == EXIT_NEVER_RESTART for role in dead)
+    return JobFailedError(describe_deaths(dead), never)
+
+
 def describe_deaths(dead: list[RunningRole]) -> str:
     """One paragraph on the role that died first, the last lines of its log, and who went with it.
 
     When one rank dies the others soon lose their connection: the log that fell silent first is the cause.
     """
-    first, *others = sorted(dead, key=lambda role: role.log.stat().st_mtime)
-    tail = last_lines(first.log, LAST_LINES)
+    first, *others = sorted(dead, key=lambda role: role.handle.failed_log().stat().st_mtime)
+    log = first.handle.failed_log()
+    tail = last_lines(log, LAST_LINES)
     shown = "\n".join(f"  | {line}" for line in tail) if tail else "  (the log is empty)"
-    text = f"{first.process.name} {describe_exit(first.handle.poll())}. Its log, {first.log}, ends:\n{shown}"
+    text = f"{first.failed} {describe_exit(first.handle.poll())}. Its log, {log}, ends:\n{shown}"
     also = ", ".join(
-        f"{role.process.name} {describe_exit(role.handle.poll())} ({role.log})" for role in others
+        f"{role.failed} {describe_exit(role.handle.poll())} ({role.handle.failed_log()})" for role in others
     )
     return f"{text}\nAfter it, {also}." if also else text
 

@@ -1,24 +1,17 @@
-"""Batch scripts: quoting, and what is refused."""
+"""Batch scripts: quoting, own templates, and what is refused."""
 
 from __future__ import annotations
 
 import shlex
 import subprocess
+from pathlib import Path
 
-import jinja2
 import pytest
 
-from hpc.render import render, sbatch_value
+from hpc.render import BatchScript, sbatch_value
 from rltrain.arguments import UserError
 
-VALUES = {
-    "name": "demo",
-    "partition": "gpu",
-    "nodes": 2,
-    "output": "/r/%j.log",
-    "stop_grace": 120,
-    "command": "true",
-}
+HEADER = {"job-name": "demo", "nodes": "2", "requeue": True}
 
 
 @pytest.mark.parametrize(
@@ -38,24 +31,48 @@ def test_sbatch_values(value: object, written: str) -> None:
     assert sbatch_value(value) == written
 
 
-@pytest.mark.parametrize("value", ["a\nb", "a\x00", "\x7f", "a\tb"])
+@pytest.mark.parametrize("value", ["a\nb", "a\x00", "\x7f", "a\tb", "a\u2028b", "a\x85b"])
 def test_control_characters_are_refused(value: str) -> None:
     with pytest.raises(UserError, match="control characters"):
-        render("job.sbatch.j2", **{**VALUES, "partition": value})
-
-
-def test_a_missing_variable_is_an_error() -> None:
-    with pytest.raises(jinja2.UndefinedError, match="partition"):
-        render("job.sbatch.j2", **{name: value for name, value in VALUES.items() if name != "partition"})
+        BatchScript(({"comment": value},), "true").text()
 
 
 def test_script_is_shell_and_ends_in_the_command_itself() -> None:
-    words = ["printf", "%s|", "a b", "$HOME", "it's"]
-    script = render("job.sbatch.j2", **{**VALUES, "command": shlex.join(words)})
-    assert script.splitlines()[0] == "#!/bin/bash"
-    header = [line for line in script.splitlines() if line.startswith("#SBATCH")]
-    assert "#SBATCH --signal=B:USR2@120" in header
-    body = script.splitlines()[len(header) + 1 :]
-    assert not any(line.startswith("#SBATCH") for line in body)  # those after a command would be ignored
+    words = ["sh", "-c", 'printf "%s|" "$@" "$HOSTILE"', "sh", "a b", "$HOME", "it's"]
+    hostile = "'\"\\ $(exit 7) ; # ü\n*"
+    script = BatchScript((HEADER,), shlex.join(words), env={"HOSTILE": hostile}, setup=("umask 077",)).text()
+    lines = script.splitlines()
+    assert lines[:4] == ["#!/bin/bash", "#SBATCH --job-name=demo", "#SBATCH --nodes=2", "#SBATCH --requeue"]
+    assert not any(line.startswith("#SBATCH") for line in lines[4:])  # those after a command would be ignored
     ran = subprocess.run(["bash", "-u"], input=script, capture_output=True, text=True, check=True)
-    assert ran.stdout == "a b|$HOME|it's|"
+    assert ran.stdout == f"a b|$HOME|it's|{hostile}|"
+
+
+def test_components_of_a_heterogeneous_job() -> None:
+    lines = BatchScript(({"nodes": "1"}, {"nodes": "2"}), "true").text().splitlines()
+    assert lines[1:4] == ["#SBATCH --nodes=1", "#SBATCH hetjob", "#SBATCH --nodes=2"]
+
+
+def test_own_template_extends_ours(tmp_path: Path) -> None:
+    template = tmp_path / "site.j2"
+    template.write_text(
+        '{% extends "job.sbatch.j2" %}\n{% block setup %}\nsource /site/env\n{% endblock %}\n'
+    )
+    script = BatchScript((HEADER,), "true", setup=("never",)).text(template)
+    assert "source /site/env\n" in script and "never" not in script and "#SBATCH --nodes=2" in script
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{{ partitoin }}", "partitoin.*A template is given: components, command"),
+        ("{% if %}", "own.j2, line 1"),
+        ('{% extends "nothing.j2" %}', "there is no nothing.j2"),
+        (None, "there is no own.j2"),
+    ],
+)
+def test_templates_that_can_not_be_used(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "own.j2").write_text(text)
+    with pytest.raises(UserError, match=message):
+        BatchScript((HEADER,), "true").text(tmp_path / "own.j2")

@@ -33,7 +33,7 @@ HEAVY = {"torch", "pandas", "pyarrow", "wandb", "submitit", "rich", "numpy", "tr
 @pytest.fixture(autouse=True)
 def _unchecked_inputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The files that flags name are checked elsewhere; here they need not exist."""
-    monkeypatch.setattr(arguments, "check_inputs", lambda args: None)
+    monkeypatch.setattr(arguments, "check_inputs", lambda args, to_come=None: None)
     monkeypatch.setattr(run.shutil, "which", lambda name: None)
     monkeypatch.chdir(tmp_path)
 
@@ -62,14 +62,15 @@ def test_dry_run_prints_the_roles_and_writes_nothing(
 def test_dry_run_for_slurm_prints_the_script_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert (
-        submit(monkeypatch, "--dry-run", "--partition", "gpu", "--nodes", "3", "--name", "mine", *FLAGS) == 0
-    )
+    monkeypatch.setenv("PATH", "/usr/bin/nowhere")  # not even Slurm is needed
+    asked = ["--partition", "gpu", "--nodes", "3", "--name", "mine", "--num-gpus-per-node", "1"]
+    assert submit(monkeypatch, "--dry-run", *asked, *FLAGS) == 0
+    monkeypatch.undo()
     out, err = capsys.readouterr()
-    assert out.startswith(
-        "#!/bin/bash\n#SBATCH --job-name=mine\n#SBATCH --partition=gpu\n#SBATCH --nodes=3\n"
-    )
-    assert err == ""
+    lines = out.splitlines()
+    assert lines[0] == "#!/bin/bash" and "#SBATCH --job-name=mine" in lines
+    assert [line for line in lines if "nodes=" in line] == ["#SBATCH --nodes=1", "#SBATCH --nodes=2"]
+    assert err.startswith("3 nodes: 1 for training (1 rank each), 2 for rollout (1 engine each)")
     assert subprocess.run(["bash", "-n"], input=out, text=True).returncode == 0
     assert list(tmp_path.iterdir()) == []
 

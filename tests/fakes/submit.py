@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from hpc import run, submit, supervisor
+from hpc import plan, run, submit, supervisor
 from hpc.plan import JobPlan, RoleProcess
 from rltrain import arguments
 
@@ -24,10 +24,17 @@ def fake_plan(behaviours: dict[str, list[str]]) -> JobPlan:
     return JobPlan(tuple(processes))
 
 
+def fake_argv(role: str, python: str) -> tuple[str, ...]:
+    """For a Slurm job: each process takes the behaviour of its index, or the last."""
+    return (python, ROLE, ",".join(json.loads(os.environ["FAKE_PLAN"])[role]))
+
+
 if __name__ == "__main__":
     run.make_plan = lambda args: fake_plan(json.loads(os.environ["FAKE_PLAN"]))
-    arguments.check_inputs = lambda args: None
+    plan._argv = fake_argv
+    arguments.check_inputs = lambda args, to_come=None: None
     grace = float(os.environ.get("FAKE_GRACE", "120"))
-    supervisor.Supervisor = functools.partial(supervisor.Supervisor, stop_grace=grace, kill_grace=1.0)
+    if not any(word.startswith("--partition") for word in sys.argv):  # the batch job has not imported this
+        supervisor.Supervisor = functools.partial(supervisor.Supervisor, stop_grace=grace, kill_grace=1.0)
     sys.argv += TRAIN_FLAGS
     sys.exit(submit.main())

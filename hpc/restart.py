@@ -1,0 +1,166 @@
+"""Whether a job runs again after an attempt: pure functions of how the attempt ended and what Slurm says of the job.
+
+Slurm requeues some jobs by itself, and `scontrol requeue` also brings back a job that a person has just cancelled. So
+the job's own record is asked first:
+
+    it has been restarted since we began            Slurm requeues it: nothing to do
+    it is ending, and has not been restarted        cancelled: stay ended (out of time: requeue)
+    it runs, and is being preempted                 grace time: requeue, as exit 0 now would end it for good
+    it runs                                         the time limit is near (SIGUSR2): requeue; a person's signal: end
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from hpc.slurm.states import JobState
+
+MIN_LEAD = 120  # seconds
+MAX_LEAD = 3600
+_BAD_NODE_SECONDS = 24 * 3600.0
+_BAD_NODE_FAILURES = 2
+
+
+class Action(StrEnum):
+    """What to do with the job."""
+
+    REQUEUE = "requeue"  # ask Slurm to
+    WAIT = "wait"  # Slurm does so itself
+    END = "end"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do, and why, for people."""
+
+    action: Action
+    reason: str
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended.
+
+    Attributes:
+        state: `finished`, `stopped` or `failed`.
+        signal: name of the signal that asked it to stop, if one did.
+        never_restart: a role said that running again would fail in the same way.
+        node_failed: Slurm said that a node failed.
+        idle_failures: attempts in a row, with this one, that failed without having saved anything.
+    """
+
+    state: str
+    signal: str | None = None
+    never_restart: bool = False
+    node_failed: bool = False
+    idle_failures: int = 0
+
+
+@dataclass(frozen=True)
+class JobView:
+    """What Slurm says of the job; see `hpc.slurm.records.JobDetail`."""
+
+    state: JobState
+    restarts: int
+    may_requeue: bool
+    is_preempted: bool
+    is_out_of_time: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How often a job may run again: in all, and after failures in a row without a new checkpoint."""
+
+    max_restarts: int = 100
+    max_failures: int = 1
+
+
+def decide(ending: Ending, job: JobView | None, own_restarts: int, limits: Limits) -> Decision:
+    """What to do after an attempt.
+
+    Args:
+        ending: how it ended.
+        job: what Slurm says; None if it does not answer.
+        own_restarts: how often the job had been restarted when the attempt began.
+        limits: bounds.
+    """
+    if ending.state == "finished":
+        return Decision(Action.END, "the run is finished")
+    if job and job.restarts > own_restarts:
+        return Decision(Action.WAIT, "Slurm requeues the job")
+    wanted, why = _wants_to_run(ending, job, limits)
+    if not wanted:
+        return Decision(Action.END, why)
+    if own_restarts >= limits.max_restarts:
+        return Decision(Action.END, f"{why}, but it has been requeued {own_restarts} times (--max-restarts)")
+    if job and not job.may_requeue:
+        return Decision(Action.END, f"{why}, but Slurm may not requeue this job: resubmit it")
+    return Decision(Action.REQUEUE, why)
+
+
+def _wants_to_run(ending: Ending, job: JobView | None, limits: Limits) -> tuple[bool, str]:
+    if ending.never_restart:
+        return False, "running again would fail in the same way"
+    if job and _is_ending(job.state):
+        return (True, "out of time") if job.is_out_of_time else (False, "the job was cancelled")
+    if ending.state == "failed":
+        return _after_failure(ending, limits)
+    if ending.signal == "SIGINT":
+        return False, "stopped on request"
+    if ending.signal == "SIGTERM" and job and not job.is_preempted:
+        return False, "stopped by a signal that was not Slurm's"
+    if ending.signal == "SIGUSR2":
+        return True, "the job was preempted" if job and job.is_preempted else "the time limit is near"
+    return True, "the job was preempted" if ending.signal else "the trainer asked to be run again"
+
+
+def _after_failure(ending: Ending, limits: Limits) -> tuple[bool, str]:
+    if ending.node_failed:
+        return True, "a node failed"
+    if ending.idle_failures >= limits.max_failures:
+        tries = f"{ending.idle_failures} attempt{'s' * (ending.idle_failures > 1)}"
+        return False, f"{tries} in a row failed without a new checkpoint (--max-failures)"
+    return True, "an attempt failed"
+
+
+def _is_ending(state: JobState) -> bool:
+    return state is JobState.COMPLETING or state.is_final
+
+
+def idle_failures(events: Iterable[Mapping[str, Any]]) -> int:
+    """From a run's events: how many attempts in a row, up to the last, failed without having saved anything.
+
+    An attempt that was interrupted (preempted, out of time), killed or lost a node says nothing about the code.
+    """
+    listed = list(events)
+    lost_a_node = {event.get("attempt") for event in listed if event.get("kind") == "node_failed"}
+    count = 0
+    for event in listed:
+        kind = event.get("kind")
+        if kind == "checkpoint_saved":
+            count = 0
+        elif kind == "attempt_finished" and event.get("state") == "failed":
+            count += event.get("attempt") not in lost_a_node
+    return count
+
+
+def bad_nodes(events: Iterable[Mapping[str, Any]], now: float) -> list[str]:
+    """Nodes to do without: those that failed twice within a day. `now` is in Unix seconds."""
+    failures: dict[str, int] = {}
+    for event in events:
+        if event.get("kind") == "node_failed" and now - event.get("time", 0.0) < _BAD_NODE_SECONDS:
+            failures[event["node"]] = failures.get(event["node"], 0) + 1
+    return sorted(node for node, count in failures.items() if count >= _BAD_NODE_FAILURES)
+
+
+def save_lead(metrics: Iterable[Mapping[str, Any]], minimum: int = MIN_LEAD) -> int:
+    """Seconds before the time limit at which a run has to be told to save.
+
+    As long as its slowest step and its slowest save took together, half as much again, and the half minute by which
+    Slurm may be late.
+    """
+    steps = [float(record["perf/step_s"]) for record in metrics if "perf/step_s" in record]
+    return max(minimum, min(MAX_LEAD, round(1.5 * max(steps, default=0.0)) + 30))

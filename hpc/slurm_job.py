@@ -1,0 +1,198 @@
+"""Turn a run into a Slurm job: plan it against the cluster, render its script, submit it, write it down."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from hpc import config, run_dir
+from hpc import flags as flag_data
+from hpc.cluster import make_components, node_gpus
+from hpc.config import SubmitOptions
+from hpc.eventlog import append_event, replace_text
+from hpc.feed import JsonLines
+from hpc.flags import Flags
+from hpc.layout import RunLayout
+from hpc.plan import JobPlan, make_slurm_plan
+from hpc.render import BatchScript
+from hpc.restart import Limits, bad_nodes, save_lead
+from hpc.runs import find_run, read_submissions
+from hpc.shared_dir import check_run_dir
+from hpc.slurm.client import SlurmClient, SlurmError
+from hpc.slurm.facts import ClusterFacts, read_facts
+from hpc.slurm_tables import Value
+from hpc.split import Split, read_ask, split_nodes
+from rltrain import arguments
+from rltrain.arguments import UserError
+
+if TYPE_CHECKING:
+    from hpc.executor import SlurmlimeExecutor
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """A job that is planned and could be submitted.
+
+    Attributes:
+        flags: of training, as given.
+        args: the same, resolved, with the split of nodes.
+        facts: None if there is no Slurm here, which is enough to look at the script.
+    """
+
+    options: SubmitOptions
+    flags: Flags
+    args: argparse.Namespace
+    split: Split
+    plan: JobPlan
+    script: BatchScript
+    lead: int
+    facts: ClusterFacts | None
+
+    @property
+    def executor(self) -> SlurmlimeExecutor:
+        """What submits it."""
+        from hpc.executor import SlurmlimeExecutor  # submitit takes its time
+
+        return SlurmlimeExecutor(self.options.layout.submitit, self.script, self.options.template)
+
+    def text(self) -> str:
+        """The batch script, exactly as it would be submitted."""
+        return self.executor.script()
+
+
+def plan_job(options: SubmitOptions, flags: Flags, to_come: Mapping[str, str] | None = None) -> SlurmJob:
+    """Plan a job; writes nothing.
+
+    Args:
+        options: what was asked of `submit`.
+        flags: training flags.
+        to_come: see `rltrain.arguments.check_inputs`.
+
+    Raises:
+        UserError: bad input, or an ask that the cluster can't meet.
+    """
+    client = SlurmClient()
+    facts = None if options.dry_run and shutil.which("sbatch") is None else read_facts(client)
+    split = _split(options, flags, facts)
+    args = arguments.parse(flag_data.to_argv(flags | split.flags()))
+    arguments.check_inputs(args, to_come)
+    components = make_components(split, options, facts)
+    lead = save_lead(JsonLines(options.layout.metrics).read())
+    whole = _whole_job_flags(options, lead)
+    first, *others = [component.flags() for component in components]
+    tables = options.slurm
+    script = BatchScript((whole | first, *others), command="", env=tables.env, setup=tables.setup)
+    plan = make_slurm_plan(args, split, tables.python or sys.executable)
+    return SlurmJob(options, flags, args, split, plan, script, lead, facts)
+
+
+def _split(options: SubmitOptions, flags: Flags, facts: ClusterFacts | None) -> Split:
+    ask = read_ask(flags, options.nodes, options.placement, flags.get("debug-train-only") is None)
+    per_node = flags.get("num-gpus-per-node")
+    given = int(per_node[0]) if per_node and per_node[0].isdigit() else None
+    gpus = [node_gpus(options, facts, role, given) for role in ("trainer", "rollout")]
+    return split_nodes(ask, *gpus)
+
+
+def _whole_job_flags(options: SubmitOptions, lead: int) -> dict[str, Value]:
+    """Flags that hold for all components of the job."""
+    flags: dict[str, Value] = {"job-name": options.name}
+    wanted = {"account": options.account, "qos": options.qos, "time": options.time}
+    flags |= {name: value for name, value in wanted.items() if value}
+    flags |= {"signal": f"B:USR2@{lead}", "requeue": True}
+    if options.after:
+        jobs = ":".join(_job_of(word, options) for word in options.after)
+        flags |= {"dependency": f"afterok:{jobs}", "kill-on-invalid-dep": "yes"}
+    if bad := bad_nodes(JsonLines(options.layout.events).read(), datetime.now(UTC).timestamp()):
+        flags["exclude"] = ",".join(bad)
+    return flags
+
+
+def _job_of(word: str, options: SubmitOptions) -> str:
+    """A job id from one, or from a run."""
+    if word.isdigit():
+        return word
+    jobs = [each for each in read_submissions(find_run(word, options.runs_dir)) if each.layout != "local"]
+    if not jobs:
+        raise UserError(
+            f"--after {word}: this run has not been submitted to Slurm, so it has no job to wait for."
+        )
+    return jobs[-1].job_id
+
+
+def submit_job(job: SlurmJob) -> str:
+    """Submit it, and write down that it was; returns the job's id.
+
+    Raises:
+        UserError: sbatch refuses it, or the run has a job already.
+    """
+    from hpc.slurm_supervisor import SlurmSupervisor
+
+    layout = job.options.layout
+    assert job.facts is not None
+    check_run_dir(layout.root, job.facts)
+    refuse_second_job(layout)
+    run_dir.prepare(layout, job.args, job.flags, config.to_table(job.options))
+    tables = job.options.slurm
+    supervisor = SlurmSupervisor(
+        layout.root,
+        job.plan,
+        stop_grace=job.lead - 10.0,
+        srun=tables.srun,
+        python=tables.python or sys.executable,
+        limits=Limits(job.options.max_restarts, job.options.max_failures),
+    )
+    replace_text(layout.script, job.text())
+    submitted = job.executor.submit(supervisor)
+    _write_down(job, submitted.job_id)
+    return submitted.job_id
+
+
+def refuse_second_job(layout: RunLayout) -> None:
+    """Raise a UserError if a job of the run is waiting or running."""
+    jobs = [each.job_id for each in read_submissions(layout) if each.layout != "local"]
+    with contextlib.suppress(SlurmError):
+        for record in SlurmClient().squeue(jobs[-1:]):
+            if not record.state.is_final:
+                raise UserError(
+                    f"the run {layout.name} has job {jobs[-1]}, which is {record.state}. Wait for it, or end it: python"
+                    f" -m hpc.cancel {layout.name} --runs-dir {layout.root.parent}"
+                )
+
+
+def _write_down(job: SlurmJob, job_id: str) -> None:
+    assert job.facts is not None
+    layout = job.options.layout
+    components = (
+        [f"{job_id}+{i}" for i in range(len(job.script.components))] if job.split.layout == "het" else []
+    )
+    append_submission(
+        layout,
+        {
+            "job_id": job_id,
+            "components": components,
+            "cluster": job.facts.name,
+            "layout": job.split.layout,
+            "submitted": datetime.now(UTC).isoformat(timespec="seconds"),
+            "partitions": [flags.get("partition") for flags in job.script.components],
+            "nodes": [int(str(flags["nodes"])) for flags in job.script.components],
+        },
+    )
+    event = {"job_id": job_id, "components": list(job.plan.roles)}
+    append_event(layout.events, max(layout.attempts(), default=-1) + 1, "job_submitted", event)
+
+
+def append_submission(layout: RunLayout, entry: Mapping[str, object]) -> None:
+    """Add an entry to the run's `job.json`."""
+    try:
+        entries = json.loads(layout.job.read_text())
+    except FileNotFoundError:
+        entries = []
+    replace_text(layout.job, json.dumps([*entries, entry], indent=2) + "\n")

@@ -1,0 +1,236 @@
+"""How the nodes of a Slurm job are shared out among trainer and engines: a pure function of what was asked for.
+
+The cluster flags have slime's meaning. What was not given follows: of `--nodes N` half train and half generate; one
+node, or `--colocate`, does both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hpc.flags import Flags
+from rltrain.arguments.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What was asked for; None where nothing was.
+
+    Attributes:
+        engine_size: GPUs of one engine.
+        has_engines: False if the job only trains.
+    """
+
+    nodes: int | None
+    placement: str | None
+    colocate: bool
+    actor_nodes: int | None
+    actor_gpus: int | None
+    rollout_gpus: int | None
+    engine_size: int
+    has_engines: bool
+
+
+@dataclass(frozen=True)
+class Split:
+    """Who gets which nodes. On nodes without GPUs a "GPU" is a process.
+
+    Attributes:
+        layout: `het` (component 0 trains, component 1 generates), `plain` (the first nodes train), or `colocated`.
+        trainer_gpus: ranks on each trainer node.
+        rollout_nodes: nodes with engines, also if they are the trainer's.
+        rollout_gpus: GPUs for engines on each of them.
+        rollout_num_gpus: for engines in all.
+        engines_per_node: the last node may have fewer.
+        first_rollout_gpu: where the engines' GPUs begin, on nodes that they share with the trainer.
+    """
+
+    layout: str
+    trainer_nodes: int
+    trainer_gpus: int
+    rollout_nodes: int = 0
+    rollout_gpus: int = 0
+    rollout_num_gpus: int = 0
+    engines_per_node: int = 0
+    first_rollout_gpu: int = 0
+
+    @property
+    def first_rollout_node(self) -> int:
+        """Position of the engines' first node in a job of one component."""
+        return self.trainer_nodes if self.layout == "plain" and self.rollout_nodes else 0
+
+    @property
+    def nodes(self) -> int:
+        """Nodes in all."""
+        return self.trainer_nodes + (0 if self.layout == "colocated" else self.rollout_nodes)
+
+    def flags(self) -> Flags:
+        """The split as training flags."""
+        flags: Flags = {
+            "actor-num-nodes": [str(self.trainer_nodes)],
+            "actor-num-gpus-per-node": [str(self.trainer_gpus)],
+        }
+        if self.rollout_nodes:
+            flags["rollout-num-gpus"] = [str(self.rollout_num_gpus)]
+        return flags
+
+    def explain(self) -> str:
+        """One line for people."""
+        ranks = f"{self.trainer_gpus} rank{'s' * (self.trainer_gpus > 1)} each"
+        if not self.rollout_nodes:
+            return f"{_nodes(self.nodes)}, all for training, {ranks}; the run needs no engines"
+        engines = f"{self.engines_per_node} engine{'s' * (self.engines_per_node > 1)} each"
+        if self.layout == "colocated":
+            return f"{_nodes(self.nodes)}, each for training ({ranks}) and rollout ({engines})"
+        return (
+            f"{_nodes(self.nodes)}: {self.trainer_nodes} for training ({ranks}), {self.rollout_nodes} for rollout"
+            f" ({engines}). --actor-num-nodes, --rollout-num-gpus and --colocate change that"
+        )
+
+
+def read_ask(flags: Flags, nodes: int | None, placement: str | None, has_engines: bool) -> Ask:
+    """The ask from training flags; `nodes` and `placement` are flags of `submit`.
+
+    Raises:
+        UserError: a number that is none, or is not positive.
+    """
+    return Ask(
+        nodes=nodes,
+        placement=placement,
+        colocate=flags.get("colocate") is not None,
+        actor_nodes=_number(flags, "actor-num-nodes"),
+        actor_gpus=_number(flags, "actor-num-gpus-per-node"),
+        rollout_gpus=_number(flags, "rollout-num-gpus"),
+        engine_size=_number(flags, "rollout-num-gpus-per-engine") or 1,
+        has_engines=has_engines,
+    )
+
+
+def split_nodes(ask: Ask, trainer_gpus: int, rollout_gpus: int) -> Split:
+    """Share out the nodes.
+
+    Args:
+        ask: what was asked for.
+        trainer_gpus: GPUs of a node for trainers, 0 for none.
+        rollout_gpus: the same for engines.
+
+    Raises:
+        UserError: it can't be; the message says why and what could.
+    """
+    ranks = ask.actor_gpus or trainer_gpus or 1
+    _check_gpus("--actor-num-gpus-per-node", ranks, trainer_gpus)
+    if not ask.has_engines:
+        return Split("plain", _agree(ask.nodes, ask.actor_nodes, "--actor-num-nodes") or 1, ranks)
+    if _is_colocated(ask, trainer_gpus):
+        return _colocated(ask, ranks, trainer_gpus)
+    return _separate(ask, ranks, rollout_gpus)
+
+
+def _is_colocated(ask: Ask, node_gpus: int) -> bool:
+    if ask.placement:
+        if ask.colocate and ask.placement != "colocated":
+            raise UserError(f"--colocate contradicts --placement {ask.placement}: leave one of them out.")
+        return ask.placement == "colocated"
+    if ask.colocate or ask.nodes is not None:
+        return ask.colocate or ask.nodes == 1
+    fits = not node_gpus or (ask.actor_gpus or 0) + (ask.rollout_gpus or 0) <= node_gpus
+    return fits and (ask.actor_nodes or 1) == 1
+
+
+def _colocated(ask: Ask, ranks: int, node_gpus: int) -> Split:
+    nodes = _agree(ask.nodes, ask.actor_nodes, "--actor-num-nodes") or 1
+    # Without --colocate the engines get GPUs of their own where the node has enough for both.
+    apart = not ask.colocate and ask.actor_gpus is not None and node_gpus - ranks >= ask.engine_size
+    available = node_gpus - ranks if apart else ranks
+    if not node_gpus:  # processes: as many as are wanted
+        available = max(ranks, ask.engine_size, math.ceil((ask.rollout_gpus or 0) / nodes))
+    wanted = ask.rollout_gpus or nodes * (available // ask.engine_size * ask.engine_size)
+    engines = _count_engines(wanted, ask.engine_size, available)
+    per_node = math.ceil(engines / nodes)
+    if per_node * ask.engine_size > max(available, 0):
+        raise UserError(
+            f"--rollout-num-gpus {wanted} on {_nodes(nodes)} is more than the {available} GPUs that each has for"
+            f" engines. At most --rollout-num-gpus {nodes * (available // ask.engine_size * ask.engine_size)}."
+        )
+    first = ranks if apart else 0
+    return Split("colocated", nodes, ranks, math.ceil(engines / per_node), per_node * ask.engine_size, wanted,
+                 per_node, first)  # fmt: skip
+
+
+def _separate(ask: Ask, ranks: int, node_gpus: int) -> Split:
+    available = node_gpus or ask.engine_size
+    if ask.rollout_gpus and not node_gpus:  # processes: as many on a node as it takes
+        available = max(available, math.ceil(ask.rollout_gpus / max(1, (ask.nodes or 2) // 2)))
+    if ask.rollout_gpus:
+        _count_engines(ask.rollout_gpus, ask.engine_size, available)
+        rollout = math.ceil(ask.rollout_gpus / (available // ask.engine_size * ask.engine_size))
+        trainer = ask.actor_nodes or (ask.nodes - rollout if ask.nodes else 1)
+    else:
+        trainer = ask.actor_nodes or max(1, (ask.nodes or 2) // 2)
+        rollout = ask.nodes - trainer if ask.nodes else trainer
+    _check_sum(ask, trainer, rollout)
+    wanted = ask.rollout_gpus or rollout * (available // ask.engine_size * ask.engine_size)
+    per_node = math.ceil(_count_engines(wanted, ask.engine_size, available) / rollout)
+    return Split(
+        ask.placement or "het", trainer, ranks, rollout, per_node * ask.engine_size, wanted, per_node
+    )
+
+
+def _check_sum(ask: Ask, trainer: int, rollout: int) -> None:
+    if trainer >= 1 and rollout >= 1 and ask.nodes in (None, trainer + rollout):
+        return
+    parts = [f"--actor-num-nodes {ask.actor_nodes}"] if ask.actor_nodes else []
+    parts += (
+        [f"--rollout-num-gpus {ask.rollout_gpus}, which is {_nodes(rollout)},"] if ask.rollout_gpus else []
+    )
+    nearest = max(trainer, 1) + max(rollout, 1)
+    raise UserError(
+        f"--nodes {ask.nodes} contradicts {' and '.join(parts)} as trainer and engines need nodes of their own:"
+        f" that takes --nodes {nearest}. Or --colocate shares the nodes."
+    )
+
+
+def _count_engines(gpus: int, size: int, available: int) -> int:
+    if size > available:
+        raise UserError(
+            f"--rollout-num-gpus-per-engine {size}: a node has {available} GPUs for engines, and engines that span"
+            f" nodes are not supported yet. At most --rollout-num-gpus-per-engine {available}."
+        )
+    if gpus % size:
+        below = gpus // size * size
+        raise UserError(
+            f"--rollout-num-gpus {gpus} is no multiple of --rollout-num-gpus-per-engine {size}: {below or size}"
+            f" or {below + size} would be."
+        )
+    return gpus // size
+
+
+def _check_gpus(flag: str, wanted: int, available: int) -> None:
+    if available and wanted > available:
+        raise UserError(f"{flag} {wanted}: no node there has more than {available} GPUs.")
+
+
+def _agree(nodes: int | None, other: int | None, flag: str) -> int | None:
+    if nodes and other and nodes != other:
+        raise UserError(
+            f"--nodes {nodes} contradicts {flag} {other}, as all nodes train. Give one of them: --nodes {other}."
+        )
+    return nodes or other
+
+
+def _number(flags: Flags, name: str) -> int | None:
+    values = flags.get(name)
+    if values is None:
+        return None
+    try:
+        number = int(*values)
+    except (ValueError, TypeError):
+        raise UserError(f"--{name} {' '.join(values)}: a whole number is needed.") from None
+    if number < 1:
+        raise UserError(f"--{name} is {number}: it must be at least 1.")
+    return number
+
+
+def _nodes(count: int) -> str:
+    return f"{count} node{'s' * (count != 1)}"
