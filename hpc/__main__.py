@@ -1,15 +1,32 @@
-"""`python -m hpc` lists the verbs."""
+"""`python -m hpc` lists the verbs, each with the first line of its module's docstring."""
 
 from __future__ import annotations
 
-VERBS = {"submit": "start or resume a run, on Slurm or on this machine"}
+import ast
+import importlib.util
+from pathlib import Path
+
+VERBS = ("submit", "status", "logs", "cancel", "resubmit", "doctor", "accounting", "sandbox")
+
+
+def describe(verb: str) -> str:
+    """What a verb does, in one line; read from its source, because importing all of them takes time.
+
+    Raises:
+        ModuleNotFoundError: there is no such module.
+    """
+    spec = importlib.util.find_spec(f"hpc.{verb}")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"hpc.{verb}")
+    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
+    return text.partition("\n")[0].partition(". ")[0].rstrip(".:")
 
 
 def main() -> None:
     """Print them."""
-    print("usage: python -m hpc.VERB --help\n")
-    for verb, what in VERBS.items():
-        print(f"  {verb:10} {what}")
+    print("usage: python -m hpc.VERB [--help]\n")
+    for verb in VERBS:
+        print(f"  {verb:11} {describe(verb)}")
 
 
 if __name__ == "__main__":

@@ -78,3 +78,9 @@ def newest_attempt(records: Sequence[JobRecord]) -> list[JobRecord]:
 def job_state(records: Sequence[JobRecord]) -> JobState | None:
     """State of a job from its records, newest last; None if Slurm has forgotten it."""
     return combined(record.state for record in newest_attempt(records)) if records else None
+
+
+def is_alive(job: Submission, slurm: SlurmView) -> bool:
+    """Whether a job runs or waits."""
+    state = job_state(slurm.records.get(job.job_id, ()))
+    return state is not None and not state.is_final

@@ -166,8 +166,9 @@ def _reason(layout: RunLayout, state: str, holder: Holder | None) -> str | None:
     if state == "lost":
         return "ended without a word: killed, or its machine died"
     ends = [event for event in _last_records(layout.events) if event.get("kind") == "attempt_finished"]
-    text = str(ends[-1].get("reason") or "") if ends else ""
-    return text.strip().splitlines()[0] if text.strip() else None
+    text = str(ends[-1].get("reason") or "").strip() if ends else ""
+    # The first sentence; a failed role's last lines of log come after it.
+    return re.split(r"\.\s|\n", text)[0].rstrip(".") if text else None
 
 
 def read_submissions(layout: RunLayout) -> tuple[Submission, ...]:

@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -133,14 +133,32 @@ def submit_job(job: SlurmJob) -> str:
     Raises:
         UserError: sbatch refuses it, or the run has a job already.
     """
-    from hpc.slurm_supervisor import SlurmSupervisor
-
     layout = job.options.layout
     assert job.facts is not None
     check_run_dir(layout.root, job.facts)
     refuse_second_job(layout)
     run_dir.prepare(layout, job.args, job.flags, config.to_table(job.options))
-    tables = job.options.slurm
+    return _send(job)
+
+
+def submit_spare(options: SubmitOptions, before: str) -> str:
+    """Submit a job that takes the run over when job `before` has ended, however it ended; returns the job's id.
+
+    It ends at once if the run is finished by then.
+
+    Raises:
+        UserError: sbatch refuses it.
+    """
+    job = plan_job(options, run_dir.stored_flags(options.layout))
+    first, *others = job.script.components
+    waiting = {**first, "dependency": f"afterany:{before}"}
+    return _send(replace(job, script=replace(job.script, components=(waiting, *others))))
+
+
+def _send(job: SlurmJob) -> str:
+    from hpc.slurm_supervisor import SlurmSupervisor
+
+    layout, tables = job.options.layout, job.options.slurm
     supervisor = SlurmSupervisor(
         layout.root,
         job.plan,

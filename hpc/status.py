@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hpc import cli
-from hpc.run_jobs import SlurmView, ask_slurm, job_state, newest_attempt
+from hpc.run_jobs import SlurmView, ask_slurm, is_alive, job_state, newest_attempt
 from hpc.runs import RunRecord, choose_runs, read_run
 from hpc.slurm.client import SlurmClient
 from hpc.slurm.records import JobRecord
@@ -40,7 +40,7 @@ class RunStatus:
         state: Slurm's word while a job waits or runs or if it did not end by itself (`PENDING`, `RUNNING`,
             `PREEMPTED`, `TIMEOUT`, …); else what the run's files say: `running`, `finished`, `stopped`, `failed`,
             `lost`, `submitted`; `unknown` if Slurm could not be asked.
-        slurm_state: Slurm's word for the newest job, None without one or if Slurm has forgotten it.
+        slurm_state: Slurm's word for the job `job_id`, None without one or if Slurm has forgotten it.
         reason: why it waits, or ended so.
         expected_start: Slurm's guess for a job that waits.
         phase: what the run does, or did last.
@@ -48,7 +48,8 @@ class RunStatus:
         reward: mean reward of the last step.
         attempts: how many have begun.
         gpu_hours: of all its Slurm jobs and attempts; None where sacct does not know.
-        job_id: of the newest Slurm job.
+        job_id: of the Slurm job that runs or is the next to, else of the newest.
+        spare_jobs: how many more are waiting.
     """
 
     name: str
@@ -63,6 +64,7 @@ class RunStatus:
     attempts: int
     gpu_hours: float | None
     job_id: str | None
+    spare_jobs: int
     run_dir: Path
 
     @property
@@ -95,7 +97,9 @@ def look(
 
 def to_status(record: RunRecord, slurm: SlurmView) -> RunStatus:
     """Status of one run from its files and what Slurm knows."""
-    job = record.slurm_jobs[-1] if record.slurm_jobs else None
+    alive = [job for job in record.slurm_jobs if is_alive(job, slurm)]
+    # Of a chain of jobs the first that is alive runs, or is the next to; spare ones wait for it.
+    job = alive[0] if alive else record.slurm_jobs[-1] if record.slurm_jobs else None
     current = newest_attempt(slurm.records.get(job.job_id, ())) if job else []
     state = job_state(current)
     return RunStatus(
@@ -111,6 +115,7 @@ def to_status(record: RunRecord, slurm: SlurmView) -> RunStatus:
         attempts=record.attempts,
         gpu_hours=_gpu_hours(record, slurm),
         job_id=job.job_id if job else None,
+        spare_jobs=max(0, len(alive) - 1),
         run_dir=record.layout.root,
     )
 
@@ -123,8 +128,11 @@ def _state(record: RunRecord, state: JobState | None, problem: str | None) -> st
 
 
 def _files_know_better(record: RunRecord, state: JobState) -> bool:
-    """A job that ended by itself is as the run says; and a later start on this machine is no matter of Slurm's."""
-    return state is JobState.COMPLETED or (state.is_final and record.was_last_local)
+    """A job that ended by itself is as the run says; and what happened on this machine later is no matter of Slurm's."""
+    if not state.is_final:
+        return False
+    done = record.state == "finished" and record.step >= (record.num_rollout or 0)
+    return state is JobState.COMPLETED or done or record.state == "running" or record.was_last_local
 
 
 def _reason(record: RunRecord, state: JobState | None, current: Sequence[JobRecord]) -> str | None:
@@ -156,7 +164,7 @@ def row(run: RunStatus, now: datetime) -> tuple[str, ...]:
         str(run.attempts),
         "-" if run.gpu_hours is None else f"{run.gpu_hours:.2f}",
         "-" if run.expected_start is None else describe_eta(run.expected_start, now),
-        run.job_id or "-",
+        (run.job_id or "-") + (f" +{run.spare_jobs}" if run.spare_jobs else ""),
         shorten(run.reason or "-"),
     )
 

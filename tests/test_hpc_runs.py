@@ -77,13 +77,16 @@ def test_state_from_files(tmp_path: Path, phase: str | None, attempts: int, stat
 def test_progress_and_reason(tmp_path: Path) -> None:
     layout = make_run(tmp_path, "x", phase="failed", steps=4, attempts=1)
     append_event(
-        layout.events, 0, "attempt_finished", {"state": "failed", "reason": "engine-1 died.\n | log"}
+        layout.events,
+        0,
+        "attempt_finished",
+        {"state": "failed", "reason": "engine-1 died. Its log, /x.log, ends:\n | log"},
     )
     with layout.metrics.open("a") as file:
         file.write('{"step": 4, "rollo')  # being written
     record = read_run(layout)
     assert (record.step, record.num_rollout, record.reward) == (4, 10, 0.3)
-    assert record.reason == "engine-1 died."
+    assert record.reason == "engine-1 died"
 
 
 def test_progress_of_a_long_run_and_of_one_that_went_back(tmp_path: Path) -> None:

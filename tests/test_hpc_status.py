@@ -134,6 +134,19 @@ def test_a_job_that_ended_by_itself_is_as_the_run_says(tmp_path: Path) -> None:
     assert (run.state, run.is_active) == ("TIMEOUT", False)
 
 
+def test_a_chain_of_jobs_is_as_its_first_living_one(tmp_path: Path) -> None:
+    layout = submitted_to_slurm(make_run(tmp_path, "x", phase="training", attempts=2), "27", "28", "29", "30")
+    waiting = [squeue_row(job, "PENDING", Reason="Dependency") for job in ("29", "30")]
+    client = Slurm(sacct=[sacct_row("27", "TIMEOUT")], squeue=[squeue_row("28", "RUNNING"), *waiting])
+    run = one(tmp_path, client)
+    assert (run.state, run.job_id, run.spare_jobs, run.reason) == ("RUNNING", "28", 2, None)
+    assert status.row(run, NOW)[7] == "28 +2"
+    layout.status.write_text('{"phase": "finished"}')
+    layout.metrics.write_text('{"step": 9}\n')
+    over = Slurm(sacct=[sacct_row("28", "COMPLETED"), sacct_row("30", "CANCELLED")])
+    assert one(tmp_path, over).state == "finished"
+
+
 def test_later_start_on_this_machine(tmp_path: Path) -> None:
     layout = submitted_to_slurm(make_run(tmp_path, "x", phase="finished", attempts=2), "28")
     jobs = json.loads(layout.job.read_text())

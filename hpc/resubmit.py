@@ -1,0 +1,126 @@
+"""Submit a run again, with the options and flags that it has: after a preemption for good, a time limit, a stop.
+
+It goes on from its last checkpoint, where it ran before: as a new Slurm job, or on this machine. Flags given here
+override those that it has, as for `submit`. `--chain N` also submits N spare jobs on Slurm, each of which takes over
+when the one before it has ended; the rest of them end at once when the run is finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpc import cli, config
+from hpc import flags as flag_data
+from hpc.config import SubmitOptions
+from hpc.flags import Flags
+from hpc.layout import RunLayout
+from hpc.run_jobs import ask_slurm
+from hpc.runs import find_run, read_run
+from hpc.status import to_status
+from rltrain.arguments.errors import UserError
+
+EXAMPLE = "python -m hpc.resubmit demo --time 12:00:00 --chain 3 --detach"
+EXIT_CODES = "exit codes: those of submit: 0 finished or submitted, 1 failed, 2 bad input, 130 interrupted"
+
+# What belongs to this one submission, whatever the last one was like.
+_OF_THE_CALL = ("after", "detach", "test_only", "dry_run")
+
+
+def resubmit(
+    run: str | Path,
+    flags: Sequence[str] = (),
+    chain: int = 0,
+    local: bool = False,
+    runs_dir: str | Path = "runs",
+) -> int:
+    """Submit a run again; returns the exit code of `submit`.
+
+    Args:
+        run: name or directory.
+        flags: words of a command line of `submit` that override what the run has; no recipes.
+        chain: number of spare jobs.
+        local: on this machine, wherever it ran before.
+        runs_dir: where runs lie.
+
+    Raises:
+        UserError: it runs or waits already, or bad input; nothing has been started.
+    """
+    from hpc.run import submit_run
+
+    layout = find_run(run, Path(runs_dir))
+    refuse_active(layout)
+    options, train = merge_options(layout, list(flags), local)
+    if not chain:
+        return submit_run(options, train)
+    if chain < 0 or not options.partition:
+        raise UserError(f"--chain {chain}: a number of spare Slurm jobs, for a run that has a --partition.")
+    return _submit_chain(options, train, chain)
+
+
+def refuse_active(layout: RunLayout) -> None:
+    """Raise a UserError if the run runs or waits, or if that can't be known."""
+    record = read_run(layout)
+    slurm = ask_slurm(record.slurm_jobs)
+    if slurm.problem:
+        raise UserError(
+            f"{layout.name} may have a job that is alive, and Slurm can't be asked: {slurm.problem}"
+        )
+    status = to_status(record, slurm)
+    if status.is_active:
+        where = f"as job {status.job_id}" if status.slurm_state else "on this machine"
+        raise UserError(
+            f"{layout.name} is {status.state} {where}, so there is nothing to resubmit. To stop it:"
+            f" python -m hpc.cancel {layout.name} --runs-dir {shlex.quote(str(layout.root.parent))}"
+        )
+
+
+def merge_options(layout: RunLayout, words: list[str], local: bool = False) -> tuple[SubmitOptions, Flags]:
+    """Options for a new submission, those given replacing those that the run has; and the training flags given.
+
+    Raises:
+        UserError: unknown flags, or recipes.
+    """
+    recipes, given = flag_data.split(words)
+    if recipes:
+        raise UserError(f"@{recipes[0]}: a run keeps its flags, so resubmit takes no recipes; give flags.")
+    request = config.read_request([f"--name={layout.name}", f"--runs-dir={layout.root.parent}", *words])
+    named = {"slurm" if name.startswith("slurm.") else name.replace("-", "_") for name in given}
+    fields = {field.name for field in dataclasses.fields(SubmitOptions)} & {*named, *_OF_THE_CALL}
+    changes = {name: getattr(request.options, name) for name in fields}
+    options = dataclasses.replace(config.stored_options(layout), **changes)
+    return dataclasses.replace(options, partition=None) if local else options, request.train
+
+
+def _submit_chain(options: SubmitOptions, train: Flags, count: int) -> int:
+    from hpc.run import submit_run
+    from hpc.runs import read_submissions
+    from hpc.slurm_job import submit_spare
+
+    code = submit_run(dataclasses.replace(options, detach=True), train)
+    if code or options.dry_run or options.test_only:
+        return code
+    for number in range(1, count + 1):
+        before = read_submissions(options.layout)[-1].job_id
+        job = submit_spare(options, before)
+        print(f"spare job {number} of {count}: {job}, after {before}")
+    return code
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns an exit code."""
+    parser = cli.make_parser("hpc.resubmit", __doc__, EXAMPLE, EXIT_CODES)
+    parser.usage = "python -m hpc.resubmit RUN [--chain N] [--local] [--runs-dir DIR] [flags of hpc.submit …]"
+    parser.add_argument("run", metavar="RUN", help="name or directory")
+    parser.add_argument("--chain", type=int, default=0, metavar="N", help="spare jobs (Slurm; default: none)")
+    parser.add_argument("--local", action="store_true", help="on this machine, wherever it ran before")
+    cli.add_runs_dir(parser)
+    args, flags = parser.parse_known_args(argv)
+    return resubmit(args.run, flags, args.chain, args.local, args.runs_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run_main(main))
