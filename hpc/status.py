@@ -128,7 +128,7 @@ def _state(record: RunRecord, state: JobState | None, problem: str | None) -> st
 
 
 def _files_know_better(record: RunRecord, state: JobState) -> bool:
-    """A job that ended by itself is as the run says; and what happened on this machine later is no matter of Slurm's."""
+    """A job that ended by itself is as the run says; what happened on this machine later is no matter of Slurm's."""
     if not state.is_final:
         return False
     done = record.state == "finished" and record.step >= (record.num_rollout or 0)

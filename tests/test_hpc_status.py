@@ -130,8 +130,10 @@ def test_a_job_that_ended_by_itself_is_as_the_run_says(tmp_path: Path) -> None:
     submitted_to_slurm(make_run(tmp_path, "x", phase="finished", steps=10, attempts=1), "28")
     run = one(tmp_path, Slurm(sacct=[sacct_row("28", "COMPLETED")]))
     assert (run.state, run.slurm_state, run.is_active) == ("finished", "COMPLETED", False)
-    run = one(tmp_path, Slurm(sacct=[sacct_row("28", "TIMEOUT")]))
-    assert (run.state, run.is_active) == ("TIMEOUT", False)
+    out_of_time = Slurm(sacct=[sacct_row("28", "TIMEOUT")])
+    assert one(tmp_path, out_of_time).state == "finished"  # it was done before
+    RunLayout(tmp_path / "x").status.write_text('{"phase": "stopped"}')
+    assert one(tmp_path, out_of_time).state == "TIMEOUT"
 
 
 def test_a_chain_of_jobs_is_as_its_first_living_one(tmp_path: Path) -> None:
