@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +36,40 @@ def summary_rows(
 
 def next_commands(layout: RunLayout, finished: bool, num_rollout: int) -> list[tuple[str, str]]:
     """What to do next, and the command for it."""
-    run = shlex.quote(str(layout.root))
-    submit = f"python -m hpc.submit --name {layout.name} --runs-dir {shlex.quote(str(layout.root.parent))}"
+    python = python_command()
+    run = shlex.quote(str(shown(layout.root)))
+    submit = f"{python} -m hpc.submit --name {layout.name} --runs-dir {shlex.quote(str(shown(layout.root.parent)))}"
     more = ("train on", f"{submit} --num-rollout {2 * num_rollout}") if finished else ("resume", submit)
+    lab = f"SLURMLIME_RUN={run} {python} -m jupyter lab {shlex.quote(str(shown(NOTEBOOK)))}"
+    if importlib.util.find_spec("jupyterlab") is None:
+        lab = f"{python} -m pip install -q jupyterlab && {lab}"
     return [
-        ("samples", f"python -m analysis.sample {run} --worst"),
-        ("notebook", f"SLURMLIME_RUN={run} jupyter lab {shlex.quote(str(NOTEBOOK))}"),
-        ("pandas", _python(layout, "print(run.steps)")),
+        ("samples", f"{python} -m analysis.sample {run} --worst"),
+        ("notebook", lab),
+        ("pandas", f"{python} -c {_load_and('print(run.steps)', layout)}"),
         more,
         ("logs", f"ls {run}/logs/latest"),
     ]
 
 
-def _python(layout: RunLayout, statement: str) -> str:
-    code = f"from analysis import load_run; run = load_run({str(layout.root)!r}); {statement}"
+def python_command() -> str:
+    """What to type for the Python that runs this: `python`, unless that is another one."""
+    ours = (
+        Path(sys.executable).absolute().with_name("python")
+    )  # python3 and python3.11 beside it are the same
+    found = shutil.which("python")
+    return "python" if found and Path(found).absolute() == ours else shlex.quote(str(shown(ours)))
+
+
+def shown(path: Path) -> Path:
+    """The path as one would type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _load_and(statement: str, layout: RunLayout) -> str:
+    code = f"from analysis import load_run; run = load_run({str(shown(layout.root))!r}); {statement}"
     # Double quotes read better around Python's single ones, where the shell would leave the text alone.
-    return f"python -c {shlex.quote(code)}" if set(code) & set('"$`\\!') else f'python -c "{code}"'
+    return shlex.quote(code) if set(code) & set('"$`\\!') else f'"{code}"'
 
 
 def print_summary(layout: RunLayout, num_rollout: int, seconds: float) -> None:

@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,10 @@ def test_summary_tells_first_and_last(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["runs", "my $runs `x` it's"])
-def test_next_commands_survive_the_shell(tmp_path: Path, folder: str) -> None:
+def test_next_commands_survive_the_shell(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summary, "python_command", lambda: "python")
     layout = RunLayout(tmp_path / folder / "job")
     commands = dict(summary.next_commands(layout, finished=False, num_rollout=3))
     assert shlex.split(commands["resume"]) == [
@@ -154,3 +158,14 @@ def test_next_commands_survive_the_shell(tmp_path: Path, folder: str) -> None:
     code = words[1].replace("from analysis import load_run", "load_run = print")
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert shown.stdout.strip() == str(layout.root)
+
+
+def test_commands_name_the_python_that_has_our_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Path(sys.executable).absolute().parent
+    monkeypatch.setenv("PATH", f"{ours}:/usr/bin")
+    assert summary.python_command() == "python"
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.chdir(ours.parent)
+    assert summary.python_command() == f"{ours.name}/python"
+    monkeypatch.chdir("/")
+    assert Path("/", summary.python_command()).samefile(sys.executable)
