@@ -6,7 +6,6 @@ import json
 import shlex
 import subprocess
 import sys
-import sys
 from pathlib import Path
 
 import pytest
