@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from rltrain.sample import Sample
 
-SCHEMA_VERSION = "1"
+# 2: trainer_log_probs, trainer_entropies. Readers take a column that an older file lacks as missing.
+SCHEMA_VERSION = "2"
 METRICS_KEY = b"slurmlime.metrics"
 
 SCHEMA = pa.schema(
@@ -40,6 +41,9 @@ SCHEMA = pa.schema(
         ("loss_mask", pa.list_(pa.int8())),  # one a response token
         ("rollout_log_probs", pa.list_(pa.float32())),  # one a response token, or null
         ("weight_versions", pa.list_(pa.string())),
+        # One a response token, where the trainer has recorded them; else null.
+        ("trainer_log_probs", pa.list_(pa.float32())),
+        ("trainer_entropies", pa.list_(pa.float32())),  # nats
     ],
     metadata={b"slurmlime.schema": SCHEMA_VERSION.encode()},
 )
