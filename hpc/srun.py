@@ -142,7 +142,7 @@ class SrunLauncher:
             f"--nodelist={self.allocation.nodes[0][0]}",
             "--export=NONE",
             "--input=none",
-            "sleep",
+            "/bin/sleep",
             "infinity",
         ]
         return _start(command, env, log_dir / f"srun-{CANARY}.log", [])

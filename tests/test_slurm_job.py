@@ -1,0 +1,258 @@
+"""Whole jobs on a real Slurm, with small stand-ins for the roles (tests/fakes)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_fixture import submit as submit_script
+from slurm_fixture import until, wait_for
+
+from hpc.executor import Job
+from hpc.layout import RunLayout
+from hpc.sandbox import Sandbox
+from hpc.slurm import JobState
+
+pytestmark = pytest.mark.slurm
+
+FAKE_SUBMIT = Path(__file__).parent / "fakes" / "submit.py"
+SERVICES = {"router": ["serve"], "engine": ["serve"], "rollout": ["serve"], "trainer": ["train"]}
+LAYOUTS = {
+    "het": ["--nodes=4"],
+    "plain": ["--nodes=4", "--placement=plain"],
+    "colocated": ["--nodes=2", "--colocate"],
+}
+FLAGS = ["--name=job", "--global-batch-size=2", "--n-samples-per-prompt=2", "--num-gpus-per-node=1"]
+
+
+class FakeRun:
+    """A run with fake roles, submitted to a cluster."""
+
+    def __init__(self, directory: Path, cluster: Sandbox) -> None:
+        self.directory, self.cluster = directory, cluster
+        self.layout = RunLayout(directory / "runs" / "job")
+
+    def start(
+        self, *flags: str, steps: int = 3, partition: str = "gpu", **roles: list[str]
+    ) -> subprocess.Popen[str]:
+        fake = {"FAKE_PLAN": json.dumps({**SERVICES, **roles}), "FAKE_ENGINES": "2"}
+        hostile = {"SBATCH_PARTITION": "nowhere", "SLURM_NTASKS": "7", "SBATCH_EXPORT": "NONE"}
+        return subprocess.Popen(
+            [
+                sys.executable,
+                str(FAKE_SUBMIT),
+                *FLAGS,
+                f"--partition={partition}",
+                f"--num-rollout={steps}",
+                *flags,
+            ],
+            cwd=self.directory,
+            env={**self.cluster.env, **fake, **hostile},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self, *flags: str, timeout: float = 60, **more: object) -> tuple[int, str, str]:
+        process = self.start(*flags, **more)  # type: ignore[arg-type]
+        out, err = process.communicate(timeout=timeout)
+        return process.returncode, out, err
+
+    def detach(self, *flags: str, **more: object) -> Job:
+        code, out, err = self.finish("--detach", *flags, **more)
+        assert code == 0, err
+        assert "submitted job as job" in out
+        return self.job()
+
+    def job(self) -> Job:
+        os.environ["SLURM_CONF"] = self.cluster.env["SLURM_CONF"]  # submitit's Job knows no other way
+        return Job(self.layout.submitit, self.entries()[-1]["job_id"])
+
+    def entries(self) -> list[dict]:
+        return json.loads(self.layout.job.read_text())
+
+    def events(self, kind: str) -> list[dict]:
+        lines = self.layout.events.read_text().splitlines() if self.layout.events.exists() else []
+        return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+    def steps(self) -> list[int]:
+        lines = self.layout.metrics.read_text().splitlines() if self.layout.metrics.exists() else []
+        return [json.loads(line)["step"] for line in lines]
+
+    def output(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.layout.submitit.glob("*log.*")))
+
+
+@pytest.fixture
+def run(idle_cluster: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRun]:
+    monkeypatch.setenv("SLURM_CONF", idle_cluster.env["SLURM_CONF"])
+    directory = Path(tempfile.mkdtemp(prefix="slurm-job-"))
+    yield FakeRun(directory, idle_cluster)
+    idle_cluster.run("scancel", "--full", "--signal=KILL", "--name=job")
+    idle_cluster.run("scancel", "--name=job")
+    shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_job_finishes(run: FakeRun, layout: str) -> None:
+    code, out, err = run.finish(*LAYOUTS[layout])
+    assert code == 0, err + run.output()
+    assert "step 3/3" in out and "is completed" in out
+    assert run.steps() == [0, 1, 2]
+    (entry,) = run.entries()
+    assert entry["layout"] == layout and len(entry["components"]) == (2 if layout == "het" else 0)
+
+    hosts = {f"{e['role']}-{e['index']}": e["host"] for e in run.events("role_ready")}
+    assert hosts["router-0"] == hosts["rollout-0"] == hosts["engine-0"] != hosts["engine-1"]
+    shared = {hosts["trainer-0"]} & {hosts["engine-0"], hosts["engine-1"]}
+    assert bool(shared) == (layout == "colocated")
+
+    job = run.job()
+    assert job.result()["state"] == "finished" and job.state == "COMPLETED" and job.done()
+    assert "Job completed successfully" in (job.stdout() or "") + (job.stderr() or "")
+    assert {path.stem for path in run.layout.log_dir(0).glob("trainer-*.log")} == {"trainer-0", "trainer-1"}
+
+
+def test_role_that_dies_ends_the_job_in_seconds(run: FakeRun) -> None:
+    code, _, err = run.finish("--nodes=4", engine=["serve", "die"], steps=1000)
+    assert code == 1
+    assert "engine-1 exited with code 3" in err and "the engine has no memory left" in err
+    died, finished = run.events("role_died")[0], run.events("attempt_finished")[0]
+    assert (died["role"], died["index"], died["exit_code"]) == ("engine", 1, 3)
+    assert finished["time"] - died["time"] < 5
+    assert wait_for(run.cluster, run.entries()[-1]["job_id"]).state is JobState.FAILED
+    with pytest.raises(Exception, match="the engine has no memory left"):
+        run.job().result()
+
+
+def test_rank_that_dies_is_named(run: FakeRun) -> None:
+    code, _, err = run.finish("--nodes=4", trainer=["train", "die"], steps=1000)
+    assert code == 1 and "trainer-1 exited with code 3" in err and "trainer-1.log" in err
+
+
+def test_ctrl_c_only_stops_looking(run: FakeRun) -> None:
+    process = run.start("--nodes=4", steps=60)
+    until(lambda: run.steps(), 30, "the first step")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 0 and "goes on" in out and "hpc.cancel" in out
+    code, _, err = run.finish("--nodes=4")
+    assert code == 2 and "which is RUNNING" in err
+    assert run.job().result()["state"] == "finished"
+    assert run.steps() == list(range(60))
+
+
+def test_cancelled_job_stays_cancelled_and_saves(run: FakeRun) -> None:
+    job = run.detach("--nodes=4", steps=1000)
+    until(lambda: run.steps(), 30, "the first step")
+    job.cancel()
+    assert wait_for(run.cluster, job.job_id).state is JobState.CANCELLED
+    until(lambda: run.events("attempt_finished"), 10, "the supervisor's last word")
+    time.sleep(2)
+    assert wait_for(run.cluster, job.job_id).state is JobState.CANCELLED
+    assert (run.layout.checkpoints / "latest_checkpointed_iteration.txt").exists()
+
+
+def test_int_saves_and_ends(run: FakeRun) -> None:
+    job = run.detach("--nodes=4", steps=1000)
+    until(lambda: run.steps(), 30, "the first step")
+    run.cluster.run("scancel", "--batch", "--signal=INT", job.job_id)
+    report = job.result()
+    assert report["state"] == "stopped" and report["saved"] and report["signal"] == "SIGINT"
+    assert run.events("not_requeued")[0]["reason"] == "stopped on request"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("partition", ["low", "lowgrace"])
+def test_preempted_job_goes_on_without_gap_or_repeat(run: FakeRun, layout: str, partition: str) -> None:
+    job = run.detach(*LAYOUTS[layout], steps=120, partition=partition)
+    until(lambda: len(run.steps()) > 3, 30, "some steps")
+    node = next(event["host"] for event in run.events("role_ready") if event["role"] == "engine")
+    rival = submit_script(run.cluster, "sleep 3", "-p", "high", "-w", node, "--exclusive")
+    until(lambda: run.events("requeued") or len(run.events("attempt_started")) > 1, 60, "a second attempt")
+    assert job.result()["state"] == "finished", run.output()
+    assert run.steps() == list(range(120))
+    attempts = [json.loads(line)["attempt"] for line in run.layout.metrics.read_text().splitlines()]
+    assert attempts[0] == 0 and attempts[-1] == 1
+    assert len(run.events("stop_requested")) == 1
+    wait_for(run.cluster, rival)
+
+
+def test_time_limit(run: FakeRun) -> None:
+    job = run.detach("--nodes=4", "--time=2", steps=3000)
+    until(lambda: run.steps(), 30, "the first step")
+    run.cluster.run("scancel", "--batch", "--signal=USR2", job.job_id)
+    until(lambda: len(run.events("attempt_started")) == 2, 60, "a second attempt")
+    assert run.events("requeued")[0]["reason"] == "the time limit is near"
+    until(lambda: run.steps()[-1] > 10, 30, "steps of the second attempt")
+    assert run.steps() == list(range(len(run.steps())))
+    job.cancel()
+
+
+def test_node_that_dies(run: FakeRun) -> None:
+    job = run.detach("--nodes=4", steps=100)
+    until(lambda: len(run.steps()) > 3, 30, "some steps")
+    host = next(event["host"] for event in run.events("role_ready") if event["role"] == "engine")
+    run.cluster.power_off(host)
+    assert job.result()["state"] == "finished", run.output()
+    assert len(run.events("attempt_started")) == 2
+    assert run.steps()[-1] == 99
+
+
+def test_crash_loop_ends(run: FakeRun) -> None:
+    code, *_ = run.finish("--nodes=4", "--max-failures=2", rollout=["die"], timeout=90)
+    assert code == 1
+    assert len(run.events("attempt_started")) == 2
+    assert "2 attempts in a row failed" in run.events("not_requeued")[0]["reason"]
+
+
+def test_token_is_nowhere_to_be_seen(run: FakeRun) -> None:
+    job = run.detach("--nodes=4", steps=1000)
+    until(lambda: run.steps(), 30, "the first step")
+    pid = run.events("role_started")[0]["pid"]
+    environments = [
+        path for path in Path("/proc").glob("[0-9]*/environ") if _reads(path, bytes(run.layout.root))
+    ]
+    words = {
+        w
+        for path in environments
+        for w in path.read_bytes().split(b"\0")
+        if w.startswith(b"SLURMLIME_TOKEN=")
+    }
+    (token,) = {word.partition(b"=")[2] for word in words}
+    shown = run.cluster.run("scontrol", "show", "job", job.job_id) + run.cluster.run(
+        "scontrol", "show", "step"
+    )
+    argv = b"".join(path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
+    written = b"".join(path.read_bytes() for path in run.layout.root.rglob("*") if path.is_file())
+    assert pid and len(token) > 30
+    assert token not in shown.encode() + argv + written
+    assert run.layout.root.stat().st_mode & 0o777 == 0o700
+    job.cancel()
+
+
+def _reads(path: Path, wanted: bytes) -> bool:
+    try:
+        return wanted in path.read_bytes()
+    except OSError:
+        return False
+
+
+def test_after(run: FakeRun) -> None:
+    first = run.detach("--nodes=4", steps=40)
+    code, _, err = run.finish("--nodes=4", "--name=second", f"--after={first.job_id}", steps=2)
+    assert code == 0, err
+    assert wait_for(run.cluster, first.job_id).state is JobState.COMPLETED
+    second = RunLayout(run.layout.root.parent / "second")
+    begun = json.loads(second.metrics.read_text().splitlines()[0])["attempt"]
+    assert begun == 0 and run.steps() == list(range(40))
