@@ -108,6 +108,36 @@ SMALL = [
 ]
 
 
+def small_run(demo: tuple[Run, str], runs_dir: Path) -> list[str]:
+    """Flags of a small GRPO run on the demo's fine-tuned model and prompts."""
+    data = demo[0].path.parent
+    model, prompts = data / "demo-sft/checkpoints/hf", data / "demo-data/train.jsonl"
+    return ["--runs-dir", str(runs_dir), "--hf-checkpoint", str(model), "--prompt-data", str(prompts), *SMALL]
+
+
+def test_an_engine_that_is_killed_ends_the_run_and_leaves_nothing(
+    demo: tuple[Run, str], tmp_path: Path
+) -> None:
+    mark = uuid.uuid4().hex
+    command = [sys.executable, "-m", "hpc.submit", *small_run(demo, tmp_path), "--name", "killed"]
+    env = {**os.environ, "SLURMLIME_TEST_MARK": mark}
+    with subprocess.Popen(
+        [*command, "--num-rollout", "1000"],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        wait_for_first_step(tmp_path / "killed", process)
+        events = load_run(tmp_path / "killed").events
+        engine = events[(events["kind"] == "role_ready") & (events["role"] == "engine")].iloc[0]
+        os.kill(int(engine["pid"]), signal.SIGKILL)
+        shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, shown
+    assert "engine-0 was killed by SIGKILL" in shown
+    assert left_behind(mark) == []
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -120,12 +150,7 @@ SMALL = [
 def test_a_stopped_run_continues_as_if_it_had_not_stopped(
     demo: tuple[Run, str], tmp_path: Path, layout: list[str]
 ) -> None:
-    data = demo[0].path.parent
-    inputs = [
-        *("--hf-checkpoint", str(data / "demo-sft/checkpoints/hf")),
-        *("--prompt-data", str(data / "demo-data/train.jsonl")),
-    ]
-    common = ["--runs-dir", str(tmp_path), "--num-rollout", "8", *inputs, *SMALL, *layout]
+    common = [*small_run(demo, tmp_path), "--num-rollout", "8", *layout]
     assert submit(*common, "--name", "whole").returncode == 0
     interrupt_after_first_step(tmp_path / "parts", *common, "--name", "parts")
     resumed = submit("--runs-dir", str(tmp_path), "--name", "parts")
@@ -147,12 +172,17 @@ def interrupt_after_first_step(run_dir: Path, *flags: str) -> None:
     """Submit, press Ctrl-C as soon as a step is done, and check that the run says it can be resumed."""
     command = [sys.executable, "-m", "hpc.submit", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 300
-        while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_text():
-            assert process.poll() is None, "it ended before its first step"
-            assert time.monotonic() < deadline, "no step within five minutes"
-            time.sleep(0.02)
+        wait_for_first_step(run_dir, process)
         process.send_signal(signal.SIGINT)
         shown, _ = process.communicate(timeout=120)
     assert process.returncode == 130, shown
     assert "resumes from" in shown
+
+
+def wait_for_first_step(run_dir: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    metrics = run_dir / "metrics.jsonl"
+    while not metrics.exists() or not metrics.read_text():
+        assert process.poll() is None, "it ended before its first step"
+        assert time.monotonic() < deadline, "no step within five minutes"
+        time.sleep(0.02)

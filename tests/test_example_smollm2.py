@@ -150,9 +150,10 @@ def test_one_step_on_the_real_parts(model: Path, prompts: Path, tmp_path: Path) 
 
     trained = run.steps.set_index("step").loc[0]
     assert trained["train/logprob_abs_diff"] < 1e-4
-    assert trained["train/grad_norm"] > 0
-    assert run.steps["eval/reasoning-gym"].notna().all()  # before and after
     samples = run.read_samples("all")
+    # A group whose rewards are all equal teaches nothing, and with two groups that happens.
+    assert (trained["train/grad_norm"] > 0) == samples["train_reward"].abs().gt(0).any()
+    assert run.steps["eval/reasoning-gym"].notna().all()  # before and after
     assert len(samples) == 2 * 4
     assert samples["reward"].between(0, 1).all()
     assert samples["failure"].isna().all()

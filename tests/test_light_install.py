@@ -47,7 +47,8 @@ def test_submit_and_analysis_work_without_torch(light: Path, tmp_path: Path) -> 
 
     run(light, "-m", "rltrain.demo.assets", "demo", cwd=tmp_path)
     flags = ["--hf-checkpoint", "demo/model", "--random-init", "--prompt-data", "demo/train.jsonl"]
-    planned = run(light, "-m", "hpc.submit", "@demo", *flags, "--dry-run", cwd=tmp_path)
+    evaluation = ["--eval-prompt-data", "addition", "demo/eval.jsonl"]
+    planned = run(light, "-m", "hpc.submit", "@demo", *flags, *evaluation, "--dry-run", cwd=tmp_path)
     assert "rltrain.train" in planned
     assert not (tmp_path / "runs").exists()
 
