@@ -1,0 +1,166 @@
+"""The verbs on whole Slurm jobs with fake roles: stop, look, go on; chains of spare jobs; two users on one node."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slurm_fixture import open_directory, until, wait_for
+from test_slurm_job import SERVICES, FakeRun, run  # noqa: F401 (a fixture)
+
+from hpc.sandbox import Sandbox
+from hpc.slurm import JobState, SlurmClient
+from hpc.status import RunStatus, status
+
+pytestmark = pytest.mark.slurm
+
+ROOT = Path(__file__).parents[1]
+FAKE_RESUBMIT = Path(__file__).parent / "fakes" / "resubmit.py"
+
+
+def verb(job: FakeRun, module: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"hpc.{module}", "job", *words]
+    env = {**os.environ, **job.cluster.env}
+    return subprocess.run(command, cwd=job.directory, env=env, capture_output=True, text=True, timeout=60)
+
+
+def resubmit(job: FakeRun, *words: str) -> subprocess.CompletedProcess[str]:
+    fake = {"FAKE_PLAN": json.dumps(SERVICES), "FAKE_ENGINES": "2"}
+    command = [sys.executable, str(FAKE_RESUBMIT), "job", *words]
+    env = {**job.cluster.env, **fake}
+    return subprocess.run(command, cwd=job.directory, env=env, capture_output=True, text=True, timeout=90)
+
+
+def look(job: FakeRun) -> RunStatus:
+    [found] = status(runs_dir=job.layout.root.parent, client=SlurmClient(job.cluster.env))
+    return found
+
+
+def test_stop_look_and_go_on(run: FakeRun) -> None:  # noqa: F811
+    first = run.detach("--nodes=4", steps=1000)
+    follow = [sys.executable, "-m", "hpc.logs", "job", "-f", "--role=supervisor"]
+    env = {**os.environ, **run.cluster.env}
+    with subprocess.Popen(follow, cwd=run.directory, env=env, stdout=subprocess.PIPE, text=True) as follower:
+        until(lambda: run.steps(), 30, "the first step")
+        running = look(run)
+        assert (running.state, running.job_id, running.spare_jobs) == ("RUNNING", first.job_id, 0)
+        refused = resubmit(run)
+        assert refused.returncode == 2 and f"RUNNING as job {first.job_id}" in refused.stderr
+
+        cancelled = verb(run, "cancel")
+        assert cancelled.returncode == 0 and "saves" in cancelled.stdout, cancelled.stderr
+        output, _ = follower.communicate(timeout=60)
+        assert follower.returncode == 0
+    assert "started router-0" in output and "got SIGINT" in output
+    wait_for(run.cluster, first.job_id, JobState.COMPLETED)
+    assert look(run).state == "stopped"
+    done = len(run.steps())
+
+    again = resubmit(run, f"--num-rollout={done + 3}")  # nodes and partition are the run's
+    assert again.returncode == 0, again.stderr
+    assert run.steps() == list(range(done + 3))
+    assert [entry["layout"] for entry in run.entries()] == ["het", "het"]
+    assert (look(run).state, look(run).step) == ("finished", done + 3)
+
+    def jobs_in_accounting() -> list[str]:
+        table = json.loads(verb(run, "accounting", "--json").stdout or "[]")
+        return list(dict.fromkeys(row["job_id"] for row in table if row["ended"]))
+
+    until(lambda: len(jobs_in_accounting()) == 2, 20, "slurmdbd to hear of both jobs")
+    assert "GPU-hours in all" in verb(run, "accounting").stdout
+
+
+def test_spare_jobs_take_over_and_those_not_needed_end(run: FakeRun) -> None:  # noqa: F811
+    first = run.detach("--nodes=4", steps=1000)
+    until(lambda: run.steps(), 30, "the first step")
+    verb(run, "cancel")
+    wait_for(run.cluster, first.job_id)
+    total = len(run.steps()) + 60
+    chained = resubmit(run, "--chain=2", f"--num-rollout={total}")
+    assert chained.returncode == 0, chained.stderr
+    jobs = [entry["job_id"] for entry in run.entries()]
+    assert len(jobs) == 4 and f"spare job 2 of 2: {jobs[3]}, after {jobs[2]}" in chained.stdout
+    until(lambda: len(run.events("attempt_started")) == 2, 40, "the second attempt")
+    assert (look(run).job_id, look(run).spare_jobs) == (jobs[1], 2)
+    run.cluster.run("scancel", jobs[1])  # as a partition does that cancels what it preempts
+
+    assert wait_for(run.cluster, jobs[3], timeout=90).state is JobState.COMPLETED
+    assert len(run.events("attempt_started")) == 3
+    assert run.steps() == list(range(total))
+    assert look(run).state == "finished"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run jobs of other users")
+def test_second_user_on_the_node_is_kept_out(run: FakeRun, idle_cluster: Sandbox) -> None:  # noqa: F811
+    run.directory.chmod(0o755)  # a home directory that others may enter
+    run.layout.root.parent.mkdir(exist_ok=True)
+    run.layout.root.parent.chmod(0o755)
+    job = run.detach("--nodes=4", steps=1000)
+    until(lambda: run.steps(), 30, "the first step")
+    environ = _environment_of_a_role(run)
+    node = next(event["host"] for event in run.events("role_ready") if event["role"] == "trainer")
+    python = shutil.which("python3", path="/usr/bin:/bin")
+    assert python
+    with open_directory() as shared:
+        program = shared / "intrude.py"
+        program.write_text(_INTRUDER)
+        words = [python, str(program), str(run.layout.root), environ["SLURMLIME_REGISTRY"]]
+        own = idle_cluster.run("srun", "-w", node, "--overlap", "-N1", "-n1", "--chdir=/tmp", *words)
+        other = idle_cluster.run("srun", "-w", node, "-N1", "-n1", "--chdir=/tmp", *words, user="games")
+    # the owner can look at the files and the processes, but without the token the registry answers nobody
+    assert json.loads(own) == {"user": 0, "listed": True, "tokens": True, "registry": [401, 401]}
+    assert {**json.loads(other), "user": None} == {
+        "user": None, "listed": False, "tokens": False, "registry": [401, 401],
+    }  # fmt: skip
+    assert json.loads(other)["user"] != 0
+    job.cancel()
+
+
+_INTRUDER = """
+import json, os, pathlib, sys, urllib.error, urllib.request
+root, registry = pathlib.Path(sys.argv[1]), sys.argv[2]
+
+def listed():
+    try:
+        return bool(list(root.iterdir()))
+    except PermissionError:
+        return False
+
+def tokens():
+    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if b"SLURMLIME_TOKEN=" in path.read_bytes():
+                return True
+        except OSError:
+            continue
+    return False
+
+def code(token):
+    headers = {"Authorization": token} if token else {}
+    request = urllib.request.Request(registry + "/roles/trainer?count=1", headers=headers)
+    try:
+        return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+answers = [code(None), code("Bearer x")]
+print(json.dumps({"user": os.getuid(), "listed": listed(), "tokens": tokens(), "registry": answers}))
+"""
+
+
+def _environment_of_a_role(job: FakeRun) -> dict[str, str]:
+    """The variables of a role of this run, which only its owner (and root) can read."""
+    wanted = f"SLURMLIME_RUN_DIR={job.layout.root}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if wanted in words:
+            return dict(word.decode().split("=", 1) for word in words if b"=" in word)
+    raise AssertionError("no role of the run was found")
