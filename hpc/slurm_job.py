@@ -81,9 +81,9 @@ def plan_job(options: SubmitOptions, flags: Flags, to_come: Mapping[str, str] | 
     client = SlurmClient()
     facts = None if options.dry_run and shutil.which("sbatch") is None else read_facts(client)
     split = _split(options, flags, facts)
+    components = make_components(split, options, facts)
     args = arguments.parse(flag_data.to_argv(flags | split.flags()))
     arguments.check_inputs(args, to_come)
-    components = make_components(split, options, facts)
     lead = save_lead(JsonLines(options.layout.metrics).read())
     whole = _whole_job_flags(options, lead)
     first, *others = [component.flags() for component in components]

@@ -1,0 +1,146 @@
+"""When a job runs again, and what its supervisor reads from Slurm and from the run's events."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpc.restart import Action, Ending, JobView, Limits, bad_nodes, decide, idle_failures, save_lead
+from hpc.slurm.states import JobState
+from hpc.srun import Allocation, TaskExit, failed_nodes, parse_exits, srun_env
+from hpc.task import task_env
+
+RUNNING = JobView(JobState.RUNNING, restarts=2, may_requeue=True, is_preempted=False)
+IN_GRACE = JobView(JobState.RUNNING, restarts=2, may_requeue=True, is_preempted=True)
+RESTARTED = JobView(JobState.COMPLETING, restarts=3, may_requeue=True, is_preempted=False)
+CANCELLED = JobView(JobState.COMPLETING, restarts=2, may_requeue=True, is_preempted=False)
+OUT_OF_TIME = JobView(
+    JobState.COMPLETING, restarts=2, may_requeue=True, is_preempted=False, is_out_of_time=True
+)
+NO_REQUEUE = JobView(JobState.RUNNING, restarts=2, may_requeue=False, is_preempted=True)
+LIMITS = Limits(max_restarts=10, max_failures=2)
+
+
+@pytest.mark.parametrize(
+    ("ending", "job", "action", "reason"),
+    [
+        (Ending("finished"), RUNNING, Action.END, "finished"),
+        (Ending("finished", "SIGTERM"), IN_GRACE, Action.END, "finished"),
+        (Ending("stopped", "SIGTERM"), RESTARTED, Action.WAIT, "Slurm requeues"),
+        (Ending("failed", idle_failures=1), RESTARTED, Action.WAIT, "Slurm requeues"),
+        (Ending("stopped", "SIGTERM"), CANCELLED, Action.END, "cancelled"),
+        (Ending("failed", idle_failures=1), CANCELLED, Action.END, "cancelled"),
+        (Ending("stopped", "SIGTERM"), OUT_OF_TIME, Action.REQUEUE, "out of time"),
+        (Ending("stopped", "SIGTERM"), IN_GRACE, Action.REQUEUE, "preempted"),
+        (Ending("stopped", "SIGUSR2"), IN_GRACE, Action.REQUEUE, "preempted"),
+        (Ending("stopped", "SIGUSR2"), RUNNING, Action.REQUEUE, "time limit"),
+        (Ending("stopped", "SIGTERM"), RUNNING, Action.END, "not Slurm's"),
+        (Ending("stopped", "SIGINT"), RUNNING, Action.END, "on request"),
+        (Ending("stopped"), RUNNING, Action.REQUEUE, "asked to be run again"),
+        (Ending("stopped", "SIGTERM"), NO_REQUEUE, Action.END, "resubmit"),
+        (Ending("stopped", "SIGTERM"), None, Action.REQUEUE, "preempted"),
+        (Ending("failed", never_restart=True), RUNNING, Action.END, "same way"),
+        (Ending("failed", idle_failures=1), RUNNING, Action.REQUEUE, "failed"),
+        (Ending("failed", idle_failures=2), RUNNING, Action.END, "2 attempts in a row"),
+        (Ending("failed", idle_failures=9, node_failed=True), RUNNING, Action.REQUEUE, "node"),
+    ],
+)
+def test_decisions(ending: Ending, job: JobView | None, action: Action, reason: str) -> None:
+    decision = decide(ending, job, 2, LIMITS)
+    assert decision.action is action and reason in decision.reason
+
+
+def test_requeues_are_bounded() -> None:
+    again = Ending("stopped", "SIGUSR2")
+    assert decide(again, RUNNING, 9, LIMITS).action is Action.REQUEUE
+    job = JobView(JobState.RUNNING, restarts=10, may_requeue=True, is_preempted=False)
+    assert decide(again, job, 10, LIMITS).action is Action.END
+
+
+def failed(attempt: int) -> dict:
+    return {"kind": "attempt_finished", "state": "failed", "attempt": attempt}
+
+
+def test_failures_in_a_row() -> None:
+    saved = {"kind": "checkpoint_saved", "attempt": 1}
+    stopped = {"kind": "attempt_finished", "state": "stopped", "attempt": 1}
+    lost = {"kind": "node_failed", "node": "n1", "attempt": 1, "time": 0.0}
+    assert idle_failures([]) == 0
+    assert idle_failures([failed(0), failed(1)]) == 2
+    assert idle_failures([failed(0), saved, failed(1)]) == 1
+    assert idle_failures([failed(0), stopped, failed(2)]) == 2
+    assert idle_failures([failed(0), failed(1), lost]) == 1
+
+
+def test_nodes_that_failed_twice_within_a_day() -> None:
+    def lost(node: str, time: float) -> dict:
+        return {"kind": "node_failed", "node": node, "time": time}
+
+    day = 24 * 3600.0
+    events = [lost("a", 0.0), lost("b", 0.0), lost("a", day), lost("c", day), lost("c", day + 1)]
+    assert bad_nodes(events, day - 1) == ["a", "c"]
+    assert bad_nodes(events, day + 10) == ["c"]
+    assert bad_nodes(events, 9 * day) == []
+
+
+def test_lead_follows_the_slowest_step() -> None:
+    assert save_lead([]) == 120
+    assert save_lead([{"perf/step_s": 400.0}, {"perf/step_s": 10.0}, {"eval/x": 1}]) == 630
+    assert save_lead([{"perf/step_s": 1e6}]) == 3600
+
+
+SRUN_SAYS = """\
+srun: error: node4: task 3: Exited with exit code 3
+slurmstepd-node3: error: *** STEP 2.1 ON node3 CANCELLED AT 2026-11-22T14:45:45 ***
+srun: error: node3: tasks 0-1: Killed
+srun: error: node2: task 7: Segmentation fault (core dumped)
+srun: error: Node failure on node5
+"""
+
+
+def test_what_srun_says(tmp_path: Path) -> None:
+    assert parse_exits(SRUN_SAYS) == [
+        TaskExit("node4", 3, 3),
+        TaskExit("node3", 0, -9),
+        TaskExit("node2", 7, -11),
+    ]
+    (tmp_path / "srun-engine-0.log").write_text(SRUN_SAYS)
+    assert failed_nodes(tmp_path) == ["node5"]
+
+
+def test_allocation() -> None:
+    env = {
+        "SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_NODELIST_HET_GROUP_0": "n[1-2]", "SLURM_JOB_NODELIST_HET_GROUP_1": "m7",
+        "SLURM_GPUS_PER_NODE_HET_GROUP_1": "a100:2", "SLURM_CPUS_PER_TASK_HET_GROUP_0": "8",
+    }  # fmt: skip
+    assert Allocation.from_env(env) == Allocation((("n1", "n2"), ("m7",)), (None, "a100:2"), (8, None), True)
+    plain = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "16"}
+    assert Allocation.from_env(plain) == Allocation((("n1", "n2"),), ("4",), (16,), False)
+
+
+def test_srun_takes_no_flags_from_the_environment() -> None:
+    kept = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST_HET_GROUP_1": "n1", "SLURM_HET_SIZE": "2", "SLURM_CONF": "/c",
+            "PATH": "/bin", "SLURMLIME_TOKEN": "t"}  # fmt: skip
+    dropped = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_GPUS_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPU_BIND",
+               "SLURM_CPUS_PER_TASK", "SLURM_NTASKS_PER_NODE_HET_GROUP_1", "SLURM_TRES_PER_TASK")  # fmt: skip
+    assert srun_env(kept | dict.fromkeys(dropped, "7")) == kept
+
+
+SPEC = {"role": "trainer", "index": 0, "gpus": [2, 2], "ranks": True}
+TASK = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
+
+
+def test_a_task_knows_its_rank_and_its_gpus() -> None:
+    assert task_env(SPEC, TASK | {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}) == {
+        "SLURMLIME_INDEX": "3", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+        "CUDA_VISIBLE_DEVICES": "6,7",
+    }  # fmt: skip
+    router = {"role": "router", "index": 0, "gpus": None, "ranks": False}
+    alone = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    assert task_env(router, alone | {"CUDA_VISIBLE_DEVICES": "0"}) == {
+        "SLURMLIME_INDEX": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    assert task_env(router, alone) == {"SLURMLIME_INDEX": "0"}
