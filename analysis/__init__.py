@@ -1,10 +1,23 @@
 """From a run directory to pandas: `from analysis import load_run; run = load_run("runs/demo")`.
 
 Needs neither torch, SGLang nor Slurm, and no network. The columns of every frame, with their units, are
-listed in `analysis/README.md`; the pictures are in `analysis.plots`.
+listed in `analysis/README.md`; the pictures are in `analysis.plots`, the numbers made from several frames
+in `analysis.metrics`.
 """
 
 from analysis._errors import DamagedFileError, DamagedFileWarning, RunNotFoundError
-from analysis._run import Run, load_run
+from analysis._groups import pass_at_k
+from analysis._load import load_run, load_runs
+from analysis._run import Run
+from analysis._runs import Runs
 
-__all__ = ["DamagedFileError", "DamagedFileWarning", "Run", "RunNotFoundError", "load_run"]
+__all__ = [
+    "DamagedFileError",
+    "DamagedFileWarning",
+    "Run",
+    "RunNotFoundError",
+    "Runs",
+    "load_run",
+    "load_runs",
+    "pass_at_k",
+]

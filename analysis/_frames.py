@@ -12,13 +12,22 @@ EVENT_KEYS = ["time", "attempt", "kind", "role", "index"]
 PHASES = ["generate", "reward", "train", "update_weights", "save"]
 
 
-def steps_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """One row a step, ascending; of a step that several attempts trained, the newest attempt's row."""
-    newest: dict[int, dict[str, Any]] = {}
+def steps_frame(rows: Sequence[dict[str, Any]], *, every_attempt: bool = False) -> pd.DataFrame:
+    """One row a step, ascending; of a step that several attempts trained, the newest attempt's row (or all)."""
+    newest: dict[tuple[int, int], dict[str, Any]] = {}
     for row in sorted((row for row in rows if "step" in row), key=lambda row: row.get("attempt", 0)):
-        newest[int(row["step"])] = {"attempt": 0, **row}
-    frame = _frame([newest[step] for step in sorted(newest)], STEP_KEYS)
+        key = (int(row["step"]), int(row.get("attempt", 0)) if every_attempt else 0)
+        newest[key] = {"attempt": 0, **row}
+    frame = _frame([newest[key] for key in sorted(newest)], STEP_KEYS)
     return frame.astype({"step": "int64", "attempt": "int64"})
+
+
+def long_frame(steps: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """One row a step and number: `keys`, `metric`, `value`, by step and then in order of the columns."""
+    numbers = [*keys, *(name for name in steps.select_dtypes("number") if name not in keys)]
+    long = steps[numbers].melt(list(keys), var_name="metric", value_name="value", ignore_index=False)
+    long = long.dropna(subset="value").sort_index(kind="stable")
+    return long.reset_index(drop=True)
 
 
 def events_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:

@@ -1,10 +1,8 @@
-"""A run: frames that are read from its directory when they are first asked for, and kept."""
+"""A run: frames that are read from its source when they are first asked for, and kept."""
 
 from __future__ import annotations
 
-import difflib
 import html
-import tomllib
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -12,42 +10,45 @@ from typing import Any
 
 import pandas as pd
 
-from analysis._errors import RunNotFoundError, damaged
-from analysis._frames import events_frame, steps_frame
-from analysis._jsonl import read_jsonl
+from analysis._attempts import attempts_from_events
+from analysis._frames import STEP_KEYS, events_frame, long_frame, steps_frame
+from analysis._groups import groups_frame
 from analysis._samples import Columns, read_frame, select_files
-from hpc.layout import RunLayout
-
-_MAX_SUGGESTIONS = 8
+from analysis._source import Source
+from analysis._tokens import messages_frame, tokens_frame
+from analysis._vocabulary import Vocabulary, find_tokenizer
 
 
 class Run:
-    """What one run directory holds. Made by `load_run`.
+    """What one run has recorded. Made by `load_run` or `load_wandb`.
 
-    Every frame is read once, when it is first used; `load_run` again shows what a live run has written
-    since. Columns and units: `analysis/README.md`.
+    Every frame is read once, when it is first used; loading again shows what a live run has written since.
+    Columns and units: `analysis/README.md`.
     """
 
-    def __init__(self, path: Path, *, strict: bool = False) -> None:
-        self.path = path
-        self._layout = RunLayout(path)
+    def __init__(self, source: Source, *, strict: bool = False) -> None:
+        self._source = source
         self._strict = strict
 
     @property
     def name(self) -> str:
-        """The run's name: its directory's name."""
-        return self._layout.name
+        """The run's name."""
+        return self._source.name
 
-    @cached_property
+    @property
+    def path(self) -> Path | str:
+        """The run directory, or where else the run is."""
+        return self._source.path
+
+    @property
     def config(self) -> dict[str, Any]:
         """The resolved configuration by section: `run.config["train"]["lr"]`. Empty before it is written."""
-        try:
-            return tomllib.loads(self._layout.config.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except tomllib.TOMLDecodeError as error:
-            damaged(self._layout.config, str(error), strict=self._strict)
-            return {}
+        return self._source.config
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Identity of the run: creation time, git commit, package versions, W&B id, last status."""
+        return self._source.info
 
     @cached_property
     def steps(self) -> pd.DataFrame:
@@ -55,12 +56,42 @@ class Run:
 
         Columns are `step`, `attempt`, `time` (UTC, end of the step) and the metrics by their W&B names.
         """
-        return steps_frame(read_jsonl(self._layout.metrics, strict=self._strict))
+        return steps_frame(self._metrics)
+
+    def read_steps(self, *, long: bool = False, every_attempt: bool = False) -> pd.DataFrame:
+        """Like `steps`.
+
+        Args:
+            long: one row a step and metric, with columns `metric` and `value`; missing values are left out.
+            every_attempt: also the rows of attempts whose work was lost and done again.
+        """
+        frame = steps_frame(self._metrics, every_attempt=True) if every_attempt else self.steps
+        return long_frame(frame, STEP_KEYS) if long else frame
+
+    @cached_property
+    def _metrics(self) -> list[dict[str, Any]]:
+        return self._source.metrics
 
     @cached_property
     def events(self) -> pd.DataFrame:
         """One row an event of the job: `time` (UTC), `attempt`, `kind`, `role`, `index`, its own fields."""
-        return events_frame(read_jsonl(self._layout.events, strict=self._strict))
+        return events_frame(self._source.events)
+
+    @cached_property
+    def attempts(self) -> pd.DataFrame:
+        """One row an attempt of the job, from the run's events: state, times, GPU-hours, reason of its end."""
+        return attempts_from_events(self.events, self.config)
+
+    def read_attempts(self) -> pd.DataFrame:
+        """The same columns from Slurm's accounting (`sacct`): one row an attempt and component of the job.
+
+        Raises:
+            hpc.slurm.client.SlurmError: there is no accounting here.
+            rltrain.arguments.errors.UserError: the run has no Slurm jobs.
+        """
+        from hpc.accounting import attempts
+
+        return attempts(Path(self.path))
 
     @cached_property
     def samples(self) -> pd.DataFrame:
@@ -71,6 +102,11 @@ class Run:
     def evals(self) -> pd.DataFrame:
         """One row an evaluation sample, scalar columns; `step` is the number of steps trained before it."""
         return self.read_evals()
+
+    @cached_property
+    def groups(self) -> pd.DataFrame:
+        """One row a group of training samples; a reward of at least 1 counts as correct, see `read_groups`."""
+        return self.read_groups()
 
     def read_samples(
         self, columns: Columns = "scalars", steps: int | Iterable[int] | None = None
@@ -86,13 +122,71 @@ class Run:
             ValueError: an unknown column, or a step without samples.
             DamagedFileError: a file is damaged and the run was loaded with `strict=True`.
         """
-        return read_frame(select_files(self._layout.sample_files(), steps), columns, strict=self._strict)
+        files = self._source.layout.sample_files() if self._source.layout else {}
+        return read_frame(select_files(files, steps), columns, strict=self._strict)
 
     def read_evals(self, columns: Columns = "scalars") -> pd.DataFrame:
         """Evaluation samples, one row each; `dataset` names the set. For `columns` see `read_samples`."""
-        sets = [self._layout.sample_files(name) for name in self._layout.eval_datasets()]
+        layout = self._source.layout
+        sets = [layout.sample_files(name) for name in layout.eval_datasets()] if layout else []
         files = [path for files in sets for path in select_files(files, None)]
         return read_frame(files, columns, strict=self._strict)
+
+    def read_groups(self, *, threshold: float = 1.0, evals: bool = False) -> pd.DataFrame:
+        """One row a group, with mean and spread of its rewards and the unbiased pass@k.
+
+        Args:
+            threshold: a sample is correct if its reward is at least this.
+            evals: of the evaluation samples instead.
+        """
+        return groups_frame(self.evals if evals else self.samples, threshold)
+
+    def tokens(self, sample: pd.Series | int) -> pd.DataFrame:
+        """One row a token of a sample: text, id, log-probs, gap, entropy, mask, weight version.
+
+        Args:
+            sample: a row of `samples` or `evals`, or the `index` of a training sample.
+        """
+        return tokens_frame(self.read_sample(sample), self.vocabulary)
+
+    def messages(self, sample: pd.Series | int) -> pd.DataFrame:
+        """One row a message of the conversation: the prompt's, then what the model and its tools said."""
+        return messages_frame(self.read_sample(sample), self.vocabulary)
+
+    def read_sample(self, sample: pd.Series | int) -> pd.Series:
+        """All columns of one sample.
+
+        Raises:
+            ValueError: there is no such sample.
+        """
+        if isinstance(sample, pd.Series):
+            key = sample
+        else:
+            found = self.samples[self.samples["index"] == sample]
+            if found.empty:
+                raise ValueError(f"{self.path} has no training sample with index {sample}")
+            key = found.iloc[0]
+        rows = self._sample_rows(str(key["dataset"]), int(key["step"]))
+        rows = rows[(rows["index"] == key["index"]) & (rows["attempt"] == key["attempt"])]
+        if rows.empty:
+            raise ValueError(f"step {key['step']} of {self.path} has no sample with index {key['index']}")
+        return rows.iloc[0]
+
+    def _sample_rows(self, dataset: str, step: int) -> pd.DataFrame:
+        if dataset == "train" or self._source.layout is None:
+            return self.read_samples("all", steps=step)
+        return read_frame(
+            select_files(self._source.layout.sample_files(dataset), step), "all", strict=self._strict
+        )
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """Texts of the token ids, if the run's tokenizer.json is still where it was."""
+        layout = self._source.layout
+        path = (
+            find_tokenizer(layout.root, self.config.get("train", {}).get("hf_checkpoint")) if layout else None
+        )
+        return Vocabulary.read(path) if path else None
 
     def __repr__(self) -> str:
         summary = ", ".join(f"{key} {value}" for key, value in self._summary().items())
@@ -115,54 +209,3 @@ class Run:
             if is_headline and len(values):
                 summary[name] = f"{values.iloc[0]:.3g} → {values.iloc[-1]:.3g}"
         return summary
-
-
-def load_run(path: str | Path, *, strict: bool = False) -> Run:
-    """The run in directory `path`, finished or live. Nothing large is read before it is asked for.
-
-    Args:
-        path: the run's directory, for example `runs/demo`.
-        strict: a damaged file is an error, not a warning.
-
-    Raises:
-        RunNotFoundError: there is no run in `path`; the message lists the runs nearby.
-    """
-    path = Path(path).expanduser()
-    if not _is_run(path):
-        raise RunNotFoundError(_not_found_message(path))
-    return Run(path, strict=strict)
-
-
-def _is_run(path: Path) -> bool:
-    layout = RunLayout(path)
-    marks = [layout.run_json, layout.config, layout.metrics, layout.events, layout.rollouts]
-    return any(mark.exists() for mark in marks)
-
-
-def _not_found_message(path: Path) -> str:
-    problem = "holds no run" if path.is_dir() else "does not exist"
-    nearby = _nearby_runs(path)
-    if not nearby:
-        return (
-            f"{path} {problem}, and there is no run beside it. A run is the directory that a job writes to."
-        )
-    names = [str(run) for run in nearby]
-    nearest = difflib.get_close_matches(str(path), names, n=_MAX_SUGGESTIONS, cutoff=0.6)
-    listed = list(dict.fromkeys([*nearest, *names]))
-    more = f" and {len(listed) - _MAX_SUGGESTIONS} more" if len(listed) > _MAX_SUGGESTIONS else ""
-    return f"{path} {problem}. Runs nearby: {', '.join(listed[:_MAX_SUGGESTIONS])}{more}."
-
-
-def _nearby_runs(path: Path) -> list[Path]:
-    """Runs beside and below `path`, and in `runs/` here; the newest first."""
-    existing = next((parent for parent in path.parents if parent.is_dir()), Path())
-    places = [path, existing, existing / "runs", Path("runs")]
-    found = {run.resolve(): run for place in places for run in _children(place) if _is_run(run)}
-    return sorted(found.values(), key=lambda run: run.stat().st_mtime, reverse=True)
-
-
-def _children(place: Path) -> list[Path]:
-    try:
-        return [child for child in place.iterdir() if child.is_dir()]
-    except OSError:
-        return []

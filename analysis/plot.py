@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from analysis._errors import RunNotFoundError
-from analysis._run import Run, load_run
+from analysis._load import load_run
+from analysis._run import Run
 from hpc.layout import RunLayout
 
 
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     except RunNotFoundError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    output = args.output or RunLayout(run.path).plots / "reward_curve.png"
+    output = args.output or RunLayout(args.run_dir).plots / "reward_curve.png"
     save_overview(run, output)
     print(output)
     return 0

@@ -16,7 +16,8 @@ from rich.rule import Rule
 from rich.text import Text
 
 from analysis._errors import RunNotFoundError
-from analysis._run import Run, load_run
+from analysis._load import load_run
+from analysis._run import Run
 
 MAX_CHARACTERS = 4000  # of one text; a screen or two
 

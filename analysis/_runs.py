@@ -1,0 +1,179 @@
+"""Several runs: the frames of each, one below the other, with the run's name in front."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis._progress import progress
+from analysis._run import Run
+from analysis._samples import Columns
+
+_HEADLINES = ["run", "state", "steps", "num_rollout", "attempts", "gpu_hours", "reward_first", "reward_last"]
+
+
+class Runs(Sequence[Run]):
+    """What `load_runs` found: a sequence of `Run`, and their frames together. `runs["name"]` is one of them."""
+
+    def __init__(self, members: Sequence[Run]) -> None:
+        self._members = list(members)
+        names = [run.name for run in members]
+        # Runs of the same name in several directories are told apart by their paths.
+        self._names = [str(run.path) if names.count(run.name) > 1 else run.name for run in members]
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self._members)
+
+    def __getitem__(self, key: int | str) -> Run:  # type: ignore[override]
+        """The run at a position, or of a name."""
+        if isinstance(key, str):
+            if key not in self._names:
+                raise KeyError(f"no run {key!r}; there are {', '.join(self._names)}")
+            return self._members[self._names.index(key)]
+        return self._members[key]
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """One row a run: state, headline numbers, versions, git, W&B url, configuration as dotted columns."""
+        rows = [run_row(name, run) for name, run in zip(self._names, self._members, strict=True)]
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """`Run.steps` of all."""
+        return self._concat(lambda run: run.steps)
+
+    @cached_property
+    def samples(self) -> pd.DataFrame:
+        """`Run.samples` of all."""
+        return self._concat(lambda run: run.samples)
+
+    @cached_property
+    def groups(self) -> pd.DataFrame:
+        """`Run.groups` of all."""
+        return self._concat(lambda run: run.groups)
+
+    @cached_property
+    def evals(self) -> pd.DataFrame:
+        """`Run.evals` of all."""
+        return self._concat(lambda run: run.evals)
+
+    @cached_property
+    def events(self) -> pd.DataFrame:
+        """`Run.events` of all."""
+        return self._concat(lambda run: run.events)
+
+    @cached_property
+    def attempts(self) -> pd.DataFrame:
+        """`Run.attempts` of all."""
+        return self._concat(lambda run: run.attempts)
+
+    def read_steps(self, *, long: bool = False, every_attempt: bool = False) -> pd.DataFrame:
+        """`Run.read_steps` of all."""
+        return self._concat(lambda run: run.read_steps(long=long, every_attempt=every_attempt))
+
+    def read_samples(
+        self, columns: Columns = "scalars", steps: int | Iterable[int] | None = None
+    ) -> pd.DataFrame:
+        """`Run.read_samples` of all."""
+        return self._concat(lambda run: run.read_samples(columns, steps))
+
+    def __repr__(self) -> str:
+        return f"Runs({', '.join(self._names)})"
+
+    def _repr_html_(self) -> str:
+        shown = self.runs[[name for name in _HEADLINES if name in self.runs]]
+        return f"<b>{html.escape(str(len(self)))} runs</b>" + shown.to_html(
+            index=False, escape=True, na_rep="–"
+        )
+
+    def _concat(self, frame_of: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
+        frames = [frame_of(run) for run in progress(self._members, "reading runs")]
+        lengths = [len(frame) for frame in frames]
+        codes = np.repeat(np.arange(len(lengths)), lengths)
+        # Rows of the same dtypes concatenate without a copy into objects; empty frames would spoil the dtypes.
+        filled = [frame for frame in frames if len(frame)] or frames[:1]
+        result = pd.concat(_same_categories(filled), ignore_index=True) if filled else pd.DataFrame()
+        names = pd.Categorical.from_codes(codes, categories=pd.Index(self._names))
+        result.insert(0, "run", pd.Series(names, index=result.index))
+        return result
+
+
+def _same_categories(frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
+    """The frames with categorical columns cast to the union of their categories."""
+    columns = [str(name) for name in frames[0] if isinstance(frames[0][name].dtype, pd.CategoricalDtype)]
+    for name in columns:
+        values = list(dict.fromkeys(value for frame in frames for value in frame[name].cat.categories))
+        frames = [frame.assign(**{name: frame[name].cat.set_categories(values)}) for frame in frames]
+    return list(frames)
+
+
+def run_row(name: str, run: Run) -> dict[str, Any]:
+    """A run on one line."""
+    train = run.config.get("train", run.config)
+    trained = run.steps[run.steps["step"] >= 0]
+    reward = trained["rollout/reward"].dropna() if "rollout/reward" in trained else pd.Series(dtype=float)
+    gpu_hours = run.attempts["gpu_hours"]
+    row = {
+        "run": name,
+        "path": str(run.path),
+        "state": run_state(run),
+        "created": pd.to_datetime(run.info.get("created", pd.NaT), utc=True),
+        "steps": len(trained),
+        "num_rollout": train.get("num_rollout"),
+        "attempts": len(run.attempts),
+        "gpu_hours": float(gpu_hours.sum()) if len(gpu_hours) else None,
+        "reward_first": float(reward.iloc[0]) if len(reward) else None,
+        "reward_last": float(reward.iloc[-1]) if len(reward) else None,
+        "git_commit": run.info.get("git_commit"),
+        "python": run.info.get("python"),
+        "wandb_run_id": run.info.get("wandb_run_id"),
+        "wandb_url": _wandb_url(run, train),
+    }
+    versions = {
+        f"version.{package}": value for package, value in sorted(run.info.get("packages", {}).items())
+    }
+    return {**row, **versions, **{f"config.{key}": value for key, value in dotted(train).items()}}
+
+
+def run_state(run: Run) -> str:
+    """finished, failed or stopped; running if the last attempt has not ended; else what the status says."""
+    told = run.info.get("state")
+    if told:
+        return str(told)
+    marks = run.events[run.events["kind"].isin(["attempt_started", "attempt_finished"])]
+    if marks.empty:
+        return str(run.info.get("status", {}).get("phase", "submitted"))
+    last = marks.iloc[-1]
+    return "running" if last["kind"] == "attempt_started" else str(last.get("state", "stopped"))
+
+
+def dotted(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined with dots; lists become text."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            flat |= dotted(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value) if isinstance(value, list) else value
+    return flat
+
+
+def _wandb_url(run: Run, train: Mapping[str, Any]) -> str | None:
+    """Where W&B shows the run, if it says so or the configuration tells its team."""
+    if run.info.get("url"):
+        return str(run.info["url"])
+    team, project, identity = (
+        train.get("wandb_team"),
+        train.get("wandb_project"),
+        run.info.get("wandb_run_id"),
+    )
+    return f"https://wandb.ai/{team}/{project}/runs/{identity}" if team and project and identity else None

@@ -1,0 +1,208 @@
+"""Frames beyond steps and samples: groups, attempts, tokens, messages, several runs, files of older schemas."""
+
+from __future__ import annotations
+
+import shutil
+from fractions import Fraction
+from math import comb
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hpc.accounting
+from analysis import Run, RunNotFoundError, Runs, demo_data, load_run, load_runs, pass_at_k
+from analysis._attempts import COLUMNS
+from analysis._vocabulary import Vocabulary, _byte_alphabet
+from hpc.layout import RunLayout
+
+SAMPLE_KEYS = ["step", "attempt", "dataset", "group_index", "index"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("demo")
+    demo_data.write_demo(directory, steps=12)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path) -> Runs:
+    return load_runs(root)
+
+
+@pytest.fixture(scope="module")
+def baseline(runs: Runs) -> Run:
+    return runs["baseline"]
+
+
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(1, 70))
+def test_pass_at_k_is_the_exact_fraction(n: int, correct: int, k: int) -> None:
+    correct = min(correct, n)
+    found = pass_at_k([n], [correct], k)[0]
+    if k > n:
+        assert np.isnan(found)
+    else:
+        exact = 1 - Fraction(comb(n - correct, k), comb(n, k))
+        assert found == pytest.approx(float(exact), abs=1e-9)
+
+
+def test_pass_at_k_refuses_what_makes_no_sense() -> None:
+    for n, correct, k in [(3, 4, 1), (3, -1, 1), (3, 1, 0)]:
+        with pytest.raises(ValueError, match="pass@k needs"):
+            pass_at_k([n], [correct], k)
+
+
+def test_groups_against_a_plain_loop(baseline: Run) -> None:
+    groups = baseline.groups
+    assert len(groups) == baseline.samples["group_index"].nunique()
+    for row in groups.sample(20, random_state=0).to_dict("records"):
+        rewards = baseline.samples.loc[
+            baseline.samples["group_index"] == row["group_index"], "reward"
+        ].tolist()
+        assert row["n"] == len(rewards)
+        assert row["reward_mean"] == pytest.approx(np.mean(rewards))
+        assert row["reward_std"] == pytest.approx(np.std(rewards, ddof=1), abs=1e-12)
+        assert row["zero_std"] == (len(set(rewards)) == 1)
+        assert row["correct"] == rewards.count(1.0)
+        assert row["pass@1"] == pytest.approx(rewards.count(1.0) / len(rewards))
+    shares = groups.groupby("step")["zero_std"].mean()
+    recorded = baseline.steps.set_index("step")["rollout/zero_std_ratio"]
+    pd.testing.assert_series_equal(shares, recorded, check_names=False, check_index_type=False)
+
+
+def test_attempts_tell_of_the_preemption(baseline: Run) -> None:
+    attempts = baseline.attempts
+    assert list(attempts["state"]) == ["PREEMPTED", "COMPLETED"]
+    assert list(attempts["exit_code"]) == [75, 0]
+    assert attempts["wait_s"].iloc[0] == 900
+    assert attempts["wait_s"].iloc[1] == pytest.approx(1799)  # resubmitted a second after the end
+    assert attempts["gpus"].tolist() == [8, 8]
+    elapsed = (attempts["ended"] - attempts["started"]).dt.total_seconds()
+    assert attempts["gpu_hours"].tolist() == pytest.approx((8 * elapsed / 3600).tolist())
+    assert attempts["nodes"].iloc[0] == ["node01", "node02"]
+
+
+def test_attempts_have_the_columns_of_the_accounting() -> None:
+    assert hpc.accounting.COLUMNS == COLUMNS
+
+
+def test_an_attempt_that_goes_on_is_running(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "fast", tmp_path / "live")
+    layout = RunLayout(tmp_path / "live")
+    lines = layout.events.read_text().splitlines(keepends=True)[:-1]
+    layout.events.write_text("".join(lines))
+    runs = load_runs(tmp_path / "live")
+    assert runs.attempts["state"].tolist() == ["RUNNING"]
+    assert runs.attempts["ended"].isna().all()
+    assert runs.attempts["elapsed_s"].iloc[0] > 0
+    assert runs.runs["state"].tolist() == ["running"]
+
+
+def test_tokens_of_a_sample(baseline: Run) -> None:
+    row = baseline.read_samples("all", steps=3).iloc[5]
+    tokens = baseline.tokens(row)
+    assert list(tokens.columns[:5]) == SAMPLE_KEYS
+    response = tokens[tokens["part"] == "response"]
+    assert len(tokens) == row["prompt_length"] + row["response_length"]
+    assert "".join(response["token"]) == row["response"]
+    np.testing.assert_array_equal(response["log_prob_engine"], row["rollout_log_probs"])
+    np.testing.assert_allclose(
+        response["gap"], np.subtract(row["trainer_log_probs"], row["rollout_log_probs"])
+    )
+    assert set(response["weight_version"]) == {"3"}
+    assert tokens.loc[tokens["part"] == "prompt", ["log_prob_engine", "entropy"]].isna().all(axis=None)
+    pd.testing.assert_frame_equal(baseline.tokens(int(row["index"])), tokens)
+    with pytest.raises(ValueError, match="no training sample with index -5"):
+        baseline.tokens(-5)
+
+
+def test_messages_split_where_a_tool_spoke(baseline: Run) -> None:
+    rows = baseline.read_samples("all")
+    tool = rows[[0 < sum(mask) < len(mask) for mask in rows["loss_mask"]]].iloc[0]
+    messages = baseline.messages(tool)
+    assert messages["role"].tolist() == ["system", "user", "assistant", "tool", "assistant"]
+    assert messages["trained"].tolist() == [False, False, True, False, True]
+    assert "".join(messages["content"].iloc[2:]) == tool["response"]
+    assert messages["tokens"].sum() == tool["response_length"]
+    evaluation = baseline.messages(baseline.evals.iloc[0])
+    assert evaluation["dataset"].unique().tolist() == ["sums"]
+
+
+def test_without_a_tokenizer_texts_are_missing_and_nothing_else(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "fast", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    run = load_run(tmp_path / "run")
+    tokens = run.tokens(5)
+    assert tokens["token"].isna().all()
+    assert tokens["id"].notna().all()
+    assert run.messages(5)["role"].tolist() == ["system", "user", "assistant"]
+
+
+def test_byte_level_vocabulary_gives_utf8_back() -> None:
+    to_char = {byte: char for char, byte in _byte_alphabet().items()}
+    assert sorted(to_char) == [bytes([i]) for i in range(256)]
+    word = "".join(to_char[bytes([byte])] for byte in " naïve 😀".encode())
+    vocabulary = Vocabulary(
+        {
+            "model": {"vocab": {word[:5]: 0, word[5:]: 1}},
+            "decoder": {"type": "ByteLevel"},
+            "added_tokens": [{"id": 2, "content": "<|end|>"}],
+        }
+    )
+    assert vocabulary.decode([0, 1, 2, 9]) == " naïve 😀<|end|>⟨9⟩"
+    assert vocabulary.texts([2, 9]) == ["<|end|>", None]
+
+
+def test_long_steps_and_every_attempt(baseline: Run) -> None:
+    every = baseline.read_steps(every_attempt=True)
+    twice = every[every.duplicated("step", keep=False)]
+    assert twice["step"].tolist() == [6, 6, 7, 7]
+    assert twice["attempt"].tolist() == [0, 1, 0, 1]
+    long = baseline.read_steps(long=True)
+    assert list(long) == ["step", "attempt", "time", "metric", "value"]
+    loss = long[long["metric"] == "train/loss"].set_index("step")["value"]
+    pd.testing.assert_series_equal(loss, baseline.steps.set_index("step")["train/loss"], check_names=False)
+
+
+def test_runs_carry_their_name_in_every_frame(runs: Runs) -> None:
+    names = {"baseline", "fast", "hacked", "crashed"}
+    assert set(runs.runs["run"]) == names
+    for frame in (runs.steps, runs.samples, runs.groups, runs.evals, runs.events, runs.attempts):
+        assert set(frame["run"]) <= names
+        assert frame.columns[0] == "run"
+    assert isinstance(runs.samples["status"].dtype, pd.CategoricalDtype)
+    assert len(runs.samples) == sum(len(run.samples) for run in runs)
+    table = runs.runs.set_index("run")
+    assert table.loc["crashed", "state"] == "failed"
+    assert table.loc["fast", "config.lr"] == 3e-5
+    assert table.loc["fast", "version.torch"] == "2.14.0"
+    assert table.loc["baseline", "wandb_url"] == "https://wandb.ai/demo-team/slurmlime/runs/demo-baseline"
+    assert "hacked" in runs._repr_html_()
+    with pytest.raises(KeyError, match="there are baseline"):
+        runs["nothing"]
+
+
+def test_load_runs_takes_patterns_and_lists(root: Path) -> None:
+    assert repr(load_runs(str(root / "*a*"))) == "Runs(baseline, crashed, fast, hacked)"
+    assert len(load_runs([root / "fast", root / "f*"])) == 1
+    with pytest.raises(RunNotFoundError, match="baseline"):
+        load_runs(root / "nothing-*")
+
+
+def test_files_of_an_older_schema_are_read(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "fast", tmp_path / "old")
+    path = RunLayout(tmp_path / "old").step_dir(2, 0) / "part-0.parquet"
+    table = pq.read_table(path).drop_columns(["trainer_log_probs", "trainer_entropies", "failure"])
+    table = table.append_column("not_ours", pa.array([1] * len(table)))
+    pq.write_table(table, path)
+    run = load_run(tmp_path / "old", strict=True)
+    mixed = run.read_samples("all", steps=[2, 3])
+    assert mixed.loc[mixed["step"] == 2, "trainer_log_probs"].isna().all()
+    assert mixed.loc[mixed["step"] == 3, "trainer_log_probs"].notna().all()
+    assert run.tokens(mixed.iloc[0])["gap"].isna().all()
