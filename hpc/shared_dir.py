@@ -31,7 +31,7 @@ def check_run_dir(path: Path, facts: ClusterFacts) -> None:
         raise UserError(f"{path}: you may not write to {above}. Give another --runs-dir.")
     if is_one_machine(facts):
         return
-    if place := local_place(path):
+    if place := local_place(path, Path("/proc/mounts").read_text()):
         raise UserError(
             f"{path}: {place} is this machine's own, so the nodes would not see the run. Give a --runs-dir on a file"
             " system that the whole cluster has, such as your home directory."
@@ -44,12 +44,15 @@ def is_one_machine(facts: ClusterFacts) -> bool:
     return all(node.name in own or _is_loopback(node.address) for node in facts.nodes)
 
 
-def local_place(path: Path) -> str | None:
-    """The directory or file system type by which a path belongs to one machine only, or None."""
+def local_place(path: Path, mounts: str) -> str | None:
+    """The directory or file system type by which a path belongs to one machine only, or None.
+
+    `mounts` is the text of `/proc/mounts`.
+    """
     for place in _LOCAL_PLACES:
         if path.is_relative_to(place):
             return place
-    kind = filesystem_type(path, Path("/proc/mounts").read_text())
+    kind = filesystem_type(path, mounts)
     return f"a {kind}" if kind in _LOCAL_TYPES else None
 
 
@@ -59,7 +62,7 @@ def filesystem_type(path: Path, mounts: str) -> str | None:
     for line in mounts.splitlines():
         _, point, kind, *_ = line.split()
         point = point.replace("\\040", " ")
-        if path.is_relative_to(point) and len(point) > found[0]:
+        if path.is_relative_to(point) and len(point) >= found[0]:  # of two at one place the later is seen
             found = (len(point), kind)
     return found[1]
 

@@ -18,7 +18,8 @@ from hpc.doctor.cluster import check_interruptions, check_partition, gpu_memory_
 from hpc.doctor.machine import check_address, check_open_files, check_ports, check_threads
 from hpc.doctor.packages import check_packages, check_python, problem_with
 from hpc.doctor.probe import judge, read_answers
-from hpc.doctor.storage import check_shared, check_storage, file_system
+from hpc.doctor.storage import check_shared, check_storage
+from hpc.shared_dir import filesystem_type
 from hpc.slurm.cluster import parse_nodes, parse_partitions
 from hpc.slurm.facts import ClusterFacts
 
@@ -27,6 +28,9 @@ MOUNTS = """\
 tmpfs /tmp tmpfs rw 0 0
 fs01:/home /home nfs4 rw 0 0
 /dev/sdb /home/anna/local\\040disk xfs rw 0 0
+tmpfs /mem tmpfs rw 0 0
+/dev/sdc /over ext4 rw 0 0
+x@tcp:/y /over lustre rw 0 0
 """
 
 
@@ -69,33 +73,31 @@ def test_missing_training_packages_matter_where_the_job_runs(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("path", "kind"),
     [
-        ("/root", "ext4"),
-        ("/tmp/x", "tmpfs"),
-        ("/home/anna/runs", "nfs4"),
-        ("/home/anna/local disk/runs", "xfs"),
+        ("/root", "ext4"), ("/tmp/x", "tmpfs"), ("/home/anna/runs", "nfs4"), ("/home/anna/local disk/runs", "xfs"),
+        ("/homes/x", "ext4"), ("/over/x", "lustre"),
     ],
-)
+)  # fmt: skip
 def test_file_system_of_a_path(path: str, kind: str) -> None:
-    assert file_system(Path(path), MOUNTS) == kind
+    assert filesystem_type(Path(path), MOUNTS) == kind
 
 
 @pytest.mark.parametrize(
-    ("path", "kind", "level"),
+    ("path", "level"),
     [
-        ("/home/anna", "nfs4", "ok"), ("/lustre/x", "lustre", "ok"), ("/data", "ext4", "warn"),
-        ("/tmp/runs", "nfs4", "fail"), ("/dev/shm/runs", "tmpfs", "fail"), ("/data", None, "ok"),
+        ("/home/anna", "ok"), ("/over/x", "ok"), ("/data", "warn"), ("/home/anna/local disk/x", "warn"),
+        ("/tmp/runs", "fail"), ("/dev/shm/runs", "fail"), ("/mem/x", "fail"),
     ],
 )  # fmt: skip
-def test_shared_directory(path: str, kind: str | None, level: str) -> None:
-    assert check_shared(Path(path), kind).level == level
+def test_shared_directory(path: str, level: str) -> None:
+    assert check_shared(Path(path), MOUNTS).level == level
 
 
 def test_run_directory(tmp_path: Path) -> None:
-    [check] = check_storage(tmp_path / "not" / "yet", is_batch=False)
+    [check] = check_storage(tmp_path / "not" / "yet", others=False)
     assert check.level in ("ok", "warn") and str(tmp_path) in check.message
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
-    assert check_storage(tmp_path, is_batch=False, needed=1e18)[0].level == "fail"
-    [check] = check_storage(Path("/proc/self"), is_batch=False)
+    assert check_storage(tmp_path, others=False, needed=1e18)[0].level == "fail"
+    [check] = check_storage(Path("/proc/self"), others=False)
     assert check.level == "fail" and "can't be written" in check.message
 
 

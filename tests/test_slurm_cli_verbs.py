@@ -150,6 +150,25 @@ def test_doctor_asks_the_nodes(idle_cluster: Sandbox, runs: Path) -> None:
     assert checks["packages on nodes"]["level"] == "ok"
     assert list(runs.iterdir()) == []  # the mark is gone
 
+
+def test_doctor_plans_the_job(
+    idle_cluster: Sandbox, runs: Path, tiny_tokenizer: Path, prompt_file: Path
+) -> None:
+    flags = (
+        f"--partition=gpu --runs-dir={runs} --hf-checkpoint={tiny_tokenizer} --random-init --prompt-data={prompt_file}"
+        " --label-key=label --rm-type=exact --num-rollout=2 --rollout-batch-size=8 --save-interval=1 --json"
+    )
+    done = verb(idle_cluster, "hpc.doctor", *flags.split(), "--nodes=4")
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert done.returncode == 0, done.stdout
+    assert "2 for training (4 ranks each), 2 for rollout (4 engines each)" in checks["plan"]["message"]
+    assert checks["flags"]["message"].startswith("8 prompts")
+    assert "of 36.0 GiB usable on a GPU of type a100 (40 GiB)" in checks["trainer memory"]["message"]
+    assert checks["sbatch --test-only"]["level"] == "ok"
+    impossible = verb(
+        idle_cluster, "hpc.doctor", *flags.split(), "--nodes=4", "--time=30-0", "--account=nobody"
+    )
+    assert impossible.returncode == 1
     refused = verb(idle_cluster, "hpc.doctor", "--partition", "gpu", "--nodes", "7")
     assert refused.returncode == 1 and "at most --nodes 6" in refused.stdout
 

@@ -10,7 +10,9 @@ from hpc.config import Request, SubmitOptions
 from hpc.doctor import cluster, machine, memory, memory_fit, packages, probe, storage
 from hpc.doctor.check import Check, fail, ok, warn
 from hpc.doctor.memory_fit import Memory
-from hpc.slurm.client import SlurmClient
+from hpc.flags import Flags
+from hpc.shared_dir import is_one_machine
+from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.facts import ClusterFacts
 from rltrain import arguments
 from rltrain.arguments.errors import UserError
@@ -25,37 +27,65 @@ def doctor(argv: list[str], probe_nodes: bool = False) -> list[Check]:
     except UserError as error:
         return [packages.check_python(), fail("flags", str(error)), *machine.check_machine(1, is_batch=False)]
     is_batch = request.options.partition is not None
-    args, checks = check_flags(request)
-    checks = [packages.check_python(), *packages.check_packages(need_training=not is_batch), *checks]
-    checks += storage.check_storage(request.options.runs_dir, is_batch, _checkpoint_bytes(args))
-    checks += machine.check_machine(_count_processes(args), is_batch)
+    checks = [packages.check_python(), *packages.check_packages(need_training=not is_batch)]
+    facts = None
     if is_batch:
-        return checks + check_cluster(request.options, args, probe_nodes)
-    return checks + _check_here(args)
+        facts, check = cluster.ask_cluster(SlurmClient())
+        checks.append(check)
+    args, found = check_flags(request, facts)
+    checks += found
+    others = is_batch and not (facts and is_one_machine(facts))
+    checks += storage.check_storage(request.options.runs_dir, others, _checkpoint_bytes(args))
+    checks += machine.check_machine(_count_processes(args), is_batch)
+    if facts is not None:
+        return checks + check_cluster(request.options, args, facts, probe_nodes)
+    return checks if is_batch else checks + _check_here(args)
 
 
-def check_flags(request: Request) -> tuple[argparse.Namespace | None, list[Check]]:
+def check_flags(
+    request: Request, facts: ClusterFacts | None = None
+) -> tuple[argparse.Namespace | None, list[Check]]:
     """The training flags (None if they are wrong, or none were given) and the checks of them and of their files."""
     try:
         flags = flag_data.merge(run_dir.stored_flags(request.options.layout), request.train)
         if not flags:
             return None, [ok("flags", "none were given: that is the built-in demo")]
+        if facts is not None:
+            return _check_plan(request.options, flags)
         args = arguments.parse(flag_data.to_argv(flags))
     except UserError as error:
         return None, [fail("flags", str(error))]
-    batch = (
-        f"{args.rollout_batch_size} prompts × {args.n_samples_per_prompt} samples ="
-        f" {args.num_steps_per_rollout} optimizer step(s) of {args.global_batch_size}"
-    )
     try:
         arguments.check_inputs(args)
     except UserError as error:
-        return None, [ok("flags", batch), fail("input files", str(error))]
-    checks = [
-        ok("flags", batch),
-        ok("input files", f"model {args.hf_checkpoint}, prompts {args.prompt_data}"),
-    ]
-    return args, [*checks, *_check_saving(args)]
+        return None, [_describe_batch(args), fail("input files", str(error))]
+    return args, [_describe_batch(args), *_describe_inputs(args)]
+
+
+def _check_plan(options: SubmitOptions, flags: Flags) -> tuple[argparse.Namespace, list[Check]]:
+    """The flags as the job would have them, with its nodes shared out; and what sbatch says to its script."""
+    from hpc.executor import check_script
+    from hpc.slurm_job import plan_job
+
+    job = plan_job(options, flags)
+    checks = [_describe_batch(job.args), *_describe_inputs(job.args), ok("plan", job.split.explain())]
+    try:
+        return job.args, [*checks, ok("sbatch --test-only", check_script(job.text()))]
+    except SlurmError as error:
+        return job.args, [*checks, fail("sbatch --test-only", str(error))]
+
+
+def _describe_batch(args: argparse.Namespace) -> Check:
+    return ok(
+        "flags",
+        f"{args.rollout_batch_size} prompts × {args.n_samples_per_prompt} samples ="
+        f" {args.num_steps_per_rollout} optimizer step(s) of {args.global_batch_size}",
+    )
+
+
+def _describe_inputs(args: argparse.Namespace) -> list[Check]:
+    found = ok("input files", f"model {args.hf_checkpoint}, prompts {args.prompt_data}")
+    return [found, *_check_saving(args)]
 
 
 def _check_saving(args: argparse.Namespace) -> list[Check]:
@@ -65,28 +95,29 @@ def _check_saving(args: argparse.Namespace) -> list[Check]:
     return [warn("checkpoints", text, "give --save-interval: a crash would cost everything")]
 
 
-def check_cluster(options: SubmitOptions, args: argparse.Namespace | None, probe_nodes: bool) -> list[Check]:
-    """Checks of Slurm, the partition, the memory of its GPUs and, if wanted, its nodes."""
+def check_cluster(
+    options: SubmitOptions, args: argparse.Namespace | None, facts: ClusterFacts, probe_nodes: bool
+) -> list[Check]:
+    """Checks of the partition, the memory of its GPUs and, if wanted, its nodes."""
     assert options.partition is not None
-    facts, check = cluster.ask_cluster(SlurmClient())
-    if facts is None:
-        return [check]
     nodes, gpus = options.nodes or _count_nodes(args), args.actor_num_gpus_per_node if args else 0
-    checks = [check, *cluster.check_partition(facts, options.partition, nodes, gpus, None)]
-    if any(each.level == "fail" for each in checks):
+    checks = cluster.check_partition(facts, options.partition, nodes, gpus, options.gpu_type)
+    if any(check.level == "fail" for check in checks):
         return checks
     if args is not None:
-        checks += memory_fit.check_memory(args, _partition_memory(facts, options))
+        memory_of_one = cluster.partition_memory(facts, options.partition, options.gpu_type)
+        checks += memory_fit.check_memory(args, memory_of_one)
     if probe_nodes:
+        client = SlurmClient(timeout_s=_PROBE_TIMEOUT)
         checks += probe.probe_nodes(
-            SlurmClient(timeout_s=_PROBE_TIMEOUT), options.runs_dir, options.partition, nodes
+            client, options.runs_dir, options.partition, nodes, _probe_options(options)
         )
     return checks
 
 
-def _partition_memory(facts: ClusterFacts, options: SubmitOptions) -> Memory | None:
-    assert options.partition is not None
-    return cluster.partition_memory(facts, options.partition, None)
+def _probe_options(options: SubmitOptions) -> list[str]:
+    wanted = {"account": options.account, "qos": options.qos}
+    return [f"--{name}={value}" for name, value in wanted.items() if value]
 
 
 def _check_here(args: argparse.Namespace | None) -> list[Check]:

@@ -7,30 +7,28 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from hpc import shared_dir
 from hpc.doctor.check import Check, fail, ok, warn
 
-_LOCAL_TYPES = {
-    *("tmpfs", "ramfs", "overlay", "devtmpfs"),  # gone with the node, or the container
-    *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "vfat"),
-}
-_LOCAL_PLACES = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/scratch/local", "/local")
+# Another machine sees what lies on them only if this one exports it.
+_OWN_DISKS = ("overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs")
 _LITTLE = 10 * 1024**3  # bytes
 
 
-def check_storage(runs_dir: Path, is_batch: bool, needed: float = 0.0) -> list[Check]:
+def check_storage(runs_dir: Path, others: bool, needed: float = 0.0) -> list[Check]:
     """Checks of the directory that will hold the runs.
 
     Args:
         runs_dir: need not exist yet.
-        is_batch: whether other machines than this one must see it.
+        others: whether other machines than this one must see it.
         needed: bytes that the run's checkpoints will take, as far as they are known.
     """
     existing = nearest_existing(runs_dir)
     if problem := _problem_of_writing(existing):
         return [fail("run directory", f"{existing} can't be written: {problem}", "give another --runs-dir")]
     checks = [_check_space(existing, needed)]
-    if is_batch:
-        checks.append(check_shared(runs_dir, file_system(existing, Path("/proc/mounts").read_text())))
+    if others:
+        checks.append(check_shared(runs_dir, Path("/proc/mounts").read_text()))
     return checks
 
 
@@ -65,25 +63,13 @@ def _check_space(directory: Path, needed: float) -> Check:
     return ok("run directory", text)
 
 
-def check_shared(path: Path, kind: str | None) -> Check:
-    """Whether a directory on a file system of type `kind` is seen by other machines."""
-    place = next((place for place in _LOCAL_PLACES if path.absolute().is_relative_to(place)), None)
+def check_shared(path: Path, mounts: str) -> Check:
+    """Whether other machines see a directory; `mounts` is the text of /proc/mounts."""
     advice = "give a --runs-dir on the cluster's shared file system"
-    if place:
-        return fail("shared directory", f"{path} is below {place}, which every node has its own of", advice)
-    if kind in _LOCAL_TYPES:
+    if place := shared_dir.local_place(path, mounts):
+        return fail("shared directory", f"{path}: {place} is a machine's own", advice)
+    kind = shared_dir.filesystem_type(path, mounts)
+    if kind in _OWN_DISKS:
         text = f"{path} is on {kind}, which other nodes see only if this machine exports it"
         return warn("shared directory", text, f"{advice}, or try it: --probe-nodes")
     return ok("shared directory", f"{path} is on {kind or 'a file system'} that nodes can share")
-
-
-def file_system(path: Path, mounts: str) -> str | None:
-    """Type of the file system that a path is on, from the text of /proc/mounts; None if it is not there."""
-    best: tuple[int, str] | None = None
-    for line in mounts.splitlines():
-        _, point, kind, *_ = line.split()
-        mount = point.replace("\\040", " ")
-        # >=: of two file systems that are mounted at one place the later one is seen
-        if path.is_relative_to(mount) and (best is None or len(mount) >= best[0]):
-            best = (len(mount), kind)
-    return best[1] if best else None
