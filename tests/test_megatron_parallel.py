@@ -93,3 +93,34 @@ def test_a_checkpoint_of_one_rank_goes_on_with_tensor_parallelism(
     args = make_args(model_dir, **COMMON, tensor_model_parallel_size=2, save=str(single[2] / "checkpoints"))
     metrics = run_ranks(resume_elsewhere, args, tmp_path)[0]
     assert metrics == pytest.approx(single[0][2], rel=1e-4, abs=2e-6)
+
+
+WHITENED: dict[str, Any] = {
+    "use_dynamic_batch_size": True,
+    "max_tokens_per_gpu": 60,
+    "log_probs_max_tokens_per_gpu": 40,
+    "advantage_estimator": "reinforce_plus_plus",
+    "kl_coef": 0.2,
+    "gamma": 0.9,
+    "normalize_advantages": True,
+    "use_tis": True,
+    "num_steps_per_rollout": 2,
+    "adam_eps": 1e-3,
+}
+
+
+def train_twice(args: argparse.Namespace, work: Path) -> list[dict[str, float]]:
+    """Metrics of two rollouts."""
+    actor = make_actor(args, work)
+    return [actor.train(i, make_batch(11, seed=i, masked=i)) for i in range(2)]
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2"])
+def test_whitening_and_kl_in_the_reward_do_not_depend_on_the_ranks(
+    layout: str, model_dir: Path, tmp_path: Path
+) -> None:
+    single = run_ranks(train_twice, make_args(model_dir, **WHITENED), tmp_path / "one", world_size=1)[0]
+    args = make_args(model_dir, **WHITENED, **LAYOUTS[layout])
+    for metrics in run_ranks(train_twice, args, tmp_path / "two"):
+        for ours, expected in zip(metrics, single, strict=True):
+            assert ours == pytest.approx(expected, rel=1e-4, abs=2e-6)

@@ -1,9 +1,4 @@
-"""The clipped policy loss.
-
-PPO (https://arxiv.org/abs/1707.06347, eq. 7), with DAPO's wider upper clip ("clip-higher",
-https://arxiv.org/abs/2503.14476) and the dual clip for negative advantages
-(https://arxiv.org/abs/1912.09729, eq. 5).
-"""
+"""Policy losses, token by token: clipped (PPO, GRPO, DAPO), by whole sequences (GSPO), and CISPO."""
 
 from __future__ import annotations
 
@@ -31,6 +26,10 @@ def clipped_policy_loss(
 ) -> PolicyLoss:
     """max(−A·r, −A·clip(r, 1 − eps_clip, 1 + eps_clip_high)) with r = exp(log π − log π_old), token by token.
 
+    PPO (https://arxiv.org/abs/1707.06347, eq. 7), with DAPO's wider upper clip ("clip-higher",
+    https://arxiv.org/abs/2503.14476) and the dual clip for negative advantages
+    (https://arxiv.org/abs/1912.09729, eq. 5).
+
     Args:
         log_probs: log π of the sampled tokens, shape [n]; gradients flow through it.
         old_log_probs: log π_old of the same tokens, shape [n].
@@ -48,3 +47,36 @@ def clipped_policy_loss(
         loss = torch.where(dual, ceiling, loss)
         clipped = clipped | dual
     return PolicyLoss(loss, clipped.to(loss.dtype))
+
+
+def cispo_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, eps_clip: float, eps_clip_high: float
+) -> PolicyLoss:
+    """−sg(clip(r, 1 − eps_clip, 1 + eps_clip_high))·A·log π: the ratio is clipped, and no token loses its gradient.
+
+    MiniMax-M1 (https://arxiv.org/abs/2506.13585, eq. 4), which leaves the lower clip off (`eps_clip=1`).
+    Arguments as for `clipped_policy_loss`; `clipped` is 1.0 where the ratio was changed.
+    """
+    ratio = (log_probs.detach() - old_log_probs).exp()
+    bounded = ratio.clamp(1 - eps_clip, 1 + eps_clip_high)
+    return PolicyLoss(-bounded * advantages * log_probs, (bounded != ratio).to(log_probs.dtype))
+
+
+def sequence_log_ratio(log_probs: Tensor, old_log_probs: Tensor, counts: Tensor) -> Tensor:
+    """Each token's log-ratio replaced by the mean over its sequence, so that the ratio is s of GSPO.
+
+    GSPO (https://arxiv.org/abs/2507.18071, eq. 7). The gradient of a sequence is spread over all its tokens;
+    summed with equal token weights it is the one of the paper.
+
+    Args:
+        log_probs: log π of the sampled tokens of several sequences, one after the other, [n].
+        old_log_probs: log π_old of the same tokens, [n].
+        counts: Tokens of each sequence, [sequences], summing to n.
+
+    Returns:
+        [n].
+    """
+    difference = log_probs - old_log_probs
+    sequence = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    sums = difference.new_zeros(len(counts)).index_add(0, sequence, difference)
+    return (sums / counts.clamp_min(1))[sequence]

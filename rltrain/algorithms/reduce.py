@@ -6,10 +6,16 @@ and its gradient do not depend on packing or on the number of ranks. Both common
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # the rollout side has no torch loaded
+    from torch import Tensor
+
+DR_GRPO_LENGTH = 1000
 
 
 def token_weights(loss_masks: Sequence[NDArray[np.integer]], *, per_token: bool) -> NDArray[np.float64]:
@@ -29,3 +35,24 @@ def token_weights(loss_masks: Sequence[NDArray[np.integer]], *, per_token: bool)
     if per_token:
         return np.full(len(tokens), 1.0 / max(1, tokens.sum())) * (tokens > 0)
     return np.divide(1.0 / len(tokens), tokens, out=np.zeros(len(tokens)), where=tokens > 0)
+
+
+def constant_length(
+    total_lengths: Sequence[int],
+    response_lengths: Sequence[int],
+    loss_masks: Sequence[Tensor],
+    calculate_per_token_loss: bool = False,
+) -> Callable[[Tensor], Tensor]:
+    """Dr. GRPO's reduction (https://arxiv.org/abs/2503.20783): every sample's sum over the same constant.
+
+    For `--custom-pg-loss-reducer-function-path`. The constant is `DR_GRPO_LENGTH` tokens; it only scales the
+    learning rate.
+    """
+    del total_lengths, response_lengths, calculate_per_token_loss
+    lengths = [len(mask) for mask in loss_masks]
+
+    def reduce(values: Tensor) -> Tensor:
+        parts = zip(values.split(lengths), loss_masks, strict=True)
+        return sum(((part * mask).sum() for part, mask in parts), values.new_zeros(())) / DR_GRPO_LENGTH
+
+    return reduce

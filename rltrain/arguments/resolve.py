@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rltrain.arguments.algorithm_flags import resolve_algorithm
 from rltrain.arguments.errors import UserError
 
 _PATHS = ("hf_checkpoint", "load", "ref_load", "save", "save_hf", "wandb_dir")
@@ -135,15 +136,7 @@ def _evaluation(args: argparse.Namespace) -> None:
 
 
 def _algorithm(args: argparse.Namespace) -> None:
-    if args.eps_clip_high is None:
-        args.eps_clip_high = args.eps_clip
-    if args.eps_clip_c is not None and args.eps_clip_c <= 1:
-        raise UserError(f"--eps-clip-c {args.eps_clip_c}: the dual clip must be greater than 1.")
-    if args.kl_coef:
-        raise UserError(
-            f"--kl-coef {args.kl_coef}: GRPO takes the KL to the reference as a loss, not out of the reward."
-            " Use --use-kl-loss --kl-loss-coef instead."
-        )
+    resolve_algorithm(args)
     if args.loss_type == "policy_loss" and args.debug_train_only:
         raise UserError(
             "--debug-train-only starts no engines, so only --loss-type sft_loss can be trained so far."

@@ -8,36 +8,41 @@ from __future__ import annotations
 import argparse
 import json
 
+from rltrain.arguments.algorithm_flags import add_algorithm_flags
+
 DEFAULT_ROLLOUT_FUNCTION = "rltrain.rollout.sglang_rollout.generate_rollout"
 
 # Known to slime, not built here yet: better refused than silently ignored.
 NOT_YET = frozenset(
     """
-    allgather-cp async-save balance-by-flops buffer-filter-path check-weight-update-equal ci-disable-kl-
-    checker ci-load-grad-norm ci-save-grad-norm ci-test ci-train-rollout-logprob-abs-diff-threshold custom-
-    advantage-function-path custom-convert-samples-to-train-data-path custom-eval-rollout-log-function-path
-    custom-loss-function-path custom-megatron-before-log-prob-hook-path custom-megatron-before-train-step-
-    hook-path custom-megatron-init-path custom-model-provider-path custom-pg-loss-reducer-function-path
-    custom-reward-post-process-path custom-rollout-log-function-path custom-tis-function-path custom-update-
-    weight-post-write-path data-pad-size-multiplier data-source-path debug-rollout-only disable-compute-
-    advantages-and-returns disable-rollout-global-dataset disable-wandb-random-suffix dump-details dynamic-
-    sampling-filter-path eval-config eval-max-context-len eval-max-prompt-len eval-min-new-tokens eval-tool-
-    key fetch-trajectory-retry-times freeze-params-name-list gamma get-mismatch-metrics group-rm http-proxy
-    keep-old-actor lambd load-debug-rollout-data load-debug-rollout-data-subsample log-correct-samples log-
-    multi-turn log-passrate log-probs-chunk-size log-reward-category loss-mask-type mask-offpolicy-in-partial-
-    rollout megatron-config-path memory-recorder memory-snapshot-dir memory-snapshot-num-steps min-batch-
-    collection-ratio multimodal-keys normalize-advantages num-critic-only-steps offload offload-rollout
-    offload-train only-train-params-name-list opd-kl-coef opd-teacher-ckpt-step opd-teacher-load opd-type
-    opsm-delta over-sampling-batch-size partial-rollout profile-target recompute-loss-function record-memory-
-    history ref-ckpt-step ref-update-interval release-train reset-optimizer-states rm-url rollout-all-samples-
-    process-path rollout-buffer-url rollout-data-postprocess-path rollout-external-engine-addrs rollout-
-    health-check-first-wait rollout-health-check-interval rollout-health-check-timeout rollout-sample-filter-
-    path rollout-sample-hook-path rollout-task-type save-debug-rollout-data save-debug-train-data tb-
-    experiment-name tb-project-name tis-clip tis-clip-low train-env-vars update-weight-buffer-size update-
-    weight-delta-checksum update-weight-delta-encoding update-weight-disk-dir update-weight-disk-keep-files
-    update-weight-local-checkpoint-dir update-weight-mode use-distributed-post use-fault-tolerance use-opd
-    use-opsm use-rollout-entropy use-rollout-routing-replay use-routing-replay use-stateless-adam use-
-    tensorboard use-tis use-unbiased-kl value-clip wandb-always-use-train-step wandb-host wandb-key
+    allgather-cp async-save balance-by-flops buffer-filter-path check-weight-update-equal
+    ci-disable-kl-checker ci-load-grad-norm ci-save-grad-norm ci-test
+    ci-train-rollout-logprob-abs-diff-threshold custom-convert-samples-to-train-data-path
+    custom-eval-rollout-log-function-path custom-loss-function-path
+    custom-megatron-before-log-prob-hook-path custom-megatron-before-train-step-hook-path
+    custom-megatron-init-path custom-model-provider-path custom-reward-post-process-path
+    custom-rollout-log-function-path custom-update-weight-post-write-path data-pad-size-multiplier
+    data-source-path debug-rollout-only disable-compute-advantages-and-returns
+    disable-rollout-global-dataset disable-wandb-random-suffix dump-details dynamic-sampling-filter-path
+    eval-config eval-max-context-len eval-max-prompt-len eval-min-new-tokens eval-tool-key
+    fetch-trajectory-retry-times freeze-params-name-list get-mismatch-metrics group-rm http-proxy
+    keep-old-actor lambd load-debug-rollout-data load-debug-rollout-data-subsample log-correct-samples
+    log-multi-turn log-passrate log-probs-chunk-size log-reward-category loss-mask-type
+    mask-offpolicy-in-partial-rollout megatron-config-path memory-recorder memory-snapshot-dir
+    memory-snapshot-num-steps min-batch-collection-ratio multimodal-keys num-critic-only-steps offload
+    offload-rollout offload-train only-train-params-name-list opd-kl-coef opd-teacher-ckpt-step
+    opd-teacher-load opd-type opsm-delta over-sampling-batch-size partial-rollout profile-target
+    recompute-loss-function record-memory-history ref-ckpt-step ref-update-interval release-train
+    reset-optimizer-states rm-url rollout-all-samples-process-path rollout-buffer-url
+    rollout-data-postprocess-path rollout-external-engine-addrs rollout-health-check-first-wait
+    rollout-health-check-interval rollout-health-check-timeout rollout-sample-filter-path
+    rollout-sample-hook-path rollout-task-type save-debug-rollout-data save-debug-train-data
+    tb-experiment-name tb-project-name train-env-vars update-weight-buffer-size
+    update-weight-delta-checksum update-weight-delta-encoding update-weight-disk-dir
+    update-weight-disk-keep-files update-weight-local-checkpoint-dir update-weight-mode
+    use-distributed-post use-fault-tolerance use-opd use-opsm use-rollout-entropy
+    use-rollout-routing-replay use-routing-replay use-stateless-adam use-tensorboard value-clip
+    wandb-always-use-train-step wandb-host wandb-key
     """.split()  # noqa: SIM905 (a hundred quoted strings read worse)
 )
 
@@ -48,7 +53,7 @@ def add_slime_flags(parser: argparse.ArgumentParser) -> None:
     _rollout(parser.add_argument_group("rollout"))
     _data(parser.add_argument_group("data"))
     _eval(parser.add_argument_group("evaluation"))
-    _algorithm(parser.add_argument_group("algorithm"))
+    add_algorithm_flags(parser.add_argument_group("algorithm"))
     _checkpoint(parser.add_argument_group("model and checkpoints"))
     _tracking(parser.add_argument_group("tracking"))
     _debug(parser.add_argument_group("debug"))
@@ -172,33 +177,6 @@ def _eval(group: argparse._ArgumentGroup) -> None:
     add("--eval-top-p", type=float, metavar="P", help="default: --rollout-top-p")
     add("--eval-top-k", type=int, metavar="K", help="default: --rollout-top-k")
     add("--eval-max-response-len", type=int, metavar="N", help="default: --rollout-max-response-len")
-
-
-def _algorithm(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--loss-type", choices=["policy_loss", "sft_loss"], default="policy_loss", help="default: policy_loss"
-    )
-    add("--advantage-estimator", choices=["grpo"], default="grpo", help="default: grpo")
-    add("--eps-clip", type=float, default=0.2, metavar="E", help="PPO clip range (default: 0.2)")
-    add("--eps-clip-high", type=float, metavar="E", help="upper clip range (default: --eps-clip)")
-    add("--eps-clip-c", type=float, metavar="C", help="dual clip for negative advantages, > 1")
-    add("--kl-coef", type=float, default=0.0, metavar="B", help="KL to the reference taken off the advantage")
-    add("--use-kl-loss", action="store_true", help="KL to the reference as a term of the loss")
-    add("--kl-loss-coef", type=float, default=0.0, metavar="B", help="its weight (default: 0)")
-    add(
-        "--kl-loss-type",
-        choices=["k1", "k2", "k3", "low_var_kl"],
-        default="k1",
-        help="estimator (default: k1)",
-    )
-    add("--entropy-coef", type=float, default=0.0, metavar="C", help="entropy bonus (default: 0)")
-    add("--disable-grpo-std-normalization", action="store_false", dest="grpo_std_normalization",
-        help="do not divide by the group's standard deviation (Dr.GRPO)")  # fmt: skip
-    add("--disable-rewards-normalization", action="store_false", dest="rewards_normalization",
-        help="train on the rewards as graded")  # fmt: skip
-    add("--calculate-per-token-loss", action="store_true", help="mean over all tokens, not over samples")
-    add("--use-rollout-logprobs", action="store_true", help="take the engine's log-probs as the old ones")
 
 
 def _checkpoint(group: argparse._ArgumentGroup) -> None:

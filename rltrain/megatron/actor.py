@@ -16,6 +16,7 @@ from rltrain.algorithms.reduce import token_weights
 from rltrain.data.batch import TrainBatch
 from rltrain.data.packing import Bin, pack, plan_step
 from rltrain.data.trainable import Flat, TrainableTokens
+from rltrain.megatron.advantages import advantages
 from rltrain.megatron.checkpoint import TrainState, save_checkpoint
 from rltrain.megatron.device import device, megatron_scope
 from rltrain.megatron.forward_backward import forward_backward, forward_log_probs
@@ -68,11 +69,12 @@ class MegatronTrainActor:
         steps = np.array_split(np.arange(len(batch)), self.args.num_steps_per_rollout)
         plans = [self._plan(batch, trainable, step) for step in steps]
         values = self._token_values(batch, trainable, steps)
-        self._add_log_probs(values, batch, trainable, plans)
+        if self.args.loss_type == "policy_loss":
+            self._add_policy_values(values, batch, trainable, plans)
         sums, updates = [], []
         for number, plan in enumerate(plans):
             if number == 1:  # after the first step the weights are not those that sampled: nothing to compare
-                values.pop("rollout_log_probs", None)
+                values.pop("compared_log_probs", None)
             micro_batches = [self._micro_batch(batch, trainable, indices, values) for indices in plan]
             sums.append(forward_backward(self.wrapped_model, micro_batches, self.shape, self.args))
             updates.append(self._optimizer_step())
@@ -112,7 +114,7 @@ class MegatronTrainActor:
         self._event("weights_updated", version=version)
 
     def _load_reference(self) -> ReferenceWeights | None:
-        if self.args.loss_type != "policy_loss" or not self.args.use_kl_loss:
+        if self.args.loss_type != "policy_loss" or not (self.args.use_kl_loss or self.args.kl_coef):
             return None
         load_source(self.model, self.shape, reference_source(self.args))
         return ReferenceWeights(self.model)
@@ -138,37 +140,41 @@ class MegatronTrainActor:
         per_token = self.args.calculate_per_token_loss
         weights = [token_weights([batch.loss_masks[i] for i in step], per_token=per_token) for step in steps]
         values = {"weights": trainable.spread(np.concatenate(weights))}
-        if self.args.loss_type == "policy_loss":
-            missing = [
-                i for i in range(len(batch)) if trainable.count(i) and np.isnan(batch.train_rewards[i])
-            ]
-            if missing:
-                raise ValueError(f"samples {missing} have no reward (or NaN) but are trained on")
-            values["advantages"] = trainable.spread(batch.train_rewards)
         if batch.rollout_log_probs is not None:
             values["rollout_log_probs"] = trainable.select(batch.rollout_log_probs)
+            values["compared_log_probs"] = values["rollout_log_probs"]
+        if self.args.custom_pg_loss_reducer_function_path:
+            counts = [sum(trainable.count(i) for i in step) if per_token else len(step) for step in steps]
+            shares = [np.full(len(step), 1 / max(1, n)) for step, n in zip(steps, counts, strict=True)]
+            values["normalizer"] = trainable.spread(np.concatenate(shares))
         return values
 
-    def _add_log_probs(
+    def _add_policy_values(
         self,
         values: dict[str, Flat],
         batch: TrainBatch,
         trainable: TrainableTokens,
         plans: list[tuple[Bin, ...]],
     ) -> None:
-        """Add what the loss needs of other policies: the reference, and the one before the first step."""
-        if self.args.loss_type != "policy_loss":
-            return
+        """Add log-probs of other policies (the reference; the one before the first step) and the advantages."""
+        args = self.args
         samples = [i for plan in plans for micro_batch in plan for i in micro_batch]
+        if "rollout_log_probs" not in values and (args.use_rollout_logprobs or args.use_tis):
+            flag = "--use-tis" if args.use_tis else "--use-rollout-logprobs"
+            raise ValueError(f"{flag}, but the rollout has no log-probs")
         if self._reference is not None:
             with self._reference.in_place_of(self.model):
                 values["ref_log_probs"] = self._log_probs(batch, trainable, samples)
-        if self.args.use_rollout_logprobs:
-            if "rollout_log_probs" not in values:
-                raise ValueError("--use-rollout-logprobs, but the rollout has no log-probs")
+        if args.use_rollout_logprobs:
             values["old_log_probs"] = values["rollout_log_probs"]
-        elif len(plans) > 1:  # with one step they are the current log-probs, see `loss.token_loss`
+        elif len(plans) > 1 or args.kl_coef or args.custom_advantage_function_path:
             values["old_log_probs"] = self._log_probs(batch, trainable, samples)
+        values["advantages"] = advantages(
+            args, batch, trainable, samples, values, parallel_state.get_data_parallel_group()
+        )
+        if len(plans) == 1 and not args.use_rollout_logprobs:
+            # The current log-probs, see `loss.policy_token_loss`: exactly, whatever the micro-batches were.
+            values.pop("old_log_probs", None)
 
     def _log_probs(self, batch: TrainBatch, trainable: TrainableTokens, samples: list[int]) -> Flat:
         """log π of this rank's samples; other samples' entries are empty."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from rltrain.arguments.hf_config import ModelShape
 from rltrain.megatron.device import megatron_scope, model_scope
 from rltrain.megatron.log_probs import log_probs_and_entropy
-from rltrain.megatron.loss import Sums, add_up, metric_sums, token_loss
+from rltrain.megatron.loss import Sums, add_up, micro_batch_loss
 from rltrain.megatron.micro_batch import MicroBatch
 
 LossFunc = Callable[..., Any]
@@ -54,11 +54,9 @@ def forward_backward(
     temperature = 1.0 if args.loss_type == "sft_loss" else args.rollout_temperature
 
     def loss_func(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Sums]:
-        values = micro_batch.values
         log_probs, entropy = _statistics(micro_batch, logits, shape, temperature)
-        result = token_loss(args, log_probs, entropy, values)
-        loss = (result.loss @ values["weights"]) * undo
-        return loss, metric_sums(result.metrics, log_probs.detach(), values)
+        loss, sums = micro_batch_loss(args, log_probs, entropy, micro_batch.values, micro_batch.responses)
+        return loss * undo, sums
 
     return add_up(_run(model, micro_batches, loss_func, forward_only=False))
 

@@ -10,7 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rltrain.algorithms.kl import approximate_kl
-from rltrain.algorithms.policy import clipped_policy_loss
+from rltrain.algorithms.mismatch import tis
+from rltrain.algorithms.policy import PolicyLoss, cispo_loss, clipped_policy_loss, sequence_log_ratio
+from rltrain.functions import load_function
+from rltrain.megatron.responses import Responses
 
 Sums = dict[str, Tensor]  # scalars that add up over micro-batches and ranks; of `…_max` the largest counts
 
@@ -23,44 +26,151 @@ class TokenLoss:
 
     loss: Tensor  # [n], carries gradients
     metrics: dict[str, Tensor]  # [n] each, detached
+    pg_loss: Tensor | None = None  # [n]: left out of `loss`, because a custom function reduces it
+    kept: Tensor | None = None  # [n]: 0 where a correction threw the token out
 
 
-def token_loss(
-    args: argparse.Namespace, log_probs: Tensor, entropy: Tensor, values: dict[str, Tensor]
-) -> TokenLoss:
-    """The loss that `args.loss_type` names.
+def micro_batch_loss(
+    args: argparse.Namespace,
+    log_probs: Tensor,
+    entropy: Tensor,
+    values: dict[str, Tensor],
+    responses: Responses,
+) -> tuple[Tensor, Sums]:
+    """The loss that `args.loss_type` names, as this micro-batch's share of the optimizer step's loss.
 
     Args:
         log_probs: log π of the sampled tokens, [n].
         entropy: Entropy of the distribution at each token, [n].
-        values: `advantages`; and where they apply `old_log_probs`, `ref_log_probs`. All [n].
+        values: `weights` of the tokens in the loss; for a policy loss `advantages`, and where they apply
+            `old_log_probs`, `ref_log_probs`, `rollout_log_probs`, `compared_log_probs`, `normalizer`. All [n].
+
+    Returns:
+        A scalar with gradients, and the sums for the metrics.
     """
     if args.loss_type == "sft_loss":
-        return TokenLoss(-log_probs, {"loss": -log_probs.detach(), "entropy": entropy.detach()})
+        result = TokenLoss(-log_probs, {"loss": -log_probs.detach(), "entropy": entropy.detach()})
+    else:
+        result = policy_token_loss(args, log_probs, entropy, values, responses)
+    sums = metric_sums(result.metrics, log_probs.detach(), values)
+    loss = result.loss @ values["weights"]
+    if result.pg_loss is not None:
+        pg_loss = _custom_reduction(args, result, values, responses)
+        loss = loss + pg_loss
+        sums["pg_loss"] = pg_loss.detach()
+        sums["loss"] = loss.detach()
+    return loss, sums
+
+
+def policy_token_loss(
+    args: argparse.Namespace,
+    log_probs: Tensor,
+    entropy: Tensor,
+    values: dict[str, Tensor],
+    responses: Responses,
+) -> TokenLoss:
+    """The policy loss of each token with its KL and entropy terms; arguments as for `micro_batch_loss`."""
     # With one optimizer step a rollout the policy that is trained is the one that sampled: its old log-probs
     # are the current ones, and a forward pass to compute them would only repeat this one.
     old_log_probs = values.get("old_log_probs", log_probs.detach())
-    policy = clipped_policy_loss(
-        log_probs,
-        old_log_probs,
-        values["advantages"],
-        eps_clip=args.eps_clip,
-        eps_clip_high=args.eps_clip_high,
-        eps_clip_c=args.eps_clip_c,
-    )
-    loss = policy.loss
+    policy, log_ratio = _policy_loss(args, log_probs, old_log_probs, values["advantages"], responses)
+    kept = torch.ones_like(log_probs)
+    extra: dict[str, Tensor] = {}
+    pg_loss = policy.loss
+    if args.use_tis:
+        pg_loss, kept, extra = _correct_mismatch(args, pg_loss, old_log_probs, values, responses)
+        extra["ois"] = log_ratio.exp()
     metrics = {
-        "pg_loss": policy.loss,
-        "pg_clipfrac": policy.clipped,
-        "ppo_kl": old_log_probs - log_probs,
-        "entropy": entropy,
+        "pg_loss": pg_loss * kept,
+        "pg_clipfrac": policy.clipped * kept,
+        "ppo_kl": -log_ratio * kept,
+        "entropy": entropy * kept,
     }
+    terms = torch.zeros_like(log_probs)
     if args.entropy_coef:
-        loss = loss - args.entropy_coef * entropy
-    if "ref_log_probs" in values:
-        metrics["kl_loss"] = approximate_kl(log_probs, values["ref_log_probs"], args.kl_loss_type)
-        loss = loss + args.kl_loss_coef * metrics["kl_loss"]
-    return TokenLoss(loss, {name: value.detach() for name, value in {"loss": loss, **metrics}.items()})
+        terms = terms - args.entropy_coef * metrics["entropy"]
+    if "ref_log_probs" in values and args.use_kl_loss:
+        ratio = (log_probs - old_log_probs).exp() if args.use_unbiased_kl else None
+        kl = approximate_kl(log_probs, values["ref_log_probs"], args.kl_loss_type, ratio)
+        metrics["kl_loss"] = kl * kept
+        terms = terms + args.kl_loss_coef * metrics["kl_loss"]
+    loss = metrics["pg_loss"] + terms
+    detached = {name: value.detach() for name, value in {"loss": loss, **metrics, **extra}.items()}
+    if args.custom_pg_loss_reducer_function_path:
+        return TokenLoss(terms, detached, pg_loss=pg_loss, kept=kept)
+    return TokenLoss(loss, detached)
+
+
+def _policy_loss(
+    args: argparse.Namespace,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    responses: Responses,
+) -> tuple[PolicyLoss, Tensor]:
+    """The estimator's loss, and the log-ratio that it is made of."""
+    clip = {"eps_clip": args.eps_clip, "eps_clip_high": args.eps_clip_high}
+    log_ratio = log_probs - old_log_probs
+    if args.advantage_estimator == "cispo":
+        return cispo_loss(log_probs, old_log_probs, advantages, **clip), log_ratio
+    if args.advantage_estimator == "gspo":
+        log_ratio = sequence_log_ratio(log_probs, old_log_probs, responses.counts(log_probs.device))
+        loss = clipped_policy_loss(
+            log_ratio, torch.zeros_like(log_ratio), advantages, eps_clip_c=args.eps_clip_c, **clip
+        )
+        return loss, log_ratio
+    return clipped_policy_loss(
+        log_probs, old_log_probs, advantages, eps_clip_c=args.eps_clip_c, **clip
+    ), log_ratio
+
+
+def _correct_mismatch(
+    args: argparse.Namespace,
+    pg_loss: Tensor,
+    train_log_probs: Tensor,
+    values: dict[str, Tensor],
+    responses: Responses,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The loss after --use-tis, which tokens it keeps (1 or 0), and the correction's metrics. All [n]."""
+    path = args.custom_tis_function_path
+    function = load_function(path, flag="--custom-tis-function-path") if path else tis
+    corrected, masks, metrics = function(
+        args=args,
+        pg_loss=responses.expand(pg_loss),
+        train_log_probs=responses.split(responses.expand(train_log_probs)),
+        rollout_log_probs=responses.split(responses.expand(values["rollout_log_probs"])),
+        loss_masks=responses.loss_masks,
+        total_lengths=responses.total_lengths,
+        response_lengths=responses.response_lengths,
+    )
+    kept = torch.cat([pg_loss.new_zeros(0), *(mask.to(pg_loss.dtype) for mask in masks)])
+    for name, tensor in {"pg_loss": corrected, "loss_masks": kept, **metrics}.items():
+        if tensor.shape != (sum(responses.response_lengths),):
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, where one value a response token,"
+                f" {sum(responses.response_lengths)}, is wanted"
+            )
+    collapse = responses.collapse
+    return collapse(corrected), collapse(kept), {name: collapse(value) for name, value in metrics.items()}
+
+
+def _custom_reduction(
+    args: argparse.Namespace, result: TokenLoss, values: dict[str, Tensor], responses: Responses
+) -> Tensor:
+    """What --custom-pg-loss-reducer-function-path makes of the policy loss, over the step's samples or tokens."""
+    assert result.pg_loss is not None and result.kept is not None
+    if not len(result.pg_loss):
+        return result.pg_loss.sum()
+    path = args.custom_pg_loss_reducer_function_path
+    make_reducer = load_function(path, flag="--custom-pg-loss-reducer-function-path")
+    masks = responses.split(responses.expand(result.kept))
+    reduce = make_reducer(
+        responses.total_lengths, responses.response_lengths, masks, args.calculate_per_token_loss
+    )
+    reduced = reduce(responses.expand(result.pg_loss))
+    if not isinstance(reduced, Tensor) or reduced.ndim:
+        raise ValueError(f"{path}: its reducer returned {reduced!r}, where a scalar tensor is wanted")
+    return reduced * values["normalizer"][0]
 
 
 def metric_sums(metrics: dict[str, Tensor], log_probs: Tensor, values: dict[str, Tensor]) -> Sums:
@@ -69,11 +179,11 @@ def metric_sums(metrics: dict[str, Tensor], log_probs: Tensor, values: dict[str,
     Args:
         metrics: [n] each.
         log_probs: log π, [n], detached.
-        values: `weights`, and `rollout_log_probs` where they are to be compared. Both [n].
+        values: `weights`, and `compared_log_probs`, the engine's, where they are to be compared. Both [n].
     """
     sums = {name: value @ values["weights"] for name, value in metrics.items()}
-    if "rollout_log_probs" in values:
-        difference = (log_probs - values["rollout_log_probs"]).abs()
+    if "compared_log_probs" in values:
+        difference = (log_probs - values["compared_log_probs"]).abs()
         sums["logprob_abs_diff"] = difference.sum()
         sums["logprob_abs_diff_max"] = torch.cat([difference, difference.new_zeros(1)]).max()
         sums[_COMPARED] = torch.ones_like(difference).sum()

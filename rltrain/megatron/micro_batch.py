@@ -16,6 +16,7 @@ from torch import Tensor
 from rltrain.data.batch import TrainBatch
 from rltrain.data.trainable import Flat, TrainableTokens
 from rltrain.megatron.attention import PackedSequences
+from rltrain.megatron.responses import Responses
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class MicroBatch:
     rows: Tensor  # [n] int64: positions in `tokens` whose logits predict `targets`
     targets: Tensor  # [n] int64
     values: dict[str, Tensor]  # [n] float32 each: per-token inputs of the loss, by name
+    responses: Responses
 
 
 def computed_length(tokens: NDArray[np.int32]) -> int:
@@ -70,4 +72,5 @@ def build_micro_batch(
         rows=tensor(rows, np.int64),
         targets=tensor(targets, np.int64),
         values={name: tensor([flat[i] for i in order], np.float32) for name, flat in values.items()},
+        responses=Responses.of(batch, order, device),
     )

@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow as pa
 
 from hpc.layout import RunLayout
-from rltrain.algorithms.grpo import normalize_rewards
 from rltrain.data.source import RolloutDataSource
 from rltrain.functions import load_function
 from rltrain.rollout.base_types import as_eval_output, as_train_output
 from rltrain.rollout.metrics import batch_metrics, eval_metrics
+from rltrain.rollout.normalize import train_rewards
 from rltrain.rollout.parquet import read_table, write_table
 from rltrain.sample import Sample
 from rltrain.schema import TRAIN_COLUMNS, samples_to_table
@@ -130,12 +130,7 @@ class RolloutManager:
         )
 
     def _train_rewards(self, samples: list[Sample], rewards: list[float | None]) -> list[float]:
-        values = [0.0 if reward is None else float(reward) for reward in rewards]
-        if not self._args.rewards_normalization:
-            return values
-        groups = [sample.group_index for sample in samples]
-        graded = [reward is not None for reward in rewards]
-        return normalize_rewards(values, groups, std=self._args.grpo_std_normalization, mask=graded)
+        return train_rewards(self._args, [sample.group_index for sample in samples], rewards)
 
 
 async def _call(function: Callable[..., Any], *args: Any, evaluation: bool) -> Any:
