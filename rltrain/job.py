@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
 from typing import TypeVar
 
+import pyarrow as pa
 import torch.distributed as dist
 
 from rltrain.megatron.distributed import control_group
@@ -19,6 +22,8 @@ from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.tracking import Tracker
 
 T = TypeVar("T")
+
+_ASK_SECONDS = 1.0  # between two looks whether to stop, while a rollout is generated
 
 # How far the log-probs of trainer and engine may be apart on the same tokens: they compute the same function.
 LOGPROB_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
@@ -48,6 +53,22 @@ class Job:
     def rollout(self, call: Callable[[RolloutClient], T]) -> T:
         """The result of one call to the rollout process."""
         return on_rank_0(lambda: call(self._rollout))  # type: ignore[arg-type]
+
+    def generate(self, rollout_id: int) -> tuple[pa.Table, dict[str, float]] | None:
+        """The batch and the metrics of a rollout; None if the job is asked to stop before it is complete."""
+        return on_rank_0(lambda: self._generate(rollout_id))
+
+    def _generate(self, rollout_id: int) -> tuple[pa.Table, dict[str, float]] | None:
+        assert self._rollout is not None
+        batch: Future[tuple[pa.Table, dict[str, float]]] = Future()
+        # A daemon: a request that nobody waits for any more must not keep this process alive.
+        Thread(target=_fulfil, args=(batch, self._rollout.generate, rollout_id), daemon=True).start()
+        while True:
+            try:
+                return batch.result(timeout=_ASK_SECONDS)
+            except TimeoutError:
+                if not batch.done() and self._registry.stop_requested():
+                    return None
 
     def status(self, phase: str, step: int | None = None) -> None:
         """Tell the live view what the run does now."""
@@ -85,6 +106,13 @@ class Job:
         """Flush the metrics."""
         if self._tracker is not None:
             self._tracker.finish()
+
+
+def _fulfil(future: Future[T], call: Callable[[int], T], argument: int) -> None:
+    try:
+        future.set_result(call(argument))
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def on_rank_0(call: Callable[[], T]) -> T:

@@ -31,7 +31,13 @@ def train(args: argparse.Namespace, actor: MegatronTrainActor, job: Job) -> int:
 
         job.status("generating", rollout_id)
         with timers("rollout"):
-            table, metrics = job.rollout(lambda client, i=rollout_id: client.generate(i))  # type: ignore[misc]
+            batch = job.generate(rollout_id)
+        if batch is None:  # asked to stop: only an unfinished rollout is lost
+            if rollout_id > first and not is_due(args.save_interval, rollout_id - 1):
+                job.status("saving", rollout_id)
+                actor.save(rollout_id - 1)
+            return EXIT_REQUEUE
+        table, metrics = batch
 
         job.status("training", rollout_id)
         with timers("train"):

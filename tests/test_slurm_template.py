@@ -25,8 +25,10 @@ from rltrain import arguments
 from rltrain.arguments import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
-TRAIN = ("--hf-checkpoint=/m --prompt-data=/p --rollout-batch-size=64 --n-samples-per-prompt=8 --num-rollout=9"
-         " --name=golden --runs-dir=/shared/runs").split()  # noqa: SIM905  # fmt: skip
+TRAIN = [
+    *("--name=golden", "--runs-dir=/shared/runs", "--hf-checkpoint=/m", "--prompt-data=/p"),
+    *("--rollout-batch-size=64", "--n-samples-per-prompt=8", "--num-rollout=9"),
+]
 CASES = {
     "het": ["--partition=gpu", "--nodes=4"],
     "plain": ["--partition=gpu", "--nodes=2", "--placement=plain", "--time=1:00:00"],
