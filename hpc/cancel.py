@@ -67,12 +67,12 @@ def _cancel_jobs(layout: RunLayout, jobs: dict[str, JobState], now: bool, client
     elif running:
         # What Ctrl-C is on this machine: scancel itself would leave no more than KillWait for saving.
         client.run("scancel", "--batch", "--signal=INT", *running)
-    names = f"job{'s' * (len(jobs) > 1)} {', '.join(jobs)}"
+    who = f"{layout.name} (job{'s' * (len(jobs) > 1)} {', '.join(jobs)})"
     if not running:
-        return f"{layout.name}: cancelled {names}, which had not begun. {_resumable(layout)}"
+        return f"{who} was cancelled before it had begun. {_resumable(layout)}"
     if now:
-        return f"{layout.name}: cancelled {names} without saving. {_resumable(layout)}"
-    return f"{layout.name}: {names}: {_asked(layout)}"
+        return f"{who} was stopped without saving. {_resumable(layout)}"
+    return f"{who} {_asked(layout)}"
 
 
 def _cancel_here(layout: RunLayout, holder: Holder, now: bool) -> str:
@@ -92,7 +92,7 @@ def _cancel_here(layout: RunLayout, holder: Holder, now: bool) -> str:
         ) from None
     except ProcessLookupError:
         return f"{layout.name} has just ended."
-    return f"{layout.name}: {_asked(layout)}"
+    return f"{layout.name} {_asked(layout)}"
 
 
 def _stop_now(layout: RunLayout, holder: Holder) -> None:
@@ -119,12 +119,12 @@ def _until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def _asked(layout: RunLayout) -> str:
-    shows = f"`python -m hpc.logs {layout.name} -f` shows the end."
-    return f"asked to stop: it finishes its step and saves. {shows} {_resumable(layout)}"
+    shows = f"`{cli.command('logs', layout, '-f')}` shows the end."
+    return f"was asked to stop: it finishes its step and saves. {shows} {_resumable(layout)}"
 
 
 def _resumable(layout: RunLayout) -> str:
-    return f"`python -m hpc.resubmit {layout.name}` resumes it from its last checkpoint."
+    return f"`{cli.command('resubmit', layout)}` resumes it from its last checkpoint."
 
 
 def _explain_idle(record: RunRecord, slurm: SlurmView) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpc.layout import RunLayout
 from rltrain.arguments.errors import UserError
 
 EXIT_OK, EXIT_FAIL, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -38,6 +40,13 @@ def add_runs_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs lie (default: ./runs)"
     )
+
+
+def command(verb: str, layout: RunLayout, *words: str) -> str:
+    """A command line that a person can copy: `python -m hpc.VERB RUN`, with `--runs-dir` if it takes that."""
+    here = layout.root.parent == Path("runs").absolute()
+    place = [] if here else ["--runs-dir", shlex.quote(str(layout.root.parent))]
+    return " ".join(["python -m", f"hpc.{verb}", layout.name, *words, *place])
 
 
 def run_main(main: Callable[[list[str]], int]) -> int:

@@ -8,7 +8,6 @@ when the one before it has ended; the rest of them end at once when the run is f
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +73,7 @@ def refuse_active(layout: RunLayout) -> None:
         where = f"as job {status.job_id}" if status.slurm_state else "on this machine"
         raise UserError(
             f"{layout.name} is {status.state} {where}, so there is nothing to resubmit. To stop it:"
-            f" python -m hpc.cancel {layout.name} --runs-dir {shlex.quote(str(layout.root.parent))}"
+            f" {cli.command('cancel', layout)}"
         )
 
 

@@ -100,7 +100,7 @@ def test_every_job_that_is_alive_is_cancelled_the_spare_first(tmp_path: Path) ->
 def test_a_job_that_waits(tmp_path: Path) -> None:
     layout = submitted_to_slurm(make_run(tmp_path, "x"), "28")
     client = Slurm(squeue=[squeue_row("28", "PENDING")])
-    assert "had not begun" in cancel(layout.root, client=client)
+    assert "before it had begun" in cancel(layout.root, client=client)
     assert [call for call in client.calls if call[0] == "scancel"] == [("scancel", "28")]
 
 
