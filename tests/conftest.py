@@ -13,7 +13,7 @@ from tiny_model import make_model
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-pytest_plugins = ["slurm_fixture"]
+pytest_plugins = ["slurm_fixture", "local_job"]
 
 TOKEN = "test-token-0123456789"
 

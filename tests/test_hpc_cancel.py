@@ -7,29 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from local_job import Job, wait_until
 from test_hpc_runs import make_run
 from test_hpc_status import Slurm, sacct_row, squeue_row, submitted_to_slurm
-from test_submit_local import Job, wait_until
 
 from hpc.cancel import cancel
 from hpc.layout import RunLayout
 from hpc.lock import hold_lock
 from hpc.slurm.client import SlurmUnavailableError
 from rltrain.arguments.errors import UserError
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Iterator[Job]:
-    it = Job(tmp_path)
-    yield it
-    for pid in it.living():
-        os.kill(pid, signal.SIGKILL)
-    for process in it.started:
-        process.communicate()
 
 
 def test_orderly_stop_saves_and_can_be_resumed(job: Job) -> None:

@@ -9,12 +9,11 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from local_job import Job, wait_until
 from test_hpc_runs import make_run
-from test_submit_local import Job, wait_until
 
 from hpc import logs
 from hpc.layout import RunLayout
@@ -22,16 +21,6 @@ from hpc.lock import hold_lock
 from hpc.log_files import LogFile
 from hpc.terminal import safe_text
 from rltrain.arguments.errors import UserError
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Iterator[Job]:
-    it = Job(tmp_path)
-    yield it
-    for pid in it.living():
-        os.kill(pid, signal.SIGKILL)
-    for process in it.started:
-        process.communicate()
 
 
 @pytest.fixture

@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from local_job import SERVICES, Job, wait_until
 from test_hpc_runs import make_run
 from test_hpc_status import submitted_to_slurm
-from test_submit_local import SERVICES, Job, wait_until
 
 from hpc.layout import RunLayout
 from hpc.resubmit import merge_options, refuse_active, resubmit
@@ -35,16 +34,6 @@ constraint = "ib"
 [train]
 num_rollout = 10
 """
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Iterator[Job]:
-    it = Job(tmp_path)
-    yield it
-    for pid in it.living():
-        os.kill(pid, signal.SIGKILL)
-    for process in it.started:
-        process.communicate()
 
 
 @pytest.fixture
