@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from hpc.layout import RunLayout
@@ -29,14 +30,23 @@ class Tracker:
         """Record the metrics of a step; -1 stands for before the first."""
         row = {"step": step, "attempt": self._attempt, "time": time.time(), **metrics}
         self._file.write(json.dumps(row) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **metrics})
+        self._to_wandb(lambda run: run.log({"step": step, **metrics}))
 
     def finish(self) -> None:
         """Flush and close both."""
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._to_wandb(lambda run: run.finish())
+
+    def _to_wandb(self, call: Callable[[Any], object]) -> None:
+        """W&B's own process may be gone, as it dies of the signal by which Slurm announces a preemption. That must not
+        keep the trainer from saving."""
+        if self._wandb is None:
+            return
+        try:
+            call(self._wandb)
+        except Exception as error:
+            print(f"W&B takes no more metrics ({error!r}); all are in {self._file.name}", flush=True)
+            self._wandb = None
 
 
 def wandb_mode(args: argparse.Namespace) -> Any:

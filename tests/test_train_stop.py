@@ -1,15 +1,19 @@
-"""A stop that is asked for while a rollout is generated does not wait for the rollout."""
+"""A stop does not wait for an unfinished rollout, and saving does not depend on W&B."""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from hpc.layout import RunLayout
 from rltrain import job as job_module
 from rltrain.job import Job
+from rltrain.tracking import Tracker
 
 
 @pytest.fixture
@@ -48,3 +52,19 @@ def test_errors_are_passed_on(make_job) -> None:
 
     with pytest.raises(RuntimeError, match="no prompts"):
         make_job(broken).generate(0)
+
+
+def test_metrics_are_kept_when_wandb_has_died(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*args: object) -> None:
+        raise ConnectionResetError("Connection lost")
+
+    tracker = Tracker(SimpleNamespace(wandb_mode="disabled"), RunLayout(tmp_path), 0)  # type: ignore[arg-type]
+    tracker._wandb = SimpleNamespace(log=broken, finish=broken)
+    tracker.log(0, {"a": 1.0})
+    tracker.log(1, {"a": 2.0})
+    tracker.finish()
+    assert [json.loads(line)["a"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        1.0,
+        2.0,
+    ]
+    assert capsys.readouterr().out.count("W&B takes no more metrics") == 1
