@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -44,9 +45,23 @@ def add_runs_dir(parser: argparse.ArgumentParser) -> None:
 
 def command(verb: str, layout: RunLayout, *words: str) -> str:
     """A command line that a person can copy: `python -m hpc.VERB RUN`, with `--runs-dir` if it takes that."""
-    here = layout.root.parent == Path("runs").absolute()
-    place = [] if here else ["--runs-dir", shlex.quote(str(layout.root.parent))]
-    return " ".join(["python -m", f"hpc.{verb}", layout.name, *words, *place])
+    place = shlex.quote(str(shown(layout.root.parent)))
+    where = [] if place == "runs" else ["--runs-dir", place]
+    return " ".join([python_command(), "-m", f"hpc.{verb}", layout.name, *words, *where])
+
+
+def python_command() -> str:
+    """What to type for the Python that runs this: `python`, unless that is another one."""
+    ours = (
+        Path(sys.executable).absolute().with_name("python")
+    )  # python3 and python3.11 beside it are the same
+    found = shutil.which("python")
+    return "python" if found and Path(found).absolute() == ours else shlex.quote(str(shown(ours)))
+
+
+def shown(path: Path) -> Path:
+    """The path as one would type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def run_main(main: Callable[[list[str]], int]) -> int:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+from hpc.cli import command, python_command, shown
 from hpc.feed import RunFeed, RunState
 from hpc.layout import RunLayout
 from hpc.view import clock
@@ -48,22 +47,8 @@ def next_commands(layout: RunLayout, finished: bool, num_rollout: int) -> list[t
         ("notebook", lab),
         ("pandas", f"{python} -c {_load_and('print(run.steps)', layout)}"),
         more,
-        ("logs", f"ls {run}/logs/latest"),
+        ("logs", command("logs", layout)),
     ]
-
-
-def python_command() -> str:
-    """What to type for the Python that runs this: `python`, unless that is another one."""
-    ours = (
-        Path(sys.executable).absolute().with_name("python")
-    )  # python3 and python3.11 beside it are the same
-    found = shutil.which("python")
-    return "python" if found and Path(found).absolute() == ours else shlex.quote(str(shown(ours)))
-
-
-def shown(path: Path) -> Path:
-    """The path as one would type it here."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _load_and(statement: str, layout: RunLayout) -> str:
@@ -88,5 +73,5 @@ def print_summary(layout: RunLayout, num_rollout: int, seconds: float) -> None:
         table.add_row(*row)
     console.print(table, soft_wrap=True)
     console.print("next:", **options)
-    for label, command in next_commands(layout, finished, num_rollout):
-        console.print(f"  {label + ':':9} {command}", **options)
+    for label, line in next_commands(layout, finished, num_rollout):
+        console.print(f"  {label + ':':9} {line}", **options)

@@ -63,6 +63,7 @@ def test_starting_up_is_light(verb: str) -> None:
 
 def test_commands_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "python_command", lambda: "python")
     assert cli.command("logs", RunLayout(tmp_path / "runs" / "x"), "-f") == "python -m hpc.logs x -f"
     elsewhere = RunLayout(Path("/data/my runs/x"))
     assert cli.command("logs", elsewhere) == "python -m hpc.logs x --runs-dir '/data/my runs'"

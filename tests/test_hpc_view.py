@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hpc import summary, view
+from hpc import cli, summary, view
 from hpc.feed import JsonLines, RunFeed, RunState
 from hpc.layout import RunLayout
 
@@ -162,9 +162,9 @@ def test_next_commands_survive_the_shell(
 def test_commands_name_the_python_that_has_our_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = Path(sys.executable).absolute().parent
     monkeypatch.setenv("PATH", f"{ours}:/usr/bin")
-    assert summary.python_command() == "python"
+    assert cli.python_command() == "python"
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.chdir(ours.parent)
-    assert summary.python_command() == f"{ours.name}/python"
+    assert cli.python_command() == f"{ours.name}/python"
     monkeypatch.chdir("/")
-    assert Path("/", summary.python_command()).samefile(sys.executable)
+    assert Path("/", cli.python_command()).samefile(sys.executable)
