@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from hpc.doctor.machine import check_address, check_open_files, check_ports, che
 from hpc.doctor.packages import check_packages, check_python, problem_with
 from hpc.doctor.probe import judge, read_answers
 from hpc.doctor.storage import check_shared, check_storage
+from hpc.doctor.tracking import check_tracking
 from hpc.shared_dir import filesystem_type
 from hpc.slurm.cluster import parse_nodes, parse_partitions
 from hpc.slurm.facts import ClusterFacts
@@ -245,6 +247,24 @@ def test_what_nodes_say() -> None:
 def test_answers_among_other_output() -> None:
     text = 'Welcome to n1!\nSLURMLIME_PROBE {"host": "n1"}\nsrun: done\nSLURMLIME_PROBE {"host": "n2"}\n'
     assert [each["host"] for each in read_answers(text)] == ["n1", "n2"]
+
+
+def test_wandb_key(tmp_path: Path) -> None:
+    netrc = tmp_path / "netrc"
+
+    def level(env: dict[str, str], **fields: object) -> str:
+        args = argparse.Namespace(**{"use_wandb": True, "wandb_mode": None, **fields})
+        return check_tracking(args, env, netrc).level
+
+    assert level({}) == "fail"
+    assert level({}, use_wandb=False) == level({}, wandb_mode="offline") == "ok"
+    assert level({"WANDB_API_KEY": "x"}) == level({"WANDB_MODE": "offline"}) == "ok"
+    netrc.write_text("machine api.wandb.ai\n  login user\n  password x\n")
+    netrc.chmod(0o644)
+    assert level({}) == "warn"
+    netrc.chmod(0o600)
+    assert level({}) == "ok"
+    assert level({"WANDB_BASE_URL": "https://wandb.example.org"}) == "fail"
 
 
 def run_doctor(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:

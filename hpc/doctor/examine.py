@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
 from hpc import config, run_dir
 from hpc import flags as flag_data
 from hpc.config import Request, SubmitOptions
-from hpc.doctor import cluster, machine, memory, memory_fit, packages, probe, storage
+from hpc.doctor import cluster, machine, memory, memory_fit, packages, probe, storage, tracking
 from hpc.doctor.check import Check, fail, ok, warn
 from hpc.doctor.memory_fit import Memory
 from hpc.flags import Flags
@@ -85,7 +87,8 @@ def _describe_batch(args: argparse.Namespace) -> Check:
 
 def _describe_inputs(args: argparse.Namespace) -> list[Check]:
     found = ok("input files", f"model {args.hf_checkpoint}, prompts {args.prompt_data}")
-    return [found, *_check_saving(args)]
+    wandb = tracking.check_tracking(args, os.environ, Path.home() / ".netrc")
+    return [found, *_check_saving(args), wandb]
 
 
 def _check_saving(args: argparse.Namespace) -> list[Check]:
