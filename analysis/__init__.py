@@ -10,6 +10,7 @@ from analysis._groups import pass_at_k
 from analysis._load import load_run, load_runs
 from analysis._run import Run
 from analysis._runs import Runs
+from analysis._wandb import load_wandb
 
 __all__ = [
     "DamagedFileError",
@@ -19,5 +20,6 @@ __all__ = [
     "Runs",
     "load_run",
     "load_runs",
+    "load_wandb",
     "pass_at_k",
 ]

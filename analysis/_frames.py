@@ -12,14 +12,20 @@ EVENT_KEYS = ["time", "attempt", "kind", "role", "index"]
 PHASES = ["generate", "reward", "train", "update_weights", "save"]
 
 
-def steps_frame(rows: Sequence[dict[str, Any]], *, every_attempt: bool = False) -> pd.DataFrame:
+def metric_rows(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Lines of metrics as a frame; those without a step are left out."""
+    rows = [{"attempt": 0, **row} for row in rows if "step" in row]
+    return pd.DataFrame(rows, columns=_columns(rows, STEP_KEYS))
+
+
+def steps_frame(rows: pd.DataFrame, *, every_attempt: bool = False) -> pd.DataFrame:
     """One row a step, ascending; of a step that several attempts trained, the newest attempt's row (or all)."""
-    newest: dict[tuple[int, int], dict[str, Any]] = {}
-    for row in sorted((row for row in rows if "step" in row), key=lambda row: row.get("attempt", 0)):
-        key = (int(row["step"]), int(row.get("attempt", 0)) if every_attempt else 0)
-        newest[key] = {"attempt": 0, **row}
-    frame = _frame([newest[key] for key in sorted(newest)], STEP_KEYS)
-    return frame.astype({"step": "int64", "attempt": "int64"})
+    others = [name for name in rows if name not in STEP_KEYS]
+    frame = rows.reindex(columns=[*STEP_KEYS, *others]).astype({"step": "int64", "attempt": "int64"})
+    # Stable: of rows with the same step and attempt, the one written last wins.
+    frame = frame.sort_values(["step", "attempt"], kind="stable")
+    keys = ["step", "attempt"] if every_attempt else ["step"]
+    return _with_time(frame.drop_duplicates(keys, keep="last").reset_index(drop=True))
 
 
 def long_frame(steps: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
@@ -32,7 +38,8 @@ def long_frame(steps: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 
 def events_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One row an event, in order of time; fields that an event kind lacks are missing."""
-    frame = _frame(rows, EVENT_KEYS).astype({"attempt": "Int64", "index": "Int64"})
+    frame = _with_time(pd.DataFrame(list(rows), columns=_columns(rows, EVENT_KEYS)))
+    frame = frame.astype({"attempt": "Int64", "index": "Int64"})
     return frame.sort_values("time", kind="stable", ignore_index=True)
 
 
@@ -52,10 +59,12 @@ def _seconds(steps: pd.DataFrame, phase: str) -> pd.Series:
     return steps.get(f"perf/{phase}_s", pd.Series(0.0, index=steps.index)).astype("float64")
 
 
-def _frame(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame:
-    """`rows` with the columns `keys` first, even if no row has them, and `time` as UTC timestamps."""
-    others = dict.fromkeys(name for row in rows for name in row if name not in keys)
-    frame = pd.DataFrame(list(rows), columns=[*keys, *others])
+def _columns(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*keys, *(name for row in rows for name in row)]))
+
+
+def _with_time(frame: pd.DataFrame) -> pd.DataFrame:
+    """`time` as UTC timestamps."""
     # A float holds seconds since 1970 to a fraction of a microsecond; its further digits are noise.
-    frame["time"] = pd.to_datetime(frame["time"].astype("float64"), unit="s", utc=True).dt.round("us")
-    return frame
+    time = pd.to_datetime(frame["time"].astype("float64"), unit="s", utc=True).dt.round("us")
+    return frame.assign(time=time)

@@ -69,7 +69,7 @@ class Run:
         return long_frame(frame, STEP_KEYS) if long else frame
 
     @cached_property
-    def _metrics(self) -> list[dict[str, Any]]:
+    def _metrics(self) -> pd.DataFrame:
         return self._source.metrics
 
     @cached_property

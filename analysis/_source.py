@@ -9,7 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import pandas as pd
+
 from analysis._errors import damaged
+from analysis._frames import metric_rows
 from analysis._jsonl import read_jsonl
 from hpc.layout import RunLayout
 
@@ -40,8 +43,8 @@ class Source(Protocol):
         """Identity: creation time, git commit, package versions, W&B id."""
 
     @property
-    def metrics(self) -> Rows:
-        """One mapping a step, oldest first, perhaps several of one step."""
+    def metrics(self) -> pd.DataFrame:
+        """One row a step in the order of writing, perhaps several of one step."""
 
     @property
     def events(self) -> Rows:
@@ -87,9 +90,9 @@ class DirectorySource:
         return {**self._object(self.layout.run_json), "status": self._object(self.layout.status)}
 
     @property
-    def metrics(self) -> Rows:
+    def metrics(self) -> pd.DataFrame:
         """Lines of `metrics.jsonl`."""
-        return read_jsonl(self.layout.metrics, strict=self.strict)
+        return metric_rows(read_jsonl(self.layout.metrics, strict=self.strict))
 
     @property
     def events(self) -> Rows:
