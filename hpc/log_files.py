@@ -10,7 +10,7 @@ from pathlib import Path
 from hpc.layout import RunLayout
 
 # In the order in which they are shown: who tells most about an end comes last.
-ROLES = ("router", "engine", "rollout", "trainer", "supervisor")
+ROLES = ("srun", "router", "engine", "rollout", "trainer", "supervisor")
 
 _NAME = re.compile(r"(?P<role>[a-z_]+)(?:-(?P<index>\d+))?")
 _TAIL_BLOCK = 64 * 1024
@@ -87,7 +87,9 @@ def find_logs(layout: RunLayout, attempt: int) -> list[LogFile]:
     """Logs of an attempt in the order of `ROLES`."""
     found = []
     for path in layout.log_dir(attempt).glob("*.log"):
-        if match := _NAME.fullmatch(path.stem):
+        if path.stem.startswith("srun-") and path.stat().st_size:  # what Slurm says of a role's step
+            found.append(LogFile(path, attempt, "srun", None))
+        elif match := _NAME.fullmatch(path.stem):
             index = int(match["index"]) if match["index"] else None
             found.append(LogFile(path, attempt, match["role"], index))
     return sorted(found, key=_order)

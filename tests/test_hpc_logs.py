@@ -46,6 +46,14 @@ def test_last_lines_of_all_roles_who_says_most_at_the_end(layout: RunLayout) -> 
     assert texts(lines)[-1] == "supervisor 99"
 
 
+def test_what_slurm_says_of_a_step_comes_first(layout: RunLayout) -> None:
+    (layout.log_dir(1) / "srun-trainer-[0-1].log").write_text("srun: error: Unable to create step\n")
+    (layout.log_dir(1) / "srun-engine-0.log").touch()
+    first, second = logs.last_lines(layout.root)[:2]
+    assert (first.name, first.text) == ("srun-trainer-[0-1]", "srun: error: Unable to create step")
+    assert second.name == "engine-0"
+
+
 def test_a_single_log_is_shown_longer(layout: RunLayout) -> None:
     lines = logs.last_lines(layout.root, role="engine", index=1)
     assert texts(lines) == [f"engine-1 {i}" for i in range(50, 100)]

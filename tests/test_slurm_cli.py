@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,33 @@ def test_second_user_on_the_node_is_kept_out(run: FakeRun, idle_cluster: Sandbox
     }  # fmt: skip
     assert json.loads(other)["user"] != 0
     job.cancel()
+
+
+def test_two_jobs_on_one_node_do_not_meet(run: FakeRun) -> None:  # noqa: F811
+    other = FakeRun(run.directory / "other", run.cluster)
+    other.directory.mkdir()
+    place = ("--nodes=1", "--colocate", "--num-gpus-per-node=2", "--slurm.sbatch.nodelist=node1")
+    jobs = [each.detach(*place, "--slurm.sbatch.cpus-per-task=2", steps=1000) for each in (run, other)]
+    for each in (run, other):
+        until(lambda each=each: each.steps(), 30, "the first step")
+    assert {e["host"] for each in (run, other) for e in each.events("role_ready")} == {"node1"}
+    mine, theirs = _environment_of_a_role(run), _environment_of_a_role(other)
+    assert mine["SLURMLIME_TOKEN"] != theirs["SLURMLIME_TOKEN"]
+    codes = {
+        name: _ask(environ["SLURMLIME_REGISTRY"], mine["SLURMLIME_TOKEN"])
+        for name, environ in (("own", mine), ("other", theirs))
+    }
+    assert codes == {"own": 200, "other": 401}
+    for job in jobs:
+        job.cancel()
+
+
+def _ask(registry: str, token: str) -> int:
+    request = urllib.request.Request(f"{registry}/stop", headers={"Authorization": f"Bearer {token}"})
+    try:
+        return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10).status
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 _INTRUDER = """
