@@ -8,6 +8,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from hpc import flags as flag_data
@@ -55,6 +56,8 @@ def submit_run(options: SubmitOptions, given: Flags, to_come: Mapping[str, str] 
         return EXIT_FINISHED
     verb = "resuming" if layout.root.exists() else "starting"
     run_dir.prepare(layout, args, flags)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    run_dir.append_submission(layout, {"job_id": "local", "layout": "local", "submitted": now})
     why = "no Slurm on this machine" if shutil.which("sbatch") is None else "no --partition given"
     print(f"{why}: {verb} {layout.name} here, in {layout.root}", flush=True)
     return _run_here(layout, args, plan)

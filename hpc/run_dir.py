@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -110,6 +111,15 @@ def _write_config(layout: RunLayout, config: dict[str, Any]) -> None:
     import tomli_w
 
     replace_text(layout.config, tomli_w.dumps(config))
+
+
+def append_submission(layout: RunLayout, entry: Mapping[str, object]) -> None:
+    """Add an entry to the run's `job.json`: `job_id`, `layout` (`local` on this machine), `submitted` (ISO 8601) …"""
+    try:
+        entries = json.loads(layout.job.read_text())
+    except FileNotFoundError:
+        entries = []
+    replace_text(layout.job, json.dumps([*entries, entry], indent=2) + "\n")
 
 
 def _next_attempt(layout: RunLayout) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import shutil
 import sys
 from collections.abc import Mapping
@@ -67,13 +66,19 @@ class SlurmJob:
         return self.executor.script()
 
 
-def plan_job(options: SubmitOptions, flags: Flags, to_come: Mapping[str, str] | None = None) -> SlurmJob:
+def plan_job(
+    options: SubmitOptions,
+    flags: Flags,
+    to_come: Mapping[str, str] | None = None,
+    spare_of: str | None = None,
+) -> SlurmJob:
     """Plan a job; writes nothing.
 
     Args:
         options: what was asked of `submit`.
         flags: training flags.
         to_come: see `rltrain.arguments.check_inputs`.
+        spare_of: id of a job that this one continues, however that ends.
 
     Raises:
         UserError: bad input, or an ask that the cluster can't meet.
@@ -85,7 +90,7 @@ def plan_job(options: SubmitOptions, flags: Flags, to_come: Mapping[str, str] | 
     args = arguments.parse(flag_data.to_argv(flags | split.flags()))
     arguments.check_inputs(args, to_come)
     lead = save_lead(JsonLines(options.layout.metrics).read())
-    whole = _whole_job_flags(options, lead)
+    whole = _whole_job_flags(options, lead) | ({"dependency": f"afterany:{spare_of}"} if spare_of else {})
     first, *others = [component.flags() for component in components]
     tables = options.slurm
     script = BatchScript((whole | first, *others), command="", env=tables.env, setup=tables.setup)
@@ -106,7 +111,9 @@ def _whole_job_flags(options: SubmitOptions, lead: int) -> dict[str, Value]:
     flags: dict[str, Value] = {"job-name": options.name}
     wanted = {"account": options.account, "qos": options.qos, "time": options.time}
     flags |= {name: value for name, value in wanted.items() if value}
-    flags |= {"signal": f"B:USR2@{lead}", "requeue": True}
+    flags["signal"] = f"B:USR2@{lead}"
+    if "no-requeue" not in options.slurm.sbatch:
+        flags["requeue"] = True
     if options.after:
         jobs = ":".join(_job_of(word, options) for word in options.after)
         flags |= {"dependency": f"afterok:{jobs}", "kill-on-invalid-dep": "yes"}
@@ -191,7 +198,7 @@ def _write_down(job: SlurmJob, job_id: str) -> None:
     components = (
         [f"{job_id}+{i}" for i in range(len(job.script.components))] if job.split.layout == "het" else []
     )
-    append_submission(
+    run_dir.append_submission(
         layout,
         {
             "job_id": job_id,
@@ -205,12 +212,3 @@ def _write_down(job: SlurmJob, job_id: str) -> None:
     )
     event = {"job_id": job_id, "components": list(job.plan.roles)}
     append_event(layout.events, max(layout.attempts(), default=-1) + 1, "job_submitted", event)
-
-
-def append_submission(layout: RunLayout, entry: Mapping[str, object]) -> None:
-    """Add an entry to the run's `job.json`."""
-    try:
-        entries = json.loads(layout.job.read_text())
-    except FileNotFoundError:
-        entries = []
-    replace_text(layout.job, json.dumps([*entries, entry], indent=2) + "\n")

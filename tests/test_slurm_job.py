@@ -209,6 +209,31 @@ def test_node_that_dies(run: FakeRun) -> None:
     assert run.steps()[-1] == 99
 
 
+def test_half_requeued_job_is_started_as_a_whole(run: FakeRun) -> None:
+    """Slurm requeues a component alone if its only node dies, while the others keep running."""
+    job = run.detach("--nodes=3", steps=100)
+    until(lambda: len(run.steps()) > 3, 30, "some steps")
+    trainer = next(event["host"] for event in run.events("role_ready") if event["role"] == "trainer")
+    run.cluster.power_off(trainer)
+    assert job.result()["state"] == "finished", run.output()
+    assert run.steps()[-1] == 99
+    assert len(run.events("attempt_started")) == 2  # the lone component did not count as one
+
+
+def test_where_the_site_cancels_instead_of_requeueing(run: FakeRun) -> None:
+    job = run.detach("--nodes=4", "--max-restarts=0", steps=200, partition="lowcancel")
+    until(lambda: len(run.steps()) > 3, 30, "some steps")
+    node = next(event["host"] for event in run.events("role_ready") if event["role"] == "engine")
+    rival = submit_script(run.cluster, "sleep 1", "-p", "high", "-w", node, "--exclusive")
+    until(lambda: run.events("not_requeued"), 30, "the supervisor's decision")
+    assert (run.layout.checkpoints / "latest_checkpointed_iteration.txt").exists()
+    wait_for(run.cluster, rival)
+    wait_for(run.cluster, job.job_id)
+    code, _, err = run.finish("--nodes=4", steps=200)
+    assert code == 0, err
+    assert run.steps() == list(range(200)) and len(run.entries()) == 2
+
+
 def test_crash_loop_ends(run: FakeRun) -> None:
     code, *_ = run.finish("--nodes=4", "--max-failures=2", rollout=["die"], timeout=90)
     assert code == 1

@@ -1,0 +1,102 @@
+"""Real engines, real trainers, real Slurm: four nodes of the sandbox."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm_fixture import submit as submit_script
+from slurm_fixture import until
+
+from hpc.layout import RunLayout
+from hpc.sandbox import Sandbox
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[1]
+FLAGS = [
+    *(
+        "--num-gpus-per-node=1",
+        "--rollout-batch-size=4",
+        "--n-samples-per-prompt=4",
+        "--rollout-max-response-len=12",
+    ),
+    *("--label-key=label", "--custom-rm-path=fakes.reward.by_content", "--lr=1e-3", "--save-interval=100"),
+    *("--rollout-shuffle", "--sglang-enable-deterministic-inference"),
+]
+
+
+class Runs:
+    """Submits runs of a tiny model."""
+
+    def __init__(self, directory: Path, cluster: Sandbox, model: Path, prompts: Path) -> None:
+        self.directory, self.cluster = directory, cluster
+        self.inputs = [f"--hf-checkpoint={model}", f"--prompt-data={prompts}"]
+
+    def start(self, name: str, *flags: str) -> tuple[subprocess.Popen[str], RunLayout]:
+        python_path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hpc.submit", f"--name={name}", *self.inputs, *FLAGS, *flags],
+            cwd=self.directory,
+            env={**self.cluster.env, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        return process, RunLayout(self.directory / "runs" / name)
+
+    def finish(self, name: str, *flags: str) -> RunLayout:
+        process, layout = self.start(name, *flags)
+        end(process, layout)
+        return layout
+
+
+def end(process: subprocess.Popen[str], layout: RunLayout) -> None:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, f"{out}\n{err}"
+
+
+def metrics(layout: RunLayout) -> list[dict[str, Any]]:
+    lines = layout.metrics.read_text().splitlines() if layout.metrics.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def curve(layout: RunLayout) -> list[tuple]:
+    names = ("step", "rollout/reward", "rollout/response_length", "train/pg_loss", "train/grad_norm")
+    return [tuple(record[name] for name in names) for record in metrics(layout)]
+
+
+@pytest.fixture
+def runs(idle_cluster: Sandbox, tmp_path: Path, tiny_model: Path, prompt_file: Path) -> Iterator[Runs]:
+    yield Runs(tmp_path, idle_cluster, tiny_model, prompt_file)
+
+
+def test_preempted_run_equals_an_uninterrupted_one(runs: Runs) -> None:
+    whole = runs.finish("whole", "--partition=gpu", "--nodes=4", "--num-rollout=25")
+    assert [record["step"] for record in metrics(whole)] == list(range(25))
+    assert all(record["train/logprob_abs_diff"] < 1e-4 for record in metrics(whole))
+
+    process, layout = runs.start("preempted", "--partition=lowgrace", "--nodes=4", "--num-rollout=25")
+    until(lambda: len(metrics(layout)) >= 2, 120, "two steps")
+    events = [json.loads(line) for line in layout.events.read_text().splitlines()]
+    node = next(each["host"] for each in events if each["kind"] == "role_ready" and each["role"] == "engine")
+    submit_script(runs.cluster, "sleep 1", "-p", "high", "-w", node, "--exclusive")
+    end(process, layout)
+
+    attempts = [record["attempt"] for record in metrics(layout)]
+    assert attempts[0] == 0 and attempts[-1] == 1 and attempts == sorted(attempts)
+    assert curve(layout) == curve(whole)
+
+
+def test_colocated(runs: Runs) -> None:
+    layout = runs.finish("colocated", "--partition=gpu", "--nodes=2", "--colocate", "--num-rollout=2")
+    assert [record["step"] for record in metrics(layout)] == [0, 1]
+    events = [json.loads(line) for line in layout.events.read_text().splitlines()]
+    hosts = {f"{e['role']}-{e['index']}": e["host"] for e in events if e["kind"] == "role_ready"}
+    assert hosts["trainer-0"] == hosts["engine-0"] != hosts["engine-1"]
