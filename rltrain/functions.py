@@ -7,21 +7,37 @@ import difflib
 import importlib
 import importlib.util
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rltrain.arguments.errors import UserError
 
 
-def check_function(path: str, *, flag: str) -> None:
-    """Check, without running the module, that `path` names something defined at the top of a module.
+def check_function(
+    path: str,
+    *,
+    flag: str,
+    positional: Sequence[str] | None = None,
+    keywords: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    coroutine: bool = False,
+) -> None:
+    """Check, without running the module, that `path` names something that can be called as it will be.
 
     The module may need packages that only the job's machines have, so its source is read and not imported
-    (the packages above it are, because Python needs them to find it).
+    (the packages above it are, because Python needs them to find it). Of what the module imports from
+    elsewhere, or assigns, only the name is checked.
+
+    Args:
+        positional: What it is called with, in order; None checks the name only.
+        keywords: What it is given by name beside that.
+        optional: What it is given by name if it has such a parameter.
+        coroutine: It is awaited.
 
     Raises:
-        UserError: no such module, or nothing of that name in it; names the nearest.
+        UserError: no such module, or nothing of that name in it (names the nearest), or it takes other
+            arguments, or it is no `async def`.
     """
     module_name, name = _split(path, flag)
     try:
@@ -43,6 +59,17 @@ def check_function(path: str, *, flag: str) -> None:
     names = _top_level_names(tree)
     if name not in names and "*" not in names:
         raise UserError(_no_such_name(path, module_name, name, names, flag))
+    for node in _statements(tree.body):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
+            call = [*(positional or ()), *(f"{keyword}=…" for keyword in keywords)]
+            where = f"{flag} {path} ({Path(spec.origin).name}:{node.lineno})"
+            problem = (
+                None if positional is None else _arity_problem(node.args, positional, keywords, optional)
+            )
+            if problem:
+                raise UserError(f"{where}: it is called as {name}({', '.join(call)}), and {problem}.")
+            if coroutine and not isinstance(node, ast.AsyncFunctionDef):
+                raise UserError(f"{where}: it is awaited, so it must be an `async def`.")
 
 
 def load_function(path: str, *, flag: str) -> Callable[..., Any]:
@@ -90,6 +117,26 @@ def _no_such_name(path: str, module_name: str, name: str, names: set[str], flag:
     public = ", ".join(sorted(each for each in names if not each.startswith("_"))[:10])
     hint = f"did you mean {near[0]}?" if near else f"it has {public or 'nothing'}."
     return f"{flag} {path}: module {module_name} has no function {name}; {hint}"
+
+
+def _arity_problem(
+    args: ast.arguments, positional: Sequence[str], keywords: Sequence[str], optional: Sequence[str]
+) -> str | None:
+    """Why a function with these parameters can't be called so, or None."""
+    by_position = [each.arg for each in (*args.posonlyargs, *args.args)]
+    by_name = {each.arg for each in (*args.args, *args.kwonlyargs)}
+    if len(positional) > len(by_position) and args.vararg is None:
+        return f"takes only {len(by_position)} positional arguments ({', '.join(by_position) or 'none'})"
+    if args.kwarg is None:
+        unknown = [each for each in keywords if each not in by_name]
+        if unknown:
+            return f"has no parameter {unknown[0]!r}"
+    required = by_position[len(positional) : len(by_position) - len(args.defaults)]
+    required += [each.arg for each, d in zip(args.kwonlyargs, args.kw_defaults, strict=True) if d is None]
+    missing = [each for each in required if each not in (*keywords, *optional)]
+    if missing:
+        return f"wants {missing[0]!r} as well"
+    return None
 
 
 def _top_level_names(tree: ast.Module) -> set[str]:

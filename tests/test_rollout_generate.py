@@ -54,6 +54,8 @@ CUSTOM_FLAGS = (
     "custom_rollout.generate",
     "--custom-rm-path",
     "custom_rollout.reward",
+    "--max-failed-fraction",
+    "1",
 )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hpc.layout import RunLayout
+from rltrain.arguments.algorithm_flags import read_custom_config
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.inputs import check_inputs
 from rltrain.arguments.megatron_flags import add_megatron_flags
@@ -48,6 +49,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UserError(explain_unknown(unknown[0], known_flags()))
+    if args.custom_config_path:
+        vars(args).update(read_custom_config(args.custom_config_path))
     return resolve(args)
 
 

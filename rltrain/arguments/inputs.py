@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rltrain.arguments.errors import UserError
-from rltrain.arguments.slime_flags import DEFAULT_ROLLOUT_FUNCTION
+from rltrain.arguments.extensions import check_extensions
+from rltrain.arguments.slime_defaults import DEFAULT_DATA_SOURCE, DEFAULT_ROLLOUT_FUNCTION
 
 
 def check_inputs(args: argparse.Namespace, to_come: Mapping[str, str] | None = None) -> None:
@@ -24,7 +25,6 @@ def check_inputs(args: argparse.Namespace, to_come: Mapping[str, str] | None = N
     """
     from rltrain.arguments.hf_config import check_hf_config
     from rltrain.data.prompts import check_prompt_file
-    from rltrain.functions import check_function
     from rltrain.rewards.rules import reward_function_path
 
     model = Path((to_come or {}).get(args.hf_checkpoint, args.hf_checkpoint))
@@ -33,20 +33,18 @@ def check_inputs(args: argparse.Namespace, to_come: Mapping[str, str] | None = N
     if args.apply_chat_template:
         _check_chat_template(model)
     prompts = check_prompt_file(args.prompt_data, args.input_key, args.label_key, args.metadata_key)
+    if prompts < args.rollout_batch_size and args.data_source_path == DEFAULT_DATA_SOURCE:
+        raise UserError(
+            f"--prompt-data {args.prompt_data} has {prompts} prompts, fewer than --rollout-batch-size"
+            f" {args.rollout_batch_size}: one batch would hold the same prompt twice."
+        )
     for path in (args.eval_prompt_data or [])[1::2]:
         check_prompt_file(path, args.eval_input_key, args.eval_label_key, args.metadata_key)
     if args.num_rollout is None:
         args.num_rollout = max(1, args.num_epoch * prompts // args.rollout_batch_size)
     if args.loss_type == "policy_loss" and args.rollout_function_path == DEFAULT_ROLLOUT_FUNCTION:
         reward_function_path(args)
-    for flag in (
-        "rollout_function_path",
-        "eval_function_path",
-        "custom_generate_function_path",
-        "custom_rm_path",
-    ):
-        if getattr(args, flag):
-            check_function(getattr(args, flag), flag="--" + flag.replace("_", "-"))
+    check_extensions(args)
 
 
 def read_hf_config(directory: Path, without_weights: bool = False) -> dict[str, Any]:

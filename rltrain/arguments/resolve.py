@@ -22,6 +22,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     _micro_batch(args)
     _parallel(args)
     _engines(args)
+    _rollout(args)
     _evaluation(args)
     _algorithm(args)
     _absolute_paths(args)
@@ -111,6 +112,18 @@ def _engines(args: argparse.Namespace) -> None:
         raise UserError(
             f"--rollout-num-gpus {args.rollout_num_gpus} is no multiple of --rollout-num-gpus-per-engine {size}."
         )
+
+
+def _rollout(args: argparse.Namespace) -> None:
+    if args.over_sampling_batch_size is None:
+        args.over_sampling_batch_size = args.rollout_batch_size
+    if args.over_sampling_batch_size < args.rollout_batch_size:
+        raise UserError(
+            f"--over-sampling-batch-size {args.over_sampling_batch_size} is less than --rollout-batch-size"
+            f" {args.rollout_batch_size}: it is how many prompts are sampled to get that many."
+        )
+    if not 0 <= args.max_failed_fraction <= 1:
+        raise UserError(f"--max-failed-fraction {args.max_failed_fraction}: it is between 0 and 1.")
 
 
 def _evaluation(args: argparse.Namespace) -> None:

@@ -9,34 +9,28 @@ import argparse
 import json
 
 from rltrain.arguments.algorithm_flags import add_algorithm_flags
-
-DEFAULT_ROLLOUT_FUNCTION = "rltrain.rollout.sglang_rollout.generate_rollout"
+from rltrain.arguments.extensions import add_extension_flags
 
 # Known to slime, not built here yet: better refused than silently ignored.
 NOT_YET = frozenset(
     """
-    allgather-cp async-save balance-by-flops buffer-filter-path check-weight-update-equal
-    ci-disable-kl-checker ci-load-grad-norm ci-save-grad-norm ci-test
-    ci-train-rollout-logprob-abs-diff-threshold custom-convert-samples-to-train-data-path
-    custom-eval-rollout-log-function-path custom-loss-function-path
-    custom-megatron-before-log-prob-hook-path custom-megatron-before-train-step-hook-path
-    custom-megatron-init-path custom-model-provider-path custom-reward-post-process-path
-    custom-rollout-log-function-path custom-update-weight-post-write-path data-pad-size-multiplier
-    data-source-path debug-rollout-only disable-compute-advantages-and-returns
-    disable-rollout-global-dataset disable-wandb-random-suffix dump-details dynamic-sampling-filter-path
-    eval-config eval-max-context-len eval-max-prompt-len eval-min-new-tokens eval-tool-key
-    fetch-trajectory-retry-times freeze-params-name-list get-mismatch-metrics group-rm http-proxy
-    keep-old-actor lambd load-debug-rollout-data load-debug-rollout-data-subsample log-correct-samples
-    log-multi-turn log-passrate log-probs-chunk-size log-reward-category loss-mask-type
-    mask-offpolicy-in-partial-rollout megatron-config-path memory-recorder memory-snapshot-dir
-    memory-snapshot-num-steps min-batch-collection-ratio multimodal-keys num-critic-only-steps offload
-    offload-rollout offload-train only-train-params-name-list opd-kl-coef opd-teacher-ckpt-step
-    opd-teacher-load opd-type opsm-delta over-sampling-batch-size partial-rollout profile-target
-    recompute-loss-function record-memory-history ref-ckpt-step ref-update-interval release-train
-    reset-optimizer-states rm-url rollout-all-samples-process-path rollout-buffer-url
-    rollout-data-postprocess-path rollout-external-engine-addrs rollout-health-check-first-wait
-    rollout-health-check-interval rollout-health-check-timeout rollout-sample-filter-path
-    rollout-sample-hook-path rollout-task-type save-debug-rollout-data save-debug-train-data
+    allgather-cp async-save balance-by-flops check-weight-update-equal ci-disable-kl-checker
+    ci-load-grad-norm ci-save-grad-norm ci-test ci-train-rollout-logprob-abs-diff-threshold
+    custom-loss-function-path custom-megatron-before-log-prob-hook-path
+    custom-megatron-before-train-step-hook-path custom-megatron-init-path custom-model-provider-path
+    custom-update-weight-post-write-path data-pad-size-multiplier debug-rollout-only
+    disable-compute-advantages-and-returns disable-rollout-global-dataset disable-wandb-random-suffix
+    dump-details eval-config eval-max-context-len eval-max-prompt-len eval-min-new-tokens eval-tool-key
+    fetch-trajectory-retry-times freeze-params-name-list get-mismatch-metrics http-proxy keep-old-actor
+    lambd load-debug-rollout-data load-debug-rollout-data-subsample log-correct-samples log-multi-turn
+    log-passrate log-probs-chunk-size log-reward-category loss-mask-type mask-offpolicy-in-partial-rollout
+    megatron-config-path memory-recorder memory-snapshot-dir memory-snapshot-num-steps
+    min-batch-collection-ratio multimodal-keys num-critic-only-steps offload offload-rollout offload-train
+    only-train-params-name-list opd-kl-coef opd-teacher-ckpt-step opd-teacher-load opd-type opsm-delta
+    partial-rollout profile-target recompute-loss-function record-memory-history ref-ckpt-step
+    ref-update-interval release-train reset-optimizer-states rm-url rollout-buffer-url
+    rollout-external-engine-addrs rollout-health-check-first-wait rollout-health-check-interval
+    rollout-health-check-timeout rollout-task-type save-debug-rollout-data save-debug-train-data
     tb-experiment-name tb-project-name train-env-vars update-weight-buffer-size
     update-weight-delta-checksum update-weight-delta-encoding update-weight-disk-dir
     update-weight-disk-keep-files update-weight-local-checkpoint-dir update-weight-mode
@@ -51,6 +45,7 @@ def add_slime_flags(parser: argparse.ArgumentParser) -> None:
     """Add the supported ones, grouped as slime's documentation groups them."""
     _cluster(parser.add_argument_group("cluster"))
     _rollout(parser.add_argument_group("rollout"))
+    add_extension_flags(parser.add_argument_group("functions of your own"))
     _data(parser.add_argument_group("data"))
     _eval(parser.add_argument_group("evaluation"))
     add_algorithm_flags(parser.add_argument_group("algorithm"))
@@ -82,14 +77,6 @@ def _cluster(group: argparse._ArgumentGroup) -> None:
 
 def _rollout(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--rollout-function-path", default=DEFAULT_ROLLOUT_FUNCTION, metavar="PATH",
-        help="function(args, rollout_id, data_source, evaluation=False) that makes a batch")  # fmt: skip
-    add(
-        "--eval-function-path", metavar="PATH", help="the same for evaluation (default: the rollout function)"
-    )
-    add("--custom-generate-function-path", metavar="PATH",
-        help="async function(args, sample, sampling_params) that fills one sample")  # fmt: skip
-    add("--custom-rm-path", metavar="PATH", help="async function(args, sample) that returns the reward")
     add("--rm-type", metavar="NAME", help="built-in reward; see docs/rewards.md")
     add("--reward-key", metavar="KEY", help="entry of a dict reward that is trained on")
     add("--eval-reward-key", metavar="KEY", help="the same for evaluation (default: --reward-key)")
@@ -114,6 +101,10 @@ def _rollout(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="leave special tokens out of the response text",
     )
+    add("--over-sampling-batch-size", type=int, metavar="N",
+        help="prompts sampled at a time where a filter drops some (default: --rollout-batch-size)")  # fmt: skip
+    add("--max-failed-fraction", type=float, default=0.5, metavar="F",
+        help="share of failed samples in a batch that stops the run (default: 0.5)")  # fmt: skip
     add("--rollout-shuffle", action="store_true", help="shuffle the prompts in every epoch")
     add(
         "--rollout-seed", type=int, default=42, metavar="SEED", help="of shuffling and sampling (default: 42)"

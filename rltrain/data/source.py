@@ -10,7 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rltrain.arguments.errors import UserError
 from rltrain.data.prompt_set import PromptSet
+from rltrain.functions import load_function
 from rltrain.sample import Sample
 
 
@@ -39,7 +41,7 @@ class RolloutDataSource:
 
     def get_samples(self, num_samples: int) -> list[list[Sample]]:
         """The next `num_samples` groups of `--n-samples-per-prompt` samples each."""
-        groups, self._buffer = self._buffer[:num_samples], self._buffer[num_samples:]
+        groups = self._from_buffer(num_samples)
         size = self._args.n_samples_per_prompt
         positions = [self._next_position() for _ in range(num_samples - len(groups))]
         groups += self._prompts.groups(
@@ -92,6 +94,23 @@ class RolloutDataSource:
         self._epoch, self._position = state["epoch"], state["position"]
         self._group_index, self._sample_index = state["group_index"], state["sample_index"]
         self._buffer = [[Sample.from_dict(sample) for sample in group] for group in state["buffer"]]
+
+    def _from_buffer(self, num_samples: int) -> list[list[Sample]]:
+        """Groups that were given back, taken out of the buffer: the oldest, or what --buffer-filter-path takes."""
+        path = self._args.buffer_filter_path
+        if not path or not self._buffer:
+            groups, self._buffer = self._buffer[:num_samples], self._buffer[num_samples:]
+            return groups
+        # slime gives the filter no rollout id either; it takes its groups out of the list itself.
+        groups = load_function(path, flag="--buffer-filter-path")(self._args, None, self._buffer, num_samples)
+        if not isinstance(groups, list) or len(groups) > num_samples:
+            raise UserError(
+                f"--buffer-filter-path {path} returned {type(groups).__name__}, where a list of at most"
+                f" {num_samples} groups is wanted."
+            )
+        taken = {id(group) for group in groups}
+        self._buffer = [group for group in self._buffer if id(group) not in taken]
+        return groups
 
     def _reset(self) -> None:
         self._epoch = self._position = self._group_index = self._sample_index = 0

@@ -40,16 +40,20 @@ def init_process_group(context: RoleContext, registry: RegistryClient, args: arg
     device.set_up()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host = local_address(context.registry_url)
-    if host.startswith("127."):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if name := interface_of(host):  # gloo would take what the host's name means to the host itself
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     if rank == 0:
         store = _open_store(host, world_size, timeout)
         registry.register(f"tcp://{host}:{store.port}")
+        master = (host, store.port)
     else:
         url = urlsplit(registry.wait_for(_ROLE, timeout=_RENDEZVOUS_TIMEOUT)[0].url)
         assert url.hostname and url.port
+        master = (url.hostname, url.port)
         store = dist.TCPStore(url.hostname, url.port, world_size, is_master=False, timeout=timeout)
+    # For code of the user's that looks there, as under torchrun.
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = master[0], str(master[1])
     join(args, store, rank, world_size)
 
 
@@ -97,6 +101,16 @@ def local_address(url: str) -> str:
     target = urlsplit(url)
     with socket.create_connection((target.hostname, target.port), timeout=30) as connection:
         return connection.getsockname()[0]
+
+
+def interface_of(address: str) -> str | None:
+    """Name of this machine's network interface that has an IPv4 address, or None."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.family == socket.AF_INET and each.address == address for each in addresses):
+            return name
+    return None
 
 
 def _open_store(host: str, world_size: int, timeout: timedelta) -> dist.TCPStore:

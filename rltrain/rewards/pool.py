@@ -51,19 +51,26 @@ class RewardPool:
 
     async def grade(self, sample: Sample) -> Grade:
         """The sample's grade; what the reward function does wrong is in it and not raised."""
+        return (await self._grade([sample], sample))[0]
+
+    async def grade_group(self, samples: list[Sample]) -> list[Grade]:
+        """The grades of samples that the reward function sees together; what it does wrong fails all of them."""
+        return await self._grade(samples, samples)
+
+    async def _grade(self, samples: list[Sample], subject: Sample | list[Sample]) -> list[Grade]:
         worker = await self._free.get()
         began = time.perf_counter()
         try:
-            return await worker.grade(sample, self._args.reward_timeout + _KILL_GRACE)
+            return await worker.grade(subject, self._args.reward_timeout + _KILL_GRACE)
         except _NoAnswerError as error:
             if self._capacity == 1:
-                return Grade(None, str(error), time.perf_counter() - began)
+                return [Grade(None, str(error), time.perf_counter() - began) for _ in samples]
         finally:
             self._free.put_nowait(worker)
         if self._alone is None:
             self._alone = RewardPool(self._args, self._path, capacity=1)
             await self._alone._start()
-        return await self._alone.grade(sample)
+        return await self._alone._grade(samples, subject)
 
     async def close(self) -> None:
         """End the processes."""
@@ -93,16 +100,16 @@ class _Worker:
     def __init__(self, args: argparse.Namespace, path: str) -> None:
         self._args, self._path = args, path
         self._process: asyncio.subprocess.Process | None = None
-        self._pending: dict[int, asyncio.Future[Grade]] = {}
+        self._pending: dict[int, asyncio.Future[list[Grade]]] = {}
         self._count = 0
         self._starting = asyncio.Lock()
 
-    async def grade(self, sample: Sample, timeout: float) -> Grade:
+    async def grade(self, subject: Sample | list[Sample], timeout: float) -> list[Grade]:
         await self.ensure_running()
         self._count += 1
         number = self._count
         future = self._pending[number] = asyncio.get_running_loop().create_future()
-        write_message(self._writer, (number, sample))
+        write_message(self._writer, (number, subject))
         try:
             done, _ = await asyncio.wait([future], timeout=timeout)
         finally:

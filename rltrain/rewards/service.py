@@ -10,6 +10,7 @@ import asyncio
 
 from rltrain.rewards.pool import RewardPool
 from rltrain.rewards.rules import reward_function_path
+from rltrain.rewards.worker import Grade
 from rltrain.sample import Sample
 
 _pools: dict[tuple[str, str | None], asyncio.Future[RewardPool]] = {}
@@ -21,8 +22,19 @@ async def grade(args: argparse.Namespace, sample: Sample) -> None:
     Raises:
         UserError: no reward function was asked for, or it can't be loaded.
     """
-    pool = await start(args)
-    grade = await pool.grade(sample)
+    pool = await start(args, sample)
+    _apply(sample, await pool.grade(sample))
+
+
+async def grade_group(args: argparse.Namespace, samples: list[Sample]) -> None:
+    """The same for the samples of one prompt together, with `--group-rm`."""
+    if samples:
+        pool = await start(args, samples[0])
+        for sample, grade in zip(samples, await pool.grade_group(samples), strict=True):
+            _apply(sample, grade)
+
+
+def _apply(sample: Sample, grade: Grade) -> None:
     sample.reward, sample.reward_seconds = grade.reward, grade.seconds
     if grade.metadata is not None:
         sample.metadata = grade.metadata
@@ -30,13 +42,13 @@ async def grade(args: argparse.Namespace, sample: Sample) -> None:
         sample.status, sample.failure = Sample.Status.FAILED, grade.failure
 
 
-async def start(args: argparse.Namespace) -> RewardPool:
-    """The running pool for the reward that the flags ask for; started by the first call.
+async def start(args: argparse.Namespace, sample: Sample | None = None) -> RewardPool:
+    """The running pool for the reward that the flags, or the sample's metadata, ask for; started by the first call.
 
     Raises:
         UserError: see `grade`.
     """
-    path = reward_function_path(args)
+    path = reward_function_path(args, sample)
     key = (path, args.reward_key)
     if key not in _pools:
         _pools[key] = asyncio.ensure_future(RewardPool.start(args, path))

@@ -2,7 +2,8 @@
 
 FD is a socket to the pool. Messages are pickles behind their length (4 bytes, big endian). The first one is
 `(args, path of the reward function)` and is answered by None or the reason why it can't be loaded. Then come
-`(number, sample)`, answered by `(number, Grade)` in any order: coroutine functions run side by side.
+`(number, sample)`, or a list of samples to be graded together, answered by `(number, list of Grade)` in any
+order: coroutine functions run side by side.
 """
 
 from __future__ import annotations
@@ -57,42 +58,74 @@ async def _serve(connection: socket.socket) -> None:
     running: set[asyncio.Task[None]] = set()
     try:
         while True:
-            number, sample = await read_message(reader)
+            number, subject = await read_message(reader)
             if inspect.iscoroutinefunction(function):
-                task = asyncio.create_task(_answer(writer, number, function, args, sample))
+                task = asyncio.create_task(_answer(writer, number, function, args, subject))
                 running.add(task)
                 task.add_done_callback(running.discard)
             else:
-                await _answer(writer, number, function, args, sample)
+                await _answer(writer, number, function, args, subject)
     except (asyncio.IncompleteReadError, ConnectionError):
         return  # the pool is gone
 
 
 async def _answer(
-    writer: asyncio.StreamWriter, number: int, function: Callable[..., Any], args: Any, sample: Sample
+    writer: asyncio.StreamWriter,
+    number: int,
+    function: Callable[..., Any],
+    args: Any,
+    subject: Sample | list[Sample],
 ) -> None:
-    write_message(writer, (number, await grade(function, args, sample)))
+    together = isinstance(subject, list)
+    grades = await (grade_group(function, args, subject) if together else grade(function, args, subject))  # type: ignore[arg-type]
+    write_message(writer, (number, grades if together else [grades]))
 
 
 async def grade(function: Callable[..., Any], args: Any, sample: Sample) -> Grade:
     """Run the reward function on a sample; whatever goes wrong becomes the grade's `failure`."""
-    metadata_before = pickle.dumps(sample.metadata)
+    return (await _run(function, args, sample, [sample], lambda reward: [checked(reward, args.reward_key)]))[
+        0
+    ]
+
+
+async def grade_group(function: Callable[..., Any], args: Any, samples: list[Sample]) -> list[Grade]:
+    """The same for samples that the function sees together: it returns one reward for each, in a list."""
+
+    def check(rewards: Any) -> list[Any]:
+        if not isinstance(rewards, list | tuple) or len(rewards) != len(samples):
+            raise ValueError(
+                f"the reward is {rewards!r}, where a list of {len(samples)}, one a sample, is wanted"
+            )
+        return [checked(reward, args.reward_key) for reward in rewards]
+
+    return await _run(function, args, samples, samples, check)
+
+
+async def _run(
+    function: Callable[..., Any],
+    args: Any,
+    subject: Any,
+    samples: list[Sample],
+    check: Callable[[Any], list[Any]],
+) -> list[Grade]:
+    before = [pickle.dumps(sample.metadata) for sample in samples]
     began = time.perf_counter()
     try:
-        reward = function(args, sample)
+        reward = function(args, subject)
         if inspect.isawaitable(reward):
             reward = await asyncio.wait_for(reward, args.reward_timeout)
-        reward = checked(reward, args.reward_key)
+        rewards = check(reward)
     except Exception as error:
         seconds = time.perf_counter() - began
+        failure = explain(error)
         if isinstance(error, TimeoutError) and seconds >= args.reward_timeout:
-            return Grade(
-                None, f"the reward took longer than --reward-timeout {args.reward_timeout:g} s", seconds
-            )
-        return Grade(None, explain(error), seconds)
+            failure = f"the reward took longer than --reward-timeout {args.reward_timeout:g} s"
+        return [Grade(None, failure, seconds) for _ in samples]
     seconds = time.perf_counter() - began
-    changed = pickle.dumps(sample.metadata) != metadata_before
-    return Grade(reward, None, seconds, sample.metadata if changed else None)
+    return [
+        Grade(reward, None, seconds, sample.metadata if pickle.dumps(sample.metadata) != old else None)
+        for reward, sample, old in zip(rewards, samples, before, strict=True)
+    ]
 
 
 def checked(reward: Any, reward_key: str | None) -> float | dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Many samples at once: generated with bounded concurrency, graded as soon as each is there."""
+"""Groups of samples: generated with bounded concurrency, graded as soon as each sample or group is there."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import asyncio
 import hashlib
 import inspect
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from rltrain.arguments.errors import UserError
 from rltrain.functions import explain, load_function
 from rltrain.rewards import service as rewards
 from rltrain.rollout.http import GenerationError
@@ -27,61 +29,124 @@ async def generate_and_grade(
     *,
     evaluation: bool = False,
 ) -> dict[str, float]:
-    """Fill all samples in place, each by itself; returns where the time went, as metrics.
+    """Fill all samples in place, those with the same `group_index` as a group; returns where the time went.
 
     `perf/generate_s` ends with the last response; `perf/reward_s` is what the rewards take after that.
 
     Raises:
-        RuntimeError: not one sample could be generated and graded.
+        RuntimeError: more than --max-failed-fraction of the samples failed, or all.
     """
-    engines = args.rollout_num_gpus // args.rollout_num_gpus_per_engine
-    semaphore = asyncio.Semaphore(args.sglang_server_concurrency * engines)
-    function = generation_function(args)
-    takes_evaluation = "evaluation" in inspect.signature(function).parameters
-    extra = {"evaluation": evaluation} if takes_evaluation else {}
-    began = generated = time.perf_counter()
+    groups: dict[int | None, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group_index, []).append(sample)
+    runner = GroupRunner(args, rollout_id, params, evaluation=evaluation)
+    await gather_or_cancel([asyncio.ensure_future(runner.run(group)) for group in groups.values()])
+    check_failures(args, samples)
+    return runner.seconds()
 
-    async def fill(sample: Sample) -> None:
-        nonlocal generated
-        async with semaphore:
-            await _generate_guarded(
-                function, args, sample, with_seed(args, params, rollout_id, sample), extra
-            )
-        generated = time.perf_counter()
-        if sample.status in (Sample.Status.COMPLETED, Sample.Status.TRUNCATED) and sample.reward is None:
-            await rewards.grade(args, sample)
 
-    tasks = [asyncio.ensure_future(fill(sample)) for sample in samples]
+class GroupRunner:
+    """Generates and grades groups of samples, with as many requests in flight as the engines should have."""
+
+    def __init__(
+        self, args: argparse.Namespace, rollout_id: int, params: SamplingParams, *, evaluation: bool = False
+    ) -> None:
+        self._args, self._rollout_id, self._params, self._evaluation = args, rollout_id, params, evaluation
+        engines = args.rollout_num_gpus // args.rollout_num_gpus_per_engine
+        self._semaphore = asyncio.Semaphore(args.sglang_server_concurrency * engines)
+        self._hooks = [
+            load_function(path, flag="--rollout-sample-hook-path") for path in args.rollout_sample_hook_path
+        ]
+        self._began = self._generated = time.perf_counter()
+
+    async def run(self, group: list[Sample]) -> list[Sample]:
+        """Fill the samples of a group in place, and return them."""
+        await gather_or_cancel([asyncio.ensure_future(self._fill(sample)) for sample in group])
+        if self._args.group_rm:
+            await rewards.grade_group(self._args, [sample for sample in group if _to_be_graded(sample)])
+        return group
+
+    def seconds(self) -> dict[str, float]:
+        """Where the time went since this was made, if all groups are done."""
+        now = time.perf_counter()
+        return {"perf/generate_s": self._generated - self._began, "perf/reward_s": now - self._generated}
+
+    async def _fill(self, sample: Sample) -> None:
+        async with self._semaphore:
+            await self._generate_guarded(sample)
+        self._generated = time.perf_counter()
+        if _to_be_graded(sample) and not self._args.group_rm:
+            await rewards.grade(self._args, sample)
+
+    async def _generate_guarded(self, sample: Sample) -> None:
+        """Run the generation function and the hooks; what they raise, or do wrong, fails this sample only."""
+        began = time.perf_counter()
+        prompt_tokens = list(sample.tokens)
+        try:
+            await self._generate(sample)
+        except UserError:
+            raise
+        except Exception as error:
+            sample.status = Sample.Status.FAILED
+            sample.failure = str(error) if isinstance(error, GenerationError) else explain(error)
+            sample.tokens, sample.response, sample.response_length = prompt_tokens, "", 0
+            sample.loss_mask = sample.rollout_log_probs = None
+        sample.generate_seconds = time.perf_counter() - began
+
+    async def _generate(self, sample: Sample) -> None:
+        function = generation_function(self._args, sample)
+        params = with_seed(self._args, self._params, self._rollout_id, sample)
+        own = sample.metadata.get("sampling_params") if isinstance(sample.metadata, dict) else None
+        extra = accepted_keywords(function, {"evaluation": self._evaluation})
+        result = await function(self._args, sample, {**params, **(own or {})}, **extra)
+        check_generated(result, sample, function)
+        for hook in self._hooks:
+            extra = accepted_keywords(hook, {"rollout_id": self._rollout_id, "evaluation": self._evaluation})
+            result = hook(self._args, sample, **extra)
+            if inspect.isawaitable(result):
+                result = await result
+            check_generated(sample if result is None else result, sample, hook)
+
+
+def _to_be_graded(sample: Sample) -> bool:
+    finished = sample.status in (Sample.Status.COMPLETED, Sample.Status.TRUNCATED)
+    return finished and sample.reward is None
+
+
+async def gather_or_cancel(tasks: list[asyncio.Task[Any]]) -> None:
+    """Wait for all tasks; after an error, or when cancelled, nobody waits for the others: cancel them."""
     try:
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            task.cancel()  # after an error: nobody waits for the others any more
-    failures = [sample.failure for sample in samples if sample.status is Sample.Status.FAILED]
-    if samples and len(failures) == len(samples):
-        raise RuntimeError(f"all {len(samples)} samples failed, the first one with: {failures[0]}")
-    return {"perf/generate_s": generated - began, "perf/reward_s": time.perf_counter() - generated}
+            task.cancel()
 
 
-async def _generate_guarded(
-    function: Callable[..., Any],
-    args: argparse.Namespace,
-    sample: Sample,
-    params: SamplingParams,
-    extra: dict[str, Any],
-) -> None:
-    """Run the generation function; what it raises, or does wrong, fails this sample only."""
-    began = time.perf_counter()
-    prompt_tokens = list(sample.tokens)
-    try:
-        result = await function(args, sample, params, **extra)
-        check_generated(result, sample, function)
-    except Exception as error:
-        sample.status = Sample.Status.FAILED
-        sample.failure = str(error) if isinstance(error, GenerationError) else explain(error)
-        sample.tokens, sample.response, sample.response_length = prompt_tokens, "", 0
-        sample.loss_mask = sample.rollout_log_probs = None
-    sample.generate_seconds = time.perf_counter() - began
+def check_failures(args: argparse.Namespace, samples: list[Sample]) -> None:
+    """See that enough samples of a batch are usable.
+
+    Raises:
+        RuntimeError: more than --max-failed-fraction of them failed, or all; the message has the reasons.
+    """
+    failures = Counter(
+        sample.failure or "no reason given" for sample in samples if sample.status is Sample.Status.FAILED
+    )
+    failed = failures.total()
+    if not failed or (failed < len(samples) and failed <= args.max_failed_fraction * len(samples)):
+        return
+    if failed == len(samples):
+        raise RuntimeError(f"all {failed} samples failed, the first one with: {next(iter(failures))}")
+    reasons = "; ".join(f"{count} × {reason}" for reason, count in failures.most_common(3))
+    raise RuntimeError(
+        f"{failed} of {len(samples)} samples failed, more than --max-failed-fraction"
+        f" {args.max_failed_fraction:g} allows: {reasons}"
+    )
+
+
+def accepted_keywords(function: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
+    """Those of the keywords that the function has a parameter for."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in keywords.items() if name in parameters}
 
 
 def check_generated(result: Any, sample: Sample, function: Callable[..., Any]) -> None:
@@ -109,13 +174,13 @@ def check_generated(result: Any, sample: Sample, function: Callable[..., Any]) -
             )
 
 
-def generation_function(args: argparse.Namespace) -> Callable[..., Any]:
-    """`--custom-generate-function-path`, or the default `generate`.
+def generation_function(args: argparse.Namespace, sample: Sample) -> Callable[..., Any]:
+    """The sample's own function, or `--custom-generate-function-path`, or the default `generate`.
 
     Raises:
         UserError: it can't be loaded.
     """
-    path = args.custom_generate_function_path
+    path = sample.generate_function_path or args.custom_generate_function_path
     return load_function(path, flag="--custom-generate-function-path") if path else generate
 
 

@@ -12,16 +12,13 @@ from typing import Any
 import pyarrow as pa
 
 from hpc.layout import RunLayout
-from rltrain.data.source import RolloutDataSource
 from rltrain.functions import load_function
 from rltrain.rollout.base_types import as_eval_output, as_train_output
+from rltrain.rollout.convert import TrainData, to_train_data
 from rltrain.rollout.metrics import batch_metrics, eval_metrics
-from rltrain.rollout.normalize import train_rewards
 from rltrain.rollout.parquet import read_table, write_table
 from rltrain.sample import Sample
 from rltrain.schema import TRAIN_COLUMNS, samples_to_table
-
-_UNUSABLE = (Sample.Status.FAILED, Sample.Status.ABORTED)
 
 
 class RolloutManager:
@@ -39,9 +36,10 @@ class RolloutManager:
         self._evaluate = self._rollout
         if args.eval_function_path:
             self._evaluate = load_function(args.eval_function_path, flag="--eval-function-path")
-        self._data_source = RolloutDataSource(args)
-        if self._data_source.num_prompts_too_long:
-            print(f"{self._data_source.num_prompts_too_long} prompts are too long and left out", flush=True)
+        self._data_source = load_function(args.data_source_path, flag="--data-source-path")(args)
+        too_long = getattr(self._data_source, "num_prompts_too_long", 0)
+        if too_long:
+            print(f"{too_long} prompts are too long and left out", flush=True)
 
     def load(self, rollout_id: int) -> None:
         """Put the data source where it stood before rollout `rollout_id`."""
@@ -65,6 +63,9 @@ class RolloutManager:
             args.eval_function_path or args.rollout_function_path,
         )
         metrics = dict(output.metrics or {})
+        path = args.custom_eval_rollout_log_function_path
+        log = load_function(path, flag="--custom-eval-rollout-log-function-path") if path else None
+        ours = not (log and log(rollout_id, args, output.data, metrics))
         for name, result in output.data.items():
             samples, rewards = result["samples"], result["rewards"]
             own = eval_metrics(name, samples, rewards)
@@ -72,7 +73,7 @@ class RolloutManager:
                 samples, step=rollout_id, attempt=self._attempt, dataset=name, rewards=rewards, metrics=own
             )
             write_table(table, self._layout.eval_dir(name, rollout_id, self._attempt))
-            metrics |= own
+            metrics |= own if ours else {}
         return metrics
 
     def _finished(self, rollout_id: int) -> pa.Table | None:
@@ -81,7 +82,7 @@ class RolloutManager:
         if directory is None:
             return None
         table = read_table(directory)
-        if table.num_rows != self._batch_size:
+        if table.num_rows != self._batch_size and not self._args.custom_convert_samples_to_train_data_path:
             print(
                 f"rollout {rollout_id}: {directory} has another batch size and is generated anew", flush=True
             )
@@ -97,40 +98,45 @@ class RolloutManager:
             self._args.rollout_function_path,
             self._batch_size,
         )
-        samples = [sample for group in output.samples for sample in group]
-        table = self._to_table(rollout_id, samples, output.metrics or {}, time.perf_counter() - began)
+        table = self._to_table(rollout_id, output.samples, output.metrics or {}, time.perf_counter() - began)
         # The state first: once the batch is there, the step is never generated again.
         self._data_source.save(rollout_id)
         await asyncio.to_thread(write_table, table, self._layout.step_dir(rollout_id, self._attempt))
         return table
 
     def _to_table(
-        self, rollout_id: int, samples: list[Sample], extra: dict[str, float], seconds: float
+        self, rollout_id: int, groups: list[list[Sample]], extra: dict[str, float], seconds: float
     ) -> pa.Table:
         args = self._args
-        for sample in samples:
-            if sample.status in _UNUSABLE or sample.remove_sample:
-                sample.loss_mask = [0] * sample.response_length
-        rewards = [
-            None if sample.status in _UNUSABLE or sample.reward is None else sample.get_reward_value(args)
-            for sample in samples
-        ]
-        metrics = batch_metrics(samples, rewards)
-        metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / extra.get("perf/generate_s", seconds)
-        metrics |= {name if "/" in name else f"rollout/{name}": value for name, value in extra.items()}
-        print(_line(rollout_id, len(samples), metrics, seconds), flush=True)
+        if args.rollout_data_postprocess_path:
+            load_function(args.rollout_data_postprocess_path, flag="--rollout-data-postprocess-path")(
+                args, groups
+            )
+        data = to_train_data(args, [sample for group in groups for sample in group])
+        metrics = self._metrics(rollout_id, data, extra, seconds)
+        print(_line(rollout_id, len(data.samples), metrics, seconds), flush=True)
         return samples_to_table(
-            samples,
+            data.samples,
             step=rollout_id,
             attempt=self._attempt,
             dataset="train",
-            rewards=rewards,
-            train_rewards=self._train_rewards(samples, rewards),
+            rewards=data.rewards,
+            train_rewards=data.train_rewards,
             metrics=metrics,
         )
 
-    def _train_rewards(self, samples: list[Sample], rewards: list[float | None]) -> list[float]:
-        return train_rewards(self._args, [sample.group_index for sample in samples], rewards)
+    def _metrics(
+        self, rollout_id: int, data: TrainData, extra: dict[str, float], seconds: float
+    ) -> dict[str, float]:
+        """The function's own metrics, and ours unless --custom-rollout-log-function-path says not to."""
+        path, extra = self._args.custom_rollout_log_function_path, dict(extra)
+        metrics = batch_metrics(data.samples, data.rewards)
+        metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / extra.get("perf/generate_s", seconds)
+        if path:
+            log = load_function(path, flag="--custom-rollout-log-function-path")
+            if log(rollout_id, self._args, data.samples, extra, seconds):
+                metrics = {}
+        return metrics | {name if "/" in name else f"rollout/{name}": value for name, value in extra.items()}
 
 
 async def _call(function: Callable[..., Any], *args: Any, evaluation: bool) -> Any:
@@ -141,9 +147,9 @@ async def _call(function: Callable[..., Any], *args: Any, evaluation: bool) -> A
 
 
 def _line(rollout_id: int, count: int, metrics: dict[str, float], seconds: float) -> str:
-    reward = metrics.get("rollout/reward")
+    reward, length = metrics.get("rollout/reward"), metrics.get("rollout/response_length")
     return (
-        f"rollout {rollout_id}: {count} samples in {seconds:.1f} s,"
-        f" {metrics['rollout/response_length']:.1f} tokens each"
+        f"rollout {rollout_id}: {count} samples in {seconds:.1f} s"
+        + (f", {length:.1f} tokens each" if length is not None else "")
         + (f", reward {reward:.3f}" if reward is not None else "")
     )

@@ -10,8 +10,10 @@ import argparse
 
 from rltrain.data.source import RolloutDataSource
 from rltrain.data.tokenizer import load_tokenizer
+from rltrain.functions import load_function
 from rltrain.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput
-from rltrain.rollout.batch import generate_and_grade, sampling_params
+from rltrain.rollout.batch import check_failures, sampling_params
+from rltrain.rollout.collect import collect
 from rltrain.rollout.eval import eval_rollout
 from rltrain.rollout.http import post
 from rltrain.rollout.single_turn import generate
@@ -34,11 +36,18 @@ async def generate_rollout(
     """One batch of `--rollout-batch-size` groups, or one evaluation.
 
     Raises:
-        RuntimeError: not one sample could be generated and graded.
+        RuntimeError: too many samples failed, or the filter kept too few groups.
     """
     if evaluation:
         return await eval_rollout(args, rollout_id)
-    groups = data_source.get_samples(args.rollout_batch_size)
-    samples = [sample for group in groups for sample in group]
-    seconds = await generate_and_grade(args, samples, rollout_id, sampling_params(args))
-    return RolloutFnTrainOutput(groups, seconds)
+    collected = await collect(args, rollout_id, data_source)
+    groups = collected.kept
+    check_failures(args, [sample for group in groups for sample in group])
+    if args.rollout_sample_filter_path:
+        load_function(args.rollout_sample_filter_path, flag="--rollout-sample-filter-path")(args, groups)
+    if args.rollout_all_samples_process_path:
+        process = load_function(
+            args.rollout_all_samples_process_path, flag="--rollout-all-samples-process-path"
+        )
+        process(args, collected.all, data_source)
+    return RolloutFnTrainOutput(groups, collected.metrics)

@@ -1,0 +1,111 @@
+"""A batch of groups, collected while a filter may drop some of them: sampled until there are enough."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rltrain.data.source import RolloutDataSource
+from rltrain.functions import load_function
+from rltrain.rollout.batch import GroupRunner, sampling_params
+from rltrain.rollout.filters import DynamicFilterOutput
+from rltrain.sample import Sample
+
+_FLAG = "--dynamic-sampling-filter-path"
+_MOST_DROPPED = 20  # batches: a filter that drops more than that will drop everything
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Finished groups in the order of their prompts."""
+
+    kept: list[list[Sample]]
+    all: list[list[Sample]]
+    metrics: dict[str, float]
+
+
+async def collect(args: argparse.Namespace, rollout_id: int, data_source: RolloutDataSource) -> Collected:
+    """`--rollout-batch-size` groups that the filter keeps, from waves of `--over-sampling-batch-size` prompts.
+
+    As soon as there are enough, what is still being generated is given up; its prompts go back to the data
+    source, to come first the next time: they are the ones with long responses, which must not be lost.
+
+    Raises:
+        RuntimeError: the filter drops too much; says what was dropped for which reason.
+    """
+    path = args.dynamic_sampling_filter_path
+    keep = load_function(path, flag=_FLAG) if path else None
+    runner = GroupRunner(args, rollout_id, sampling_params(args))
+    running: dict[asyncio.Task[list[Sample]], list[Sample]] = {}
+    kept: list[list[Sample]] = []
+    finished: list[list[Sample]] = []
+    dropped: Counter[str] = Counter()
+    try:
+        while len(kept) < args.rollout_batch_size:
+            if len(kept) + len(running) < args.rollout_batch_size:
+                for group in data_source.get_samples(args.over_sampling_batch_size):
+                    task = asyncio.create_task(runner.run(group))
+                    running[task] = copy.deepcopy(group)
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=lambda task: _first_index(running[task])):
+                del running[task]
+                group = task.result()
+                finished.append(group)
+                verdict = judge(keep, args, group)
+                if not verdict.keep:
+                    dropped[verdict.reason or "no reason"] += 1
+                elif len(kept) < args.rollout_batch_size:
+                    kept.append(group)
+            _check_drops(args, len(kept), dropped)
+    finally:
+        for task in running:
+            task.cancel()
+    if running:
+        await asyncio.gather(*running, return_exceptions=True)
+        data_source.add_samples(sorted(running.values(), key=_first_index))
+    metrics = {f"rollout/dynamic_filter/drop_{reason}": float(n) for reason, n in dropped.items()}
+    if keep is not None:
+        metrics["rollout/dynamic_filter/kept_ratio"] = len(kept) / (len(kept) + dropped.total())
+    return Collected(
+        sorted(kept, key=_first_index), sorted(finished, key=_first_index), runner.seconds() | metrics
+    )
+
+
+def judge(
+    keep: Callable[..., Any] | None, args: argparse.Namespace, group: list[Sample]
+) -> DynamicFilterOutput:
+    """The filter's verdict on a group; True and False are taken too, as slime does.
+
+    Raises:
+        RuntimeError: it returned something else.
+    """
+    if keep is None:
+        return DynamicFilterOutput(True)
+    verdict = keep(args, group)
+    if isinstance(verdict, bool):
+        return DynamicFilterOutput(verdict)
+    if not isinstance(getattr(verdict, "keep", None), bool):
+        raise RuntimeError(
+            f"{_FLAG} {args.dynamic_sampling_filter_path} returned {verdict!r}, where a DynamicFilterOutput or a"
+            " bool is wanted"
+        )
+    return DynamicFilterOutput(verdict.keep, getattr(verdict, "reason", None))
+
+
+def _check_drops(args: argparse.Namespace, kept: int, dropped: Counter[str]) -> None:
+    if dropped.total() <= _MOST_DROPPED * args.rollout_batch_size:
+        return
+    reasons = ", ".join(f"{count} × {reason}" for reason, count in dropped.most_common())
+    raise RuntimeError(
+        f"{_FLAG} {args.dynamic_sampling_filter_path} dropped {dropped.total()} groups and kept {kept}, of the"
+        f" {args.rollout_batch_size} that a batch needs ({reasons}). Give other prompts, or another filter."
+    )
+
+
+def _first_index(group: list[Sample]) -> int:
+    return group[0].index or 0

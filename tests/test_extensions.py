@@ -1,0 +1,447 @@
+"""Contracts of the functions that users put in place of ours: what they are given, and what they may return."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from fakes.engine_server import FakeEngine
+from test_rollout_generate import run_rollout, with_engine
+
+from hpc.layout import RunLayout
+from rltrain import arguments
+from rltrain.arguments.errors import UserError
+from rltrain.arguments.extensions import EXTENSIONS, check_extensions
+from rltrain.data.source import RolloutDataSource
+from rltrain.rollout.collect import collect
+from rltrain.rollout.filters import check_reward_nonzero_std, remove_truncated
+from rltrain.rollout.manager import RolloutManager
+from rltrain.sample import Sample
+from rltrain.schema import read_metrics
+
+CUSTOM = '''
+import asyncio
+from rltrain.data.source import RolloutDataSource
+from rltrain.rollout.filters import DynamicFilterOutput
+from rltrain.sample import Sample
+
+calls = []
+
+async def generate(args, sample, sampling_params):
+    """Even samples end at once with reward 1, odd ones with 0."""
+    sample.append_response_tokens([4, 5], [-1.0, -2.0])
+    sample.response, sample.reward = "ab", float(sample.index % 2)
+    sample.status = sample.Status.COMPLETED
+    return sample
+
+async def slow_second(args, sample, sampling_params):
+    if sample.group_index % 2:
+        await asyncio.sleep(60)
+    return await generate(args, sample, sampling_params)
+
+def every_third(args, samples, **kwargs):
+    calls.append(("filter", [sample.index for sample in samples]))
+    number = samples[0].group_index
+    return DynamicFilterOutput(number % 3 == 0, None if number % 3 == 0 else f"mod_{number % 3}")
+
+def drops_all(args, samples):
+    return DynamicFilterOutput(False, "never")
+
+def plain_bool(args, samples):
+    return samples[0].group_index != 1
+
+def strange_filter(args, samples):
+    return "yes"
+
+def newest(args, rollout_id, buffer, num_samples):
+    taken = buffer[-num_samples:]
+    del buffer[-num_samples:]
+    return taken
+
+def too_many(args, rollout_id, buffer, num_samples):
+    return list(buffer)
+
+def remove_first(args, groups):
+    for group in groups:
+        group[0].remove_sample = True
+
+def all_samples(args, samples, data_source):
+    calls.append(("all", [group[0].group_index for group in samples], data_source))
+
+def hook(args, sample, *, rollout_id=None):
+    sample.metadata["hook"] = rollout_id
+
+async def async_hook(args, sample, evaluation):
+    sample.metadata["async_hook"] = [evaluation, sample.reward]
+    return sample
+
+def bad_hook(args, sample):
+    if sample.index == 3:
+        raise KeyError("in the hook")
+    if sample.index == 4:
+        return {"sample": sample}
+
+def postprocess(args, samples):
+    for group in samples:
+        group[1].loss_mask = [0, 1]
+
+def double(args, samples):
+    raw = [sample.reward for sample in samples]
+    return raw, [2 * value for value in raw]
+
+def one_short(args, samples):
+    return [0.0] * len(samples), [0.0] * (len(samples) - 1)
+
+def not_a_number(args, samples):
+    return [0.0] * len(samples), [float("nan")] * len(samples)
+
+def first_three(args, samples):
+    samples = samples[:3]
+    return {
+        "tokens": [sample.tokens for sample in samples],
+        "response_lengths": [sample.response_length for sample in samples],
+        "rewards": [7.0, 8.0, 9.0],
+        "raw_reward": [1.0, 2.0, 3.0],
+        "sample_indices": [sample.index for sample in samples],
+        "loss_masks": [[1, 0]] * 3,
+        "rollout_log_probs": [sample.rollout_log_probs for sample in samples],
+    }
+
+def ragged(args, samples):
+    return first_three(args, samples) | {"loss_masks": [[1, 0], [1], [1, 1]]}
+
+def lacks_rewards(args, samples):
+    data = first_three(args, samples)
+    del data["rewards"]
+    return data
+
+def log(rollout_id, args, samples, rollout_extra_metrics, rollout_time):
+    rollout_extra_metrics["mine"] = float(len(samples))
+    return rollout_id == 1
+
+def eval_log(rollout_id, args, data, extra_metrics):
+    extra_metrics["eval/mine"] = float(len(data["dev"]["samples"]))
+    return rollout_id == 1
+
+class Reversed(RolloutDataSource):
+    def get_samples(self, num_samples):
+        return super().get_samples(num_samples)[::-1]
+
+async def group_reward(args, samples):
+    assert all(sample.response for sample in samples)
+    return [float(i) for i in range(len(samples))]
+
+def bad_group_reward(args, samples):
+    return [1.0]
+
+def two_arguments_too_many(args, samples, extra, more):
+    ...
+
+def no_rollout_id(args):
+    ...
+
+def sync_generate(args, sample, sampling_params):
+    ...
+'''
+GENERATE = ("--custom-generate-function-path", "custom_extensions.generate")
+
+
+@pytest.fixture
+def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "custom_extensions.py").write_text(CUSTOM)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    import importlib
+
+    import custom_extensions
+
+    return importlib.reload(custom_extensions)
+
+
+def batch(make_args: Any, *flags: str, rollout_id: int = 0) -> pa.Table:
+    """One batch of the default rollout function, with `generate` from above."""
+    args = make_args(*GENERATE, *flags)
+
+    async def use(engine: FakeEngine, client: Any) -> pa.Table:
+        layout = RunLayout(Path(args.rollout_state_dir).parents[1])
+        return await RolloutManager(args, layout, 0).generate(rollout_id)
+
+    return with_engine(use, args)
+
+
+def path(name: str) -> str:
+    return f"custom_extensions.{name}"
+
+
+def test_dropped_groups_are_replaced_and_counted(custom: Any, make_args: Any) -> None:
+    table = batch(make_args, "--dynamic-sampling-filter-path", path("every_third"),
+                  "--over-sampling-batch-size", "6")  # fmt: skip
+    assert table["group_index"].to_pylist() == [0, 0, 3, 3, 6, 6, 9, 9]
+    metrics = read_metrics(table.schema)
+    assert metrics["rollout/dynamic_filter/drop_mod_1"] >= 3
+    assert 0.3 < metrics["rollout/dynamic_filter/kept_ratio"] < 0.4
+
+
+def test_a_filter_may_return_a_bool(custom: Any, make_args: Any) -> None:
+    table = batch(make_args, "--dynamic-sampling-filter-path", path("plain_bool"))
+    assert table["group_index"].to_pylist() == [0, 0, 2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("drops_all", r"dropped 84 groups and kept 0, of the 4 .*84 × never"), ("strange_filter", "returned 'yes'")],
+)  # fmt: skip
+def test_a_filter_that_cannot_be_satisfied_stops_the_run(
+    custom: Any, make_args: Any, name: str, words: str
+) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        batch(make_args, "--dynamic-sampling-filter-path", path(name))
+
+
+def test_what_is_not_needed_any_more_is_given_up_and_comes_again(custom: Any, make_args: Any) -> None:
+    args = make_args(
+        "--custom-generate-function-path", path("slow_second"), "--over-sampling-batch-size", "8"
+    )
+    source = RolloutDataSource(args)
+
+    async def use(engine: FakeEngine, client: Any) -> Any:
+        return await collect(args, 0, source)
+
+    collected = with_engine(use, args)
+    assert [group[0].group_index for group in collected.kept] == [0, 2, 4, 6]
+    again = source.get_samples(4)
+    assert [group[0].group_index for group in again] == [1, 3, 5, 7]
+    assert all(sample.response_length == 0 and sample.reward is None for group in again for sample in group)
+
+
+def test_groups_of_equal_rewards_are_dropped_by_the_built_in_filter() -> None:
+    args = argparse.Namespace(reward_key=None)
+    verdict = check_reward_nonzero_std(args, [Sample(reward=1.0), Sample(reward=1.0)])
+    assert (verdict.keep, verdict.reason) == (False, "zero_std_1.0")
+    assert check_reward_nonzero_std(args, [Sample(reward=1.0), Sample(reward=0.0)]).keep
+    assert check_reward_nonzero_std(args, [Sample(reward=1.0), Sample()]).reason == "failed"
+
+
+def test_truncated_responses_can_be_left_out() -> None:
+    group = [Sample(status=Sample.Status.TRUNCATED), Sample(status=Sample.Status.COMPLETED)]
+    remove_truncated(argparse.Namespace(), [group])
+    assert [sample.remove_sample for sample in group] == [True, False]
+
+
+def test_the_buffer_filter_takes_groups_out_of_the_buffer(custom: Any, make_args: Any) -> None:
+    source = RolloutDataSource(make_args("--buffer-filter-path", path("newest")))
+    source.add_samples(source.get_samples(4))
+    assert [group[0].group_index for group in source.get_samples(2)] == [2, 3]
+    assert source.get_buffer_length() == 2
+    source._args.buffer_filter_path = path("too_many")
+    with pytest.raises(UserError, match="at most 1 groups"):
+        source.get_samples(1)
+
+
+def test_samples_can_be_left_out_of_training(custom: Any, make_args: Any) -> None:
+    table = batch(make_args, "--rollout-sample-filter-path", path("remove_first"))
+    assert table["loss_mask"].to_pylist() == [[0, 0], [1, 1]] * 4
+
+
+def test_all_groups_are_shown_also_those_dropped(custom: Any, make_args: Any) -> None:
+    batch(make_args, "--dynamic-sampling-filter-path", path("plain_bool"),
+          "--rollout-all-samples-process-path", path("all_samples"))  # fmt: skip
+    ((_, groups, source),) = (call for call in custom.calls if call[0] == "all")
+    assert groups[:5] == [0, 1, 2, 3, 4] and isinstance(source, RolloutDataSource)
+
+
+def test_hooks_see_every_sample_in_turn(custom: Any, make_args: Any) -> None:
+    hooks = [flag for name in ("hook", "async_hook") for flag in ("--rollout-sample-hook-path", path(name))]
+    _, samples = run_rollout(make_args(*GENERATE, *hooks))
+    assert samples[1].metadata == {"number": 0, "hook": 0, "async_hook": [False, 1.0]}
+    _, samples = run_rollout(make_args(*GENERATE, "--rollout-sample-hook-path", path("bad_hook")))
+    assert samples[3].failure.startswith("KeyError: 'in the hook' (custom_extensions.py:")
+    assert (
+        samples[4].failure
+        == "custom_extensions.bad_hook returned a dict and not the sample that it was given"
+    )
+    assert samples[5].failure is None
+
+
+def test_finished_groups_can_be_changed(custom: Any, make_args: Any) -> None:
+    table = batch(make_args, "--rollout-data-postprocess-path", path("postprocess"))
+    assert table["loss_mask"].to_pylist() == [[1, 1], [0, 1]] * 4
+
+
+def test_rewards_can_be_processed(custom: Any, make_args: Any) -> None:
+    table = batch(make_args, "--custom-reward-post-process-path", path("double"))
+    assert table["reward"].to_pylist() == [0, 1] * 4 and table["train_reward"].to_pylist() == [0, 2] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("one_short", "8 rewards are wanted"), ("not_a_number", "sample 0: rewards is nan")]
+)
+def test_processed_rewards_are_checked(custom: Any, make_args: Any, name: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"custom_extensions.{name}.*{words}"):
+        batch(make_args, "--custom-reward-post-process-path", path(name))
+
+
+def test_the_train_data_can_be_made_otherwise(custom: Any, make_args: Any) -> None:
+    table = batch(make_args, "--custom-convert-samples-to-train-data-path", path("first_three"))
+    assert table["train_reward"].to_pylist() == [7, 8, 9] and table["reward"].to_pylist() == [1, 2, 3]
+    assert table["loss_mask"].to_pylist() == [[1, 0]] * 3
+    assert table["group_index"].to_pylist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ragged", "sample 1: loss_masks has 1 entries for 2 response tokens"),
+        ("lacks_rewards", "no 'rewards'"),
+    ],
+)
+def test_train_data_that_is_ragged_is_named(custom: Any, make_args: Any, name: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"custom_extensions.{name}: .*{words}"):
+        batch(make_args, "--custom-convert-samples-to-train-data-path", path(name))
+
+
+def test_metrics_can_be_added_or_replaced(custom: Any, make_args: Any) -> None:
+    flags = ("--custom-rollout-log-function-path", path("log"))
+    added = read_metrics(batch(make_args, *flags).schema)
+    assert added["rollout/mine"] == 8 and "rollout/reward" in added
+    replaced = read_metrics(batch(make_args, *flags, rollout_id=1).schema)
+    assert replaced["rollout/mine"] == 8 and "rollout/reward" not in replaced
+
+
+def test_metrics_of_evaluations_too(custom: Any, make_args: Any, prompt_file: Path) -> None:
+    args = make_args(*GENERATE, "--custom-eval-rollout-log-function-path", path("eval_log"),
+                     "--eval-prompt-data", "dev", f"{prompt_file}@[:3]")  # fmt: skip
+
+    async def use(engine: FakeEngine, client: Any) -> Any:
+        layout = RunLayout(Path(args.rollout_state_dir).parents[1])
+        return [await RolloutManager(args, layout, 0).evaluate(i) for i in range(2)]
+
+    added, replaced = with_engine(use, args)
+    assert added["eval/mine"] == 3 and added["eval/dev"] == pytest.approx(1 / 3)
+    assert replaced == {"eval/mine": 3}
+
+
+def test_another_data_source(custom: Any, make_args: Any) -> None:
+    table = batch(make_args, "--data-source-path", path("Reversed"), "--over-sampling-batch-size", "4")
+    assert set(table["group_index"].to_pylist()) == {0, 1, 2, 3}
+
+
+def test_samples_of_a_prompt_can_be_graded_together(custom: Any, make_args: Any) -> None:
+    _, samples = run_rollout(make_args("--group-rm", "--custom-rm-path", path("group_reward")))
+    assert [sample.reward for sample in samples] == [0, 1] * 4
+    with pytest.raises(RuntimeError, match=r"all 8 samples failed.*a list of 2, one a sample"):
+        run_rollout(make_args("--group-rm", "--custom-rm-path", path("bad_group_reward")))
+
+
+def test_too_many_failures_stop_the_run(make_args: Any) -> None:
+    run_rollout(make_args(), faults=[400] * 4)
+    with pytest.raises(
+        RuntimeError, match=r"5 of 8 samples failed, more than --max-failed-fraction 0.5.*5 × "
+    ):
+        run_rollout(make_args(), faults=[400] * 5)
+
+
+def test_prompts_may_bring_their_own_sampling_parameters(make_args: Any) -> None:
+    args = make_args()
+    source = RolloutDataSource(args)
+    for prompt in source._prompts._prompts:
+        prompt.metadata["sampling_params"] = {"temperature": 0.25, "max_new_tokens": 3}
+
+    async def use(engine: FakeEngine, client: Any) -> list[dict[str, Any]]:
+        await collect(args, 0, source)
+        return [request["sampling_params"] for request in engine.requests]
+
+    assert {(each["temperature"], each["max_new_tokens"], each["top_p"]) for each in with_engine(use, args)} == {
+        (0.25, 3, 1.0)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "extension", [each for each in EXTENSIONS if each.positional], ids=lambda each: each.dest
+)
+def test_every_flag_refuses_a_function_that_takes_too_little(
+    custom: Any, make_args: Any, extension: Any
+) -> None:
+    args = make_args()
+    value = "custom_extensions.no_rollout_id"
+    if len(extension.positional) == 1:
+        value = "custom_extensions.two_arguments_too_many"
+    setattr(args, extension.dest, [value] if extension.several else value)
+    with pytest.raises(UserError, match=extension.flag) as caught:
+        check_extensions(args)
+    assert value in str(caught.value)
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS, ids=lambda each: each.dest)
+def test_every_flag_refuses_a_function_that_is_not_there(custom: Any, make_args: Any, extension: Any) -> None:
+    args = make_args()
+    value = "custom_extensions.nowhere"
+    setattr(args, extension.dest, [value] if extension.several else value)
+    with pytest.raises(UserError, match=f"{extension.flag} {value}"):
+        check_extensions(args)
+
+
+def test_a_generate_function_that_cannot_be_awaited_is_refused(custom: Any, make_args: Any) -> None:
+    args = make_args("--custom-generate-function-path", path("sync_generate"))
+    with pytest.raises(UserError, match="async def"):
+        check_extensions(args)
+
+
+def test_every_function_above_passes_the_check(custom: Any, make_args: Any) -> None:
+    check_extensions(make_args(
+        *GENERATE, "--rollout-sample-hook-path", path("hook"), "--rollout-sample-hook-path", path("async_hook"),
+        "--dynamic-sampling-filter-path", path("every_third"), "--buffer-filter-path", path("newest"),
+        "--rollout-all-samples-process-path", path("all_samples"), "--data-source-path", path("Reversed"),
+        "--use-tis", "--custom-tis-function-path", "rltrain.algorithms.mismatch.mis",
+        "--custom-pg-loss-reducer-function-path", "rltrain.algorithms.reduce.constant_length",
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("c.toml", "alpha = 1\nnested-name = 'x'"), ("c.json", '{"alpha": 1, "nested-name": "x"}'),
+     ("c.yaml", "alpha: 1\nnested-name: x\n")],
+)  # fmt: skip
+def test_a_custom_config_becomes_attributes(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    flags = "--hf-checkpoint m --prompt-data p --rollout-batch-size 1 --num-rollout 1 --custom-config-path"
+    args = arguments.parse([*flags.split(), str(tmp_path / name)])
+    assert (args.alpha, args.nested_name) == (1, "x")
+    assert arguments.dump(args)["alpha"] == 1
+
+
+@pytest.mark.parametrize(("text", "words"), [("a = ", "TOMLDecodeError"), (None, "FileNotFoundError")])
+def test_a_custom_config_that_cannot_be_read_is_named(tmp_path: Path, text: str | None, words: str) -> None:
+    if text is not None:
+        (tmp_path / "c.toml").write_text(text)
+    flags = "--hf-checkpoint m --prompt-data p --rollout-batch-size 1 --num-rollout 1 --custom-config-path"
+    with pytest.raises(UserError, match=words):
+        arguments.parse([*flags.split(), str(tmp_path / "c.toml")])
+
+
+def test_a_batch_larger_than_the_data_is_refused(make_args: Any) -> None:
+    from rltrain.arguments.inputs import check_inputs
+
+    args = make_args("--rollout-batch-size", "21", "--random-init")
+    with pytest.raises(UserError, match=r"has 20 prompts, fewer than --rollout-batch-size 21"):
+        check_inputs(args)
+
+
+def test_cancelling_is_not_a_failure(custom: Any, make_args: Any) -> None:
+    """A rollout that is cancelled ends its tasks and gives the groups back."""
+    args = make_args("--custom-generate-function-path", path("slow_second"), "--rollout-batch-size", "2")
+    source = RolloutDataSource(args)
+
+    async def use(engine: FakeEngine, client: Any) -> int:
+        task = asyncio.ensure_future(collect(args, 0, source))
+        await asyncio.wait([task], timeout=0.2)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        return len([each for each in asyncio.all_tasks() if "collect" in repr(each) or "_fill" in repr(each)])
+
+    assert with_engine(use, args) == 0
