@@ -283,10 +283,12 @@ def test_command_line_with_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_command_line_with_a_run_that_is_fine(tmp_path: Path, tiny_model: Path, prompt_file: Path) -> None:
+def test_command_line_with_a_run_that_is_fine(
+    tmp_path: Path, tiny_tokenizer: Path, prompt_file: Path
+) -> None:
     flags = (
-        f"--hf-checkpoint={tiny_model} --prompt-data={prompt_file} --label-key=label --rm-type=exact --num-rollout=2"
-        " --rollout-batch-size=4 --n-samples-per-prompt=2 --save-interval=1 --json"
+        f"--hf-checkpoint={tiny_tokenizer} --random-init --prompt-data={prompt_file} --label-key=label --rm-type=exact"
+        " --num-rollout=2 --rollout-batch-size=4 --n-samples-per-prompt=2 --save-interval=1 --json"
     )
     done = run_doctor(tmp_path, *flags.split())
     checks = {check["name"]: check for check in json.loads(done.stdout)}
@@ -321,6 +323,11 @@ def test_a_run_that_exists_is_checked_with_its_flags(tmp_path: Path) -> None:
                              "rollout-batch-size = 2\n[train]\n")  # fmt: skip
     found = {check.name: check for check in doctor(["--name=x", f"--runs-dir={tmp_path}"])}
     assert "/gone" in found["input files"].message
+
+
+def test_nodes_without_a_partition(tmp_path: Path) -> None:
+    found = {check.name: check for check in doctor([f"--runs-dir={tmp_path}"], probe_nodes=True)}
+    assert found["nodes"].level == "warn"
 
 
 def test_it_is_light() -> None:

@@ -55,6 +55,7 @@ def test_published_sizes(model: ModelShape, published: int) -> None:
     assert count_parameters(model).total == published
 
 
+@pytest.mark.slow
 def test_a_real_models_files(tiny_model: Path) -> None:
     from safetensors import safe_open
 

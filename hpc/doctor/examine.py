@@ -41,7 +41,11 @@ def doctor(argv: list[str], probe_nodes: bool = False) -> list[Check]:
     checks += machine.check_machine(_count_processes(args), is_batch)
     if facts is not None:
         return checks + check_cluster(request.options, args, facts, probe_nodes)
-    return checks if is_batch else checks + _check_here(args)
+    if is_batch:
+        return checks
+    if probe_nodes:
+        checks.append(warn("nodes", "--probe-nodes looks at no node without --partition", "give --partition"))
+    return checks + _check_here(args)
 
 
 def check_flags(
