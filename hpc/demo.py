@@ -35,7 +35,7 @@ def submit_demo(options: SubmitOptions) -> int:
     for phase, flags in [(first, sft), (options, grpo)]:
         if code := submit_run(phase, flags):
             return code
-    print("reward curve:", flush=True)
+    print("reward curve:", end=" ", flush=True)
     subprocess.run([sys.executable, "-m", "analysis.plot", str(options.layout.root)], check=True)
     return 0
 

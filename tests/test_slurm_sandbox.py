@@ -117,7 +117,8 @@ class TestLife:
     def test_command_line(self, directory: Path) -> None:
         up = sandbox("up", directory, "--nodes", "2", "--cpu-nodes", "0")
         assert up.returncode == 0, up.stderr
-        assert sandbox("env", directory).stdout == f"export SLURM_CONF={directory}/etc/slurm.conf\n"
+        exported = sandbox("env", directory).stdout.splitlines()
+        assert exported == [f"export SLURM_CONF={directory}/etc/slurm.conf", "export OMP_NUM_THREADS=1"]
         again = sandbox("up", directory)
         assert again.returncode == 2 and "up in" in again.stderr and "Traceback" not in again.stderr
         cluster = Sandbox(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -88,7 +89,8 @@ def _env(args: argparse.Namespace) -> None:
         raise UserError(
             f"no sandbox is up in {sandbox.directory}. Start it: python -m hpc.sandbox up {args.directory}"
         )
-    print(f"export SLURM_CONF={sandbox.env['SLURM_CONF']}")
+    for name, value in sandbox.variables.items():
+        print(f"export {name}={shlex.quote(value)}")
 
 
 def _power_off(args: argparse.Namespace) -> None:

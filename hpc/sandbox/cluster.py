@@ -62,8 +62,20 @@ class Sandbox:
 
     @property
     def env(self) -> dict[str, str]:
-        """This process's environment without Slurm's variables but for SLURM_CONF, which names the cluster."""
-        return without_slurm(os.environ) | {"SLURM_CONF": str(self._layout.slurm_conf)}
+        """This process's environment with `variables`, and without any other of Slurm's."""
+        return without_slurm(os.environ) | self.variables
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What a command needs to use the cluster.
+
+        SLURM_CONF names it. The nodes say that they have many cores, but they share this machine's: a job whose
+        every process starts a thread a core would wait for itself.
+        """
+        return {
+            "SLURM_CONF": str(self._layout.slurm_conf),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
 
     @property
     def is_up(self) -> bool:
@@ -130,7 +142,7 @@ class Sandbox:
             whole = {**self.env, **(env or {})}
             done = subprocess.run(command, env=whole, capture_output=True, text=True)
         else:  # another user gets only what is needed to find programs and the cluster: HOME and the like are ours
-            whole = {**{key: self.env[key] for key in ("SLURM_CONF", "PATH")}, **(env or {})}
+            whole = {**self.variables, "PATH": self.env["PATH"], **(env or {})}
             group = pwd.getpwnam(user).pw_gid
             done = subprocess.run(
                 command, env=whole, user=user, group=group, extra_groups=[], capture_output=True, text=True
