@@ -5,6 +5,7 @@ listed in `analysis/README.md`; the pictures are in `analysis.plots`, the number
 in `analysis.metrics`.
 """
 
+from analysis._compare import Comparison, compare
 from analysis._errors import DamagedFileError, DamagedFileWarning, RunNotFoundError
 from analysis._groups import pass_at_k
 from analysis._load import load_run, load_runs
@@ -13,11 +14,13 @@ from analysis._runs import Runs
 from analysis._wandb import load_wandb
 
 __all__ = [
+    "Comparison",
     "DamagedFileError",
     "DamagedFileWarning",
     "Run",
     "RunNotFoundError",
     "Runs",
+    "compare",
     "load_run",
     "load_runs",
     "load_wandb",

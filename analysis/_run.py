@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -17,6 +17,11 @@ from analysis._samples import Columns, read_frame, select_files
 from analysis._source import Source
 from analysis._tokens import messages_frame, tokens_frame
 from analysis._vocabulary import Vocabulary, find_tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from analysis._findings import Findings
 
 
 class Run:
@@ -187,6 +192,18 @@ class Run:
             find_tokenizer(layout.root, self.config.get("train", {}).get("hf_checkpoint")) if layout else None
         )
         return Vocabulary.read(path) if path else None
+
+    def doctor(self) -> Findings:
+        """What looks wrong with this run, with evidence and what to do; the worst first."""
+        from analysis._checks import examine
+
+        return examine(self)
+
+    def dashboard(self) -> Figure:
+        """The most telling views on one page."""
+        from analysis.plots import dashboard
+
+        return dashboard(self)
 
     def __repr__(self) -> str:
         summary = ", ".join(f"{key} {value}" for key, value in self._summary().items())
