@@ -13,7 +13,8 @@ import pytest
 
 from rltrain.arguments.errors import UserError
 from rltrain.rewards.pool import RewardPool
-from rltrain.rewards.rules import exact_match, reward_function_path
+from rltrain.rewards.rules import reward_function_path
+from rltrain.rewards.text import exact_match
 from rltrain.rewards.worker import Grade, checked
 from rltrain.sample import Sample
 

@@ -28,7 +28,7 @@ NOT_YET = frozenset(
     min-batch-collection-ratio multimodal-keys num-critic-only-steps offload offload-rollout offload-train
     only-train-params-name-list opd-kl-coef opd-teacher-ckpt-step opd-teacher-load opd-type opsm-delta
     partial-rollout profile-target recompute-loss-function record-memory-history ref-ckpt-step
-    ref-update-interval release-train reset-optimizer-states rm-url rollout-buffer-url
+    ref-update-interval release-train reset-optimizer-states rollout-buffer-url
     rollout-external-engine-addrs rollout-health-check-first-wait rollout-health-check-interval
     rollout-health-check-timeout rollout-task-type save-debug-rollout-data save-debug-train-data
     tb-experiment-name tb-project-name train-env-vars update-weight-buffer-size
@@ -78,6 +78,7 @@ def _cluster(group: argparse._ArgumentGroup) -> None:
 def _rollout(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--rm-type", metavar="NAME", help="built-in reward; see docs/rewards.md")
+    add("--rm-url", metavar="URL", help="server of --rm-type remote_rm")
     add("--reward-key", metavar="KEY", help="entry of a dict reward that is trained on")
     add("--eval-reward-key", metavar="KEY", help="the same for evaluation (default: --reward-key)")
     add(

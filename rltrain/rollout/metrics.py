@@ -27,12 +27,22 @@ def batch_metrics(samples: Sequence[Sample], rewards: Sequence[float | None]) ->
         "rollout/failed_ratio": _mean([sample.status is Sample.Status.FAILED for sample in samples]),
         "rollout/tokens": float(sum(lengths)),
     }
+    metrics |= reward_latency(samples)
     graded = [reward for reward in rewards if reward is not None]
     if graded:
         metrics["rollout/reward"] = _mean(graded)
     if comparable:
         metrics["rollout/zero_std_ratio"] = _mean([min(group) == max(group) for group in comparable])
     return metrics
+
+
+def reward_latency(samples: Sequence[Sample]) -> dict[str, float]:
+    """Seconds that a reward took, from when a process had it: mean, and nearly the slowest; {} without rewards."""
+    seconds = sorted(sample.reward_seconds for sample in samples if sample.reward_seconds)
+    if not seconds:
+        return {}
+    p99 = seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))]
+    return {"perf/reward_latency_mean": _mean(seconds), "perf/reward_latency_p99": p99}
 
 
 def eval_metrics(name: str, samples: Sequence[Sample], rewards: Sequence[float]) -> dict[str, float]:

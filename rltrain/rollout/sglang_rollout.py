@@ -16,6 +16,7 @@ from rltrain.rollout.batch import check_failures, sampling_params
 from rltrain.rollout.collect import collect
 from rltrain.rollout.eval import eval_rollout
 from rltrain.rollout.http import post
+from rltrain.rollout.loop_lag import LoopLag
 from rltrain.rollout.single_turn import generate
 
 __all__ = ["GenerateState", "generate", "generate_rollout", "post"]
@@ -40,7 +41,8 @@ async def generate_rollout(
     """
     if evaluation:
         return await eval_rollout(args, rollout_id)
-    collected = await collect(args, rollout_id, data_source)
+    async with LoopLag() as lag:
+        collected = await collect(args, rollout_id, data_source)
     groups = collected.kept
     check_failures(args, [sample for group in groups for sample in group])
     if args.rollout_sample_filter_path:
@@ -50,4 +52,4 @@ async def generate_rollout(
             args.rollout_all_samples_process_path, flag="--rollout-all-samples-process-path"
         )
         process(args, collected.all, data_source)
-    return RolloutFnTrainOutput(groups, collected.metrics)
+    return RolloutFnTrainOutput(groups, collected.metrics | lag.metrics())
