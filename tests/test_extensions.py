@@ -427,7 +427,7 @@ def test_a_batch_larger_than_the_data_is_refused(make_args: Any) -> None:
     from rltrain.arguments.inputs import check_inputs
 
     args = make_args("--rollout-batch-size", "21", "--random-init")
-    with pytest.raises(UserError, match=r"has 20 prompts, fewer than --rollout-batch-size 21"):
+    with pytest.raises(UserError, match=r"an epoch has 20 prompts, fewer than --rollout-batch-size 21"):
         check_inputs(args)
 
 

@@ -24,6 +24,7 @@ def check_inputs(args: argparse.Namespace, to_come: Mapping[str, str] | None = N
         UserError: one paragraph with the file, the line where there is one, and what to do.
     """
     from rltrain.arguments.hf_config import check_hf_config
+    from rltrain.data.epochs import Epochs, prompt_files
     from rltrain.data.prompts import check_prompt_file
     from rltrain.rewards.rules import reward_function_path
 
@@ -32,11 +33,13 @@ def check_inputs(args: argparse.Namespace, to_come: Mapping[str, str] | None = N
     check_hf_config(read_hf_config(model, without_weights), args)
     if args.apply_chat_template:
         _check_chat_template(model)
-    prompts = check_prompt_file(args.prompt_data, args.input_key, args.label_key, args.metadata_key)
+    files = prompt_files(args)
+    sizes = [check_prompt_file(path, args.input_key, args.label_key, args.metadata_key) for path, _ in files]
+    prompts = len(Epochs(tuple(sizes), tuple(weight for _, weight in files)))
     if prompts < args.rollout_batch_size and args.data_source_path == DEFAULT_DATA_SOURCE:
         raise UserError(
-            f"--prompt-data {args.prompt_data} has {prompts} prompts, fewer than --rollout-batch-size"
-            f" {args.rollout_batch_size}: one batch would hold the same prompt twice."
+            f"{' and '.join(path for path, _ in files)}: an epoch has {prompts} prompts, fewer than"
+            f" --rollout-batch-size {args.rollout_batch_size}: one batch would hold the same prompt twice."
         )
     for path in (args.eval_prompt_data or [])[1::2]:
         check_prompt_file(path, args.eval_input_key, args.eval_label_key, args.metadata_key)

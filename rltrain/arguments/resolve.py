@@ -32,7 +32,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
 def _require(args: argparse.Namespace) -> None:
     wanted = {
         "--hf-checkpoint": (args.hf_checkpoint, "the model's Hugging Face directory"),
-        "--prompt-data": (args.prompt_data, "a JSONL file of prompts"),
+        "--prompt-data": (args.prompt_data or args.prompt_data_mix, "a JSONL or Parquet file of prompts"),
         "--rollout-batch-size": (args.rollout_batch_size, "prompts in a rollout"),
         "--num-rollout": (args.num_rollout or args.num_epoch, "rollouts in the run (or --num-epoch)"),
     }
@@ -122,8 +122,26 @@ def _rollout(args: argparse.Namespace) -> None:
             f"--over-sampling-batch-size {args.over_sampling_batch_size} is less than --rollout-batch-size"
             f" {args.rollout_batch_size}: it is how many prompts are sampled to get that many."
         )
+    _prompt_mix(args)
     if not 0 <= args.max_failed_fraction <= 1:
         raise UserError(f"--max-failed-fraction {args.max_failed_fraction}: it is between 0 and 1.")
+
+
+def _prompt_mix(args: argparse.Namespace) -> None:
+    mix = args.prompt_data_mix or []
+    if mix and args.prompt_data:
+        raise UserError("--prompt-data and --prompt-data-mix: give one of them.")
+    if len(mix) % 2:
+        raise UserError(
+            f"--prompt-data-mix takes pairs of a file and a weight, but {len(mix)} words were given."
+        )
+    for word in mix[1::2]:
+        try:
+            positive = float(word) > 0
+        except ValueError:
+            positive = False
+        if not positive:
+            raise UserError(f"--prompt-data-mix: the weight {word!r} is no number greater than 0.")
 
 
 def _evaluation(args: argparse.Namespace) -> None:
@@ -167,6 +185,10 @@ def _absolute_paths(args: argparse.Namespace) -> None:
             setattr(args, name, _absolute(getattr(args, name)))
     if args.prompt_data is not None:
         args.prompt_data = _absolute(args.prompt_data)
+    if args.prompt_data_mix:
+        args.prompt_data_mix = [
+            word if i % 2 else _absolute(word) for i, word in enumerate(args.prompt_data_mix)
+        ]
     if args.eval_prompt_data:
         args.eval_prompt_data = [
             word if i % 2 == 0 else _absolute(word) for i, word in enumerate(args.eval_prompt_data)

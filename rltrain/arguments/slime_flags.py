@@ -125,7 +125,9 @@ def _rollout(group: argparse._ArgumentGroup) -> None:
 
 def _data(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--prompt-data", metavar="FILE", help="JSONL prompts; FILE@[a:b] takes a slice")
+    add("--prompt-data", metavar="FILE", help="JSONL or Parquet prompts; FILE@[a:b] takes a slice")
+    add("--prompt-data-mix", nargs="+", metavar="FILE WEIGHT",
+        help="instead: pairs of a file and how often its prompts come in an epoch (0.5: half of them)")  # fmt: skip
     add(
         "--input-key", default="input", metavar="KEY", help="of the prompt: text or messages (default: input)"
     )

@@ -1,4 +1,4 @@
-"""The prompts of one file, ready to be generated from: as samples with text and token ids."""
+"""The prompts of one file or several, ready to be generated from: as samples with text and token ids."""
 
 from __future__ import annotations
 
@@ -15,24 +15,37 @@ _CHUNK = 1000  # prompts tokenised in one go
 
 
 class PromptSet:
-    """Prompts in file order, without those that are longer than `--rollout-max-prompt-len`."""
+    """Prompts in file order, without those that are longer than `--rollout-max-prompt-len`.
 
-    def __init__(self, args: argparse.Namespace, path: str, input_key: str, label_key: str | None) -> None:
-        """Read the file.
+    Attributes:
+        sizes: Prompts of each file.
+        num_too_long: Prompts that were left out.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, paths: Sequence[str], input_key: str, label_key: str | None
+    ) -> None:
+        """Read the files.
 
         Raises:
-            UserError: the file is not as it should be, or every prompt is too long.
+            UserError: a file is not as it should be, or every prompt of it is too long.
         """
         self._args = args
         self._tokenizer = load_tokenizer(args.hf_checkpoint)
-        prompts = list(read_prompts(path, input_key, label_key, args.metadata_key, args.tool_key))
+        self._prompts: list[Prompt] = []
+        self.sizes: list[int] = []
+        self.num_too_long = 0
         limit = args.rollout_max_prompt_len
-        self._prompts = prompts if limit is None else self._shorter_than(prompts, limit)
-        self.num_too_long = len(prompts) - len(self._prompts)
-        if not self._prompts:
-            raise UserError(
-                f"{path}: all {len(prompts)} prompts are longer than --rollout-max-prompt-len {limit}."
-            )
+        for path in paths:
+            prompts = list(read_prompts(path, input_key, label_key, args.metadata_key, args.tool_key))
+            kept = prompts if limit is None else self._shorter_than(prompts, limit)
+            if not kept:
+                raise UserError(
+                    f"{path}: all {len(prompts)} prompts are longer than --rollout-max-prompt-len {limit}."
+                )
+            self._prompts += kept
+            self.sizes.append(len(kept))
+            self.num_too_long += len(prompts) - len(kept)
 
     def __len__(self) -> int:
         return len(self._prompts)

@@ -1,10 +1,11 @@
-"""Prompt files: JSONL, one object a line, as slime reads them. Standard library only.
+"""Prompt files: JSONL, one object a line, as slime reads them, or Parquet (`.parquet`), one row a prompt.
 
-`path@[a:b]` takes the lines a to b, as a Python slice does.
+`path@[a:b]` takes the lines (rows) a to b, as a Python slice does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -58,11 +59,17 @@ def read_prompts(
     if not file.is_file():
         what = "it is a directory" if file.is_dir() else "there is no such file"
         raise UserError(f"prompt file {file}: {what}. Give a JSONL file: one JSON object a line.")
+    keys = (input_key, label_key, metadata_key, tool_key)
     count = 0
-    with file.open(encoding="utf-8") as lines:
-        for number, line in _window(lines, window, file):
-            yield parse_line(line, f"{file}:{number}", input_key, label_key, metadata_key, tool_key)
+    if file.suffix == ".parquet":
+        for number, row in _parquet_rows(file, window, keys):
+            yield parse_row(row, f"{file}, row {number}", *keys)
             count += 1
+    else:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in _window(lines, window, file):
+                yield parse_line(line, f"{file}:{number}", *keys)
+                count += 1
     if count == 0:
         where = f"{path}: no prompts in that slice" if path != str(file) else f"{file}: no prompts in it"
         raise UserError(f"prompt file {where}. Give a JSONL file with one JSON object a line.")
@@ -98,6 +105,22 @@ def parse_line(
         ) from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {type(row).__name__}, where an object with the prompt is wanted.")
+    return parse_row(row, where, input_key, label_key, metadata_key, tool_key)
+
+
+def parse_row(
+    row: dict[str, Any],
+    where: str,
+    input_key: str,
+    label_key: str | None = None,
+    metadata_key: str = "metadata",
+    tool_key: str = "tools",
+) -> Prompt:
+    """A prompt from its keys and values; `where` is for the message.
+
+    Raises:
+        UserError: a key is missing, or its value has the wrong type.
+    """
     prompt = _require(row, input_key, "--input-key", where)
     if not isinstance(prompt, str) and not _is_conversation(prompt):
         raise UserError(
@@ -124,6 +147,9 @@ def _require(row: dict[str, Any], key: str, flag: str, where: str) -> Any:
 def _metadata(value: Any, key: str, where: str) -> dict[str, Any]:
     if value is None:
         return {}
+    if isinstance(value, str):  # Parquet files often hold it as JSON
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
     if not isinstance(value, dict):
         raise UserError(f"{where}: {key!r} holds a {type(value).__name__}, where an object is wanted.")
     return value
@@ -135,6 +161,30 @@ def _is_conversation(prompt: Any) -> bool:
         and bool(prompt)
         and all(isinstance(each, dict) and "role" in each and "content" in each for each in prompt)
     )
+
+
+def _parquet_rows(
+    file: Path, window: slice, keys: tuple[str | None, ...]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered rows of the slice, read in batches, only the columns that have a key."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        parquet = pq.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"prompt file {file}: not a Parquet file ({error}).") from None
+    wanted = range(parquet.metadata.num_rows)[window]
+    columns = [name for name in parquet.schema_arrow.names if name in keys]
+    if not columns:  # the first missing key is named by who parses the row
+        columns = parquet.schema_arrow.names
+    number = 0
+    for batch in parquet.iter_batches(batch_size=1000, columns=columns):
+        if number + len(batch) > wanted.start and number < wanted.stop:
+            for i, row in enumerate(batch.to_pylist(), start=number):
+                if i in wanted:
+                    yield i, row
+        number += len(batch)
 
 
 def _window(lines: Iterator[str], window: slice, file: Path) -> Iterator[tuple[int, str]]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from rltrain.arguments.errors import UserError
+from rltrain.data.epochs import Epochs, prompt_files
 from rltrain.data.prompt_set import PromptSet
 from rltrain.functions import load_function
 from rltrain.sample import Sample
@@ -30,14 +29,19 @@ class RolloutDataSource:
             UserError: see `PromptSet`.
         """
         self._args = args
-        self._prompts = PromptSet(args, args.prompt_data, args.input_key, args.label_key)
+        files = prompt_files(args)
+        self._prompts = PromptSet(args, [path for path, _ in files], args.input_key, args.label_key)
+        weights = tuple(weight for _, weight in files)
+        self._epochs = Epochs(
+            tuple(self._prompts.sizes), weights, args.rollout_seed, args.rollout_shuffle or len(files) > 1
+        )
         self.num_prompts_too_long = self._prompts.num_too_long
         self._buffer: list[list[Sample]] = []
         self._reset()
 
     def __len__(self) -> int:
         """Number of prompts in an epoch."""
-        return len(self._prompts)
+        return len(self._epochs)
 
     def get_samples(self, num_samples: int) -> list[list[Sample]]:
         """The next `num_samples` groups of `--n-samples-per-prompt` samples each."""
@@ -66,7 +70,7 @@ class RolloutDataSource:
             "position": self._position,
             "group_index": self._group_index,
             "sample_index": self._sample_index,
-            "num_prompts": len(self._prompts),
+            "num_prompts": len(self),
             "buffer": [[sample.to_dict() for sample in group] for group in self._buffer],
         }
         _write_atomically(self._state_file(rollout_id), json.dumps(state))
@@ -86,9 +90,9 @@ class RolloutDataSource:
             )
             return
         state: dict[str, Any] = json.loads(file.read_text())
-        if state["num_prompts"] != len(self._prompts):
+        if state["num_prompts"] != len(self):
             print(
-                f"warning: {self._args.prompt_data} has {len(self._prompts)} prompts now and had"
+                f"warning: an epoch has {len(self)} prompts now and had"
                 f" {state['num_prompts']} before the restart: some may come twice in this epoch, or not at all"
             )
         self._epoch, self._position = state["epoch"], state["position"]
@@ -117,13 +121,11 @@ class RolloutDataSource:
         self._buffer = []
 
     def _next_position(self) -> int:
-        if self._position >= len(self._prompts):
+        if self._position >= len(self):
             self._epoch, self._position = self._epoch + 1, 0
         position = self._position
         self._position += 1
-        if not self._args.rollout_shuffle:
-            return position
-        return _order(len(self._prompts), self._args.rollout_seed, self._epoch)[position]
+        return self._epochs.order(self._epoch)[position]
 
     def _state_file(self, rollout_id: int) -> Path:
         return Path(self._args.rollout_state_dir) / f"{rollout_id:07d}.json"
@@ -134,14 +136,6 @@ class RolloutDataSource:
         if self._args.load:
             candidates.append(Path(self._args.load) / file.parent.name / file.name)
         return next((each for each in candidates if each.is_file()), None)
-
-
-@lru_cache(maxsize=2)
-def _order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of an epoch: the same for the same seed, on every machine."""
-    positions = list(range(count))
-    random.Random(f"{seed}/{epoch}").shuffle(positions)
-    return positions
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -32,7 +32,7 @@ async def eval_rollout(args: argparse.Namespace, rollout_id: int) -> RolloutFnEv
 
 def eval_samples(args: argparse.Namespace, path: str) -> list[Sample]:
     """`--n-samples-per-eval-prompt` fresh samples of every prompt of a set."""
-    prompts = PromptSet(args, path, args.eval_input_key, args.eval_label_key)
+    prompts = PromptSet(args, [path], args.eval_input_key, args.eval_label_key)
     groups = prompts.groups(range(len(prompts)), args.n_samples_per_eval_prompt)
     return [sample for group in groups for sample in group]
 
