@@ -134,6 +134,10 @@ class SlurmlimeExecutor(submitit.SlurmExecutor):
             command=command,
         ).text(self._template)
 
+    @property
+    def _submitit_command_str(self) -> str:
+        return f"{self.python} -u -m hpc.batch {shlex.quote(str(self.folder))}"
+
     def _num_tasks(self) -> int:
         return 1  # whatever else runs is started by it
 

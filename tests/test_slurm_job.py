@@ -170,6 +170,8 @@ def test_int_saves_and_ends(run: FakeRun) -> None:
     report = job.result()
     assert report["state"] == "stopped" and report["saved"] and report["signal"] == "SIGINT"
     assert run.events("not_requeued")[0]["reason"] == "stopped on request"
+    # A job that waits for this one to end well must not start.
+    assert wait_for(run.cluster, job.job_id).state is JobState.FAILED
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
