@@ -43,6 +43,7 @@ lint: $(READY) ## ruff, mypy, shellcheck
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/shellcheck --exclude=SC2016 .ci/run requirements/*.sh tests/golden/*
 
 format: $(READY) ## let ruff rewrite
 	@$(BIN)/ruff check --fix .
