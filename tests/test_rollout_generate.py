@@ -242,7 +242,8 @@ def test_an_answer_without_log_probs_is_refused() -> None:
 
 
 def test_evaluation_has_sampling_parameters_of_its_own(make_args) -> None:
-    args = make_args("--eval-temperature", "0", "--eval-max-response-len", "99", "--rollout-top-p", "0.9")
-    params = eval_sampling_params(args)
+    args = make_args("--eval-temperature", "0", "--eval-max-response-len", "99", "--rollout-top-p", "0.9",
+                     "--eval-prompt-data", "dev", "p.jsonl")  # fmt: skip
+    params = eval_sampling_params(args, args.eval_datasets[0])
     assert (params["temperature"], params["max_new_tokens"], params["top_p"]) == (0.0, 99, 0.9)
     assert (sampling_params(args)["temperature"], sampling_params(args)["max_new_tokens"]) == (1.0, 16)

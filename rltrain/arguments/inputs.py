@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rltrain.arguments.errors import UserError
+from rltrain.arguments.eval_sets import set_args
 from rltrain.arguments.extensions import check_extensions
 from rltrain.arguments.slime_defaults import DEFAULT_DATA_SOURCE, DEFAULT_ROLLOUT_FUNCTION
 
@@ -41,13 +42,16 @@ def check_inputs(args: argparse.Namespace, to_come: Mapping[str, str] | None = N
             f"{' and '.join(path for path, _ in files)}: an epoch has {prompts} prompts, fewer than"
             f" --rollout-batch-size {args.rollout_batch_size}: one batch would hold the same prompt twice."
         )
-    for path in (args.eval_prompt_data or [])[1::2]:
-        check_prompt_file(path, args.eval_input_key, args.eval_label_key, args.metadata_key)
+    for each in args.eval_datasets:
+        check_prompt_file(each["path"], each["input_key"], each.get("label_key"), each["metadata_key"])
     if args.num_rollout is None:
         args.num_rollout = max(1, args.num_epoch * prompts // args.rollout_batch_size)
     if args.loss_type == "policy_loss" and args.rollout_function_path == DEFAULT_ROLLOUT_FUNCTION:
         reward_function_path(args)
-    check_extensions(args)
+        for each in args.eval_datasets:
+            reward_function_path(set_args(args, each))
+    for namespace in (args, *(set_args(args, each) for each in args.eval_datasets)):
+        check_extensions(namespace)
 
 
 def read_hf_config(directory: Path, without_weights: bool = False) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rltrain.arguments.algorithm_flags import resolve_algorithm
 from rltrain.arguments.errors import UserError
+from rltrain.arguments.eval_sets import resolve_eval_sets
 
 _PATHS = ("hf_checkpoint", "load", "ref_load", "save", "save_hf", "wandb_dir")
 
@@ -145,25 +146,17 @@ def _prompt_mix(args: argparse.Namespace) -> None:
 
 
 def _evaluation(args: argparse.Namespace) -> None:
-    sets = args.eval_prompt_data or []
-    if len(sets) % 2:
-        raise UserError(
-            f"--eval-prompt-data takes pairs of a name and a file, but {len(sets)} words were given."
-        )
-    if args.eval_interval is not None and not sets:
-        raise UserError("--eval-interval needs --eval-prompt-data NAME FILE.")
-    if sets and args.debug_train_only:
-        raise UserError("--eval-prompt-data needs engines, and --debug-train-only starts none.")
-    if any("/" in name or name.startswith(".") for name in sets[::2]):
-        raise UserError(
-            "--eval-prompt-data: a set's name becomes a directory, so it holds no '/' and no leading dot."
-        )
     for name in ("input_key", "label_key", "reward_key"):
         if getattr(args, f"eval_{name}") is None:
             setattr(args, f"eval_{name}", getattr(args, name))
     for name in ("temperature", "top_p", "top_k", "max_response_len"):
         if getattr(args, f"eval_{name}") is None:
             setattr(args, f"eval_{name}", getattr(args, f"rollout_{name}"))
+    args.eval_datasets = resolve_eval_sets(args)
+    if args.eval_interval is not None and not args.eval_datasets:
+        raise UserError("--eval-interval needs --eval-prompt-data NAME FILE, or --eval-config.")
+    if args.eval_datasets and args.debug_train_only:
+        raise UserError("--eval-prompt-data needs engines, and --debug-train-only starts none.")
 
 
 def _algorithm(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ NOT_YET = frozenset(
     custom-megatron-before-train-step-hook-path custom-megatron-init-path custom-model-provider-path
     custom-update-weight-post-write-path data-pad-size-multiplier debug-rollout-only
     disable-compute-advantages-and-returns disable-rollout-global-dataset disable-wandb-random-suffix
-    dump-details eval-config eval-max-context-len eval-max-prompt-len eval-min-new-tokens eval-tool-key
+    dump-details eval-max-context-len eval-max-prompt-len eval-min-new-tokens eval-tool-key
     fetch-trajectory-retry-times freeze-params-name-list get-mismatch-metrics http-proxy keep-old-actor
     lambd load-debug-rollout-data load-debug-rollout-data-subsample log-correct-samples log-multi-turn
     log-passrate log-probs-chunk-size log-reward-category loss-mask-type mask-offpolicy-in-partial-rollout
@@ -163,6 +163,7 @@ def _eval(group: argparse._ArgumentGroup) -> None:
         metavar="NAME FILE",
         help="one or more pairs of a name and a prompt file",
     )
+    add("--eval-config", metavar="FILE", help="further sets, each with sampling and reward of its own")
     add("--skip-eval-before-train", action="store_true", help="do not evaluate the untrained model")
     add("--eval-input-key", metavar="KEY", help="default: --input-key")
     add("--eval-label-key", metavar="KEY", help="default: --label-key")

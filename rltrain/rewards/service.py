@@ -13,7 +13,7 @@ from rltrain.rewards.rules import reward_function_path
 from rltrain.rewards.worker import Grade
 from rltrain.sample import Sample
 
-_pools: dict[tuple[str, str | None], asyncio.Future[RewardPool]] = {}
+_pools: dict[tuple[str | None, ...], asyncio.Future[RewardPool]] = {}
 
 
 async def grade(args: argparse.Namespace, sample: Sample) -> None:
@@ -49,7 +49,7 @@ async def start(args: argparse.Namespace, sample: Sample | None = None) -> Rewar
         UserError: see `grade`.
     """
     path = reward_function_path(args, sample)
-    key = (path, args.reward_key)
+    key = (path, args.reward_key, args.rm_type)
     if key not in _pools:
         _pools[key] = asyncio.ensure_future(RewardPool.start(args, path))
     return await _pools[key]

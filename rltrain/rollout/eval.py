@@ -1,4 +1,4 @@
-"""Evaluation: every prompt of every `--eval-prompt-data` set, with sampling parameters of its own."""
+"""Evaluation: every prompt of every evaluation set, with sampling parameters and a reward of its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import asyncio
 from typing import Any
 
+from rltrain.arguments.eval_sets import set_args
 from rltrain.data.prompt_set import PromptSet
 from rltrain.rollout.base_types import RolloutFnEvalOutput
 from rltrain.rollout.batch import SamplingParams, generate_and_grade, sampling_params
@@ -16,35 +17,39 @@ async def eval_rollout(args: argparse.Namespace, rollout_id: int) -> RolloutFnEv
     """Generate and grade all sets side by side.
 
     Raises:
-        RuntimeError: not one sample of a set could be generated and graded.
+        RuntimeError: too many samples of a set failed.
     """
-    eval_args = argparse.Namespace(**{**vars(args), "reward_key": args.eval_reward_key})
-    names, paths = args.eval_prompt_data[::2], args.eval_prompt_data[1::2]
-    sets = [eval_samples(eval_args, path) for path in paths]
-    params = eval_sampling_params(args)
-    await asyncio.gather(
-        *(generate_and_grade(eval_args, samples, rollout_id, params, evaluation=True) for samples in sets)
-    )
+    results = await asyncio.gather(*(_evaluate(args, rollout_id, each) for each in args.eval_datasets))
     return RolloutFnEvalOutput(
-        {name: _summary(eval_args, samples) for name, samples in zip(names, sets, strict=True)}
+        {each["name"]: result for each, result in zip(args.eval_datasets, results, strict=True)}
     )
 
 
-def eval_samples(args: argparse.Namespace, path: str) -> list[Sample]:
-    """`--n-samples-per-eval-prompt` fresh samples of every prompt of a set."""
-    prompts = PromptSet(args, [path], args.eval_input_key, args.eval_label_key)
-    groups = prompts.groups(range(len(prompts)), args.n_samples_per_eval_prompt)
+async def _evaluate(args: argparse.Namespace, rollout_id: int, settings: dict[str, Any]) -> dict[str, Any]:
+    own = set_args(args, settings)
+    samples = await asyncio.to_thread(eval_samples, own, settings)
+    params = eval_sampling_params(args, settings)
+    await generate_and_grade(own, samples, rollout_id, params, evaluation=True)
+    return _summary(own, samples)
+
+
+def eval_samples(args: argparse.Namespace, settings: dict[str, Any]) -> list[Sample]:
+    """`n_samples_per_eval_prompt` fresh samples of every prompt of a set."""
+    prompts = PromptSet(args, [settings["path"]], settings["input_key"], settings.get("label_key"))
+    groups = prompts.groups(range(len(prompts)), settings["n_samples_per_eval_prompt"])
     return [sample for group in groups for sample in group]
 
 
-def eval_sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """The training parameters with what the `--eval-*` flags change."""
+def eval_sampling_params(args: argparse.Namespace, settings: dict[str, Any]) -> SamplingParams:
+    """The training parameters with what the set changes."""
     return {
         **sampling_params(args),
-        "temperature": args.eval_temperature,
-        "top_p": args.eval_top_p,
-        "top_k": args.eval_top_k,
-        "max_new_tokens": args.eval_max_response_len,
+        "temperature": settings["temperature"],
+        "top_p": settings["top_p"],
+        "top_k": settings["top_k"],
+        "max_new_tokens": settings["max_response_len"],
+        "stop": settings.get("stop"),
+        "stop_token_ids": settings.get("stop_token_ids"),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from rltrain.rollout.eval_metrics import several_samples_metrics
 from rltrain.sample import Sample
 
 
@@ -47,7 +48,7 @@ def reward_latency(samples: Sequence[Sample]) -> dict[str, float]:
 
 def eval_metrics(name: str, samples: Sequence[Sample], rewards: Sequence[float]) -> dict[str, float]:
     """Metrics `eval/<name>` (mean reward) and `eval/<name>/…` of one evaluation set."""
-    return {
+    return several_samples_metrics(name, samples, rewards) | {
         f"eval/{name}": _mean(rewards),
         f"eval/{name}/response_length": _mean([sample.response_length for sample in samples]),
         f"eval/{name}/truncated_ratio": _mean(
