@@ -100,6 +100,9 @@ def run(idle_cluster: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake
     yield FakeRun(directory, idle_cluster)
     idle_cluster.run("scancel", "--full", "--signal=KILL", "--name=job")
     idle_cluster.run("scancel", "--name=job")
+    until(
+        lambda: not idle_cluster.run("squeue", "-h", "--name=job"), 30, "the job to let go of its directory"
+    )
     shutil.rmtree(directory)
 
 
