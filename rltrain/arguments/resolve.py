@@ -123,6 +123,8 @@ def _rollout(args: argparse.Namespace) -> None:
             f"--over-sampling-batch-size {args.over_sampling_batch_size} is less than --rollout-batch-size"
             f" {args.rollout_batch_size}: it is how many prompts are sampled to get that many."
         )
+    if args.mask_offpolicy_in_partial_rollout and not args.partial_rollout:
+        raise UserError("--mask-offpolicy-in-partial-rollout needs --partial-rollout.")
     _prompt_mix(args)
     if not 0 <= args.max_failed_fraction <= 1:
         raise UserError(f"--max-failed-fraction {args.max_failed_fraction}: it is between 0 and 1.")

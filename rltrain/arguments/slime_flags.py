@@ -23,18 +23,17 @@ NOT_YET = frozenset(
     dump-details eval-max-context-len eval-max-prompt-len eval-min-new-tokens eval-tool-key
     fetch-trajectory-retry-times freeze-params-name-list get-mismatch-metrics http-proxy keep-old-actor
     lambd load-debug-rollout-data load-debug-rollout-data-subsample log-correct-samples log-multi-turn
-    log-passrate log-probs-chunk-size log-reward-category loss-mask-type mask-offpolicy-in-partial-rollout
-    megatron-config-path memory-recorder memory-snapshot-dir memory-snapshot-num-steps
-    min-batch-collection-ratio multimodal-keys num-critic-only-steps offload offload-rollout offload-train
+    log-passrate log-probs-chunk-size log-reward-category loss-mask-type megatron-config-path
+    memory-recorder memory-snapshot-dir memory-snapshot-num-steps min-batch-collection-ratio
+    multimodal-keys num-critic-only-steps offload offload-rollout offload-train
     only-train-params-name-list opd-kl-coef opd-teacher-ckpt-step opd-teacher-load opd-type opsm-delta
-    partial-rollout profile-target recompute-loss-function record-memory-history ref-ckpt-step
-    ref-update-interval release-train reset-optimizer-states rollout-buffer-url
-    rollout-external-engine-addrs rollout-health-check-first-wait rollout-health-check-interval
-    rollout-health-check-timeout rollout-task-type save-debug-rollout-data save-debug-train-data
-    tb-experiment-name tb-project-name train-env-vars update-weight-buffer-size
-    update-weight-delta-checksum update-weight-delta-encoding update-weight-disk-dir
-    update-weight-disk-keep-files update-weight-local-checkpoint-dir update-weight-mode
-    use-distributed-post use-fault-tolerance use-opd use-opsm use-rollout-entropy
+    profile-target recompute-loss-function record-memory-history ref-ckpt-step ref-update-interval
+    release-train reset-optimizer-states rollout-buffer-url rollout-external-engine-addrs
+    rollout-health-check-first-wait rollout-health-check-interval rollout-health-check-timeout
+    rollout-task-type save-debug-rollout-data save-debug-train-data tb-experiment-name tb-project-name
+    train-env-vars update-weight-buffer-size update-weight-delta-checksum update-weight-delta-encoding
+    update-weight-disk-dir update-weight-disk-keep-files update-weight-local-checkpoint-dir
+    update-weight-mode use-distributed-post use-fault-tolerance use-opd use-opsm use-rollout-entropy
     use-rollout-routing-replay use-routing-replay use-stateless-adam use-tensorboard value-clip
     wandb-always-use-train-step wandb-host wandb-key
     """.split()  # noqa: SIM905 (a hundred quoted strings read worse)
@@ -104,6 +103,9 @@ def _rollout(group: argparse._ArgumentGroup) -> None:
     )
     add("--over-sampling-batch-size", type=int, metavar="N",
         help="prompts sampled at a time where a filter drops some (default: --rollout-batch-size)")  # fmt: skip
+    add("--partial-rollout", action="store_true",
+        help="go on later with responses that are stopped because the batch is full")  # fmt: skip
+    add("--mask-offpolicy-in-partial-rollout", action="store_true", help="do not train on those tokens")
     add("--max-failed-fraction", type=float, default=0.5, metavar="F",
         help="share of failed samples in a batch that stops the run (default: 0.5)")  # fmt: skip
     add("--rollout-shuffle", action="store_true", help="shuffle the prompts in every epoch")

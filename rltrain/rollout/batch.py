@@ -57,12 +57,13 @@ class GroupRunner:
         self._hooks = [
             load_function(path, flag="--rollout-sample-hook-path") for path in args.rollout_sample_hook_path
         ]
+        self.aborting = False  # from now on, nothing new is asked of the engines
         self._began = self._generated = time.perf_counter()
 
     async def run(self, group: list[Sample]) -> list[Sample]:
         """Fill the samples of a group in place, and return them."""
         await gather_or_cancel([asyncio.ensure_future(self._fill(sample)) for sample in group])
-        if self._args.group_rm:
+        if self._args.group_rm and all(sample.status is not Sample.Status.ABORTED for sample in group):
             await rewards.grade_group(self._args, [sample for sample in group if _to_be_graded(sample)])
         return group
 
@@ -72,8 +73,12 @@ class GroupRunner:
         return {"perf/generate_s": self._generated - self._began, "perf/reward_s": now - self._generated}
 
     async def _fill(self, sample: Sample) -> None:
-        async with self._semaphore:
-            await self._generate_guarded(sample)
+        if sample.status in (Sample.Status.PENDING, Sample.Status.ABORTED):
+            async with self._semaphore:
+                if self.aborting:
+                    sample.status = Sample.Status.ABORTED
+                    return
+                await self._generate_guarded(sample)
         self._generated = time.perf_counter()
         if _to_be_graded(sample) and not self._args.group_rm:
             await rewards.grade(self._args, sample)
@@ -81,7 +86,9 @@ class GroupRunner:
     async def _generate_guarded(self, sample: Sample) -> None:
         """Run the generation function and the hooks; what they raise, or do wrong, fails this sample only."""
         began = time.perf_counter()
-        prompt_tokens = list(sample.tokens)
+        prompt_tokens = sample.tokens[: sample.prompt_length]
+        if sample.response_length and self._args.mask_offpolicy_in_partial_rollout:
+            sample.loss_mask = [0] * sample.response_length
         try:
             await self._generate(sample)
         except UserError:
@@ -91,7 +98,7 @@ class GroupRunner:
             sample.failure = str(error) if isinstance(error, GenerationError) else explain(error)
             sample.tokens, sample.response, sample.response_length = prompt_tokens, "", 0
             sample.loss_mask = sample.rollout_log_probs = None
-        sample.generate_seconds = time.perf_counter() - began
+        sample.generate_seconds += time.perf_counter() - began
 
     async def _generate(self, sample: Sample) -> None:
         function = generation_function(self._args, sample)

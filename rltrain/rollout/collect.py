@@ -14,9 +14,11 @@ from rltrain.data.source import RolloutDataSource
 from rltrain.functions import load_function
 from rltrain.rollout.batch import GroupRunner, sampling_params
 from rltrain.rollout.filters import DynamicFilterOutput
+from rltrain.rollout.http import get, post
 from rltrain.sample import Sample
 
 _FLAG = "--dynamic-sampling-filter-path"
+_ABORT_AGAIN = 1.0  # seconds
 _MOST_DROPPED = 20  # batches: a filter that drops more than that will drop everything
 
 
@@ -32,8 +34,9 @@ class Collected:
 async def collect(args: argparse.Namespace, rollout_id: int, data_source: RolloutDataSource) -> Collected:
     """`--rollout-batch-size` groups that the filter keeps, from waves of `--over-sampling-batch-size` prompts.
 
-    As soon as there are enough, what is still being generated is given up; its prompts go back to the data
-    source, to come first the next time: they are the ones with long responses, which must not be lost.
+    As soon as there are enough, what is still being generated is stopped; it goes back to the data source, to
+    come first the next time: it is what has long responses, which must not be lost. With `--partial-rollout`
+    the tokens that are there are kept, and gone on with; else those prompts begin anew.
 
     Raises:
         RuntimeError: the filter drops too much; says what was dropped for which reason.
@@ -45,6 +48,7 @@ async def collect(args: argparse.Namespace, rollout_id: int, data_source: Rollou
     kept: list[list[Sample]] = []
     finished: list[list[Sample]] = []
     dropped: Counter[str] = Counter()
+    given_back: list[list[Sample]] = []
     try:
         while len(kept) < args.rollout_batch_size:
             if len(kept) + len(running) < args.rollout_batch_size:
@@ -62,18 +66,57 @@ async def collect(args: argparse.Namespace, rollout_id: int, data_source: Rollou
                 elif len(kept) < args.rollout_batch_size:
                     kept.append(group)
             _check_drops(args, len(kept), dropped)
+        if args.partial_rollout and running:
+            given_back = await stop_early(args, rollout_id, runner, running)
+        else:
+            given_back = list(running.values())
     finally:
         for task in running:
             task.cancel()
     if running:
         await asyncio.gather(*running, return_exceptions=True)
-        data_source.add_samples(sorted(running.values(), key=_first_index))
+    if given_back:
+        data_source.add_samples(sorted(given_back, key=_first_index))
+    continued = sum("start_rollout_id" in sample.metadata for group in kept for sample in group)
     metrics = {f"rollout/dynamic_filter/drop_{reason}": float(n) for reason, n in dropped.items()}
     if keep is not None:
         metrics["rollout/dynamic_filter/kept_ratio"] = len(kept) / (len(kept) + dropped.total())
+    if args.partial_rollout:
+        metrics["rollout/partial/continued"] = float(continued)
+        metrics["rollout/partial/given_back"] = float(len(given_back))
     return Collected(
         sorted(kept, key=_first_index), sorted(finished, key=_first_index), runner.seconds() | metrics
     )
+
+
+async def stop_early(
+    args: argparse.Namespace,
+    rollout_id: int,
+    runner: GroupRunner,
+    running: dict[asyncio.Task[list[Sample]], list[Sample]],
+) -> list[list[Sample]]:
+    """End what is being generated and return it with the tokens that it has; `running` is empty then.
+
+    Engines are told again until nothing runs any more: a generation function of several turns may have sent
+    a request in between.
+    """
+    runner.aborting = True
+    router = f"http://{args.sglang_router_ip}:{args.sglang_router_port}"
+    stopped: list[list[Sample]] = []
+    while running:
+        workers = (await get(f"{router}/workers"))["workers"]
+        await asyncio.gather(
+            *(post(f"{worker['url']}/abort_request", {"rid": "", "abort_all": True}) for worker in workers)
+        )
+        done, _ = await asyncio.wait(running, timeout=_ABORT_AGAIN)
+        for task in done:
+            del running[task]
+            group = task.result()
+            for sample in group:
+                if sample.response_length:
+                    sample.metadata.setdefault("start_rollout_id", rollout_id)
+            stopped.append(group)
+    return stopped
 
 
 def judge(

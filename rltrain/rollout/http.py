@@ -54,15 +54,21 @@ class HttpClient:
         Raises:
             GenerationError: the server refused the request, or did not answer for `retry_seconds`.
         """
-        body = _dumps(payload)
+        return await self._request("POST", url, _dumps(payload), retry_seconds)
+
+    async def get(self, url: str, retry_seconds: float = RETRY_SECONDS) -> Any:
+        """The same for GET."""
+        return await self._request("GET", url, None, retry_seconds)
+
+    async def _request(self, method: str, url: str, body: bytes | None, retry_seconds: float) -> Any:
         deadline = asyncio.get_running_loop().time() + retry_seconds
         delay = _FIRST_DELAY
         while True:
             try:
-                async with self._session.post(url, data=body) as response:
+                async with self._session.request(method, url, data=body) as response:
                     content = await response.read()
                     if response.status == 200:
-                        return _loads(content)
+                        return _loads(content) if content else None
                     problem = f"{url}: {response.status} {content.decode(errors='replace').strip()[:1000]}"
                     if response.status not in _RETRIED:
                         raise GenerationError(problem)
@@ -91,3 +97,10 @@ async def post(url: str, payload: Any, max_retries: int | None = None) -> Any:
     if _client is None:
         raise RuntimeError("no HTTP client: generation functions run inside the rollout process")
     return await _client.post(url, payload)
+
+
+async def get(url: str) -> Any:
+    """GET JSON with the job's client."""
+    if _client is None:
+        raise RuntimeError("no HTTP client: generation functions run inside the rollout process")
+    return await _client.get(url)

@@ -18,11 +18,16 @@ _STATUS = {
 async def generate(args: argparse.Namespace, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
     """Continue the sample's tokens by one response, with the engine's log-prob of every token.
 
+    A sample that was aborted goes on where it stopped: its tokens count against the limit of the response.
+
     Raises:
         GenerationError: the tokens can't be sent, or the engine refused them.
     """
     check_input_ids(sample.tokens, args.vocab_size)
-    room = min(sampling_params["max_new_tokens"], args.rollout_max_context_len - len(sample.tokens))
+    room = min(
+        sampling_params["max_new_tokens"] - sample.response_length,
+        args.rollout_max_context_len - len(sample.tokens),
+    )
     if room <= 0:
         sample.status = Sample.Status.TRUNCATED
         return sample
