@@ -9,6 +9,7 @@ import inspect
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from rltrain.arguments.errors import UserError
@@ -152,8 +153,12 @@ def check_failures(args: argparse.Namespace, samples: list[Sample]) -> None:
 
 def accepted_keywords(function: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
     """Those of the keywords that the function has a parameter for."""
-    parameters = inspect.signature(function).parameters
-    return {name: value for name, value in keywords.items() if name in parameters}
+    return {name: value for name, value in keywords.items() if name in _parameters(function)}
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def check_generated(result: Any, sample: Sample, function: Callable[..., Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,13 +50,17 @@ async def collect(args: argparse.Namespace, rollout_id: int, data_source: Rollou
     finished: list[list[Sample]] = []
     dropped: Counter[str] = Counter()
     given_back: list[list[Sample]] = []
+    ended: asyncio.Queue[asyncio.Task[list[Sample]]] = asyncio.Queue()
     try:
         while len(kept) < args.rollout_batch_size:
             if len(kept) + len(running) < args.rollout_batch_size:
                 for group in data_source.get_samples(args.over_sampling_batch_size):
                     task = asyncio.create_task(runner.run(group))
-                    running[task] = copy.deepcopy(group)
-            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    task.add_done_callback(ended.put_nowait)  # waiting for the first of many is slow
+                    running[task] = [_unused(sample) for sample in group]
+            done = [await ended.get()]
+            while not ended.empty():
+                done.append(ended.get_nowait())
             for task in sorted(done, key=lambda task: _first_index(running[task])):
                 del running[task]
                 group = task.result()
@@ -148,6 +153,16 @@ def _check_drops(args: argparse.Namespace, kept: int, dropped: Counter[str]) -> 
         f"{_FLAG} {args.dynamic_sampling_filter_path} dropped {dropped.total()} groups and kept {kept}, of the"
         f" {args.rollout_batch_size} that a batch needs ({reasons}). Give other prompts, or another filter."
     )
+
+
+def _unused(sample: Sample) -> Sample:
+    """The sample as it is now, untouched by what is generated for the other."""
+    lists: dict[str, Any] = {
+        name: list(value)
+        for name in ("tokens", "loss_mask", "rollout_log_probs", "weight_versions")
+        if (value := getattr(sample, name)) is not None
+    }
+    return dataclasses.replace(sample, metadata=copy.deepcopy(sample.metadata), **lists)
 
 
 def _first_index(group: list[Sample]) -> int:
