@@ -132,7 +132,11 @@ def _files_know_better(record: RunRecord, state: JobState) -> bool:
     if not state.is_final:
         return False
     done = record.state == "finished" and record.step >= (record.num_rollout or 0)
-    return state is JobState.COMPLETED or done or record.state == "running" or record.was_last_local
+    # A stopped run's job exits with 75, so that no job that waits for it to end well begins.
+    stopped = record.state == "stopped" and state is JobState.FAILED
+    return (
+        state is JobState.COMPLETED or stopped or done or record.state == "running" or record.was_last_local
+    )
 
 
 def _reason(record: RunRecord, state: JobState | None, current: Sequence[JobRecord]) -> str | None:

@@ -59,7 +59,8 @@ def test_stop_look_and_go_on(run: FakeRun) -> None:  # noqa: F811
         output, _ = follower.communicate(timeout=60)
         assert follower.returncode == 0
     assert "started router-0" in output and "got SIGINT" in output
-    wait_for(run.cluster, first.job_id, JobState.COMPLETED)
+    # To Slurm it failed, so that no job that waits for it to end well begins; to us it is a run that was stopped.
+    wait_for(run.cluster, first.job_id, JobState.FAILED)
     assert look(run).state == "stopped"
     done = len(run.steps())
 
