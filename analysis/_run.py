@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from analysis._findings import Findings
+    from analysis._html import Html
 
 
 class Run:
@@ -204,6 +205,18 @@ class Run:
         from analysis.plots import dashboard
 
         return dashboard(self)
+
+    def show(self, sample: pd.Series | int) -> Html:
+        """One sample as a page: conversation and token heat map. Shown in the notebook; `.save(path)` writes it."""
+        from analysis._html import show
+
+        return show(self, sample)
+
+    def browse(self, *, max_samples: int = 10_000) -> Html:
+        """The samples as a page to filter, sort and read. Shown in the notebook; `.save(path)` writes it."""
+        from analysis._html import browse
+
+        return browse(self, max_samples)
 
     def __repr__(self) -> str:
         summary = ", ".join(f"{key} {value}" for key, value in self._summary().items())
