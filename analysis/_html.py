@@ -79,7 +79,9 @@ def page(
         blocks[f"tokens-{number}"] = [data.tokens_of(row) for row in part]
     script = "\n".join(_asset(name) for name in _SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    packed = [f'<script type="text/plain" id="{name}">{_packed(value)}</script>' for name, value in blocks.items()]
+    packed = [
+        f'<script type="text/plain" id="{name}">{_packed(value)}</script>' for name, value in blocks.items()
+    ]
     content = Template(_asset("report.html")).substitute(
         title=html.escape(title),
         style=_asset("report.css"),

@@ -7,6 +7,8 @@ import pytest
 from nbclient import NotebookClient
 from synthetic_run import write_run
 
+from analysis import demo_data
+
 NOTEBOOKS = Path(__file__).parents[1] / "analysis" / "notebooks"
 
 
@@ -29,3 +31,28 @@ def test_read_a_run_executes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     html = "".join(output.data["text/html"] for output in outputs if "text/html" in output.get("data", {}))
     assert "eval/sums" in html
     assert "<script>alert" not in html
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "pictures"),
+    [
+        ("2_debug_a_reward", ["reward-hacking", "&lt;iframe", "timed out after 30 s"], 3),
+        ("3_compare_runs", ["config.lr", "version.torch", "4 runs"], 3),
+        ("4_cluster_cost", ["PREEMPTED", "goodput", "gpu_hours_per_reward_point"], 2),
+    ],
+)
+def test_the_others_execute_on_recorded_runs(
+    name: str, expected: list[str], pictures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo_data.write_demo(tmp_path)
+    monkeypatch.setenv("SLURMLIME_RUN", str(tmp_path / "hacked"))
+    monkeypatch.setenv("SLURMLIME_RUNS", str(tmp_path))
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+    data = [output.data for output in outputs if "data" in output]
+    assert len([entry for entry in data if "image/png" in entry]) == pictures
+    shown = "".join(entry.get("text/html", "") + entry.get("text/plain", "") for entry in data)
+    for text in expected:
+        assert text.replace("&lt;iframe", "<iframe") in shown
