@@ -220,20 +220,23 @@ class TestNodes:
         out.mkdir()
         # Each node listens on the same port under its own name, and has its own /dev/shm and process ids.
         (out / "task.py").write_text(
-            "import os, pathlib, socket, time\n"
+            "import pathlib, socket, time\n"
             "name = socket.gethostname()\n"
             "server = socket.create_server((name, 29500))\n"
-            "pathlib.Path('/dev/shm/mine').touch(exist_ok=False)\n"
+            "mine = pathlib.Path('/dev/shm', name)\n"
+            "mine.touch()\n"
             f"there = pathlib.Path({str(out)!r})\n"
-            "(there / name).write_text(f\"{server.getsockname()[0]} {len(os.listdir('/dev/shm'))}\")\n"
+            "(there / name).write_text(server.getsockname()[0])\n"
             "while len(list(there.glob('node*'))) < 2: time.sleep(0.05)\n"
+            "assert mine.exists() and not list(mine.parent.glob('node*'))[1:]\n"
+            "mine.unlink()\n"
             "other = {'node1': 'node2', 'node2': 'node1'}[name]\n"
             "socket.create_connection((other, 29500), timeout=10).close(); server.accept()\n"
         )
         idle_cluster.run("srun", "-N2", "-w", "node[1-2]", sys.executable, str(out / "task.py"))
-        answers = {path.name: path.read_text().split() for path in out.glob("node*")}
-        assert {name: answer[1] for name, answer in answers.items()} == {"node1": "1", "node2": "1"}
-        assert answers["node1"][0] != answers["node2"][0] and answers["node1"][0].startswith("127.")
+        addresses = {path.name: path.read_text() for path in out.glob("node*")}
+        assert addresses.keys() == {"node1", "node2"}
+        assert addresses["node1"] != addresses["node2"] and addresses["node1"].startswith("127.")
 
     def test_power_off_takes_the_job_along(self, idle_cluster: Sandbox) -> None:
         final = submit(idle_cluster, "sleep 600", "--no-requeue", "-w", "node6")
