@@ -8,7 +8,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
 from aiohttp import web
+from conftest import TOKEN
 from fakes.engine_server import answer
 
 from rltrain.data.source import RolloutDataSource
@@ -114,3 +116,34 @@ def test_tokens_of_older_weights_can_be_masked(make_args: Any) -> None:
     *_, second = two_rollouts(make_args(*FLAGS, "--mask-offpolicy-in-partial-rollout"))
     for group in second.kept:
         assert group[0].loss_mask == [0] * 5 + [1] * 11
+
+
+@pytest.mark.slow
+def test_a_real_engine_stops_early_and_goes_on(engine: Any, router: Any, make_args: Any) -> None:
+    args = make_args(*FLAGS, "--rollout-max-response-len", "64", "--rollout-temperature", "1.5",
+                     "--sglang-server-concurrency", "3")  # fmt: skip
+    url = urlsplit(router.url)
+    args.sglang_router_ip, args.sglang_router_port = url.hostname, url.port
+
+    async def use() -> tuple[Collected, int, Collected]:
+        client = HttpClient(TOKEN)
+        set_client(client)
+        try:
+            source = RolloutDataSource(args)
+            first = await collect(args, 0, source)
+            waiting = source.get_buffer_length()
+            return first, waiting, await collect(args, 1, source)
+        finally:
+            set_client(None)
+            await rewards.close()
+            await client.close()
+
+    first, waiting, second = asyncio.run(use())
+    assert waiting == 4 - 2
+    for group in first.kept + second.kept:
+        for sample in group:
+            assert sample.status in (Sample.Status.COMPLETED, Sample.Status.TRUNCATED), sample.failure
+            assert sample.response_length <= 64
+            assert (
+                len(sample.rollout_log_probs or []) == len(sample.loss_mask or []) == sample.response_length
+            )
