@@ -92,7 +92,8 @@ def token_quantiles(run: Run, steps: int | list[int] | None = None) -> pd.DataFr
 def staleness(run: Run) -> pd.DataFrame:
     """By step, how many updates the weights that generated it were behind: mean, largest, share of mixed samples."""
     samples = run.read_samples(["weight_versions"])
-    exploded = samples["weight_versions"].explode().astype("float64")
+    # Versions that are no numbers, as of other tools, count as not recorded.
+    exploded = pd.to_numeric(samples["weight_versions"].explode(), errors="coerce").astype("float64")
     age = (samples["step"].reindex(exploded.index) - exploded).groupby(level=0)
     mixed = samples["weight_versions"].map(lambda versions: len(set(versions)) > 1)
     frame = pd.DataFrame({"step": samples["step"], "mean": age.mean(), "max": age.max(), "mixed": mixed})

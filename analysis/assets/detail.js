@@ -18,8 +18,8 @@ async function showSample(i) {
     button.onclick = () => { shownTab = name; remember(); showSample(i); };
     return button;
   }));
-  const failure = text.failure ? el("div", "failure", ...safeText(text.failure)) : null;
-  $("detail").replaceChildren(el("div", "kv", ...facts.map(([key, value]) => el("span", "", key + " ", el("b", "", String(value))))), failure, tabs, body);
+  const failure = text.failure ? [el("div", "failure", ...safeText(text.failure))] : [];
+  $("detail").replaceChildren(el("div", "kv", ...facts.map(([key, value]) => el("span", "", key + " ", el("b", "", String(value))))), ...failure, tabs, body);
   $("tip").hidden = true;
 }
 

@@ -53,7 +53,10 @@ async function start() {
     const by = { ArrowDown: 1, j: 1, ArrowUp: -1, k: -1 }[event.key];
     if (by) { event.preventDefault(); move(by); }
   });
-  if (index.step.length) select(sample);
+  if (index.step.length) {
+    $("scroll").scrollTop = Math.max(0, (visible.indexOf(sample) - 3) * ROW);
+    select(sample);
+  }
   restoring = false;
   document.body.dataset.ready = "yes";
 }

@@ -1,0 +1,162 @@
+"""What reading a run costs, as ratios: `python benchmarks/analysis.py [--steps 10000]`.
+
+- a run of `--steps` steps of 100 samples to the scalar frame: against pyarrow reading the same columns raw and against
+  pandas reading the same rows as JSON lines; peak memory against the frame's own size
+- `.steps` of it, against pandas reading the same file
+- a W&B offline file of 100 000 rows, against `wandb leet inspect --json`
+- the report of 10 000 samples: seconds and MB
+- `import analysis` against `import pandas`
+
+Baseline and candidate alternate in fresh processes where the import counts; the median is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from analysis import demo_data, load_run, load_wandb
+from analysis._html import browse
+from analysis._samples import SCALARS
+from hpc.layout import RunLayout
+from rltrain.schema import SCHEMA
+
+GROUPS, GROUP_SIZE = 10, 10
+WANDB_ROWS = 100_000
+PEAK = """
+import resource, sys, threading
+from analysis import load_run
+run = load_run(sys.argv[1])
+import pyarrow.dataset
+status = lambda name: int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024
+before = status("VmRSS")
+frame = run.samples
+print((status("VmHWM") - before) / frame.memory_usage(deep=True).sum())
+"""
+WRITE_WANDB = """
+import random, sys, wandb
+run = wandb.init(project="p", id="abc", dir=sys.argv[1], mode="offline",
+                 settings=wandb.Settings(console="off", silent=True))
+for step in range(int(sys.argv[2])):
+    run.log({"step": step, **{f"train/{i}": random.random() for i in range(10)}})
+run.finish()
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=10_000, help="default: %(default)s")
+    parser.add_argument("--wandb-rows", type=int, default=WANDB_ROWS, help="default: %(default)s")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        imports()
+        layout = write_run(Path(name) / "large", args.steps)
+        samples(layout, Path(name) / "samples.jsonl")
+        steps(layout)
+        report(layout)
+        wandb_file(Path(name) / "wandb", args.wandb_rows)
+
+
+def write_run(root: Path, steps: int) -> RunLayout:
+    """A run whose steps all hold the 100 samples of one demo step, without token lists."""
+    demo = demo_data.demo_runs()[1]
+    source = demo_data.write_run(root.with_name("source"), demo, 24, GROUPS, GROUP_SIZE, 0)
+    layout, table = RunLayout(root), load_run(source).read_samples("all", steps=5)
+    base = pa.Table.from_pandas(table, schema=SCHEMA, preserve_index=False)
+    for step in range(steps):
+        own = base.set_column(0, "step", pa.array([step] * len(base), pa.int32()))
+        layout.step_dir(step, 0).mkdir(parents=True)
+        pq.write_table(own, layout.step_dir(step, 0) / "part-0.parquet")
+    row = json.loads(RunLayout(source).metrics.read_text().splitlines()[0])
+    layout.metrics.write_text("".join(json.dumps({**row, "step": step}) + "\n" for step in range(steps)))
+    return layout
+
+
+def samples(layout: RunLayout, jsonl: Path) -> None:
+    paths = [str(path) for paths in layout.sample_files().values() for path in paths]
+    raw = lambda: ds.dataset(paths, format="parquet").to_table(columns=SCALARS)  # noqa: E731
+    frame = load_run(layout.root).samples  # warms both up
+    frame.to_json(jsonl, orient="records", lines=True)
+    ours, theirs = alternate(lambda: load_run(layout.root).samples, raw)
+    json_seconds = seconds(lambda: pd.read_json(jsonl, lines=True))
+    print(f"scalar frame, {len(frame):,} samples in {len(paths):,} files: {ours:.2f} s")
+    print(f"  {ours / theirs:.2f} x pyarrow raw ({theirs:.2f} s; aim <= 1.5)")
+    print(
+        f"  {json_seconds / ours:.1f} x as fast as pandas from JSON lines ({json_seconds:.1f} s; aim >= 20)"
+    )
+    peak = subprocess.run(
+        [sys.executable, "-c", PEAK, layout.root], capture_output=True, text=True, check=True
+    )
+    print(f"  peak memory {float(peak.stdout):.2f} x the frame (aim <= 3)")
+
+
+def steps(layout: RunLayout) -> None:
+    ours, theirs = alternate(
+        lambda: load_run(layout.root).steps, lambda: pd.read_json(layout.metrics, lines=True)
+    )
+    print(f".steps: {ours:.2f} s, {theirs / ours:.1f} x as fast as pandas.read_json")
+
+
+def report(layout: RunLayout) -> None:
+    run = load_run(layout.root)
+    _ = run.samples, run.steps
+    content = ""
+
+    def write() -> None:
+        nonlocal content
+        content = browse(run, 10_000).content
+
+    print(f"report of 10 000 samples: {seconds(write):.1f} s, {len(content) / 1e6:.1f} MB")
+
+
+def wandb_file(directory: Path, rows: int) -> None:
+    directory.mkdir()
+    subprocess.run([sys.executable, "-c", WRITE_WANDB, directory, str(rows)], check=True, capture_output=True)
+    path = next(directory.glob("wandb/offline-run-*/*.wandb"))
+    leet = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(path)]
+    ours, theirs = alternate(
+        lambda: load_wandb(path).steps, lambda: subprocess.run(leet, check=True, stdout=subprocess.DEVNULL)
+    )
+    print(f"W&B file of {rows:,} rows: {ours:.2f} s, {theirs / ours:.1f} x as fast as wandb leet (aim >= 5)")
+
+
+def imports() -> None:
+    command = [sys.executable, "-c"]
+    ours, theirs = alternate(
+        lambda: subprocess.run([*command, "import analysis"], check=True),
+        lambda: subprocess.run([*command, "import pandas"], check=True),
+        repeats=9,
+    )
+    print(f"import analysis: {ours:.2f} s, {ours / theirs:.2f} x import pandas (aim <= 1.15)")
+
+
+def alternate(
+    ours: Callable[[], object], theirs: Callable[[], object], repeats: int = 3
+) -> tuple[float, float]:
+    """Median seconds of both, taken in turns."""
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
