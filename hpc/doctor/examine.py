@@ -90,7 +90,8 @@ def _describe_batch(args: argparse.Namespace) -> Check:
 
 
 def _describe_inputs(args: argparse.Namespace) -> list[Check]:
-    found = ok("input files", f"model {args.hf_checkpoint}, prompts {args.prompt_data}")
+    prompts = args.prompt_data or ", ".join(args.prompt_data_mix[::2])
+    found = ok("input files", f"model {args.hf_checkpoint}, prompts {prompts}")
     wandb = tracking.check_tracking(args, os.environ, Path.home() / ".netrc")
     return [found, *_check_saving(args), wandb]
 
