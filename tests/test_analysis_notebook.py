@@ -33,6 +33,7 @@ def test_read_a_run_executes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "<script>alert" not in html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected", "pictures"),
     [

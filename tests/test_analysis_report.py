@@ -122,6 +122,7 @@ def test_runs_without_samples_have_a_page(tmp_path: Path) -> None:
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_a_browser_opens_filters_and_sorts(root: Path, tmp_path: Path, page: Page) -> None:
     run = load_run(root / "baseline")
     page.open(browse(run).save(tmp_path / "page.html").as_uri())
@@ -157,6 +158,7 @@ def test_a_browser_opens_filters_and_sorts(root: Path, tmp_path: Path, page: Pag
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_hostile_texts_stay_text(hostile: Path, tmp_path: Path, page: Page) -> None:
     url = browse(load_run(hostile)).save(tmp_path / "page.html").as_uri()
     for number, text in enumerate(HOSTILE):
@@ -182,6 +184,7 @@ def test_hostile_texts_stay_text(hostile: Path, tmp_path: Path, page: Page) -> N
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_ten_thousand_samples_are_filtered_at_once(root: Path, tmp_path: Path, page: Page) -> None:
     run = load_run(root / "baseline")
     rows = run.read_samples("all", steps=0).drop(columns=["step"])
