@@ -1,4 +1,4 @@
-"""What reading a run costs, as ratios: `python benchmarks/analysis.py [--steps 10000]`.
+"""What reading a run costs, as ratios: `python benchmarks/analysis_reading.py [--steps 10000]`.
 
 - a run of `--steps` steps of 100 samples to the scalar frame: against pyarrow reading the same columns raw and against
   pandas reading the same rows as JSON lines; peak memory against the frame's own size
