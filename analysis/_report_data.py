@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from analysis._run import Run
-from analysis._tokens import messages_frame, prompt_messages
+from analysis._tokens import message_rows, prompt_messages
 from analysis._vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ def index_of(rows: pd.DataFrame) -> dict[str, list[Any]]:
 
 def texts_of(row: pd.Series, vocabulary: Vocabulary | None) -> dict[str, Any]:
     """The conversation and what belongs to it."""
-    messages = messages_frame(row, vocabulary)
+    messages = message_rows(row, vocabulary)
     extra = [
         [name, row[name]] for name in _EXTRA if isinstance(row[name], str) and row[name] not in ("", "{}")
     ]
     return {
-        "messages": messages[["role", "content", "trained"]].to_numpy().tolist(),
+        "messages": [[message["role"], message["content"], message["trained"]] for message in messages],
         "prompt": len(prompt_messages(row["prompt"])),
         "extra": extra,
         "failure": row["failure"] if isinstance(row["failure"], str) else None,

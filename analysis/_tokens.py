@@ -59,16 +59,21 @@ def messages_frame(sample: pd.Series, vocabulary: Vocabulary | None = None) -> p
     the text there takes the vocabulary. Columns: the keys of the sample, `turn`, `role`, `content`, `trained`,
     `tokens` (missing in the prompt).
     """
-    rows = [
-        {"role": role, "content": content, "trained": False, "tokens": None}
-        for role, content in prompt_messages(sample["prompt"])
-    ]
-    rows += _response_rows(sample, vocabulary)
+    rows = message_rows(sample, vocabulary)
     frame = pd.DataFrame(rows, columns=["role", "content", "trained", "tokens"]).astype({"tokens": "Int64"})
     frame.insert(0, "turn", np.arange(len(frame)))
     for i, key in enumerate(KEYS):
         frame.insert(i, key, sample[key])
     return frame
+
+
+def message_rows(sample: pd.Series, vocabulary: Vocabulary | None) -> list[dict[str, Any]]:
+    """The rows of `messages_frame` without the keys."""
+    prompt = [
+        {"role": role, "content": content, "trained": False, "tokens": None}
+        for role, content in prompt_messages(sample["prompt"])
+    ]
+    return prompt + _response_rows(sample, vocabulary)
 
 
 def prompt_messages(prompt: Any) -> list[tuple[str, str]]:
