@@ -11,7 +11,7 @@ import pytest
 ENGINE = """
 from rltrain.sglang import cpu, server
 cpu.has_accelerator()  # loads torch, and OpenMP with it, before the variables are set
-server.set_cpu_environment()
+server.set_cpu_environment({})
 import torch; print(torch.get_num_threads())
 """
 TRAINER = "from rltrain.megatron import device; device.set_up(); import torch; print(torch.get_num_threads())"

@@ -55,13 +55,7 @@ def run_cpu_server(server_args: dict[str, Any]) -> None:
     SGLang's three processes spend nearly all of their start-up importing the same modules. Imported once,
     before any thread exists, and then forked, they are up in a third of the time and share the memory.
     """
-    for name, value in {**CPU_ENVIRONMENT, **_thread_binding(server_args)}.items():
-        os.environ.setdefault(name, value)
-    import torch
-
-    torch.set_num_threads(
-        int(os.environ["OMP_NUM_THREADS"])
-    )  # OpenMP is loaded: it reads the variable no more
+    set_cpu_environment(server_args)
     cpu.install()
     if server_args.get("enable_deterministic_inference"):
         from rltrain.sglang.cpu_sampling import allow_deterministic_sampling
@@ -75,20 +69,20 @@ def run_cpu_server(server_args: dict[str, Any]) -> None:
     run_server(server_args)
 
 
+def set_cpu_environment(server_args: dict[str, Any]) -> None:
+    """Set what is not set; in this process too, where OpenMP is loaded and reads its variable no more."""
+    for name, value in {**CPU_ENVIRONMENT, **_thread_binding(server_args)}.items():
+        os.environ.setdefault(name, value)
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
 def _thread_binding(server_args: dict[str, Any]) -> dict[str, str]:
     """Let every rank use every core we have: SGLang's own rule is one rank a NUMA node, and no more ranks."""
     ranks = server_args.get("tp_size", 1) * server_args.get("dp_size", 1)
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     return {"SGLANG_CPU_OMP_THREADS_BIND": "|".join([cores] * ranks)} if ranks > 1 else {}
-
-
-def set_cpu_environment() -> None:
-    """Set what is not set; in this process too, where OpenMP is loaded and reads its variable no more."""
-    for name, value in CPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import torch
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 class _ForkContext(multiprocessing.context.ForkContext):
