@@ -194,12 +194,6 @@ class TestValues:
             values.parse_duration("soon")
 
     @pytest.mark.parametrize(
-        ("text", "mib"), [("62.50G", 64_000), ("2000M", 2000), ("1T", 1_048_576), ("512", 512)]
-    )
-    def test_memory(self, text: str, mib: float) -> None:
-        assert values.parse_memory(text) == mib
-
-    @pytest.mark.parametrize(
         ("text", "gpus"),
         [
             ("gpu:h100:4(S:0-1)", {"h100": 4}),

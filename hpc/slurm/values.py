@@ -1,4 +1,4 @@
-"""The values in what Slurm's commands print: times, durations, sizes, resources, `key=value` lines."""
+"""The values in what Slurm's commands print: times, durations, resources, `key=value` lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from datetime import UTC, datetime, timedelta
 
 _NOTHING = {"", "none", "unknown", "n/a", "(null)", "invalid", "none assigned"}
 _ENDLESS = {"unlimited", "infinite", "partition_limit", "not_set"}
-_MIB_PER_UNIT = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2, "P": 1024.0**3}
 # A key begins with a capital letter: spaces in values (`OS=Linux 6.1`, `Reason=disk is full`) do not end them.
 _KEY = re.compile(r"(?:^|\s)([A-Z][\w/:.&-]*)=")
 _DURATION = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?(?:\.\d+)?")
@@ -52,18 +51,6 @@ def parse_duration(text: str) -> float | None:
         numbers = [0] * (3 - len(numbers)) + numbers if len(numbers) > 1 else [0, numbers[0], 0]
     hours, minutes, seconds = [*numbers, 0, 0][:3]
     return timedelta(days=int(days or 0), hours=hours, minutes=minutes, seconds=seconds).total_seconds()
-
-
-def parse_memory(text: str) -> float:
-    """MiB of `62.50G`, `2000M`, `2000` (MiB is Slurm's unit).
-
-    Raises:
-        ValueError: it is no size.
-    """
-    match = re.fullmatch(r"([\d.]+)([KMGTP]?)i?B?[cn]?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise ValueError(f"{text!r} is no memory size")
-    return float(match[1]) * _MIB_PER_UNIT[match[2].upper() or "M"]
 
 
 def parse_exit_code(text: str) -> tuple[int, int] | None:
