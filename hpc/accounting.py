@@ -132,6 +132,8 @@ def to_frame(records: Iterable[JobRecord], jobs: Sequence[SubmittedJob]) -> pd.D
         component = record.key.component or 0
         rows.append(_row(record, component, started[component], known[record.key.job].roles))
         started[component] += record.started is not None
+    # Not by time alone: components of one job may be requeued in different seconds, in any order.
+    rows.sort(key=lambda row: (row["attempt"], int(row["job_id"]), row["component"]))
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
 

@@ -57,11 +57,10 @@ def idle_cluster(slurm_cluster: Sandbox) -> Iterator[Sandbox]:
     """`slurm_cluster` with no jobs, every node on; afterwards too."""
     yield slurm_cluster
     slurm_cluster.run("scancel", "--signal=KILL", "--full", "--state=RUNNING")
-    slurm_cluster.run("scancel", *(f"--state={state}" for state in ("PENDING", "RUNNING", "SUSPENDED")))
-    for node in SlurmClient(slurm_cluster.env).node_states():
-        if node.state.startswith(("down", "drain")):
-            slurm_cluster.power_on(node.name)
-    until(lambda: _is_quiet(slurm_cluster), 30, "an idle cluster")
+    deadline = time.monotonic() + 120  # on a busy machine a node may miss the word to end a job; it is repeated
+    while not _make_quiet(slurm_cluster):
+        assert time.monotonic() < deadline, "the cluster does not become idle:\n" + slurm_cluster.run("squeue")
+        time.sleep(0.2)
 
 
 def submit(cluster: Sandbox, script: str, *options: str, user: str | None = None) -> str:
@@ -97,5 +96,13 @@ def until(condition: Callable[[], bool], timeout: float, what: str) -> None:
         time.sleep(0.1)
 
 
-def _is_quiet(cluster: Sandbox) -> bool:
-    return all(node.state == "idle" for node in SlurmClient(cluster.env).node_states())
+def _make_quiet(cluster: Sandbox) -> bool:
+    """Cancel what runs, switch on what is off; whether every node is idle already."""
+    nodes = SlurmClient(cluster.env).node_states()
+    if all(node.state == "idle" for node in nodes):
+        return True
+    cluster.run("scancel", *(f"--state={state}" for state in ("PENDING", "RUNNING", "SUSPENDED")))
+    for node in nodes:
+        if node.state.startswith(("down", "drain")):
+            cluster.power_on(node.name)
+    return False
