@@ -108,6 +108,10 @@ class RunLayout:
         """Directory of one evaluation's samples; `step` is the number of steps trained before it."""
         return self.rollouts / "eval" / dataset / f"step={step:06d}" / f"attempt={attempt}"
 
+    def trainer_dir(self, step: int, attempt: int) -> Path:
+        """Directory of what the trainer saw of one step's tokens in one attempt: `part-0.parquet`."""
+        return self.root / "rollouts_trainer" / f"step={step:06d}" / f"attempt={attempt}"
+
     def find_step(self, step: int) -> Path | None:
         """The newest attempt's finished directory of a step, or None."""
         return _newest_attempt(self.rollouts / f"step={step:06d}")
@@ -123,6 +127,12 @@ class RunLayout:
         """
         base = self.rollouts if dataset is None else self.rollouts / "eval" / dataset
         newest = ((step, _newest_attempt(path)) for step, path in sorted(_step_dirs(base).items()))
+        return {step: _parquet_files(path) for step, path in newest if path is not None}
+
+    def trainer_files(self) -> dict[int, list[Path]]:
+        """Finished Parquet files of `trainer_dir` by step, ascending, of each step's newest attempt."""
+        steps = sorted(_step_dirs(self.root / "rollouts_trainer").items())
+        newest = ((step, _newest_attempt(path)) for step, path in steps)
         return {step: _parquet_files(path) for step, path in newest if path is not None}
 
     def eval_datasets(self) -> list[str]:

@@ -48,6 +48,21 @@ SCHEMA = pa.schema(
     metadata={b"slurmlime.schema": SCHEMA_VERSION.encode()},
 )
 
+# What the trainer saw of a step's tokens: a file of its own (`RunLayout.trainer_dir`), because the samples are
+# complete before they are trained on. Joins with the samples by step and index; the newest attempt holds.
+TRAINER_SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("attempt", pa.int32()),  # that trained on it; the sample's own may be older
+        ("index", pa.int64()),  # of the sample
+        # One a response token, also where the loss mask is 0.
+        ("trainer_log_probs", pa.list_(pa.float32())),  # of the weights before the step
+        ("trainer_entropies", pa.list_(pa.float32())),  # nats
+        ("advantages", pa.list_(pa.float32())),
+    ],
+    metadata={b"slurmlime.schema": b"1"},
+)
+
 TRAIN_COLUMNS = [
     "group_index", "index", "status", "reward", "train_reward", "response_length",
     "tokens", "loss_mask", "rollout_log_probs",

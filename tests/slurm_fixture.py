@@ -57,9 +57,13 @@ def idle_cluster(slurm_cluster: Sandbox) -> Iterator[Sandbox]:
     """`slurm_cluster` with no jobs, every node on; afterwards too."""
     yield slurm_cluster
     slurm_cluster.run("scancel", "--signal=KILL", "--full", "--state=RUNNING")
-    deadline = time.monotonic() + 120  # on a busy machine a node may miss the word to end a job; it is repeated
+    deadline = (
+        time.monotonic() + 120
+    )  # on a busy machine a node may miss the word to end a job; it is repeated
     while not _make_quiet(slurm_cluster):
-        assert time.monotonic() < deadline, "the cluster does not become idle:\n" + slurm_cluster.run("squeue")
+        assert time.monotonic() < deadline, "the cluster does not become idle:\n" + slurm_cluster.run(
+            "squeue"
+        )
         time.sleep(0.2)
 
 
