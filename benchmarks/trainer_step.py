@@ -22,7 +22,6 @@ import numpy as np
 
 from rltrain import arguments
 from rltrain.data.batch import TrainBatch
-from rltrain.data.trainable import TrainableTokens
 from rltrain.runtime import Registry, RoleContext
 
 VOCAB_SIZE = 512
@@ -110,10 +109,10 @@ def bare_step(actor: Any, batch: TrainBatch) -> Callable[[], None]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from rltrain.megatron.device import megatron_scope, model_scope
+    from rltrain.megatron.rank_share import RankShare
 
-    trainable = TrainableTokens.of(batch)
-    plan = actor._plan(batch, trainable, np.arange(len(batch)))
-    micro_batches = [actor._micro_batch(batch, trainable, indices, {}) for indices in plan]
+    policy = actor.policy
+    micro_batches = RankShare(actor.args, batch).micro_batches(0, {})
 
     def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss = (losses.view(-1) * mask).sum() / mask.sum()
@@ -135,18 +134,18 @@ def bare_step(actor: Any, batch: TrainBatch) -> Callable[[], None]:
 
     def step() -> None:
         with megatron_scope():
-            actor.wrapped_model.zero_grad_buffer()
-            actor.optimizer.zero_grad()
+            policy.wrapped.zero_grad_buffer()
+            policy.optimizer.zero_grad()
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iter(micro_batches),
-                model=[actor.wrapped_model],
+                model=[policy.wrapped],
                 num_microbatches=len(micro_batches),
                 seq_length=1,
                 micro_batch_size=1,
             )
-            actor.optimizer.step()
-            actor.scheduler.step(increment=1)
+            policy.optimizer.step()
+            policy.scheduler.step(increment=1)
 
     return step
 

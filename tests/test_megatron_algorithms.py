@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.megatron import (
     init_single_process,
+    log_probs_of,
     make_actor,
     make_args,
     make_batch,
@@ -126,10 +127,9 @@ def test_kl_in_the_reward_is_taken_off_the_return(model_dir: Path, tmp_path: Pat
     )  # fmt: skip
     actor = make_actor(args, tmp_path)
     actor.train(0, batch)  # so that the policy has left its reference
-    trainable = TrainableTokens.of(batch)
-    own = actor._log_probs(batch, trainable, list(range(5)))
+    own = log_probs_of(actor, batch)
     with actor._reference.in_place_of(actor.model):
-        reference = actor._log_probs(batch, trainable, list(range(5)))
+        reference = log_probs_of(actor, batch)
     expected = 0.0
     for i in range(5):
         rewards = [-0.3 * float(x) for x in own[i] - reference[i]]
@@ -154,7 +154,7 @@ def test_tis_weighs_each_token_with_its_clamped_ratio(model_dir: Path, tmp_path:
     args = make_args(model_dir, use_tis=True, tis_clip=1.5, tis_clip_low=0.5, calculate_per_token_loss=True)
     actor = make_actor(args, tmp_path)
     trainable = TrainableTokens.of(batch)
-    own = actor._log_probs(batch, trainable, list(range(6)))
+    own = log_probs_of(actor, batch)
     engine = trainable.select(batch.rollout_log_probs)
     total, clipped, count = 0.0, 0, 0
     for i in range(6):

@@ -106,7 +106,7 @@ def test_another_runs_checkpoint_gives_weights_only(model_dir: Path, tmp_path: P
     rl = make_actor(args, tmp_path)
     assert rl.start_rollout_id == 0
     assert torch.equal(weights_of(rl), weights_of(sft))
-    assert not rl.optimizer.optimizer.state  # Adam starts afresh
+    assert not rl.policy.optimizer.optimizer.state  # Adam starts afresh
     rl.train(0, make_batch(8))
     rl.save(0)
     resumed = make_actor(args, tmp_path)  # now the run's own checkpoint comes first
@@ -130,7 +130,7 @@ def test_resuming_without_the_optimizer(model_dir: Path, tmp_path: Path) -> None
     resumed = make_actor(make_args(model_dir, save=str(tmp_path / "c")), tmp_path)
     assert resumed.start_rollout_id == 1
     assert torch.equal(weights_of(resumed), weights_of(actor))
-    assert not resumed.optimizer.optimizer.state
+    assert not resumed.policy.optimizer.optimizer.state
 
 
 def test_load_of_nothing_is_an_error(model_dir: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.megatron import (
     init_single_process,
+    log_probs_of,
     make_actor,
     make_args,
     make_batch,
@@ -62,7 +63,7 @@ def test_log_probs_equal_transformers(model_dir: Path, tmp_path: Path) -> None:
     actor = make_actor(args, tmp_path)
     batch = make_batch(7, longest=40)
     trainable = TrainableTokens.of(batch)
-    ours = actor._log_probs(batch, trainable, list(range(7)))
+    ours = log_probs_of(actor, batch)
     for i, tokens in enumerate(batch.tokens):
         expected = hf_log_probs(model_dir, tokens, 0.7)[trainable.positions[i]]
         np.testing.assert_allclose(ours[i], expected, atol=1e-5, rtol=0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.megatron import (
     init_single_process,
+    log_probs_of,
     make_actor,
     make_args,
     make_batch,
@@ -121,7 +122,7 @@ def test_log_prob_difference_is_over_trainable_tokens(model_dir: Path, tmp_path:
     batch = make_batch(6)
     actor = make_actor(make_args(model_dir), tmp_path)
     trainable = TrainableTokens.of(batch)
-    own = actor._log_probs(batch, trainable, list(range(6)))
+    own = log_probs_of(actor, batch)
     shifted = []
     for i, mask in enumerate(batch.loss_masks):
         engine = np.full(len(mask), 1e6, np.float32)  # must not be looked at where the mask is 0
@@ -155,7 +156,7 @@ def test_warm_up_and_decay(model_dir: Path, tmp_path: Path) -> None:
         model_dir, lr=1.0, min_lr=0.1, lr_decay_style="linear", lr_warmup_iters=2, lr_decay_iters=6
     )
     actor = make_actor(args, tmp_path)
-    rates = [actor._optimizer_step()[1] for _ in range(7)]
+    rates = [actor.policy.step()[1] for _ in range(7)]
     assert rates == pytest.approx([0.0, 0.5, 1.0, 0.775, 0.55, 0.325, 0.1])
 
 

@@ -25,40 +25,65 @@ LossFunc = Callable[..., Any]
 
 
 @torch.no_grad()
+def forward_only(
+    model: DistributedDataParallel,
+    micro_batches: list[MicroBatch],
+    read: Callable[[MicroBatch, Tensor], Tensor],
+) -> list[Tensor]:
+    """What `read` makes of each micro-batch's outputs for its n trainable tokens, without gradients."""
+
+    def collect(micro_batch: MicroBatch, outputs: Tensor, non_loss_data: bool) -> Tensor:
+        return read(micro_batch, outputs)
+
+    return _run(model, micro_batches, collect, forward_only=True)
+
+
 def forward_log_probs(
     model: DistributedDataParallel, micro_batches: list[MicroBatch], shape: ModelShape, temperature: float
 ) -> list[Tensor]:
     """log π of the trainable tokens of each micro-batch, [n] each, without gradients."""
-
-    def collect(micro_batch: MicroBatch, logits: Tensor, non_loss_data: bool) -> Tensor:
-        return _statistics(micro_batch, logits, shape, temperature)[0]
-
-    return _run(model, micro_batches, collect, forward_only=True)
+    return forward_only(
+        model, micro_batches, lambda each, logits: _statistics(each, logits, shape, temperature)[0]
+    )
 
 
 def forward_backward(
     model: DistributedDataParallel,
     micro_batches: list[MicroBatch],
-    shape: ModelShape,
-    args: argparse.Namespace,
+    loss: Callable[[MicroBatch, Tensor], tuple[Tensor, Sums]],
 ) -> Sums:
     """Accumulate the gradient of Σ weight·loss over all ranks' tokens, and reduce it over the ranks.
 
     Megatron-core divides a loss by the number of micro-batches, and its data parallel reduction takes the mean
     over ranks. The token weights already hold the whole normalisation, so both are undone here.
 
+    Args:
+        loss: This rank's share of the step's loss from a micro-batch and the model's outputs for its n
+            trainable tokens, and the sums for the metrics.
+
     Returns:
         This rank's sums for the metrics.
     """
     undo = len(micro_batches) * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    temperature = 1.0 if args.loss_type == "sft_loss" else args.rollout_temperature
 
-    def loss_func(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Sums]:
-        log_probs, entropy = _statistics(micro_batch, logits, shape, temperature)
-        loss, sums = micro_batch_loss(args, log_probs, entropy, micro_batch.values, micro_batch.responses)
-        return loss * undo, sums
+    def loss_func(micro_batch: MicroBatch, outputs: Tensor) -> tuple[Tensor, Sums]:
+        value, sums = loss(micro_batch, outputs)
+        return value * undo, sums
 
     return add_up(_run(model, micro_batches, loss_func, forward_only=False))
+
+
+def policy_loss(
+    shape: ModelShape, args: argparse.Namespace
+) -> Callable[[MicroBatch, Tensor], tuple[Tensor, Sums]]:
+    """The loss of a model's logits that `args.loss_type` names, for `forward_backward`."""
+    temperature = 1.0 if args.loss_type == "sft_loss" else args.rollout_temperature
+
+    def loss(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Sums]:
+        log_probs, entropy = _statistics(micro_batch, logits, shape, temperature)
+        return micro_batch_loss(args, log_probs, entropy, micro_batch.values, micro_batch.responses)
+
+    return loss
 
 
 def _statistics(

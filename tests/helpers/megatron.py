@@ -101,6 +101,13 @@ def make_actor(args: argparse.Namespace, run_dir: Path) -> Any:
     return MegatronTrainActor(args, context, RecordingRegistry())  # type: ignore[arg-type]
 
 
+def log_probs_of(actor: Any, batch: TrainBatch) -> Any:
+    """log π of the trainable tokens of every sample, with the present weights."""
+    from rltrain.megatron.rank_share import RankShare
+
+    return actor.log_probs(RankShare(actor.args, batch))
+
+
 def make_batch(
     count: int = 8, *, seed: int = 0, longest: int = 12, vocab_size: int = VOCAB_SIZE, masked: int = 0
 ) -> TrainBatch:
