@@ -25,13 +25,16 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def reserve_port(host: str) -> socket.socket:
-    """A socket that is bound to a free port of `host` and never listens.
+def reserve_port(host: str, wanted: int = 0) -> socket.socket:
+    """A socket that is bound to a free port of `host`, to `wanted` if that is free, and never listens.
 
     While it is open nobody is given the port by chance, and a server that sets SO_REUSEADDR, as servers do,
     can still bind to it.
     """
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind((host, 0))
+    try:
+        sock.bind((host, wanted))
+    except OSError:
+        sock.bind((host, 0))
     return sock

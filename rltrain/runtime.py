@@ -124,6 +124,11 @@ class Registry:
                     f"only {len(found)} of {count} {role} processes were ready after {timeout:.0f} s"
                 )
 
+    def find(self, role: str) -> list[RoleAddress]:
+        """The instances of `role` that are ready now, by index."""
+        answer = self._call("GET", f"/roles/{role}?count=0&wait=0")
+        return [RoleAddress(**entry) for entry in answer["roles"]]
+
     def event(self, kind: str, **fields: Any) -> None:
         """Append an event to the run's `events.jsonl`."""
         self._call("POST", "/events", {"kind": kind, "role": self._context.role, **fields})

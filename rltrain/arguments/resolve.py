@@ -23,6 +23,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     _micro_batch(args)
     _parallel(args)
     _engines(args)
+    _health(args)
     _rollout(args)
     _evaluation(args)
     _algorithm(args)
@@ -113,6 +114,14 @@ def _engines(args: argparse.Namespace) -> None:
         raise UserError(
             f"--rollout-num-gpus {args.rollout_num_gpus} is no multiple of --rollout-num-gpus-per-engine {size}."
         )
+
+
+def _health(args: argparse.Namespace) -> None:
+    for name, least in (("interval", 0.1), ("timeout", 0.1), ("first_wait", 0.0)):
+        value = getattr(args, f"rollout_health_check_{name}")
+        if not least <= value < float("inf"):
+            flag = f"--rollout-health-check-{name.replace('_', '-')}"
+            raise UserError(f"{flag} {value:g}: a number of seconds, at least {least:g}, is needed.")
 
 
 def _rollout(args: argparse.Namespace) -> None:

@@ -29,7 +29,6 @@ NOT_YET = frozenset(
     only-train-params-name-list opd-kl-coef opd-teacher-ckpt-step opd-teacher-load opd-type opsm-delta
     profile-target recompute-loss-function record-memory-history ref-ckpt-step ref-update-interval
     release-train reset-optimizer-states rollout-buffer-url rollout-external-engine-addrs
-    rollout-health-check-first-wait rollout-health-check-interval rollout-health-check-timeout
     rollout-task-type save-debug-rollout-data save-debug-train-data tb-experiment-name tb-project-name
     train-env-vars update-weight-buffer-size update-weight-delta-checksum update-weight-delta-encoding
     update-weight-disk-dir update-weight-disk-keep-files update-weight-local-checkpoint-dir
@@ -115,6 +114,7 @@ def _rollout(group: argparse._ArgumentGroup) -> None:
     add(
         "--sglang-server-concurrency", type=int, default=512, metavar="N", help="requests in flight an engine"
     )
+    _health(group)
     add("--update-weight-transport", choices=["disk"], default="disk", help="how weights reach the engines")
     add(
         "--update-weights-interval",
@@ -123,6 +123,16 @@ def _rollout(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="rollouts between two pushes (default: 1)",
     )
+
+
+def _health(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--rollout-health-check-interval", type=float, default=30.0, metavar="S",
+        help="between two looks whether an engine makes progress (default: 30)")  # fmt: skip
+    add("--rollout-health-check-timeout", type=float, default=30.0, metavar="S",
+        help="without progress until an engine is ended, ten times that for weights (default: 30)")  # fmt: skip
+    add("--rollout-health-check-first-wait", type=float, default=0.0, metavar="S",
+        help="from an engine's start to the first look, for what it compiles (default: 0)")  # fmt: skip
 
 
 def _data(group: argparse._ArgumentGroup) -> None:

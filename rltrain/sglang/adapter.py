@@ -6,12 +6,15 @@ and sends it what the router does not pass on: pause, abort, flush and weight up
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
 
 from rltrain.processes import reserve_port
 from rltrain.sglang import workers
-from rltrain.sglang.http import call, get_status
+from rltrain.sglang.health import HealthLimits, watch
+from rltrain.sglang.http import HttpError, call, get_status
 from rltrain.sglang.process import READY_TIMEOUT, ServerProcess
 
 _UPDATE_TIMEOUT = 1800.0  # seconds; large models load slowly from a busy filesystem
@@ -74,14 +77,19 @@ class HttpServerEngineAdapter:
         assert self._process is not None, "the server is not a child of this process"
         return self._process.pid
 
-    def wait(self) -> NoReturn:
-        """Wait for a server of our own to end.
+    def watch(
+        self, limits: HealthLimits, is_loading: Callable[[], bool], tick: Callable[[], object]
+    ) -> NoReturn:
+        """Watch over a server of our own until it ends or hangs; see `rltrain.sglang.health.watch`.
 
         Raises:
-            ServerDiedError: always, when it has ended.
+            ServerDiedError: it has ended.
+            HungError: it makes no progress.
         """
-        assert self._process is not None, "the server is not a child of this process"
-        self._process.wait()
+        process = self._process
+        assert process is not None, "the server is not a child of this process"
+        watch(process.pid, self.makes_progress, is_loading, limits, process.has_ended, tick)
+        process.wait()
 
     def shutdown(self) -> None:
         """End the server if it is our own child; else do nothing."""
@@ -102,6 +110,18 @@ class HttpServerEngineAdapter:
             return get_status(f"{self.url}/health", timeout) == 200
         except OSError:
             return False
+
+    def makes_progress(self, timeout: float = 5.0) -> bool:
+        """Whether the scheduler answers, which does the work and which `health` does not ask; never raises."""
+        try:
+            self.get_server_info(timeout)
+        except (OSError, HTTPException, HttpError):
+            return False
+        return True
+
+    def get_server_info(self, timeout: float = 60.0) -> dict[str, Any]:
+        """The arguments that the server runs with, and the state of its scheduler."""
+        return self._call("GET", "/server_info", timeout=timeout)
 
     def get_model_info(self) -> dict[str, Any]:
         """The server's own description: model path, architecture, weight version, …"""

@@ -74,6 +74,10 @@ class ServerProcess:
             time.sleep(_PROBE_INTERVAL)
         raise TimeoutError(f"{self._module} did not answer at {self.url}{path} within {timeout:.0f} s")
 
+    def has_ended(self) -> bool:
+        """Whether the process has ended by itself."""
+        return self._process.poll() is not None
+
     def wait(self) -> NoReturn:
         """Wait for the process to end, which it should not do by itself.
 

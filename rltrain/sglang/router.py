@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from rltrain import arguments
 from rltrain.processes import reserve_port
@@ -29,16 +30,22 @@ DEFAULTS = {
 class Router:
     """A router process of our own, ready for engines to join."""
 
-    def __init__(self, router_args: dict[str, Any], token: str, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, router_args: dict[str, Any], token: str, host: str = "127.0.0.1", wanted_port: int = 0
+    ) -> None:
         """Start it on free ports of `host` and wait until it answers.
 
         Args:
             router_args: keyword arguments of sglang-router's `RouterArgs`; they win over `DEFAULTS`.
             token: the key that every request must carry.
             host: address to listen on.
+            wanted_port: where to listen if it is free.
         """
         with ExitStack() as ports:
-            port, metrics_port = (ports.enter_context(reserve_port(host)).getsockname()[1] for _ in range(2))
+            port, metrics_port = (
+                ports.enter_context(reserve_port(host, wanted)).getsockname()[1]
+                for wanted in (wanted_port, 0)
+            )
             settings = {
                 **DEFAULTS, **router_args, "host": host, "port": port, "api_key": token,
                 "prometheus_host": host, "prometheus_port": metrics_port,
@@ -69,9 +76,16 @@ class Router:
 def main(context: RoleContext) -> None:
     """Start the router, announce it, and watch it."""
     args = arguments.load(context.run_dir)
-    with Router(args.router, context.token, context.host) as router:
-        Registry(context).register(router.url)
+    registry = Registry(context)
+    with Router(args.router, context.token, context.host, _last_port(registry, context)) as router:
+        registry.register(router.url)
         router.wait()
+
+
+def _last_port(registry: Registry, context: RoleContext) -> int:
+    """Where the router before this one listened: who is still asking there need not be told anything."""
+    before = [each for each in registry.find(context.role) if each.index == context.index]
+    return urlsplit(before[0].url).port or 0 if before else 0
 
 
 if __name__ == "__main__":
