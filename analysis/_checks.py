@@ -109,7 +109,7 @@ def failures(run: Run) -> Finding | None:
     failed = run.samples[run.samples["status"] == "failed"]
     if len(failed) < 0.001 * max(len(run.samples), 1) or failed.empty:
         return None
-    reason = failed["failure"].mode()
+    reason = failed["failure"].str.split("\n").str[0].mode()  # below it is the traceback
     return Finding(
         "failed-samples", WARNING if len(failed) > 0.05 * len(run.samples) else NOTE,
         f"{len(failed)} of {len(run.samples)} samples failed, mostly: {reason.iloc[0] if len(reason) else 'unknown'}",

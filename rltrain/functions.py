@@ -100,6 +100,13 @@ def explain(error: BaseException) -> str:
     return f"{summary} ({Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name})"
 
 
+def explain_fully(error: BaseException) -> str:
+    """`explain`, and below it the traceback, for the record of a sample."""
+    frames = traceback.format_list(traceback.extract_tb(error.__traceback__)[-_FRAMES:])
+    return f"{explain(error)}\n{''.join(frames)}".rstrip()
+
+
+_FRAMES = 10  # the innermost ones say what went wrong
 _HINT = (
     " Modules are looked for in the directory that the job was submitted from and among installed packages."
 )

@@ -18,6 +18,8 @@ class Sample:
     """One response to one prompt. `tokens` holds prompt and response; the other lists only the response.
 
     `loss_mask`, `rollout_log_probs`: one entry a response token (`response_length` of them), or None.
+    `rollout_id`: samples that share it were one rollout, of an agent that is trained on several texts; None for
+    a sample that is a rollout by itself. `non_generation_time`: seconds between requests, as in tools.
     """
 
     class Status(Enum):
@@ -31,6 +33,7 @@ class Sample:
 
     group_index: int | None = None
     index: int | None = None
+    rollout_id: int | None = None
     prompt: str | list[Message] = ""
     tokens: list[int] = field(default_factory=list)
     response: str = ""
@@ -50,7 +53,10 @@ class Sample:
 
     # Not in slime: why the sample failed, and where its time went (seconds).
     failure: str | None = None
-    generate_seconds: float = 0.0
+    generate_seconds: float = 0.0  # in the generation function
+    queue_seconds: float = 0.0  # before it, and of its requests until an engine began with them
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
     reward_seconds: float = 0.0
 
     def append_response_tokens(
@@ -78,6 +84,11 @@ class Sample:
         self.rollout_log_probs += log_probs if log_probs is not None else [0.0] * len(tokens)
         self.loss_mask += [int(trainable)] * len(tokens)
         self.response_length += len(tokens)
+
+    @property
+    def rollout_key(self) -> int | None:
+        """What identifies the rollout that the sample is of: `rollout_id`, or its own index."""
+        return self.index if self.rollout_id is None else self.rollout_id
 
     @property
     def prompt_length(self) -> int:

@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from rltrain.sample import Sample
 
-# 2: trainer_log_probs, trainer_entropies. Readers take a column that an older file lacks as missing.
-SCHEMA_VERSION = "2"
+# 2: trainer_log_probs, trainer_entropies. 3: rollout_id, and queue, prefill, decode and tool seconds.
+# Readers take a column that an older file lacks as missing.
+SCHEMA_VERSION = "3"
 METRICS_KEY = b"slurmlime.metrics"
 
 SCHEMA = pa.schema(
@@ -24,6 +25,7 @@ SCHEMA = pa.schema(
         ("dataset", pa.string()),  # "train" or the name of the evaluation set
         ("group_index", pa.int64()),  # samples of one prompt share it
         ("index", pa.int64()),  # unique in the run
+        ("rollout_id", pa.int64()),  # samples that share it were one rollout, of an agent with several texts
         ("prompt", pa.string()),  # text, or the messages as JSON
         ("response", pa.string()),
         ("label", pa.string()),
@@ -34,7 +36,12 @@ SCHEMA = pa.schema(
         ("rewards", pa.string()),  # a dict reward, as JSON
         ("prompt_length", pa.int32()),  # tokens
         ("response_length", pa.int32()),  # tokens
-        ("generate_seconds", pa.float64()),
+        # Where the time went; samples of one rollout share these but for the reward's.
+        ("queue_seconds", pa.float64()),  # until an engine began with it, and the way there and back
+        ("generate_seconds", pa.float64()),  # in the generation function: all but the wait before it
+        ("prefill_seconds", pa.float64()),  # as engines report it, all requests together
+        ("decode_seconds", pa.float64()),
+        ("tool_seconds", pa.float64()),  # while no request was under way
         ("reward_seconds", pa.float64()),
         ("metadata", pa.string()),  # JSON
         ("tokens", pa.list_(pa.int32())),  # prompt and response
@@ -64,7 +71,7 @@ TRAINER_SCHEMA = pa.schema(
 )
 
 TRAIN_COLUMNS = [
-    "group_index", "index", "status", "reward", "train_reward", "response_length",
+    "group_index", "index", "rollout_id", "status", "reward", "train_reward", "response_length",
     "tokens", "loss_mask", "rollout_log_probs",
 ]  # fmt: skip
 
@@ -87,6 +94,7 @@ def samples_to_table(
             "dataset": dataset,
             "group_index": sample.group_index,
             "index": sample.index,
+            "rollout_id": sample.rollout_key,
             "prompt": _text(sample.prompt),
             "response": _clean(sample.response),
             "label": None if sample.label is None else _text(sample.label),
@@ -97,7 +105,11 @@ def samples_to_table(
             "rewards": _text(sample.reward) if isinstance(sample.reward, dict) else None,
             "prompt_length": sample.prompt_length,
             "response_length": sample.response_length,
+            "queue_seconds": sample.queue_seconds,
             "generate_seconds": sample.generate_seconds,
+            "prefill_seconds": sample.prefill_seconds,
+            "decode_seconds": sample.decode_seconds,
+            "tool_seconds": sample.non_generation_time,
             "reward_seconds": sample.reward_seconds,
             "metadata": _text(sample.metadata),
             "tokens": sample.tokens,

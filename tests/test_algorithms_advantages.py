@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rltrain.algorithms.advantages import discounted_returns, whiten, with_kl_penalty
 from rltrain.algorithms.grpo import leave_one_out, normalize_rewards
 from rltrain.rollout.normalize import train_rewards
+from rltrain.sample import Sample
 
 REWARDS = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=1, max_size=12)
 # Groups of uneven size, of size one among them, in any order.
@@ -71,10 +72,36 @@ def test_each_estimator_gets_its_baseline(estimator: str, expected: list[float])
     args = argparse.Namespace(
         advantage_estimator=estimator, rewards_normalization=True, grpo_std_normalization=True
     )
-    result = train_rewards(args, ["a", "b", "a", "c", "a"], [2.0, 7.0, 0.0, 5.0, None])
+    samples = [Sample(group_index=group) for group in (1, 2, 1, 3, 1)]
+    result = train_rewards(args, samples, [2.0, 7.0, 0.0, 5.0, None])
     np.testing.assert_allclose(result, expected, atol=1e-5)
     args.rewards_normalization = False
-    assert train_rewards(args, ["a", "b", "a", "c", "a"], [2.0, 7.0, 0.0, 5.0, None]) == [2, 7, 0, 5, 0]
+    assert train_rewards(args, samples, [2.0, 7.0, 0.0, 5.0, None]) == [2, 7, 0, 5, 0]
+
+
+@given(GROUPED, st.data())
+def test_a_rollout_counts_once_however_many_samples_it_has(
+    grouped: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    """Samples that share a rollout and its reward get what the rollout alone would get."""
+    copies = data.draw(st.lists(st.integers(1, 3), min_size=len(grouped), max_size=len(grouped)))
+    rollouts = [i for i, n in enumerate(copies) for _ in range(n)]
+    groups, rewards = [group for group, _ in grouped], [float(reward) for _, reward in grouped]
+    for function in (normalize_rewards, leave_one_out):
+        alone = function(rewards, groups)
+        result = function([rewards[i] for i in rollouts], [groups[i] for i in rollouts], rollout_ids=rollouts)
+        np.testing.assert_allclose(result, [alone[i] for i in rollouts], atol=1e-9)
+
+
+def test_samples_of_a_rollout_may_have_rewards_of_their_own() -> None:
+    # One rollout with rewards 4 and 0, its mean 2; another with 1: the mean of the two is 1.5.
+    rewards, groups, rollouts = [4.0, 0.0, 1.0], [0, 0, 0], [7, 7, 8]
+    assert normalize_rewards(rewards, groups, std=False, rollout_ids=rollouts) == [2.5, -1.5, -0.5]
+    assert leave_one_out(rewards, groups, rollout_ids=rollouts) == [3.0, -1.0, -1.0]
+    variance = (2.5**2 / 2 + 1.5**2 / 2 + 0.5**2) / (2 - 1)
+    result = normalize_rewards(rewards, groups, rollout_ids=rollouts)
+    np.testing.assert_allclose(result, np.array([2.5, -1.5, -0.5]) / (variance**0.5 + 1e-6))
+    assert normalize_rewards([4.0, 0.0], [0, 0], rollout_ids=[7, 7]) == [0.0, 0.0]  # a group of one rollout
 
 
 @given(REWARDS, st.floats(-5, 5), st.floats(0, 1), st.floats(0, 1))

@@ -102,3 +102,18 @@ def test_token_weights_are_the_two_means(masks: list[list[int]], per_token: bool
     else:
         expected = np.mean([k.mean() if len(k) else 0.0 for k in kept])
     assert np.isclose(weighted, expected)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 1), max_size=6)), min_size=1, max_size=10)
+)
+def test_the_tokens_of_a_rollout_are_one_mean(samples: list[tuple[int, list[int]]]) -> None:
+    """The weights of samples that share a rollout are those of their tokens in one sample."""
+    rollouts, masks = [rollout for rollout, _ in samples], [np.array(mask, np.int8) for _, mask in samples]
+    joined = {
+        each: np.concatenate([m for r, m in zip(rollouts, masks, strict=True) if r == each])
+        for each in rollouts
+    }
+    expected = dict(zip(joined, token_weights(list(joined.values()), per_token=False), strict=True))
+    weights = token_weights(masks, per_token=False, rollout_ids=rollouts)
+    assert np.allclose(weights, [expected[r] * m.any() for r, m in zip(rollouts, masks, strict=True)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fakes.engine_server import FakeEngine, answer, fake_engine
 from rltrain.arguments.errors import UserError
 from rltrain.data.source import RolloutDataSource
 from rltrain.rewards import service as rewards
+from rltrain.rollout import request_times
 from rltrain.rollout.batch import generate_and_grade, sampling_params, with_seed
 from rltrain.rollout.eval import eval_sampling_params
 from rltrain.rollout.http import GenerationError, HttpClient, set_client
@@ -48,6 +50,17 @@ async def reward(args, sample):
     return 1.0
 """
 
+
+TURNS = """
+import asyncio
+from rltrain.rollout.sglang_rollout import generate as turn
+
+async def generate(args, sample, sampling_params):
+    sample = await turn(args, sample, {**sampling_params, "max_new_tokens": 8})
+    await asyncio.sleep(0.02)
+    sample.append_response_tokens([6], None, trainable=False)
+    return await turn(args, sample, sampling_params)
+"""
 
 CUSTOM_FLAGS = (
     "--custom-generate-function-path",
@@ -200,11 +213,41 @@ def test_custom_functions_fill_samples_or_fail_them_alone(custom, make_args) -> 
     _, samples = run_rollout(args)
     failures = [samples[2 * group].failure for group in range(3)]
     assert failures[0] is not None and failures[0].startswith("KeyError: 'no such tool' (custom_rollout.py:")
+    assert "in generate\n    raise KeyError" in failures[0]  # the traceback is in the record
     assert failures[1] == "custom_rollout.generate returned a NoneType and not the sample that it was given"
     assert failures[2] == "custom_rollout.generate: loss_mask has 1 entries for 3 response tokens"
     good = samples[6]
     assert (good.reward, good.response, good.loss_mask) == (1.0, "train", [1, 1, 0])
     assert good.rollout_log_probs == [-1.0, -2.0, 0.0]
+
+
+def test_where_the_time_of_a_rollout_went_is_recorded(custom, make_args, tmp_path: Path) -> None:
+    (tmp_path / "custom_turns.py").write_text(TURNS)
+    args = make_args("--custom-generate-function-path", "custom_turns.generate")
+    engine, samples = run_rollout(args)
+    for sample in samples:
+        assert sample.decode_seconds >= 2 * 0.001 and sample.non_generation_time >= 0.02
+        assert sample.decode_seconds + sample.non_generation_time <= sample.generate_seconds
+        assert sample.queue_seconds > 0
+    keys = Counter(engine.sessions)  # both turns of a sample go the same way, those of others another
+    assert len(keys) == 8 and set(keys.values()) == {2} and None not in keys
+
+
+def test_requests_side_by_side_are_not_taken_for_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests from 1 to 4 and from 2 to 6 s, of 10 s: for 5 s there was none."""
+    clock = iter([0.0, 1.0, 6.0, 10.0])  # begun, the first request goes out, the last one ends, written
+    monkeypatch.setattr(request_times.time, "perf_counter", lambda: next(clock))
+    times = request_times.RequestTimes()
+    meta = {"queue_time": 0.5, "forward_entry_time": 100.0, "prefill_finished_time": 100.25}
+    times.request_began()
+    times.request_began()
+    times.request_ended({"meta_info": {**meta, "e2e_latency": 2.75}}, seconds=3.0)
+    times.request_ended({"meta_info": {**meta, "e2e_latency": 3.75}}, seconds=4.0)
+    sample = Sample()
+    times.write_to([sample], waited=1.0)
+    assert (sample.generate_seconds, sample.non_generation_time) == (10.0, 5.0)
+    assert (sample.prefill_seconds, sample.decode_seconds) == (0.5, 2.0 + 3.0)
+    assert sample.queue_seconds == 1.0 + (3.0 - 2.25) + (4.0 - 3.25)
 
 
 def test_custom_functions_are_told_of_evaluations_if_they_want_to_know(custom, make_args) -> None:

@@ -144,6 +144,8 @@ def test_a_real_engine_stops_early_and_goes_on(engine: Any, router: Any, make_ar
         for sample in group:
             assert sample.status in (Sample.Status.COMPLETED, Sample.Status.TRUNCATED), sample.failure
             assert sample.response_length <= 64
+            assert sample.prefill_seconds > 0 and sample.decode_seconds > 0 and sample.queue_seconds > 0
+            assert sample.prefill_seconds + sample.decode_seconds <= sample.generate_seconds
             assert (
                 len(sample.rollout_log_probs or []) == len(sample.loss_mask or []) == sample.response_length
             )

@@ -18,23 +18,33 @@ if TYPE_CHECKING:  # the rollout side has no torch loaded
 DR_GRPO_LENGTH = 1000
 
 
-def token_weights(loss_masks: Sequence[NDArray[np.integer]], *, per_token: bool) -> NDArray[np.float64]:
+def token_weights(
+    loss_masks: Sequence[NDArray[np.integer]],
+    *,
+    per_token: bool,
+    rollout_ids: Sequence[int] | NDArray[np.integer] | None = None,
+) -> NDArray[np.float64]:
     """The weight of a trainable token of each sample of one optimizer step.
 
     Args:
         loss_masks: One mask a sample, [response_length] of 0 and 1.
-        per_token: False: the mean over each sample's tokens, then over all samples (GRPO). True: the mean
+        per_token: False: the mean over each rollout's tokens, then over all rollouts (GRPO). True: the mean
             over all tokens of the step, so that long responses weigh more (DAPO,
             https://arxiv.org/abs/2503.14476).
+        rollout_ids: Samples that share one were one rollout, as in slime; None: every sample is its own.
 
     Returns:
-        One weight a sample. A sample without trainable tokens has weight 0 but, in the mean over samples,
+        One weight a sample. A rollout without trainable tokens has weight 0 but, in the mean over rollouts,
         still counts as one.
     """
     tokens = np.array([int(mask.sum()) for mask in loss_masks], dtype=np.int64)
     if per_token:
         return np.full(len(tokens), 1.0 / max(1, tokens.sum())) * (tokens > 0)
-    return np.divide(1.0 / len(tokens), tokens, out=np.zeros(len(tokens)), where=tokens > 0)
+    ids = np.arange(len(tokens)) if rollout_ids is None else np.asarray(rollout_ids)
+    _, rollout = np.unique(ids, return_inverse=True)
+    of_rollout = np.bincount(rollout, weights=tokens)
+    shares = np.divide(1.0 / len(of_rollout), of_rollout, out=np.zeros(len(of_rollout)), where=of_rollout > 0)
+    return shares[rollout] * (tokens > 0)
 
 
 def constant_length(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ class TrainBatch:
     loss_masks: list[NDArray[np.int8]]  # [response]
     train_rewards: NDArray[np.float32]  # after group normalisation; NaN: none
     rollout_log_probs: list[NDArray[np.float32]] | None  # [response], the engine's
+    rollout_ids: NDArray[np.int64] | None = None  # samples that share one were one rollout; None: none do
 
     def __post_init__(self) -> None:
         for i, (tokens, length, mask) in enumerate(
@@ -36,6 +38,22 @@ class TrainBatch:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def steps(self, count: int) -> list[NDArray[np.int64]]:
+        """The samples of each of `count` optimizer steps, in order: as many rollouts in each, whole ones."""
+        if self.rollout_ids is None:
+            return np.array_split(np.arange(len(self)), count)
+        _, first, rollout = np.unique(self.rollout_ids, return_index=True, return_inverse=True)
+        order = np.argsort(np.argsort(first))[
+            rollout
+        ]  # of each sample: how many rollouts began before its own
+        parts = np.array_split(np.arange(len(first)), count)
+        return [np.flatnonzero(np.isin(order, part)) for part in parts]
+
+    def rollouts(self, samples: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rollout that each of these samples is of."""
+        chosen = np.asarray(samples, dtype=np.int64)
+        return chosen if self.rollout_ids is None else self.rollout_ids[chosen]
 
     @property
     def num_tokens(self) -> int:
@@ -61,7 +79,15 @@ class TrainBatch:
             loss_masks=_required(masks, "loss_mask"),
             train_rewards=rewards,
             rollout_log_probs=_log_probs(log_probs, masks, response_lengths),
+            rollout_ids=_rollout_ids(table),
         )
+
+
+def _rollout_ids(table: pa.Table) -> NDArray[np.int64] | None:
+    """None where nothing says so: files of older versions have no such column."""
+    if "rollout_id" not in table.column_names or table["rollout_id"].null_count:
+        return None
+    return table["rollout_id"].to_numpy().astype(np.int64)
 
 
 def _lists(column: pa.ChunkedArray, dtype: Any) -> list[NDArray[Any] | None]:

@@ -32,7 +32,7 @@ class RankShare:
         """Share a rollout out over the data parallel ranks."""
         self._args, self.batch = args, batch
         self.trainable = TrainableTokens.of(batch)
-        self._steps = np.array_split(np.arange(len(batch)), args.num_steps_per_rollout)
+        self._steps = batch.steps(args.num_steps_per_rollout)
         self.plans = [self._plan(step) for step in self._steps]
         self.samples = [i for plan in self.plans for micro_batch in plan for i in micro_batch]
 
@@ -40,18 +40,22 @@ class RankShare:
         """What the loss needs for each trainable token, as far as it needs no model."""
         per_token, batch, trainable = self._args.calculate_per_token_loss, self.batch, self.trainable
         weights = [
-            token_weights([batch.loss_masks[i] for i in step], per_token=per_token) for step in self._steps
+            token_weights(
+                [batch.loss_masks[i] for i in step], per_token=per_token, rollout_ids=batch.rollouts(step)
+            )
+            for step in self._steps
         ]
-        values = {"weights": trainable.spread(np.concatenate(weights))}
+        values = {"weights": trainable.spread(self._per_sample(weights))}
         if batch.rollout_log_probs is not None:
             values["rollout_log_probs"] = trainable.select(batch.rollout_log_probs)
             values["compared_log_probs"] = values["rollout_log_probs"]
         if self._args.custom_pg_loss_reducer_function_path:
             counts = [
-                sum(trainable.count(i) for i in step) if per_token else len(step) for step in self._steps
+                sum(trainable.count(i) for i in step) if per_token else len(set(batch.rollouts(step)))
+                for step in self._steps
             ]
             shares = [np.full(len(step), 1 / max(1, n)) for step, n in zip(self._steps, counts, strict=True)]
-            values["normalizer"] = trainable.spread(np.concatenate(shares))
+            values["normalizer"] = trainable.spread(self._per_sample(shares))
         return values
 
     def micro_batches(self, step: int, values: dict[str, Flat]) -> list[MicroBatch]:
@@ -73,6 +77,13 @@ class RankShare:
             for i, part in zip(micro_batch.indices, values.cpu().split(sizes), strict=True):
                 flat[i] = part.numpy()
         return flat
+
+    def _per_sample(self, of_steps: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """One value a sample, from the values of each step's samples."""
+        values = np.zeros(len(self.batch))
+        for step, part in zip(self._steps, of_steps, strict=True):
+            values[step] = part
+        return values
 
     def _plan(self, step: NDArray[np.int64]) -> tuple[Bin, ...]:
         samples = [int(i) for i in step if self.trainable.count(i)]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rltrain.arguments.errors import UserError
-from rltrain.functions import explain, load_function
+from rltrain.functions import explain_fully, load_function
 from rltrain.processes import die_with_parent
 from rltrain.sample import Sample
 
@@ -117,7 +117,7 @@ async def _run(
         rewards = check(reward)
     except Exception as error:
         seconds = time.perf_counter() - began
-        failure = explain(error)
+        failure = explain_fully(error)
         if isinstance(error, TimeoutError) and seconds >= args.reward_timeout:
             failure = f"the reward took longer than --reward-timeout {args.reward_timeout:g} s"
         return [Grade(None, failure, seconds) for _ in samples]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,10 @@ from rltrain.sample import Sample
 
 @dataclass
 class RolloutFnTrainOutput:
-    """A batch: groups of samples, and the function's own metrics (`rollout/` is put before bare names)."""
+    """A batch: groups of samples, and the function's own metrics (`rollout/` is put before bare names).
+
+    In the place of a sample there may be a list of samples that were one rollout and share its `rollout_id`.
+    """
 
     samples: list[list[Sample]]
     metrics: dict[str, float] | None = None
@@ -26,10 +30,10 @@ class RolloutFnEvalOutput:
 
 
 def as_train_output(output: Any, path: str, count: int) -> RolloutFnTrainOutput:
-    """What the rollout function at `path` returned, having checked it.
+    """What the rollout function at `path` returned, with flat groups, having checked it.
 
     Raises:
-        UserError: it is no batch of `count` samples in groups.
+        UserError: it is no batch of `count` rollouts in groups.
     """
     if not isinstance(output, RolloutFnTrainOutput):
         output = RolloutFnTrainOutput(output)
@@ -38,16 +42,35 @@ def as_train_output(output: Any, path: str, count: int) -> RolloutFnTrainOutput:
         raise UserError(
             f"{path} returned {_kind(groups)}, where a list of groups, lists of samples, is wanted."
         )
-    samples = [sample for group in groups for sample in group]
+    flat = [[sample for each in group for sample in _siblings(each, path)] for group in groups]
+    found = count_rollouts([sample for group in flat for sample in group])
+    if found != count:
+        raise UserError(
+            f"{path} returned {found} samples, where --rollout-batch-size × --n-samples-per-prompt ="
+            f" {count} are wanted. Samples that share a rollout_id count as one."
+        )
+    return RolloutFnTrainOutput(flat, output.metrics)
+
+
+def count_rollouts(samples: Sequence[Sample]) -> int:
+    """How many rollouts these samples are of: those that share a `rollout_id` are of one."""
+    siblings = [sample.rollout_id for sample in samples if sample.rollout_id is not None]
+    return len(samples) - len(siblings) + len(set(siblings))
+
+
+def _siblings(each: Any, path: str) -> list[Sample]:
+    """The sample, or the samples in its place."""
+    samples = each if isinstance(each, list) else [each]
     stranger = next((sample for sample in samples if not isinstance(sample, Sample)), None)
     if stranger is not None:
         raise UserError(f"{path} returned a group that holds {_kind(stranger)}, where a Sample is wanted.")
-    if len(samples) != count:
+    ids = {sample.rollout_id for sample in samples}
+    if isinstance(each, list) and (len(ids) != 1 or None in ids):
         raise UserError(
-            f"{path} returned {len(samples)} samples, where --rollout-batch-size × --n-samples-per-prompt ="
-            f" {count} are wanted."
+            f"{path} returned a list of samples in the place of one whose rollout_id are"
+            f" {', '.join(str(sample.rollout_id) for sample in samples)}: give all of them the same."
         )
-    return output
+    return samples
 
 
 def as_eval_output(output: Any, path: str) -> RolloutFnEvalOutput:

@@ -10,15 +10,18 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from rltrain.arguments.errors import UserError
-from rltrain.functions import explain, load_function
+from rltrain.functions import explain_fully, load_function
 from rltrain.rewards import service as rewards
+from rltrain.rollout import request_times
+from rltrain.rollout.generated import as_rollout, check_sample, name_of
 from rltrain.rollout.http import GenerationError
 from rltrain.rollout.single_turn import generate
 from rltrain.sample import Sample
 
+T = TypeVar("T")
 SamplingParams = dict[str, Any]
 
 
@@ -30,7 +33,9 @@ async def generate_and_grade(
     *,
     evaluation: bool = False,
 ) -> dict[str, float]:
-    """Fill all samples in place, those with the same `group_index` as a group; returns where the time went.
+    """Fill all samples, those with the same `group_index` as a group; returns where the time went.
+
+    The list itself changes where a rollout becomes several samples.
 
     `perf/generate_s` ends with the last response; `perf/reward_s` is what the rewards take after that.
 
@@ -41,7 +46,8 @@ async def generate_and_grade(
     for sample in samples:
         groups.setdefault(sample.group_index, []).append(sample)
     runner = GroupRunner(args, rollout_id, params, evaluation=evaluation)
-    await gather_or_cancel([asyncio.ensure_future(runner.run(group)) for group in groups.values()])
+    tasks = [asyncio.ensure_future(runner.run(group)) for group in groups.values()]
+    samples[:] = [sample for group in await gather_or_cancel(tasks) for sample in group]
     check_failures(args, samples)
     return runner.seconds()
 
@@ -62,58 +68,79 @@ class GroupRunner:
         self._began = self._generated = time.perf_counter()
 
     async def run(self, group: list[Sample]) -> list[Sample]:
-        """Fill the samples of a group in place, and return them."""
-        await gather_or_cancel([asyncio.ensure_future(self._fill(sample)) for sample in group])
-        if self._args.group_rm and all(sample.status is not Sample.Status.ABORTED for sample in group):
-            await rewards.grade_group(self._args, [sample for sample in group if _to_be_graded(sample)])
-        return group
+        """Fill the samples of a group; returns them, or those that a rollout became in the place of its sample."""
+        tasks = [asyncio.ensure_future(self._fill(sample)) for sample in group]
+        filled = [sample for rollout in await gather_or_cancel(tasks) for sample in rollout]
+        if self._args.group_rm and not _is_aborted(filled):
+            await rewards.grade_group(self._args, [sample for sample in filled if _to_be_graded(sample)])
+        return filled
 
     def seconds(self) -> dict[str, float]:
         """Where the time went since this was made, if all groups are done."""
         now = time.perf_counter()
         return {"perf/generate_s": self._generated - self._began, "perf/reward_s": now - self._generated}
 
-    async def _fill(self, sample: Sample) -> None:
+    async def _fill(self, sample: Sample) -> list[Sample]:
+        samples = [sample]
         if sample.status in (Sample.Status.PENDING, Sample.Status.ABORTED):
+            waits_since = time.perf_counter()
             async with self._semaphore:
                 if self.aborting:
                     sample.status = Sample.Status.ABORTED
-                    return
-                await self._generate_guarded(sample)
+                    return samples
+                samples = await self._generate_guarded(sample, time.perf_counter() - waits_since)
         self._generated = time.perf_counter()
-        if _to_be_graded(sample) and not self._args.group_rm:
-            await rewards.grade(self._args, sample)
+        if not self._args.group_rm and not _is_aborted(samples):
+            await gather_or_cancel(
+                [
+                    asyncio.ensure_future(rewards.grade(self._args, each))
+                    for each in samples
+                    if _to_be_graded(each)
+                ]
+            )
+        return samples
 
-    async def _generate_guarded(self, sample: Sample) -> None:
+    async def _generate_guarded(self, sample: Sample, waited: float) -> list[Sample]:
         """Run the generation function and the hooks; what they raise, or do wrong, fails this sample only."""
-        began = time.perf_counter()
-        prompt_tokens = sample.tokens[: sample.prompt_length]
+        prompt_tokens, metadata = sample.tokens[: sample.prompt_length], dict(sample.metadata)
         if sample.response_length and self._args.mask_offpolicy_in_partial_rollout:
             sample.loss_mask = [0] * sample.response_length
-        try:
-            await self._generate(sample)
-        except UserError:
-            raise
-        except Exception as error:
-            sample.status = Sample.Status.FAILED
-            sample.failure = str(error) if isinstance(error, GenerationError) else explain(error)
-            sample.tokens, sample.response, sample.response_length = prompt_tokens, "", 0
-            sample.loss_mask = sample.rollout_log_probs = None
-        sample.generate_seconds += time.perf_counter() - began
+        with request_times.measured() as times:
+            try:
+                samples = await self._generate(sample)
+            except UserError:
+                raise
+            except Exception as error:
+                sample.status, sample.reward = Sample.Status.FAILED, None
+                sample.failure = str(error) if isinstance(error, GenerationError) else explain_fully(error)
+                sample.tokens, sample.response, sample.response_length = prompt_tokens, "", 0
+                sample.loss_mask = sample.rollout_log_probs = None
+                sample.weight_versions, sample.metadata = [], metadata
+                samples = [sample]
+        times.write_to(samples, waited)
+        return samples
 
-    async def _generate(self, sample: Sample) -> None:
+    async def _generate(self, sample: Sample) -> list[Sample]:
         function = generation_function(self._args, sample)
         params = with_seed(self._args, self._params, self._rollout_id, sample)
-        own = sample.metadata.get("sampling_params") if isinstance(sample.metadata, dict) else None
+        own = sample.metadata.get("sampling_params")
+        if sample.session_id is None:
+            sample.session_id = f"{self._rollout_id}-{sample.index}"
         extra = accepted_keywords(function, {"evaluation": self._evaluation})
         result = await function(self._args, sample, {**params, **(own or {})}, **extra)
-        check_generated(result, sample, function)
+        samples = as_rollout(self._args, result, sample, function)
         for hook in self._hooks:
             extra = accepted_keywords(hook, {"rollout_id": self._rollout_id, "evaluation": self._evaluation})
-            result = hook(self._args, sample, **extra)
-            if inspect.isawaitable(result):
-                result = await result
-            check_generated(sample if result is None else result, sample, hook)
+            for each in samples:
+                result = hook(self._args, each, **extra)
+                if inspect.isawaitable(result):
+                    result = await result
+                check_sample(self._args, each if result is None else result, each, name_of(hook))
+        return samples
+
+
+def _is_aborted(samples: list[Sample]) -> bool:
+    return any(sample.status is Sample.Status.ABORTED for sample in samples)
 
 
 def _to_be_graded(sample: Sample) -> bool:
@@ -121,10 +148,10 @@ def _to_be_graded(sample: Sample) -> bool:
     return finished and sample.reward is None
 
 
-async def gather_or_cancel(tasks: list[asyncio.Task[Any]]) -> None:
-    """Wait for all tasks; after an error, or when cancelled, nobody waits for the others: cancel them."""
+async def gather_or_cancel(tasks: list[asyncio.Task[T]]) -> list[T]:
+    """The results of all tasks; after an error, or when cancelled, nobody waits for the others: cancel them."""
     try:
-        await asyncio.gather(*tasks)
+        return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
@@ -137,7 +164,9 @@ def check_failures(args: argparse.Namespace, samples: list[Sample]) -> None:
         RuntimeError: more than --max-failed-fraction of them failed, or all; the message has the reasons.
     """
     failures = Counter(
-        sample.failure or "no reason given" for sample in samples if sample.status is Sample.Status.FAILED
+        (sample.failure or "no reason given").splitlines()[0]
+        for sample in samples
+        if sample.status is Sample.Status.FAILED
     )
     failed = failures.total()
     if not failed or (failed < len(samples) and failed <= args.max_failed_fraction * len(samples)):
@@ -159,31 +188,6 @@ def accepted_keywords(function: Callable[..., Any], keywords: dict[str, Any]) ->
 @cache
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
-
-
-def check_generated(result: Any, sample: Sample, function: Callable[..., Any]) -> None:
-    """See that a generation function returned its sample, finished, with lists of the right lengths.
-
-    Raises:
-        GenerationError: names the function and what is wrong.
-    """
-    name = f"{function.__module__}.{getattr(function, '__qualname__', function)}"
-    if result is not sample:
-        raise GenerationError(
-            f"{name} returned a {type(result).__name__} and not the sample that it was given"
-        )
-    if sample.status is Sample.Status.PENDING:
-        raise GenerationError(f"{name} left the sample's status at PENDING")
-    if not 0 <= sample.response_length <= len(sample.tokens):
-        raise GenerationError(
-            f"{name}: response_length {sample.response_length} with {len(sample.tokens)} tokens"
-        )
-    for field in ("loss_mask", "rollout_log_probs"):
-        values = getattr(sample, field)
-        if values is not None and len(values) != sample.response_length:
-            raise GenerationError(
-                f"{name}: {field} has {len(values)} entries for {sample.response_length} response tokens"
-            )
 
 
 def generation_function(args: argparse.Namespace, sample: Sample) -> Callable[..., Any]:

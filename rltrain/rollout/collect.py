@@ -115,8 +115,10 @@ async def stop_early(
         )
         done, _ = await asyncio.wait(running, timeout=_ABORT_AGAIN)
         for task in done:
-            del running[task]
+            begun = running.pop(task)
             group = task.result()
+            if [sample.index for sample in group] != [sample.index for sample in begun]:
+                group = begun  # a rollout of several samples begins anew
             for sample in group:
                 if sample.response_length:
                     sample.metadata.setdefault("start_rollout_id", rollout_id)

@@ -41,7 +41,7 @@ def to_train_data(args: argparse.Namespace, samples: list[Sample]) -> TrainData:
     rewards = [graded_reward(args, sample) for sample in samples]
     if args.custom_reward_post_process_path:
         return _post_processed(args, samples)
-    return TrainData(samples, rewards, train_rewards(args, [each.group_index for each in samples], rewards))
+    return TrainData(samples, rewards, train_rewards(args, samples, rewards))
 
 
 def graded_reward(args: argparse.Namespace, sample: Sample) -> float | None:
@@ -110,6 +110,7 @@ def _sample(data: dict[str, Any], i: int, base: Sample, where: str) -> Sample:
             )
     return dataclasses.replace(
         base,
+        rollout_id=data["rollout_ids"][i] if "rollout_ids" in data else base.rollout_id,
         tokens=tokens,
         response_length=length,
         loss_mask=mask,

@@ -5,11 +5,24 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from rltrain.rewards.answers import after_answer, last_boxed, normalize_math
 from rltrain.sample import Sample
 
 _SOLVED = 1.0  # a prompt counts as solved by a reward of at least this
+
+
+def once_each(
+    samples: Sequence[Sample], rewards: Sequence[float | None]
+) -> tuple[list[Sample], list[float | None]]:
+    """One sample a rollout, the last, with the mean reward of all that the rollout has; in their order."""
+    rollouts: dict[Any, list[int]] = {}
+    for i, sample in enumerate(samples):
+        key = ("alone", i) if sample.rollout_id is None else sample.rollout_id
+        rollouts.setdefault(key, []).append(i)
+    graded = [[reward for i in own if (reward := rewards[i]) is not None] for own in rollouts.values()]
+    return [samples[own[-1]] for own in rollouts.values()], [_mean(own) if own else None for own in graded]
 
 
 def several_samples_metrics(

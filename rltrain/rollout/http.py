@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 import aiohttp
+
+from rltrain.rollout import request_times
 
 orjson: ModuleType | None
 try:
@@ -48,24 +51,37 @@ class HttpClient:
         """Close the connections."""
         await self._session.close()
 
-    async def post(self, url: str, payload: Any, retry_seconds: float = RETRY_SECONDS) -> Any:
+    async def post(
+        self,
+        url: str,
+        payload: Any,
+        retry_seconds: float = RETRY_SECONDS,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
         """The JSON answer; tried again, ever more slowly, while the server is away or overloaded.
 
         Raises:
             GenerationError: the server refused the request, or did not answer for `retry_seconds`.
         """
-        return await self._request("POST", url, _dumps(payload), retry_seconds)
+        return await self._request("POST", url, _dumps(payload), retry_seconds, headers)
 
     async def get(self, url: str, retry_seconds: float = RETRY_SECONDS) -> Any:
         """The same for GET."""
         return await self._request("GET", url, None, retry_seconds)
 
-    async def _request(self, method: str, url: str, body: bytes | None, retry_seconds: float) -> Any:
+    async def _request(
+        self,
+        method: str,
+        url: str,
+        body: bytes | None,
+        retry_seconds: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
         deadline = asyncio.get_running_loop().time() + retry_seconds
         delay = _FIRST_DELAY
         while True:
             try:
-                async with self._session.request(method, url, data=body) as response:
+                async with self._session.request(method, url, data=body, headers=headers) as response:
                     content = await response.read()
                     if response.status == 200:
                         return _loads(content) if content else None
@@ -89,14 +105,34 @@ def set_client(client: HttpClient | None) -> None:
     _client = client
 
 
-async def post(url: str, payload: Any, max_retries: int | None = None) -> Any:
+async def post(
+    url: str, payload: Any, max_retries: int | None = None, headers: Mapping[str, str] | None = None
+) -> Any:
     """POST JSON with the job's client; for custom generation functions (slime's name and arguments).
 
-    `max_retries` is accepted for slime's sake; what bounds the retries here is time.
+    `max_retries` is accepted for slime's sake; what bounds the retries here is time. The time that it takes
+    is counted to the sample that is being generated.
     """
     if _client is None:
         raise RuntimeError("no HTTP client: generation functions run inside the rollout process")
-    return await _client.post(url, payload)
+    times = request_times.current()
+    if times is None:
+        return await _client.post(url, payload, headers=headers)
+    began, answer = time.perf_counter(), None
+    times.request_began()
+    try:
+        answer = await _client.post(url, payload, headers=headers)
+    finally:
+        times.request_ended(answer, time.perf_counter() - began)
+    return answer
+
+
+def session_headers(session_id: str | None) -> dict[str, str] | None:
+    """Headers that bring all requests of a session to the same engine, whose cache has what came before.
+
+    For routers with `--router-policy consistent_hashing` or `manual`; others take no notice.
+    """
+    return None if session_id is None else {"X-SMG-Routing-Key": session_id}
 
 
 async def get(url: str) -> Any:

@@ -53,7 +53,7 @@ class RolloutManager:
         table = self._finished(rollout_id)
         if table is None:
             table = await self._generate(rollout_id)
-        return table.select(TRAIN_COLUMNS)
+        return table.select([name for name in TRAIN_COLUMNS if name in table.column_names])
 
     async def evaluate(self, rollout_id: int) -> dict[str, float]:
         """Evaluate the engines' weights; the samples are on disk when this returns."""
@@ -82,7 +82,8 @@ class RolloutManager:
         if directory is None:
             return None
         table = read_table(directory)
-        if table.num_rows != self._batch_size and not self._args.custom_convert_samples_to_train_data_path:
+        rollouts = _count_rollouts(table)
+        if rollouts != self._batch_size and not self._args.custom_convert_samples_to_train_data_path:
             print(
                 f"rollout {rollout_id}: {directory} has another batch size and is generated anew", flush=True
             )
@@ -137,6 +138,12 @@ class RolloutManager:
             if log(rollout_id, self._args, data.samples, extra, seconds):
                 metrics = {}
         return metrics | {name if "/" in name else f"rollout/{name}": value for name, value in extra.items()}
+
+
+def _count_rollouts(table: pa.Table) -> int:
+    """Rollouts in a batch; where files of older versions do not say, every sample is one."""
+    column = table["rollout_id"] if "rollout_id" in table.column_names else None
+    return table.num_rows if column is None or column.null_count else len(column.unique())
 
 
 async def _call(function: Callable[..., Any], *args: Any, evaluation: bool) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from rltrain.rollout.eval_metrics import several_samples_metrics
+from rltrain.rollout.eval_metrics import once_each, several_samples_metrics
 from rltrain.sample import Sample
 
 
@@ -13,10 +13,12 @@ def batch_metrics(samples: Sequence[Sample], rewards: Sequence[float | None]) ->
     """Metrics `rollout/…` of a batch; `rewards` has None where the sample failed.
 
     `zero_std_ratio` is the share of the groups (of two or more graded samples) whose rewards are all equal,
-    which nothing can be learned from; `tokens` are response tokens.
+    which nothing can be learned from; `tokens` are response tokens. In rewards a rollout of several samples
+    counts once.
     """
     groups: dict[int | None, list[float]] = defaultdict(list)
-    for sample, reward in zip(samples, rewards, strict=True):
+    rollouts, of_rollouts = once_each(samples, rewards)
+    for sample, reward in zip(rollouts, of_rollouts, strict=True):
         if reward is not None:
             groups[sample.group_index].append(reward)
     comparable = [group for group in groups.values() if len(group) > 1]
@@ -29,7 +31,7 @@ def batch_metrics(samples: Sequence[Sample], rewards: Sequence[float | None]) ->
         "rollout/tokens": float(sum(lengths)),
     }
     metrics |= reward_latency(samples)
-    graded = [reward for reward in rewards if reward is not None]
+    graded = [reward for reward in of_rollouts if reward is not None]
     if graded:
         metrics["rollout/reward"] = _mean(graded)
     if comparable:
@@ -48,8 +50,10 @@ def reward_latency(samples: Sequence[Sample]) -> dict[str, float]:
 
 def eval_metrics(name: str, samples: Sequence[Sample], rewards: Sequence[float]) -> dict[str, float]:
     """Metrics `eval/<name>` (mean reward) and `eval/<name>/…` of one evaluation set."""
-    return several_samples_metrics(name, samples, rewards) | {
-        f"eval/{name}": _mean(rewards),
+    rollouts, of_rollouts = once_each(samples, rewards)
+    scores = [reward or 0.0 for reward in of_rollouts]
+    return several_samples_metrics(name, rollouts, scores) | {
+        f"eval/{name}": _mean(scores),
         f"eval/{name}/response_length": _mean([sample.response_length for sample in samples]),
         f"eval/{name}/truncated_ratio": _mean(
             [sample.status is Sample.Status.TRUNCATED for sample in samples]

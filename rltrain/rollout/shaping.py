@@ -24,7 +24,7 @@ def overlong(args: argparse.Namespace, samples: list[Sample]) -> tuple[list[floa
         None if reward is None else reward + overlong_penalty(sample.response_length, limit, buffer, factor)
         for reward, sample in zip(raw, samples, strict=True)
     ]
-    return raw, train_rewards(args, [sample.group_index for sample in samples], shaped)
+    return raw, train_rewards(args, samples, shaped)
 
 
 def overlong_penalty(length: int, limit: int, buffer: int, factor: float) -> float:

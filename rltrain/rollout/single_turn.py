@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rltrain.rollout.http import GenerationError, post
+from rltrain.rollout.http import GenerationError, post, session_headers
 from rltrain.sample import Sample
 
 _STATUS = {
@@ -38,6 +38,7 @@ async def generate(args: argparse.Namespace, sample: Sample, sampling_params: di
             "sampling_params": {**sampling_params, "max_new_tokens": room},
             "return_logprob": True,
         },
+        headers=session_headers(sample.session_id),
     )
     return update_sample(sample, output)
 

@@ -52,6 +52,7 @@ class HttpServerEngineAdapter:
             port = reserved.getsockname()[1]
             settings = {
                 "log_level_http": "warning",
+                "enable_metrics": True,  # its answers then say how long they queued and were prefilled
                 **server_args,
                 "host": host,
                 "port": port,

@@ -18,6 +18,7 @@ class FakeEngine:
         self.url = ""
         self.faults: list[int | str] = []  # an HTTP code, "drop" the connection, or "abort" the request
         self.requests: list[dict[str, Any]] = []
+        self.sessions: list[str | None] = []  # the routing key of each request
         self.most_in_flight = 0
         self._in_flight = 0
 
@@ -30,6 +31,7 @@ class FakeEngine:
         try:
             body = await request.json()
             self.requests.append(body)
+            self.sessions.append(request.headers.get("X-SMG-Routing-Key"))
             await asyncio.sleep(0.001)
             fault = self.faults.pop(0) if self.faults else None
             if fault == "drop":
@@ -54,6 +56,7 @@ def answer(body: dict[str, Any], *, aborted: bool = False) -> dict[str, Any]:
         "meta_info": {
             "finish_reason": reason,
             "weight_version": "3",
+            "e2e_latency": 0.001,
             "weight_versions": [{"version": "3", "start": 0, "end": count}],
             "output_token_logprobs": [[-0.5, token, None]] * count,
         },
