@@ -11,17 +11,17 @@ import re
 import time
 import tomllib
 from dataclasses import asdict, dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hpc import flags as flag_data
 from hpc import slurm_tables
-from hpc.flags import Flags
 from hpc.layout import RunLayout
 from hpc.slurm_tables import SlurmTables
 from rltrain import arguments
 from rltrain.arguments import UserError
+from rltrain.arguments import flags as flag_data
+from rltrain.arguments.flags import Flags
+from rltrain.arguments.recipes import builtin_recipes, read_recipe
 
 PLACEMENTS = ("het", "plain", "colocated")
 USAGE = "python -m hpc.submit [@RECIPE …] [--FLAG VALUE …]"
@@ -192,33 +192,9 @@ def read_request(argv: list[str]) -> Request:
     )
 
 
-def builtin_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    folder = resources.files("rltrain") / "demo"
-    return sorted(
-        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
-    )
-
-
-def read_recipe(name: str, known: set[str]) -> Flags:
-    """Flags of a recipe: a file, or the name of a built-in one.
-
-    Raises:
-        UserError: there is no such recipe, or it can't be read.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return flag_data.from_toml(path.read_text(), str(path), known)
-    if name in builtin_recipes():
-        text = (resources.files("rltrain") / "demo" / f"{name}.toml").read_text()
-        return flag_data.from_toml(text, f"@{name}", known)
-    built_in = ", ".join(f"@{recipe}" for recipe in builtin_recipes())
-    raise UserError(f"@{name}: there is no such file, and the built-in recipes are {built_in or 'none'}.")
-
-
 def _default_name(recipes: list[str], has_train_flags: bool) -> str:
     if recipes:
-        return Path(recipes[-1]).stem
+        return Path(recipes[-1]).name.removesuffix(".toml")
     return time.strftime("run-%Y%m%d-%H%M%S") if has_train_flags else "demo"
 
 

@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hpc import flags as flag_data
 from hpc.config import SubmitOptions, read_request
-from hpc.flags import Flags
 from hpc.layout import RunLayout
 from hpc.plan import make_plan
 from hpc.run import describe, submit_run
 from rltrain import arguments
+from rltrain.arguments import flags as flag_data
+from rltrain.arguments.flags import Flags
 
 
 def submit_demo(options: SubmitOptions) -> int:

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpc import cli, config
-from hpc import flags as flag_data
 from hpc.config import SubmitOptions
-from hpc.flags import Flags
 from hpc.layout import RunLayout
 from hpc.run_jobs import ask_slurm
 from hpc.runs import find_run, read_run
 from hpc.status import to_status
+from rltrain.arguments import flags as flag_data
 from rltrain.arguments.errors import UserError
+from rltrain.arguments.flags import Flags
 
 EXAMPLE = "python -m hpc.resubmit demo --time 12:00:00 --chain 3 --detach"
 EXIT_CODES = "exit codes: those of submit: 0 finished or submitted, 1 failed, 2 bad input, 130 interrupted"

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from hpc import flags as flag_data
 from hpc import run_dir
 from hpc.config import SubmitOptions
 from hpc.feed import JsonLines
-from hpc.flags import Flags
 from hpc.layout import RunLayout
 from hpc.plan import JobPlan, make_plan
 from rltrain import arguments
 from rltrain.arguments import UserError
+from rltrain.arguments import flags as flag_data
+from rltrain.arguments.flags import Flags
 
 if TYPE_CHECKING:
     from hpc.local import LocalResult

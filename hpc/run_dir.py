@@ -17,13 +17,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hpc import flags as flag_data
 from hpc.eventlog import append_event, replace_text
-from hpc.flags import Flags
 from hpc.layout import RunLayout
 from hpc.lock import hold_lock
 from rltrain import arguments
 from rltrain.arguments import UserError
+from rltrain.arguments import flags as flag_data
+from rltrain.arguments.flags import Flags
 
 _PACKAGES = (
     *("slurmlime", "torch", "megatron-core", "sglang", "sglang-router", "transformers"),

@@ -12,12 +12,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from hpc import config, run_dir
-from hpc import flags as flag_data
 from hpc.cluster import make_components, node_gpus
 from hpc.config import SubmitOptions
 from hpc.eventlog import append_event, replace_text
 from hpc.feed import JsonLines
-from hpc.flags import Flags
 from hpc.layout import RunLayout
 from hpc.plan import JobPlan, make_slurm_plan
 from hpc.render import BatchScript
@@ -30,6 +28,8 @@ from hpc.slurm_tables import Value
 from hpc.split import Split, read_ask, split_nodes
 from rltrain import arguments
 from rltrain.arguments import UserError
+from rltrain.arguments import flags as flag_data
+from rltrain.arguments.flags import Flags
 
 if TYPE_CHECKING:
     from hpc.executor import SlurmlimeExecutor

@@ -24,8 +24,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hpc.flags import Flags
 from rltrain.arguments.errors import UserError
+from rltrain.arguments.flags import Flags
 
 PREFIX = "slurm."
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hpc.flags import Flags
 from rltrain.arguments.errors import UserError
+from rltrain.arguments.flags import Flags
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hpc.config import read_request
-from hpc.flags import to_argv
 from rltrain.arguments import parse
+from rltrain.arguments.flags import to_argv
 from rltrain.functions import load_function
 from rltrain.sample import Sample
 

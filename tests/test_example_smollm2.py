@@ -14,8 +14,8 @@ from safetensors import safe_open
 
 from analysis import load_run
 from hpc.config import read_request
-from hpc.flags import to_argv
 from rltrain.arguments import check_inputs, parse
+from rltrain.arguments.flags import to_argv
 from rltrain.functions import load_function
 from rltrain.sample import Sample
 

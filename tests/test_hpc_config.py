@@ -46,7 +46,7 @@ def test_default_names(tmp_path: Path) -> None:
             "unknown flag --rollout-batchsize: did you mean --rollout-batch-size?",
         ),
         (["--sglang-mem-fraction-statik=1"], "did you mean --sglang-mem-fraction-static?"),
-        (["@nosuch"], "the built-in recipes are @demo, @demo-sft"),
+        (["@dmo"], "no such built-in recipe; near are @demo"),
         (["@/nosuch/file.toml"], "@/nosuch/file.toml: there is no such file"),
         (["--name", "../x"], "--name '../x'"),
         (["--name", ".hidden"], "--name '.hidden'"),

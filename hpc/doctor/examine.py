@@ -7,17 +7,17 @@ import os
 from pathlib import Path
 
 from hpc import config, run_dir
-from hpc import flags as flag_data
 from hpc.config import Request, SubmitOptions
 from hpc.doctor import cluster, machine, memory, memory_fit, packages, probe, storage, tracking
 from hpc.doctor.check import Check, fail, ok, warn
 from hpc.doctor.memory_fit import Memory
-from hpc.flags import Flags
 from hpc.shared_dir import is_one_machine
 from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.facts import ClusterFacts
 from rltrain import arguments
+from rltrain.arguments import flags as flag_data
 from rltrain.arguments.errors import UserError
+from rltrain.arguments.flags import Flags
 
 _PROBE_TIMEOUT = 300.0  # seconds
 

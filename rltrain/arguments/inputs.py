@@ -25,13 +25,16 @@ def check_inputs(args: argparse.Namespace, to_come: Mapping[str, str] | None = N
         UserError: one paragraph with the file, the line where there is one, and what to do.
     """
     from rltrain.arguments.hf_config import check_hf_config
+    from rltrain.arguments.model_flags import check_model_flags
     from rltrain.data.epochs import Epochs, prompt_files
     from rltrain.data.prompts import check_prompt_file
     from rltrain.rewards.rules import reward_function_path
 
     model = Path((to_come or {}).get(args.hf_checkpoint, args.hf_checkpoint))
     without_weights = args.random_init or args.hf_checkpoint in (to_come or {})
-    check_hf_config(read_hf_config(model, without_weights), args)
+    config = read_hf_config(model, without_weights)
+    check_hf_config(config, args)
+    check_model_flags(args, config)
     if args.apply_chat_template:
         _check_chat_template(model)
     files = prompt_files(args)

@@ -29,14 +29,30 @@ def _parallel(group: argparse._ArgumentGroup) -> None:
 
 def _optimizer(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--optimizer", choices=["adam"], default="adam", help="default: adam (with decoupled weight decay)")
+    add("--optimizer", choices=["adam", "sgd"], default="adam",
+        help="default: adam (with decoupled weight decay)")  # fmt: skip
     add("--lr", type=float, default=1e-6, metavar="LR", help="default: 1e-6, as slime")
     add("--min-lr", type=float, default=0.0, metavar="LR", help="where the decay ends (default: 0)")
-    add("--lr-decay-style", choices=["constant", "linear", "cosine", "inverse-square-root"], default="constant",
+    add("--lr-decay-style", choices=["constant", "linear", "cosine", "inverse-square-root", "WSD"], default="constant",
         help="default: constant")  # fmt: skip
     add("--lr-warmup-iters", type=int, default=0, metavar="N", help="optimizer steps (default: 0)")
+    add("--lr-warmup-fraction", type=float, metavar="F", help="instead: share of the schedule's steps")
+    add(
+        "--lr-warmup-init",
+        type=float,
+        default=0.0,
+        metavar="LR",
+        help="where the warm-up begins (default: 0)",
+    )
+    add("--lr-wsd-decay-style", choices=["exponential", "linear", "cosine", "minus_sqrt"], default="exponential",
+        help="of WSD's last part (default: exponential)")  # fmt: skip
+    add("--lr-wsd-decay-iters", type=int, metavar="N", help="optimizer steps of WSD's last part")
     add("--lr-decay-iters", type=int, metavar="N", help="optimizer steps (default: all)")
     add("--weight-decay", type=float, default=0.01, metavar="W", help="default: 0.01")
+    add("--start-weight-decay", type=float, metavar="W", help="of a weight decay that changes")
+    add("--end-weight-decay", type=float, metavar="W", help="of a weight decay that changes")
+    add("--weight-decay-incr-style", choices=["constant", "linear", "cosine"], default="constant",
+        help="how it changes (default: constant)")  # fmt: skip
     add("--adam-beta1", type=float, default=0.9, metavar="B", help="default: 0.9")
     add("--adam-beta2", type=float, default=0.999, metavar="B", help="default: 0.999")
     add("--adam-eps", type=float, default=1e-8, metavar="E", help="default: 1e-8")

@@ -22,6 +22,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     _batch(args)
     _micro_batch(args)
     _parallel(args)
+    _schedule(args)
     _engines(args)
     _health(args)
     _rollout(args)
@@ -104,6 +105,25 @@ def _parallel(args: argparse.Namespace) -> None:
         args.sequence_parallel = False
     if args.recompute_granularity == "full" and not (args.recompute_method and args.recompute_num_layers):
         raise UserError("--recompute-granularity full needs --recompute-method and --recompute-num-layers.")
+
+
+def _schedule(args: argparse.Namespace) -> None:
+    if args.lr_warmup_fraction is not None and args.lr_warmup_iters:
+        raise UserError("--lr-warmup-fraction and --lr-warmup-iters say the same thing: give one of them.")
+    if args.lr_warmup_fraction is not None and not 0 <= args.lr_warmup_fraction < 1:
+        raise UserError(f"--lr-warmup-fraction {args.lr_warmup_fraction}: it is between 0 and 1.")
+    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
+        raise UserError("--lr-decay-style WSD needs --lr-wsd-decay-iters: the steps of its last part.")
+    weight_decays = (args.start_weight_decay, args.end_weight_decay)
+    if args.weight_decay_incr_style != "constant" and None in weight_decays:
+        raise UserError(
+            f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay and"
+            " --end-weight-decay."
+        )
+    if args.weight_decay_incr_style == "constant" and weight_decays != (None, None):
+        raise UserError(
+            "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine."
+        )
 
 
 def _engines(args: argparse.Namespace) -> None:

@@ -22,8 +22,8 @@ NOT_YET = frozenset(
     disable-compute-advantages-and-returns disable-rollout-global-dataset disable-wandb-random-suffix
     dump-details eval-max-context-len eval-max-prompt-len eval-min-new-tokens eval-tool-key
     fetch-trajectory-retry-times freeze-params-name-list get-mismatch-metrics http-proxy keep-old-actor
-    lambd load-debug-rollout-data load-debug-rollout-data-subsample log-correct-samples log-multi-turn
-    log-passrate log-probs-chunk-size log-reward-category loss-mask-type megatron-config-path
+    lambd load-debug-rollout-data load-debug-rollout-data-subsample log-correct-samples
+    log-probs-chunk-size log-reward-category loss-mask-type megatron-config-path
     memory-recorder memory-snapshot-dir memory-snapshot-num-steps min-batch-collection-ratio
     multimodal-keys num-critic-only-steps offload offload-rollout offload-train
     only-train-params-name-list opd-kl-coef opd-teacher-ckpt-step opd-teacher-load opd-type opsm-delta
@@ -34,7 +34,7 @@ NOT_YET = frozenset(
     update-weight-disk-dir update-weight-disk-keep-files update-weight-local-checkpoint-dir
     update-weight-mode use-distributed-post use-fault-tolerance use-opd use-opsm use-rollout-entropy
     use-rollout-routing-replay use-routing-replay use-stateless-adam use-tensorboard value-clip
-    wandb-always-use-train-step wandb-host wandb-key
+    wandb-always-use-train-step wandb-host
     """.split()  # noqa: SIM905 (a hundred quoted strings read worse)
 )
 
@@ -208,6 +208,8 @@ def _tracking(group: argparse._ArgumentGroup) -> None:
     add("--wandb-team", metavar="NAME", help="W&B entity")
     add("--wandb-project", metavar="NAME", default="slurmlime", help="default: slurmlime")
     add("--wandb-group", metavar="NAME", help="default: none")
+    add("--wandb-key", metavar="KEY",
+        help="better: the variable WANDB_API_KEY, as command lines can be read by others; stored nowhere")  # fmt: skip
     add("--wandb-run-id", metavar="ID", help="default: made once, kept for every attempt")
 
 

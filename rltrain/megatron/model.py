@@ -16,6 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.hf_config import ModelShape, check_hf_config, read_model_shape
+from rltrain.arguments.model_flags import check_model_flags
+from rltrain.megatron.config import build_config
 from rltrain.megatron.device import device, use_cuda
 from rltrain.megatron.specs import decoder_spec, use_transformer_engine
 
@@ -33,6 +35,7 @@ def read_shape(args: argparse.Namespace) -> ModelShape:
         )
     config = json.loads(path.read_text())
     check_hf_config(config, args)
+    check_model_flags(args, config)
     return read_model_shape(config)
 
 
@@ -43,14 +46,16 @@ def params_dtype(args: argparse.Namespace) -> torch.dtype:
 
 def padded_vocab_size(shape: ModelShape, args: argparse.Namespace) -> int:
     """The vocabulary with as many unused rows as it takes to divide it over tensor parallel ranks."""
-    size = args.tensor_model_parallel_size
+    size = args.tensor_model_parallel_size * args.make_vocab_size_divisible_by
     return -(-shape.vocab_size // size) * size
 
 
 def transformer_config(shape: ModelShape, args: argparse.Namespace) -> TransformerConfig:
     """Megatron-core's configuration."""
     fused = use_transformer_engine()
-    return TransformerConfig(
+    return build_config(
+        TransformerConfig,
+        args,
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -108,7 +113,9 @@ def build_model(shape: ModelShape, args: argparse.Namespace) -> GPTModel:
 
 def wrap_data_parallel(model: GPTModel, args: argparse.Namespace) -> DistributedDataParallel:
     """The model with Megatron-core's gradient buffers and reduction over data parallel ranks."""
-    config = DistributedDataParallelConfig(
+    config = build_config(
+        DistributedDataParallelConfig,
+        args,
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=args.use_distributed_optimizer,
         check_for_nan_in_grad=True,

@@ -9,12 +9,15 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rltrain.arguments.errors import UserError
+from rltrain.megatron.config import build_config
 from rltrain.megatron.model import params_dtype
 
 
 def build_optimizer(model: DistributedDataParallel, args: argparse.Namespace) -> MegatronOptimizer:
     """AdamW with gradient clipping; with --use-distributed-optimizer its state is split over ranks."""
-    config = OptimizerConfig(
+    config = build_config(
+        OptimizerConfig,
+        args,
         optimizer=args.optimizer,
         lr=args.lr,
         min_lr=args.min_lr,  # the schedule reads it from the parameter groups, which get it from here
@@ -38,23 +41,28 @@ def build_scheduler(optimizer: MegatronOptimizer, args: argparse.Namespace) -> O
     """
     decay_steps = args.lr_decay_iters or (args.num_rollout or 1) * (args.num_steps_per_rollout or 1)
     decay_steps = max(decay_steps, 1)
-    if args.lr_warmup_iters and args.lr_warmup_iters >= decay_steps:
+    warmup_steps = args.lr_warmup_iters
+    if args.lr_warmup_fraction is not None:
+        warmup_steps = int(args.lr_warmup_fraction * decay_steps)
+    if warmup_steps and warmup_steps >= decay_steps:
         raise UserError(
-            f"--lr-warmup-iters {args.lr_warmup_iters} must be smaller than the {decay_steps} optimizer steps"
+            f"--lr-warmup-iters {warmup_steps} must be smaller than the {decay_steps} optimizer steps"
             " of the schedule (--lr-decay-iters, or --num-rollout times the steps of a rollout)."
         )
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=args.lr_warmup_init,
         max_lr=args.lr,
         min_lr=args.min_lr,
-        lr_warmup_steps=args.lr_warmup_iters,
+        lr_warmup_steps=warmup_steps,
         lr_decay_steps=decay_steps,
         lr_decay_style=args.lr_decay_style,
-        start_wd=args.weight_decay,
-        end_wd=args.weight_decay,
+        start_wd=args.weight_decay if args.start_weight_decay is None else args.start_weight_decay,
+        end_wd=args.weight_decay if args.end_weight_decay is None else args.end_weight_decay,
         wd_incr_steps=decay_steps,
-        wd_incr_style="constant",
+        wd_incr_style=args.weight_decay_incr_style,
+        wsd_decay_steps=args.lr_wsd_decay_iters,
+        lr_wsd_decay_style=args.lr_wsd_decay_style,
         # The flags of this start decide, so that a resumed run can be given another schedule.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,

@@ -10,8 +10,7 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc import flags
-from rltrain.arguments import UserError
+from rltrain.arguments import UserError, flags
 
 NAMES = st.from_regex(r"[a-z]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True)
 WORDS = st.text(st.characters(blacklist_categories=["Cs"], min_codepoint=32), min_size=1, max_size=8)

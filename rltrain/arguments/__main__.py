@@ -1,0 +1,38 @@
+"""`python -m rltrain.arguments @recipe.toml --lr 1e-6 …`: the resolved configuration, and where each value is from.
+
+Prints TOML that can be used as a recipe. Needs no GPU, no process group and no torch. Exit codes: 0, or 2 with the
+reason where the arguments can't be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rltrain import arguments
+from rltrain.arguments.errors import UserError
+from rltrain.arguments.explain import configuration, to_toml
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; returns the exit code."""
+    if {"-h", "--help"} & set(argv):
+        parser = argparse.ArgumentParser(
+            prog="python -m rltrain.arguments",
+            usage="%(prog)s [@RECIPE …] [--FLAG VALUE …]",
+            description=__doc__,
+        )
+        arguments.add_flags(parser)
+        parser.print_help()
+        return 0
+    try:
+        found = configuration(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(to_toml(found), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
