@@ -44,7 +44,7 @@ def tokens_frame(sample: pd.Series, vocabulary: Vocabulary | None = None) -> pd.
             "log_prob_trainer": trainer,
             "gap": trainer - engine,
             "entropy": _padded(sample.get("trainer_entropies"), start, len(ids)),
-            "weight_version": [None] * start + _versions(_list(sample["weight_versions"]), mask),
+            "weight_version": [None] * start + _token_versions(sample, mask),
         }
     ).astype({"token": "string", "weight_version": "string", "part": "category"})
     for i, key in enumerate(KEYS):
@@ -124,6 +124,17 @@ def _response_rows(sample: pd.Series, vocabulary: Vocabulary | None) -> list[dic
         }
         for value, start, end in segments
     ]
+
+
+def _token_versions(sample: pd.Series, mask: list[int]) -> list[str | None]:
+    """The weight version of each response token: from the spans, and in files without them from the versions."""
+    spans = _list(sample.get("weight_version_spans"))
+    if not spans:
+        return _versions(_list(sample["weight_versions"]), mask)
+    result: list[str | None] = [None] * len(mask)
+    for span in spans:
+        result[span["start"] : span["end"]] = [span["version"]] * (span["end"] - span["start"])
+    return result
 
 
 def _versions(versions: list[str], mask: list[int]) -> list[str | None]:

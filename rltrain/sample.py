@@ -6,6 +6,8 @@ unchanged. Free of torch: the rollout process, custom functions and tests import
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -51,7 +53,9 @@ class Sample:
     session_id: str | None = None
     non_generation_time: float = 0.0
 
-    # Not in slime: why the sample failed, and where its time went (seconds).
+    # Not in slime: which response tokens each version of the weights wrote, as {"version", "start", "end"} (what a
+    # tool wrote is in none); why the sample failed; and where its time went (seconds).
+    weight_version_spans: list[dict[str, Any]] = field(default_factory=list)
     failure: str | None = None
     generate_seconds: float = 0.0  # in the generation function
     queue_seconds: float = 0.0  # before it, and of its requests until an engine began with them
@@ -114,3 +118,18 @@ class Sample:
     def from_dict(cls, fields: dict[str, Any]) -> Sample:
         """The inverse of `to_dict`."""
         return cls(**{**fields, "status": cls.Status(fields["status"])})
+
+
+def age(rollout_id: int, versions: Sequence[str]) -> float | None:
+    """Age of a sample's oldest token in rollout `rollout_id`, from the versions it has seen; None without any.
+
+    The age of a token is `rollout_id` - v, where v is the version of the weights that sampled it: the number of
+    rollouts they were trained on. It is 0 on-policy, and infinite where v is no number: weights that the trainer
+    never sent, as of an engine just started.
+    """
+    if not versions:
+        return None
+    try:
+        return float(rollout_id - min(int(version) for version in versions))
+    except ValueError:
+        return math.inf

@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from rltrain.sample import Sample
 
-# 2: trainer_log_probs, trainer_entropies. 3: rollout_id, and queue, prefill, decode and tool seconds.
+# 2: trainer_log_probs, trainer_entropies. 3: rollout_id, weight_version_spans, and queue, prefill, decode and tool
+# seconds.
 # Readers take a column that an older file lacks as missing.
 SCHEMA_VERSION = "3"
 METRICS_KEY = b"slurmlime.metrics"
@@ -47,7 +48,12 @@ SCHEMA = pa.schema(
         ("tokens", pa.list_(pa.int32())),  # prompt and response
         ("loss_mask", pa.list_(pa.int8())),  # one a response token
         ("rollout_log_probs", pa.list_(pa.float32())),  # one a response token, or null
-        ("weight_versions", pa.list_(pa.string())),
+        ("weight_versions", pa.list_(pa.string())),  # all that wrote a part of the response
+        # Which of them wrote which response tokens; what a tool wrote is in none.
+        (
+            "weight_version_spans",
+            pa.list_(pa.struct([("version", pa.string()), ("start", pa.int32()), ("end", pa.int32())])),
+        ),
         # One a response token, where the trainer has recorded them; else null.
         ("trainer_log_probs", pa.list_(pa.float32())),
         ("trainer_entropies", pa.list_(pa.float32())),  # nats
@@ -72,7 +78,7 @@ TRAINER_SCHEMA = pa.schema(
 
 TRAIN_COLUMNS = [
     "group_index", "index", "rollout_id", "status", "reward", "train_reward", "response_length",
-    "tokens", "loss_mask", "rollout_log_probs",
+    "tokens", "loss_mask", "rollout_log_probs", "step", "weight_versions",
 ]  # fmt: skip
 
 
@@ -116,6 +122,7 @@ def samples_to_table(
             "loss_mask": sample.loss_mask or [1] * sample.response_length,
             "rollout_log_probs": sample.rollout_log_probs,
             "weight_versions": sample.weight_versions,
+            "weight_version_spans": sample.weight_version_spans,
         }
         for i, (sample, reward) in enumerate(zip(samples, rewards, strict=True))
     ]

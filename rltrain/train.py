@@ -76,6 +76,7 @@ def push_weights(actor: MegatronTrainActor, job: Job, version: int) -> None:
     """Give the engines the actor's weights as `version`: the number of rollouts that they were trained on."""
     job.status("weights", version)
     actor.update_weights(job.engines, version)
+    job.rollout(lambda client: client.weights(version))
 
 
 def evaluate(job: Job, trained: int) -> dict[str, float]:

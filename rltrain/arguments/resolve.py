@@ -27,6 +27,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     _health(args)
     _rollout(args)
     _evaluation(args)
+    _staleness(args)
     _algorithm(args)
     _absolute_paths(args)
     return args
@@ -157,6 +158,21 @@ def _rollout(args: argparse.Namespace) -> None:
     _prompt_mix(args)
     if not 0 <= args.max_failed_fraction <= 1:
         raise UserError(f"--max-failed-fraction {args.max_failed_fraction}: it is between 0 and 1.")
+
+
+def _staleness(args: argparse.Namespace) -> None:
+    if args.max_staleness < 0:
+        raise UserError(f"--max-staleness {args.max_staleness}: it must be at least 0, which is on-policy.")
+    if not args.max_staleness:
+        return
+    if args.colocate:
+        raise UserError(
+            f"--max-staleness {args.max_staleness} generates while the trainer trains, and with --colocate both"
+            " take turns on the same GPUs. Leave one of them out."
+        )
+    if args.loss_type == "policy_loss" and not args.use_rollout_logprobs:
+        # The ratio must have the policy that sampled below it; see "Old samples" in docs/algorithms.md.
+        args.use_tis = True
 
 
 def _prompt_mix(args: argparse.Namespace) -> None:

@@ -115,14 +115,7 @@ def _rollout(group: argparse._ArgumentGroup) -> None:
         "--sglang-server-concurrency", type=int, default=512, metavar="N", help="requests in flight an engine"
     )
     _health(group)
-    add("--update-weight-transport", choices=["disk"], default="disk", help="how weights reach the engines")
-    add(
-        "--update-weights-interval",
-        type=int,
-        default=1,
-        metavar="N",
-        help="rollouts between two pushes (default: 1)",
-    )
+    _weights(group)
 
 
 def _health(group: argparse._ArgumentGroup) -> None:
@@ -133,6 +126,15 @@ def _health(group: argparse._ArgumentGroup) -> None:
         help="without progress until an engine is ended, ten times that for weights (default: 30)")  # fmt: skip
     add("--rollout-health-check-first-wait", type=float, default=0.0, metavar="S",
         help="from an engine's start to the first look, for what it compiles (default: 0)")  # fmt: skip
+
+
+def _weights(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--max-staleness", type=int, default=0, metavar="K",
+        help="versions by which a sample may be behind: rollouts run that far ahead (default: 0)")  # fmt: skip
+    add("--update-weight-transport", choices=["disk"], default="disk", help="how weights reach the engines")
+    add("--update-weights-interval", type=int, default=1, metavar="N",
+        help="rollouts between two pushes (default: 1)")  # fmt: skip
 
 
 def _data(group: argparse._ArgumentGroup) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rltrain.sample import age
+
 
 @dataclass(frozen=True)
 class TrainBatch:
@@ -21,6 +23,7 @@ class TrainBatch:
     train_rewards: NDArray[np.float32]  # after group normalisation; NaN: none
     rollout_log_probs: list[NDArray[np.float32]] | None  # [response], the engine's
     rollout_ids: NDArray[np.int64] | None = None  # samples that share one were one rollout; None: none do
+    stale: list[bool] | None = None  # which have tokens of older weights than are trained
 
     def __post_init__(self) -> None:
         for i, (tokens, length, mask) in enumerate(
@@ -56,6 +59,16 @@ class TrainBatch:
         return chosen if self.rollout_ids is None else self.rollout_ids[chosen]
 
     @property
+    def comparable_log_probs(self) -> list[NDArray[np.float32]] | None:
+        """The engine's log-probs where the trainer must come to the same ones; NaN for stale samples."""
+        if self.rollout_log_probs is None or not self.stale:
+            return self.rollout_log_probs
+        return [
+            np.full_like(log_probs, np.nan) if stale else log_probs
+            for log_probs, stale in zip(self.rollout_log_probs, self.stale, strict=True)
+        ]
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and response tokens of all samples."""
         return sum(len(tokens) for tokens in self.tokens)
@@ -80,6 +93,12 @@ class TrainBatch:
             train_rewards=rewards,
             rollout_log_probs=_log_probs(log_probs, masks, response_lengths),
             rollout_ids=_rollout_ids(table),
+            stale=[
+                bool(age(step, versions or []))
+                for step, versions in zip(
+                    table["step"].to_pylist(), table["weight_versions"].to_pylist(), strict=True
+                )
+            ],
         )
 
 

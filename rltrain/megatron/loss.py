@@ -179,11 +179,13 @@ def metric_sums(metrics: dict[str, Tensor], log_probs: Tensor, values: dict[str,
     Args:
         metrics: [n] each.
         log_probs: log π, [n], detached.
-        values: `weights`, and `compared_log_probs`, the engine's, where they are to be compared. Both [n].
+        values: `weights`, and `compared_log_probs`, the engine's, where they are to be compared; NaN at tokens
+            that older weights sampled. Both [n].
     """
     sums = {name: value @ values["weights"] for name, value in metrics.items()}
     if "compared_log_probs" in values:
         difference = (log_probs - values["compared_log_probs"]).abs()
+        difference = difference[~values["compared_log_probs"].isnan()]
         sums["logprob_abs_diff"] = difference.sum()
         sums["logprob_abs_diff_max"] = torch.cat([difference, difference.new_zeros(1)]).max()
         sums[_COMPARED] = torch.ones_like(difference).sum()
@@ -213,6 +215,8 @@ def step_metrics(steps: list[Sums], group: dist.ProcessGroup) -> dict[str, float
         totals.setdefault(name, []).append(most if name.endswith("_max") else total)
     compared = sum(totals.pop(_COMPARED, []))
     metrics = {name: sum(values) / len(values) for name, values in totals.items()}
-    if "logprob_abs_diff" in metrics:
-        metrics["logprob_abs_diff"] /= max(1.0, compared)
+    if compared:
+        metrics["logprob_abs_diff"] /= compared
+    else:
+        metrics = {name: value for name, value in metrics.items() if not name.startswith("logprob_abs_diff")}
     return metrics

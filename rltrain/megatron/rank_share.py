@@ -48,7 +48,8 @@ class RankShare:
         values = {"weights": trainable.spread(self._per_sample(weights))}
         if batch.rollout_log_probs is not None:
             values["rollout_log_probs"] = trainable.select(batch.rollout_log_probs)
-            values["compared_log_probs"] = values["rollout_log_probs"]
+        if batch.comparable_log_probs is not None:
+            values["compared_log_probs"] = trainable.select(batch.comparable_log_probs)
         if self._args.custom_pg_loss_reducer_function_path:
             counts = [
                 sum(trainable.count(i) for i in step) if per_token else len(set(batch.rollouts(step)))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import hashlib
 import inspect
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +20,9 @@ from rltrain.rewards import service as rewards
 from rltrain.rollout import request_times
 from rltrain.rollout.generated import as_rollout, check_sample, name_of
 from rltrain.rollout.http import GenerationError
+from rltrain.rollout.shared import slot_count, training_slots
 from rltrain.rollout.single_turn import generate
+from rltrain.rollout.staleness import StalenessGuard, largest_age
 from rltrain.sample import Sample
 
 T = TypeVar("T")
@@ -49,7 +53,7 @@ async def generate_and_grade(
     tasks = [asyncio.ensure_future(runner.run(group)) for group in groups.values()]
     samples[:] = [sample for group in await gather_or_cancel(tasks) for sample in group]
     check_failures(args, samples)
-    return runner.seconds()
+    return runner.metrics()
 
 
 class GroupRunner:
@@ -59,8 +63,9 @@ class GroupRunner:
         self, args: argparse.Namespace, rollout_id: int, params: SamplingParams, *, evaluation: bool = False
     ) -> None:
         self._args, self._rollout_id, self._params, self._evaluation = args, rollout_id, params, evaluation
-        engines = args.rollout_num_gpus // args.rollout_num_gpus_per_engine
-        self._semaphore = asyncio.Semaphore(args.sglang_server_concurrency * engines)
+        # The trainer waits for evaluations: they need not queue up behind rollouts that are for later.
+        self._semaphore = asyncio.Semaphore(slot_count(args)) if evaluation else training_slots(args)
+        self._staleness = StalenessGuard(rollout_id, math.inf if evaluation else largest_age(args))
         self._hooks = [
             load_function(path, flag="--rollout-sample-hook-path") for path in args.rollout_sample_hook_path
         ]
@@ -75,10 +80,11 @@ class GroupRunner:
             await rewards.grade_group(self._args, [sample for sample in filled if _to_be_graded(sample)])
         return filled
 
-    def seconds(self) -> dict[str, float]:
-        """Where the time went since this was made, if all groups are done."""
+    def metrics(self) -> dict[str, float]:
+        """Where the time went since this was made, if all groups are done; what was too old."""
         now = time.perf_counter()
-        return {"perf/generate_s": self._generated - self._began, "perf/reward_s": now - self._generated}
+        seconds = {"perf/generate_s": self._generated - self._began, "perf/reward_s": now - self._generated}
+        return seconds | self._staleness.metrics()
 
     async def _fill(self, sample: Sample) -> list[Sample]:
         samples = [sample]
@@ -88,7 +94,7 @@ class GroupRunner:
                 if self.aborting:
                     sample.status = Sample.Status.ABORTED
                     return samples
-                samples = await self._generate_guarded(sample, time.perf_counter() - waits_since)
+                samples = await self._generate_fresh(sample, time.perf_counter() - waits_since)
         self._generated = time.perf_counter()
         if not self._args.group_rm and not _is_aborted(samples):
             await gather_or_cancel(
@@ -98,6 +104,18 @@ class GroupRunner:
                     if _to_be_graded(each)
                 ]
             )
+        return samples
+
+    async def _generate_fresh(self, sample: Sample, waited: float) -> list[Sample]:
+        """Generate, and once more if the weights turn out to be too old."""
+        staleness = self._staleness
+        staleness.begin_anew(sample)  # it may come from a rollout before
+        spare = copy.deepcopy(sample) if staleness.watches else sample
+        samples = await self._generate_guarded(sample, waited)
+        if staleness.any_too_old(samples) and not self.aborting:
+            staleness.regenerated += 1
+            samples = await self._generate_guarded(spare, 0.0)
+        staleness.drop(samples)
         return samples
 
     async def _generate_guarded(self, sample: Sample, waited: float) -> list[Sample]:
@@ -115,7 +133,8 @@ class GroupRunner:
                 sample.failure = str(error) if isinstance(error, GenerationError) else explain_fully(error)
                 sample.tokens, sample.response, sample.response_length = prompt_tokens, "", 0
                 sample.loss_mask = sample.rollout_log_probs = None
-                sample.weight_versions, sample.metadata = [], metadata
+                sample.weight_versions, sample.weight_version_spans = [], []
+                sample.metadata = metadata
                 samples = [sample]
         times.write_to(samples, waited)
         return samples

@@ -36,6 +36,10 @@ class RolloutClient:
         table = pa.ipc.open_stream(self._post("/generate", rollout_id)).read_all()
         return table, read_metrics(table.schema)
 
+    def weights(self, version: int) -> None:
+        """Tell that the engines now have the weights that were trained on `version` rollouts."""
+        self._post("/weights", version)
+
     def eval(self, rollout_id: int) -> dict[str, float]:
         """Evaluate the weights that the engines hold; metrics named `eval/…`."""
         return json.loads(self._post("/eval", rollout_id))

@@ -16,6 +16,7 @@ from rltrain.functions import load_function
 from rltrain.rollout.batch import GroupRunner, sampling_params
 from rltrain.rollout.filters import DynamicFilterOutput
 from rltrain.rollout.http import get, post
+from rltrain.rollout.shared import abort_lock
 from rltrain.sample import Sample
 
 _FLAG = "--dynamic-sampling-filter-path"
@@ -90,7 +91,7 @@ async def collect(args: argparse.Namespace, rollout_id: int, data_source: Rollou
         metrics["rollout/partial/continued"] = float(continued)
         metrics["rollout/partial/given_back"] = float(len(given_back))
     return Collected(
-        sorted(kept, key=_first_index), sorted(finished, key=_first_index), runner.seconds() | metrics
+        sorted(kept, key=_first_index), sorted(finished, key=_first_index), runner.metrics() | metrics
     )
 
 
@@ -110,9 +111,13 @@ async def stop_early(
     stopped: list[list[Sample]] = []
     while running:
         workers = (await get(f"{router}/workers"))["workers"]
-        await asyncio.gather(
-            *(post(f"{worker['url']}/abort_request", {"rid": "", "abort_all": True}) for worker in workers)
-        )
+        async with abort_lock():
+            await asyncio.gather(
+                *(
+                    post(f"{worker['url']}/abort_request", {"rid": "", "abort_all": True})
+                    for worker in workers
+                )
+            )
         done, _ = await asyncio.wait(running, timeout=_ABORT_AGAIN)
         for task in done:
             begun = running.pop(task)
@@ -161,7 +166,7 @@ def _unused(sample: Sample) -> Sample:
     """The sample as it is now, untouched by what is generated for the other."""
     lists: dict[str, Any] = {
         name: list(value)
-        for name in ("tokens", "loss_mask", "rollout_log_probs", "weight_versions")
+        for name in ("tokens", "loss_mask", "rollout_log_probs", "weight_versions", "weight_version_spans")
         if (value := getattr(sample, name)) is not None
     }
     return dataclasses.replace(sample, metadata=copy.deepcopy(sample.metadata), **lists)

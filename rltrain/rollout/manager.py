@@ -17,7 +17,10 @@ from rltrain.rollout.base_types import as_eval_output, as_train_output
 from rltrain.rollout.convert import TrainData, to_train_data
 from rltrain.rollout.metrics import batch_metrics, eval_metrics
 from rltrain.rollout.parquet import read_table, write_table
-from rltrain.sample import Sample
+from rltrain.rollout.shared import abort_lock
+from rltrain.rollout.staleness import age_metrics, largest_age
+from rltrain.rollout.take import OneTake, takes_all_at_once
+from rltrain.sample import Sample, age
 from rltrain.schema import TRAIN_COLUMNS, samples_to_table
 
 
@@ -31,6 +34,7 @@ class RolloutManager:
             UserError: one of them is not as it should be.
         """
         self._args, self._layout, self._attempt = args, layout, attempt
+        self.max_staleness, self.num_rollout = args.max_staleness, args.num_rollout or 0
         self._batch_size = args.rollout_batch_size * args.n_samples_per_prompt
         self._rollout = load_function(args.rollout_function_path, flag="--rollout-function-path")
         self._evaluate = self._rollout
@@ -45,23 +49,23 @@ class RolloutManager:
         """Put the data source where it stood before rollout `rollout_id`."""
         self._data_source.load(rollout_id - 1)
 
-    async def generate(self, rollout_id: int) -> pa.Table:
+    async def generate(self, rollout_id: int, taken: asyncio.Event | None = None) -> pa.Table:
         """The batch of a step (`TRAIN_COLUMNS`, with metrics); it is on disk when this returns.
 
-        A batch that an earlier try of this step finished is taken as it is.
+        A batch that an earlier try of this step finished is taken as it is. `taken` is set as soon as the next
+        step can take its prompts, if that is before this returns.
         """
         table = self._finished(rollout_id)
         if table is None:
-            table = await self._generate(rollout_id)
+            table = await self._generate(rollout_id, taken)
         return table.select([name for name in TRAIN_COLUMNS if name in table.column_names])
 
     async def evaluate(self, rollout_id: int) -> dict[str, float]:
         """Evaluate the engines' weights; the samples are on disk when this returns."""
         args = self._args
-        output = as_eval_output(
-            await _call(self._evaluate, args, rollout_id, self._data_source, evaluation=True),
-            args.eval_function_path or args.rollout_function_path,
-        )
+        async with abort_lock():
+            result = await _call(self._evaluate, args, rollout_id, self._data_source, evaluation=True)
+        output = as_eval_output(result, args.eval_function_path or args.rollout_function_path)
         metrics = dict(output.metrics or {})
         path = args.custom_eval_rollout_log_function_path
         log = load_function(path, flag="--custom-eval-rollout-log-function-path") if path else None
@@ -88,20 +92,32 @@ class RolloutManager:
                 f"rollout {rollout_id}: {directory} has another batch size and is generated anew", flush=True
             )
             return None
+        ages = [age(rollout_id, versions or []) for versions in table["weight_versions"].to_pylist()]
+        oldest = max((each for each in ages if each is not None), default=0.0)
+        if oldest > largest_age(self._args):
+            print(
+                f"rollout {rollout_id}: {directory} has samples {oldest:g} versions old, more than --max-staleness"
+                " allows, and is generated anew", flush=True,
+            )  # fmt: skip
+            return None
         self._data_source.load(rollout_id)
         print(f"rollout {rollout_id}: taken from {directory}", flush=True)
         return table
 
-    async def _generate(self, rollout_id: int) -> pa.Table:
+    async def _generate(self, rollout_id: int, taken: asyncio.Event | None) -> pa.Table:
         began = time.perf_counter()
+        source, at_once = self._data_source, taken is not None and takes_all_at_once(self._args)
+        if taken is not None and at_once:
+            source = OneTake(source, self._args.rollout_batch_size, rollout_id, taken)
         output = as_train_output(
-            await _call(self._rollout, self._args, rollout_id, self._data_source, evaluation=False),
+            await _call(self._rollout, self._args, rollout_id, source, evaluation=False),
             self._args.rollout_function_path,
             self._batch_size,
         )
         table = self._to_table(rollout_id, output.samples, output.metrics or {}, time.perf_counter() - began)
-        # The state first: once the batch is there, the step is never generated again.
-        self._data_source.save(rollout_id)
+        if not at_once:
+            # The state first: once the batch is there, the step is never generated again.
+            self._data_source.save(rollout_id)
         await asyncio.to_thread(write_table, table, self._layout.step_dir(rollout_id, self._attempt))
         return table
 
@@ -131,7 +147,7 @@ class RolloutManager:
     ) -> dict[str, float]:
         """The function's own metrics, and ours unless --custom-rollout-log-function-path says not to."""
         path, extra = self._args.custom_rollout_log_function_path, dict(extra)
-        metrics = batch_metrics(data.samples, data.rewards)
+        metrics = batch_metrics(data.samples, data.rewards) | age_metrics(rollout_id, data.samples)
         metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / extra.get("perf/generate_s", seconds)
         if path:
             log = load_function(path, flag="--custom-rollout-log-function-path")

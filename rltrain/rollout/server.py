@@ -1,8 +1,8 @@
 """The rollout role: an HTTP server that hands out batches to the trainer.
 
-POST /load, /generate and /eval, each with `{"rollout_id": k}` and the job's token. /generate answers with an
-Arrow IPC stream, and errors are answered as 500 with `{"error": message}`. A repeated request (the trainer
-lost the connection) gets what the first one made.
+POST /load, /generate, /weights and /eval, each with `{"rollout_id": k}` and the job's token. /generate answers with
+an Arrow IPC stream, and errors are answered as 500 with `{"error": message}`. A repeated request (the trainer
+lost the connection) gets what the first one made. With `--max-staleness`, rollouts begin before they are asked for.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rltrain.arguments.errors import UserError
 from rltrain.functions import explain
 from rltrain.rewards import service as rewards
 from rltrain.rollout.http import HttpClient, set_client
+from rltrain.rollout.look_ahead import LookAhead
 from rltrain.rollout.manager import RolloutManager
 from rltrain.rollout.setup import prepare_args
 from rltrain.runtime import Registry, RoleContext
@@ -32,29 +33,38 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def make_app(manager: RolloutManager, token: str) -> web.Application:
     """The application; `token` is what every request must carry."""
-    running: dict[tuple[str, int], asyncio.Task[Any]] = {}
-
-    async def once(what: str, rollout_id: int, work: Callable[[int], Awaitable[Any]]) -> Any:
-        """Join the work that is already under way for this step, and outlive the request that began it."""
-        key = (what, rollout_id)
-        if key not in running:
-            running[key] = asyncio.ensure_future(work(rollout_id))
-            running[key].add_done_callback(lambda _: running.pop(key, None))
-        return await asyncio.shield(running[key])
+    rollouts = LookAhead(manager.generate, ahead=manager.max_staleness, end=manager.num_rollout)
+    evaluations: dict[int, asyncio.Task[dict[str, float]]] = {}
 
     async def load(request: web.Request) -> web.Response:
-        manager.load(await _rollout_id(request))
+        rollout_id = await _rollout_id(request)
+        await rollouts.restart(rollout_id)
+        manager.load(rollout_id)
+        return web.json_response({})
+
+    async def weights(request: web.Request) -> web.Response:
+        await rollouts.weights(await _rollout_id(request))
         return web.json_response({})
 
     async def generate(request: web.Request) -> web.Response:
-        table = await once("generate", await _rollout_id(request), manager.generate)
+        table = await rollouts.get(await _rollout_id(request))
         return web.Response(body=ipc_stream(table), content_type="application/vnd.apache.arrow.stream")
 
     async def evaluate(request: web.Request) -> web.Response:
-        return web.json_response(await once("eval", await _rollout_id(request), manager.evaluate))
+        """Join the evaluation that is already under way for this step, and outlive the request that began it."""
+        rollout_id = await _rollout_id(request)
+        if rollout_id not in evaluations:
+            evaluations[rollout_id] = asyncio.ensure_future(manager.evaluate(rollout_id))
+            evaluations[rollout_id].add_done_callback(lambda _: evaluations.pop(rollout_id, None))
+        return web.json_response(await asyncio.shield(evaluations[rollout_id]))
+
+    async def close(_: web.Application) -> None:
+        await rollouts.close()
 
     app = web.Application(middlewares=[_require_token(token), _errors_as_json])
-    app.add_routes([web.post("/load", load), web.post("/generate", generate), web.post("/eval", evaluate)])
+    handlers = {"/load": load, "/weights": weights, "/generate": generate, "/eval": evaluate}
+    app.add_routes([web.post(path, handler) for path, handler in handlers.items()])
+    app.on_shutdown.append(close)
     return app
 
 

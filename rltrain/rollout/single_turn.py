@@ -56,11 +56,15 @@ def update_sample(sample: Sample, output: dict[str, Any]) -> Sample:
     if "output_token_logprobs" not in meta:
         raise GenerationError("the engine returned no log-probs (meta_info has no output_token_logprobs)")
     entries = meta["output_token_logprobs"]  # (log-prob, token id, text) each
+    before = sample.response_length
     sample.append_response_tokens([entry[1] for entry in entries], [entry[0] for entry in entries])
     sample.response += output.get("text", "")
-    for span in meta.get("weight_versions") or [{"version": meta["weight_version"]}]:
+    whole = [{"version": meta["weight_version"], "start": 0, "end": len(entries)}]
+    for span in meta.get("weight_versions") or whole:
         if span["version"] not in sample.weight_versions:
             sample.weight_versions.append(span["version"])
+        shifted = {"version": span["version"], "start": before + span["start"], "end": before + span["end"]}
+        sample.weight_version_spans.append(shifted)
     sample.status = _STATUS[reason["type"]]
     return sample
 

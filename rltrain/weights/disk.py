@@ -17,13 +17,10 @@ class EngineClient(Protocol):
     """What is needed of `rltrain.sglang.adapter.HttpServerEngineAdapter`."""
 
     def pause_generation(self) -> object:
-        """Hold requests back."""
-
-    def flush_cache(self) -> object:
-        """Forget what was computed with the old weights."""
+        """Hold requests back; those that run keep their tokens and nothing that the old weights computed."""
 
     def update_weights_from_disk(self, path: str, weight_version: str) -> object:
-        """Load new weights and report this version from then on."""
+        """Load new weights, forget what the old ones computed, and report this version from then on."""
 
     def continue_generation(self) -> object:
         """Let requests go on."""
@@ -49,7 +46,6 @@ def push_weights(
     def update(engine: EngineClient) -> None:
         engine.pause_generation()
         try:
-            engine.flush_cache()
             engine.update_weights_from_disk(str(directory), str(version))
         finally:
             engine.continue_generation()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -32,16 +32,27 @@ class FakeEngine:
             body = await request.json()
             self.requests.append(body)
             self.sessions.append(request.headers.get("X-SMG-Routing-Key"))
-            await asyncio.sleep(0.001)
+            await self.before_answer()
             fault = self.faults.pop(0) if self.faults else None
             if fault == "drop":
                 assert request.transport is not None
                 request.transport.close()
             if isinstance(fault, int):
                 return web.Response(status=fault, text="a made-up fault")
-            return web.json_response(answer(body, aborted=fault == "abort"))
+            return web.json_response(self.answer(body, aborted=fault == "abort"))
         finally:
             self._in_flight -= 1
+
+    async def before_answer(self) -> None:
+        """How long it takes."""
+        await asyncio.sleep(0.001)
+
+    def answer(self, body: dict[str, Any], *, aborted: bool) -> dict[str, Any]:
+        """What it answers."""
+        return answer(body, aborted=aborted)
+
+
+T = TypeVar("T", bound=FakeEngine)
 
 
 def answer(body: dict[str, Any], *, aborted: bool = False) -> dict[str, Any]:
@@ -64,9 +75,9 @@ def answer(body: dict[str, Any], *, aborted: bool = False) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def fake_engine(token: str) -> AsyncIterator[FakeEngine]:
+async def fake_engine(token: str, kind: type[T] = FakeEngine) -> AsyncIterator[T]:  # type: ignore[assignment]
     """A running one, on a free port."""
-    engine = FakeEngine(token)
+    engine = kind(token)
     app = web.Application()
     app.add_routes([web.post("/generate", engine.generate)])
     runner = web.AppRunner(app)

@@ -1,0 +1,87 @@
+"""New weights while a real engine generates: no token is lost, and each belongs to exactly one version."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TOKEN
+from safetensors.torch import load_file
+from tiny_model import make_model
+
+from rltrain.rollout.single_turn import update_sample
+from rltrain.sample import Sample
+from rltrain.sglang.adapter import HttpServerEngineAdapter
+from rltrain.sglang.http import call
+from rltrain.weights.disk import push_weights
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = [[4, 13, 5, 16], [7, 8, 9], [20, 21, 22, 23, 24], [30, 4, 5], [6, 6, 6, 6], [40, 41]]
+NEW_TOKENS = 300
+
+
+@pytest.fixture
+def other_model(tmp_path: Path, engine: HttpServerEngineAdapter, tiny_model: Path) -> Iterator[Path]:
+    """Weights of another seed; afterwards the engine has its own again."""
+    yield make_model(tmp_path / "other", seed=1)
+    engine.update_weights_from_disk(tiny_model, "restored")
+
+
+def generate(url: str, prompt: list[int], seed: int) -> Sample:
+    params = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True, "temperature": 1.0, "sampling_seed": seed}
+    body = {"input_ids": prompt, "return_logprob": True, "sampling_params": params}
+    return update_sample(
+        Sample(tokens=list(prompt)), call("POST", f"{url}/generate", TOKEN, body, timeout=120)
+    )
+
+
+def running_requests(engine: HttpServerEngineAdapter) -> int:
+    loads = call("GET", f"{engine.url}/v1/loads", TOKEN)["loads"]
+    return sum(load["num_running_reqs"] for load in loads)
+
+
+def log_probs(model_dir: Path, sample: Sample) -> torch.Tensor:
+    """log π of each response token, by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    tokens = torch.tensor(sample.tokens)
+    with torch.no_grad():
+        everything = model(tokens[None]).logits[0].log_softmax(-1)
+    return everything[:-1].gather(1, tokens[1:, None])[sample.prompt_length - 1 :, 0]
+
+
+def test_every_token_was_sampled_by_the_version_that_its_span_names(
+    engine: Any, router: Any, tiny_model: Path, other_model: Path, tmp_path: Path
+) -> None:
+    engine.update_weights_from_disk(tiny_model, "1")
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        answers = [pool.submit(generate, router.url, prompt, i) for i, prompt in enumerate(PROMPTS)]
+        deadline = time.monotonic() + 60
+        while running_requests(engine) < len(PROMPTS):
+            assert time.monotonic() < deadline
+        push_weights(
+            tmp_path / "weights",
+            2,
+            load_file(other_model / "model.safetensors").items(),
+            tiny_model,
+            [engine],
+        )
+        samples = [answer.result(timeout=120) for answer in answers]
+    for sample in samples:
+        assert sample.response_length == NEW_TOKENS
+        first, second = sample.weight_version_spans
+        assert (first["version"], second["version"]) == ("1", "2")
+        assert (first["start"], first["end"], second["end"]) == (0, second["start"], NEW_TOKENS)
+        given = torch.tensor(sample.rollout_log_probs)
+        before, after = log_probs(tiny_model, sample), log_probs(other_model, sample)
+        cut = first["end"]
+        torch.testing.assert_close(given[:cut], before[:cut], atol=2e-5, rtol=0)
+        torch.testing.assert_close(given[cut:], after[cut:], atol=2e-5, rtol=0)
+        assert (after[:cut] - before[:cut]).abs().max() > 1e-2  # the two would be told apart
