@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from analysis._demo_text import HOSTILE, Reply, direct_reply, encode, question, tool_reply
 from rltrain.sample import Sample
-from rltrain.schema import samples_to_table
+from rltrain.schema import TRAINER_SCHEMA, samples_to_table
 
 
 @dataclass(frozen=True)
@@ -173,23 +173,40 @@ def _rewards(samples: list[Sample]) -> list[float]:
 def write_samples(directory: Path, batch: Batch, step: int, attempt: int, dataset: str) -> None:
     """Write the Parquet file of a step (or of an evaluation)."""
     rewards = _rewards(batch.samples)
+    table = samples_to_table(batch.samples, step=step, attempt=attempt, dataset=dataset, rewards=list(rewards),
+                             train_rewards=_train_rewards(batch))  # fmt: skip
+    _write(table, directory)
+
+
+def write_trainer(directory: Path, batch: Batch, step: int, attempt: int) -> None:
+    """Write what the trainer saw of a step."""
+    advantages = zip(batch.samples, _train_rewards(batch), strict=True)
+    columns = {
+        "step": [step] * len(batch.samples),
+        "attempt": [attempt] * len(batch.samples),
+        "index": [sample.index for sample in batch.samples],
+        "trainer_log_probs": batch.trainer_log_probs,
+        "trainer_entropies": batch.trainer_entropies,
+        "advantages": [[value] * sample.response_length for sample, value in advantages],
+    }
+    _write(pa.table(columns, schema=TRAINER_SCHEMA), directory)
+
+
+def _write(table: pa.Table, directory: Path) -> None:
+    directory.mkdir(parents=True)
+    pq.write_table(table, directory / "part-0.parquet", compression="zstd")
+
+
+def _train_rewards(batch: Batch) -> list[float]:
+    """The rewards, normalised within each group."""
+    rewards = _rewards(batch.samples)
     by_group: dict[int | None, list[float]] = {}
     for sample, reward in zip(batch.samples, rewards, strict=True):
         by_group.setdefault(sample.group_index, []).append(reward)
-    train_rewards = [
+    return [
         _normalised(reward, by_group[sample.group_index])
         for sample, reward in zip(batch.samples, rewards, strict=True)
     ]
-    table = samples_to_table(batch.samples, step=step, attempt=attempt, dataset=dataset, rewards=list(rewards),
-                             train_rewards=train_rewards)  # fmt: skip
-    for name, values in [
-        ("trainer_log_probs", batch.trainer_log_probs),
-        ("trainer_entropies", batch.trainer_entropies),
-    ]:
-        position = table.schema.get_field_index(name)
-        table = table.set_column(position, table.schema.field(name), pa.array(values, pa.list_(pa.float32())))
-    directory.mkdir(parents=True)
-    pq.write_table(table, directory / "part-0.parquet", compression="zstd")
 
 
 def _normalised(reward: float, group: list[float]) -> float:

@@ -12,10 +12,11 @@ EVENT_KEYS = ["time", "attempt", "kind", "role", "index"]
 PHASES = ["generate", "reward", "train", "update_weights", "save"]
 
 
-def metric_rows(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Lines of metrics as a frame; those without a step are left out."""
-    rows = [{"attempt": 0, **row} for row in rows if "step" in row]
-    return pd.DataFrame(rows, columns=_columns(rows, STEP_KEYS))
+def metric_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Lines of metrics with `STEP_KEYS` in front; those without a step are left out."""
+    frame = rows.reindex(columns=list(dict.fromkeys([*STEP_KEYS, *rows])))
+    frame = frame[frame["step"].notna()].reset_index(drop=True)
+    return frame.assign(attempt=frame["attempt"].fillna(0))
 
 
 def steps_frame(rows: pd.DataFrame, *, every_attempt: bool = False) -> pd.DataFrame:

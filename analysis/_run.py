@@ -13,7 +13,7 @@ import pandas as pd
 from analysis._attempts import attempts_from_events
 from analysis._frames import STEP_KEYS, events_frame, long_frame, steps_frame
 from analysis._groups import groups_frame
-from analysis._samples import Columns, read_frame, select_files
+from analysis._samples import Columns, read_frame, read_training, select_files
 from analysis._source import Source
 from analysis._tokens import messages_frame, tokens_frame
 from analysis._vocabulary import Vocabulary, find_tokenizer
@@ -128,14 +128,13 @@ class Run:
             ValueError: an unknown column, or a step without samples.
             DamagedFileError: a file is damaged and the run was loaded with `strict=True`.
         """
-        files = self._source.layout.sample_files() if self._source.layout else {}
-        return read_frame(select_files(files, steps), columns, strict=self._strict)
+        return read_training(self._source.layout, columns, steps, strict=self._strict)
 
     def read_evals(self, columns: Columns = "scalars") -> pd.DataFrame:
         """Evaluation samples, one row each; `dataset` names the set. For `columns` see `read_samples`."""
         layout = self._source.layout
         sets = [layout.sample_files(name) for name in layout.eval_datasets()] if layout else []
-        files = [path for files in sets for path in select_files(files, None)]
+        files = [path for by_step in sets for paths in by_step.values() for path in paths]
         return read_frame(files, columns, strict=self._strict)
 
     def read_groups(self, *, threshold: float = 1.0, evals: bool = False) -> pd.DataFrame:
@@ -181,9 +180,8 @@ class Run:
     def _sample_rows(self, dataset: str, step: int) -> pd.DataFrame:
         if dataset == "train" or self._source.layout is None:
             return self.read_samples("all", steps=step)
-        return read_frame(
-            select_files(self._source.layout.sample_files(dataset), step), "all", strict=self._strict
-        )
+        files = select_files(self._source.layout.sample_files(dataset), step)
+        return read_frame(files[step], "all", strict=self._strict)
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis._errors import damaged
 from analysis._frames import metric_rows
-from analysis._jsonl import read_jsonl
+from analysis._jsonl import read_jsonl, read_jsonl_frame
 from hpc.layout import RunLayout
 
 Rows = list[dict[str, Any]]
@@ -92,7 +92,7 @@ class DirectorySource:
     @property
     def metrics(self) -> pd.DataFrame:
         """Lines of `metrics.jsonl`."""
-        return metric_rows(read_jsonl(self.layout.metrics, strict=self.strict))
+        return metric_rows(read_jsonl_frame(self.layout.metrics, strict=self.strict))
 
     @property
     def events(self) -> Rows:

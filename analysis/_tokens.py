@@ -25,14 +25,14 @@ def tokens_frame(sample: pd.Series, vocabulary: Vocabulary | None = None) -> pd.
 
     Columns: the keys of the sample, `position` (from 0), `part` (prompt or response), `id`, `token`, `mask` (1: trained
     on; 0 in the prompt), `log_prob_engine`, `log_prob_trainer`, `gap` (trainer - engine), `entropy`, all in nats,
-    and `weight_version`. What is not recorded is missing.
+    `advantage` and `weight_version`. What is not recorded is missing.
     """
     ids = _list(sample["tokens"])
     response = int(sample["response_length"])
     start = len(ids) - response
     mask = _list(sample["loss_mask"]) or [1] * response
     engine = _padded(sample["rollout_log_probs"], start, len(ids))
-    trainer = _padded(sample.get("trainer_log_probs"), start, len(ids))
+    trainer = _padded(sample["trainer_log_probs"], start, len(ids))
     frame = pd.DataFrame(
         {
             "position": np.arange(len(ids)),
@@ -43,7 +43,8 @@ def tokens_frame(sample: pd.Series, vocabulary: Vocabulary | None = None) -> pd.
             "log_prob_engine": engine,
             "log_prob_trainer": trainer,
             "gap": trainer - engine,
-            "entropy": _padded(sample.get("trainer_entropies"), start, len(ids)),
+            "entropy": _padded(sample["trainer_entropies"], start, len(ids)),
+            "advantage": _padded(sample["advantages"], start, len(ids)),
             "weight_version": [None] * start + _token_versions(sample, mask),
         }
     ).astype({"token": "string", "weight_version": "string", "part": "category"})

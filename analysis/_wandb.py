@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from analysis._errors import RunNotFoundError
+from analysis._jsonl import rows_frame
 from analysis._run import Run
 from analysis._wandb_file import CONFIG, HISTORY, RUN, read_history, read_records, record_kind, run_fields
 
@@ -113,7 +114,7 @@ def _read_file(path: Path, strict: bool) -> _File:
     return _File(path, identity, config, read_history(by_kind.get(HISTORY, [])))
 
 
-def _rows(history: dict[str, Any], attempt: int) -> pd.DataFrame:
+def _rows(history: dict[str, Any] | pd.DataFrame, attempt: int) -> pd.DataFrame:
     """One row a step: `step` is the run's own axis if it has one, else W&B's; rows of one step are put together."""
     frame = pd.DataFrame(history)
     steps = frame["step"] if "step" in frame else frame.get("_step", pd.Series(dtype="int64"))
@@ -130,12 +131,7 @@ def _online(path: str, api: Any) -> WandbSource:
     history: list[dict[str, Any]] = list(run.scan_history())
     info = {"wandb_run_id": run.id, "url": run.url, "state": run.state, "created": run.created_at}
     config = {key: value for key, value in dict(run.config).items() if not key.startswith("_")}
-    return WandbSource(run.name or path, path, _sections(config), info, _rows(_columns(history), 0))
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return {key: [row.get(key) for row in rows] for key in keys}
+    return WandbSource(run.name or path, path, _sections(config), info, _rows(rows_frame(history), 0))
 
 
 def _sections(config: dict[str, Any]) -> dict[str, Any]:

@@ -44,8 +44,8 @@ def _plain(frame: pd.DataFrame) -> pd.DataFrame:
     """Columns of mixed types, such as a flag that is a number in one run and text in another, as text."""
     mixed = [
         name
-        for name in frame.select_dtypes("object")
-        if len({type(value) for value in frame[name].dropna()}) > 1
+        for name in frame
+        if frame[name].dtype == object and len({type(value) for value in frame[name].dropna()}) > 1
     ]
     return frame.assign(**{str(name): frame[name].map(str, na_action="ignore") for name in mixed})
 

@@ -28,22 +28,22 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from analysis import demo_data, load_run, load_wandb
+from analysis._demo_run import Size
+from analysis._demo_run import write_run as write_demo_run
 from analysis._html import browse
 from analysis._samples import SCALARS
 from hpc.layout import RunLayout
-from rltrain.schema import SCHEMA
+from rltrain.rollout.parquet import read_table
 
 GROUPS, GROUP_SIZE = 10, 10
 WANDB_ROWS = 100_000
 PEAK = """
-import resource, sys, threading
+import resource, sys
 from analysis import load_run
-run = load_run(sys.argv[1])
-import pyarrow.dataset
-status = lambda name: int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024
-before = status("VmRSS")
-frame = run.samples
-print((status("VmHWM") - before) / frame.memory_usage(deep=True).sum())
+import pyarrow.parquet
+run, read = load_run(sys.argv[1]), sys.argv[2] == "read"
+size = run.samples.memory_usage(deep=True).sum() if read else 0
+print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 WRITE_WANDB = """
 import random, sys, wandb
@@ -72,16 +72,16 @@ def main() -> None:
 
 
 def write_run(root: Path, steps: int) -> RunLayout:
-    """A run whose steps all hold the 100 samples of one demo step, without token lists."""
-    demo = demo_data.demo_runs()[1]
-    source = demo_data.write_run(root.with_name("source"), demo, 24, GROUPS, GROUP_SIZE, 0)
-    layout, table = RunLayout(root), load_run(source).read_samples("all", steps=5)
-    base = pa.Table.from_pandas(table, schema=SCHEMA, preserve_index=False)
+    """A run whose steps all hold the 100 samples of one demo step, written as a run writes them."""
+    demo, size = demo_data.demo_runs()[1], Size(groups=GROUPS, group_size=GROUP_SIZE)
+    source = RunLayout(write_demo_run(root.with_name("source"), demo, size))
+    layout = RunLayout(root)
     for step in range(steps):
+        base = read_table(source.step_dir(5, 0))
         own = base.set_column(0, "step", pa.array([step] * len(base), pa.int32()))
         layout.step_dir(step, 0).mkdir(parents=True)
-        pq.write_table(own, layout.step_dir(step, 0) / "part-0.parquet")
-    row = json.loads(RunLayout(source).metrics.read_text().splitlines()[0])
+        pq.write_table(own, layout.step_dir(step, 0) / "part-0.parquet", compression="zstd")
+    row = json.loads(source.metrics.read_text().splitlines()[0])
     layout.metrics.write_text("".join(json.dumps({**row, "step": step}) + "\n" for step in range(steps)))
     return layout
 
@@ -100,10 +100,15 @@ def samples(layout: RunLayout, jsonl: Path) -> None:
     print(
         f"  {json_seconds / ours:.1f} x as fast as pandas from JSON lines ({json_seconds:.1f} s; aim >= 20)"
     )
-    peak = subprocess.run(
-        [sys.executable, "-c", PEAK, layout.root], capture_output=True, text=True, check=True
-    )
-    print(f"  peak memory {float(peak.stdout):.2f} x the frame (aim <= 3)")
+    (_, idle), (size, peak) = peak_memory(layout, "idle"), peak_memory(layout, "read")
+    print(f"  peak memory {(peak - idle) / size:.2f} x the frame of {size / 1e6:.0f} MB (aim <= 3)")
+
+
+def peak_memory(layout: RunLayout, mode: str) -> tuple[int, int]:
+    """Bytes of the frame, and the largest size that a process of its own has had."""
+    command = [sys.executable, "-c", PEAK, str(layout.root), mode]
+    size, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return int(size), int(peak)
 
 
 def steps(layout: RunLayout) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from rltrain.sample import Sample
 
 # 2: trainer_log_probs, trainer_entropies. 3: rollout_id, weight_version_spans, and queue, prefill, decode and tool
-# seconds.
+# seconds; what 2 added is in files of its own now (TRAINER_SCHEMA).
 # Readers take a column that an older file lacks as missing.
 SCHEMA_VERSION = "3"
 METRICS_KEY = b"slurmlime.metrics"
@@ -54,9 +54,6 @@ SCHEMA = pa.schema(
             "weight_version_spans",
             pa.list_(pa.struct([("version", pa.string()), ("start", pa.int32()), ("end", pa.int32())])),
         ),
-        # One a response token, where the trainer has recorded them; else null.
-        ("trainer_log_probs", pa.list_(pa.float32())),
-        ("trainer_entropies", pa.list_(pa.float32())),  # nats
     ],
     metadata={b"slurmlime.schema": SCHEMA_VERSION.encode()},
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from analysis import demo_data, load_run
-from rltrain.schema import SCHEMA
+from analysis._samples import ALL
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_the_runs_hold_what_they_promise(root: Path) -> None:
     assert set(baseline.steps["attempt"]) == {0, 1}
     assert "preempted" in set(baseline.events["reason"].dropna())
     samples = baseline.read_samples("all")
-    assert list(samples.columns) == SCHEMA.names
+    assert list(samples.columns) == ALL
     assert {"completed", "failed", "truncated"} >= set(samples["status"]) >= {"completed", "failed"}
     assert any(0 < sum(mask) < len(mask) for mask in samples["loss_mask"])  # a tool spoke
     assert all(len(row.trainer_log_probs) == row.response_length for row in samples.itertuples())

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -193,16 +191,3 @@ def test_load_runs_takes_patterns_and_lists(root: Path) -> None:
     assert len(load_runs([root / "fast", root / "f*"])) == 1
     with pytest.raises(RunNotFoundError, match="baseline"):
         load_runs(root / "nothing-*")
-
-
-def test_files_of_an_older_schema_are_read(root: Path, tmp_path: Path) -> None:
-    shutil.copytree(root / "fast", tmp_path / "old")
-    path = RunLayout(tmp_path / "old").step_dir(2, 0) / "part-0.parquet"
-    table = pq.read_table(path).drop_columns(["trainer_log_probs", "trainer_entropies", "failure"])
-    table = table.append_column("not_ours", pa.array([1] * len(table)))
-    pq.write_table(table, path)
-    run = load_run(tmp_path / "old", strict=True)
-    mixed = run.read_samples("all", steps=[2, 3])
-    assert mixed.loc[mixed["step"] == 2, "trainer_log_probs"].isna().all()
-    assert mixed.loc[mixed["step"] == 3, "trainer_log_probs"].notna().all()
-    assert run.tokens(mixed.iloc[0])["gap"].isna().all()

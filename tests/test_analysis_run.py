@@ -5,12 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from synthetic_run import write_run
 
 from analysis import DamagedFileError, DamagedFileWarning, RunNotFoundError, load_run
 from analysis._frames import phase_seconds
+from analysis._jsonl import _read_numbers, rows_frame
 from hpc.layout import RunLayout
 
 
@@ -69,6 +73,34 @@ def test_a_damaged_line_is_named(tmp_path: Path, bad: str) -> None:
         assert list(load_run(path).steps["step"]) == [0, 1]
     with pytest.raises(DamagedFileError, match=r"metrics\.jsonl:2 is damaged"):
         _ = load_run(path, strict=True).steps
+
+
+VALUES = (
+    st.none()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(width=64)
+    | st.just("text")
+    | st.booleans()
+    | st.just([1])
+)
+ROWS = st.lists(st.dictionaries(st.sampled_from(["step", "a", "é/b"]), VALUES), max_size=5)
+
+
+@given(ROWS)
+def test_the_quick_way_to_read_metrics_gives_what_json_gives(rows: list[dict[str, object]]) -> None:
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+    quick = _read_numbers(lines)
+    if quick is not None:
+        pd.testing.assert_frame_equal(quick, rows_frame(rows), check_dtype=False)
+
+
+def test_the_quick_way_is_taken_for_numbers_and_nothing_else() -> None:
+    found = _read_numbers(b'{"a": 1, "b": NaN}\n\n{"a": -0.5, "c": null}\n{"a": Infinity}')
+    assert found is not None
+    np.testing.assert_equal(found["a"].tolist(), [1.0, -0.5, np.inf])
+    assert found[["b", "c"]].isna().all(axis=None)
+    for other in [b'{"a": "x"}', b'{"a": {"b": 1}}', b"[1]", b'{"a": 1}{"a": 2}', b'{"a": 1}\n{"a', b""]:
+        assert _read_numbers(other) is None
 
 
 def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
