@@ -13,7 +13,7 @@ from submitit.core.job_environment import JobEnvironment
 from submitit.core.submission import process_job
 from submitit.core.utils import pickle_load
 
-from hpc.watch import EXIT_REQUEUE
+from hpc.roles import EXIT_REQUEUE
 
 
 def exit_code(result: Any) -> int:

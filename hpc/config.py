@@ -40,6 +40,8 @@ class SubmitOptions:
         after: ids or names of runs whose jobs must have ended well before this one starts.
         max_restarts: how often a job is put back into the queue, whatever the reason.
         max_failures: how many attempts in a row may fail without having saved anything.
+        max_engine_restarts: how often an engine that died is started again within an attempt.
+        chain: number of spare jobs that take over when the one before has ended.
         slurm: what the recipes' `[slurm]` tables say.
     """
 
@@ -56,6 +58,8 @@ class SubmitOptions:
     after: tuple[str, ...] = ()
     max_restarts: int = 100
     max_failures: int = 1
+    max_engine_restarts: int = 3
+    chain: int = 0
     detach: bool = False
     test_only: bool = False
     dry_run: bool = False
@@ -68,7 +72,7 @@ class SubmitOptions:
 
 
 # What belongs to one call of `submit` and not to the run.
-_PASSING = ("name", "runs_dir", "after", "detach", "test_only", "dry_run")
+_PASSING = ("name", "runs_dir", "after", "chain", "detach", "test_only", "dry_run")
 
 
 def to_table(options: SubmitOptions) -> dict[str, Any]:
@@ -115,6 +119,8 @@ def add_submit_flags(parser: argparse.ArgumentParser) -> None:
         " (default: the last recipe's name)")  # fmt: skip
     add("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs lie (default: ./runs)")
     add("--dry-run", action="store_true", help="print what would be run, write nothing")
+    add("--max-engine-restarts", type=int, default=3, metavar="N",
+        help="of an engine, or the router, that died within an attempt (default: 3)")  # fmt: skip
     add = parser.add_argument_group("Slurm").add_argument
     add("--partition", metavar="NAME", help="Slurm partition (default: run on this machine)")
     add("--nodes", type=int, metavar="N", help="nodes to ask for: half of them train, half of them generate"
@@ -143,6 +149,8 @@ def add_submit_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-restarts", type=int, default=100, metavar="N", help="requeues in all (default: 100)")
     add("--max-failures", type=int, default=1, metavar="N",
         help="failed attempts in a row without a new checkpoint (default: 1)")  # fmt: skip
+    add("--chain", type=int, default=0, metavar="N", help="submit N spare jobs too, each of which takes over when"
+        " the one before it has ended, however it ended (default: 0)")  # fmt: skip
 
 
 def full_parser() -> argparse.ArgumentParser:

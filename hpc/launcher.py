@@ -26,6 +26,12 @@ class Handle(Protocol):
         Of several processes that were started together, the code of the first that failed.
         """
 
+    def has_ended(self) -> bool:
+        """Whether nothing of it runs any more; of several processes, none."""
+
+    def lost_a_node(self) -> bool:
+        """Whether its machine has failed, so that starting it there again is of no use."""
+
     def failed_log(self) -> Path:
         """Where to look for the reason of a failure."""
 
@@ -93,6 +99,12 @@ class _LocalHandle:
 
     def poll(self) -> int | None:
         return self._process.poll()
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def lost_a_node(self) -> bool:
+        return False
 
     def failed_log(self) -> Path:
         return self._log

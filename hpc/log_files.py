@@ -12,7 +12,8 @@ from hpc.layout import RunLayout
 # In the order in which they are shown: who tells most about an end comes last.
 ROLES = ("srun", "router", "engine", "rollout", "trainer", "supervisor")
 
-_NAME = re.compile(r"(?P<role>[a-z_]+)(?:-(?P<index>\d+))?")
+# The parts of an engine that spans nodes are engine-0.log, engine-0.node1.log, …
+_NAME = re.compile(r"(?P<role>[a-z_]+)(?:-(?P<index>\d+)(?:\.node\d+)?)?")
 _TAIL_BLOCK = 64 * 1024
 
 

@@ -44,6 +44,7 @@ class RoleProcess:
         index: of the first process.
         env: on top of what every role gets.
         count: number of processes.
+        spans: whether they are the parts of one engine, a node each.
         placement: None on this machine.
     """
 
@@ -52,19 +53,27 @@ class RoleProcess:
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     count: int = 1
+    spans: bool = False
     placement: Placement | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """How logs and messages call the processes, for example `engine-0`."""
+        if self.spans:
+            first = f"{self.role}-{self.index}"
+            return (first, *(f"{first}.node{i}" for i in range(1, self.count)))
         return tuple(f"{self.role}-{self.index + i}" for i in range(self.count))
 
     @property
     def name(self) -> str:
         """All of them in one word."""
-        return (
-            self.names[0] if self.count == 1 else f"{self.role}-[{self.index}-{self.index + self.count - 1}]"
-        )
+        if self.count == 1 or self.spans:
+            return self.names[0]
+        return f"{self.role}-[{self.index}-{self.index + self.count - 1}]"
+
+    def index_of(self, name: str) -> int:
+        """Index of the process, or engine, that has this name."""
+        return self.index + (self.names.index(name) if name in self.names and not self.spans else 0)
 
 
 @dataclass(frozen=True)
@@ -103,17 +112,20 @@ def make_plan(args: argparse.Namespace, python: str = sys.executable) -> JobPlan
 
 def make_slurm_plan(args: argparse.Namespace, split: Split, python: str = sys.executable) -> JobPlan:
     """Plan a Slurm job. Router and rollout process are on the first node of the engines; each engine is a step of
-    its own, the trainer's ranks are one."""
+    its own, also one that spans nodes, the trainer's ranks are one."""
     engines = count_engines(args)
     size = args.rollout_num_gpus_per_engine
     component, first_node = (1, 0) if split.layout == "het" else (0, split.first_rollout_node)
     service = Placement(component, (first_node,))
     processes = [_place("router", 0, python, service)] if engines else []
+    span = split.nodes_per_engine
     for index in range(engines):
         node, slot = divmod(index, split.engines_per_node)
-        gpus = (split.first_rollout_gpu + slot * size, size)
-        where = Placement(component, (first_node + node,), gpus=gpus)
-        processes.append(_place("engine", index, python, where))
+        gpus = (split.first_rollout_gpu + slot * size, size // span)
+        nodes = tuple(first_node + node * span + i for i in range(span))
+        where = Placement(component, nodes, gpus=gpus)
+        argv = _argv("engine", python)
+        processes.append(RoleProcess("engine", index, argv, count=span, spans=span > 1, placement=where))
     processes.append(_place("rollout", 0, python, service))
     per_node = split.trainer_gpus
     ranks = Placement(0, tuple(range(split.trainer_nodes)), per_node, (0, per_node))

@@ -5,6 +5,8 @@ A small HTTP server in the supervisor. Every request needs the job's token; bodi
 
     POST /roles {role, index, url, pid, host}     announce
     GET  /roles/ROLE?count=N&wait=S               those announced, as soon as there are N, or after S seconds
+    POST /offers {name, value}                    leave a word for another process
+    GET  /offers/NAME?wait=S                      {"value": text}, as soon as it is there; null after S seconds
     POST /events {kind, …}    POST /status {phase, step, …}    GET /stop → {"reason": null or text}
 """
 
@@ -15,7 +17,7 @@ import hmac
 import json
 import math
 import threading
-import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -41,6 +43,7 @@ class RegistryServer:
         self._authorization = f"Bearer {token}".encode()
         self._events, self._status = events, status
         self._roles: dict[str, dict[int, dict[str, Any]]] = {}
+        self._offers: dict[str, str] = {}
         self._changed = threading.Condition()
         self._stop_reason: str | None = None
         self._closed = False
@@ -59,6 +62,18 @@ class RegistryServer:
     def request_stop(self, reason: str) -> None:
         """Tell every role that asks to save and stop."""
         self._stop_reason = reason
+
+    def url_of(self, role: str, index: int) -> str | None:
+        """Where a role listens; None if it has not announced itself."""
+        with self._changed:
+            address = self._roles.get(role, {}).get(index)
+        return address["url"] if address else None
+
+    def forget(self, role: str, index: int) -> None:
+        """Take a role that has died off the list, and what it offered."""
+        with self._changed:
+            self._roles.get(role, {}).pop(index, None)
+            self._offers.pop(f"{role}-{index}", None)
 
     def close(self) -> None:
         """Stop serving; requests that wait are answered with what there is."""
@@ -79,20 +94,19 @@ class RegistryServer:
         if url.path == "/stop":
             return {"reason": self._stop_reason}
         if url.path.startswith("/roles/"):
-            query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-            try:
-                count, wait = int(query.get("count", 1)), float(query.get("wait", 0))
-            except ValueError:
-                raise _Refused(400, "count and wait are numbers") from None
-            if not math.isfinite(wait):
-                raise _Refused(400, "wait is a number of seconds")
+            count, wait = _count_and_wait(url.query)
             return {"roles": self._wait_for(url.path.removeprefix("/roles/"), count, wait)}
+        if url.path.startswith("/offers/"):
+            _, wait = _count_and_wait(url.query)
+            return {"value": self._await_offer(url.path.removeprefix("/offers/"), wait)}
         raise _Refused(404, f"no such path: {url.path}")
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """Answer a POST request."""
         if path == "/roles":
             self._register(body)
+        elif path == "/offers":
+            self._take_offer(body)
         elif path == "/events":
             kind = body.pop("kind", None)
             if not isinstance(kind, str):
@@ -114,14 +128,38 @@ class RegistryServer:
             self._changed.notify_all()
         self._events.append("role_ready", address)
 
-    def _wait_for(self, role: str, count: int, wait: float) -> list[dict[str, Any]]:
-        deadline = time.monotonic() + min(wait, MAX_WAIT_SECONDS)
+    def _take_offer(self, body: dict[str, Any]) -> None:
+        name, value = body.get("name"), body.get("value")
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise _Refused(400, "an offer needs name and value (str)")
         with self._changed:
-            while not self._closed and len(self._roles.get(role, {})) < count:
-                if (left := deadline - time.monotonic()) <= 0:
-                    break
-                self._changed.wait(left)
+            self._offers[name] = value
+            self._changed.notify_all()
+
+    def _wait_for(self, role: str, count: int, wait: float) -> list[dict[str, Any]]:
+        with self._changed:
+            self._wait_until(lambda: len(self._roles.get(role, {})) >= count, wait)
             return [address for _, address in sorted(self._roles.get(role, {}).items())]
+
+    def _await_offer(self, name: str, wait: float) -> str | None:
+        with self._changed:
+            self._wait_until(lambda: name in self._offers, wait)
+            return self._offers.get(name)
+
+    def _wait_until(self, condition: Callable[[], bool], wait: float) -> None:
+        seconds = min(wait, MAX_WAIT_SECONDS)
+        self._changed.wait_for(lambda: self._closed or condition(), seconds)
+
+
+def _count_and_wait(query: str) -> tuple[int, float]:
+    values = {name: values[-1] for name, values in parse_qs(query).items()}
+    try:
+        count, wait = int(values.get("count", 1)), float(values.get("wait", 0))
+    except ValueError:
+        raise _Refused(400, "count and wait are numbers") from None
+    if not math.isfinite(wait):
+        raise _Refused(400, "wait is a number of seconds")
+    return count, wait
 
 
 class _Server(ThreadingHTTPServer):

@@ -60,7 +60,7 @@ def submit_run(options: SubmitOptions, given: Flags, to_come: Mapping[str, str] 
     run_dir.append_submission(layout, {"job_id": "local", "layout": "local", "submitted": now})
     why = "no Slurm on this machine" if shutil.which("sbatch") is None else "no --partition given"
     print(f"{why}: {verb} {layout.name} here, in {layout.root}", flush=True)
-    return _run_here(layout, args, plan)
+    return _run_here(options, args, plan)
 
 
 def describe(plan: JobPlan) -> str:
@@ -135,21 +135,23 @@ def why_it_ended(layout: RunLayout, status: JobStatus) -> str:
     return f"{ended}. {events[-1]['reason'] if events else where}"
 
 
-def _run_here(layout: RunLayout, args: Namespace, plan: JobPlan) -> int:
+def _run_here(options: SubmitOptions, args: Namespace, plan: JobPlan) -> int:
     # Imported late: neither --help nor --dry-run needs them.
     from hpc import local
     from hpc.summary import print_summary
     from hpc.supervisor import Supervisor
     from hpc.view import make_view
 
+    layout = options.layout
     view = make_view(layout, args.num_rollout)
     begun = time.monotonic()
 
     def on_stop(again: bool) -> None:
         view.say("stopping now" if again else "stopping: saving first (press Ctrl-C again to stop at once)")
 
+    supervisor = Supervisor(layout.root, plan, max_engine_restarts=options.max_engine_restarts)
     with view.shown():
-        result = local.run(Supervisor(layout.root, plan), layout.submitit, view.refresh, on_stop)
+        result = local.run(supervisor, layout.submitit, view.refresh, on_stop)
     if result.error:
         print(f"error: {layout.name} failed: {result.error}", file=sys.stderr)
     elif _exit_code(result) == EXIT_INTERRUPTED:

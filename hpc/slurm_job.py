@@ -170,6 +170,7 @@ def _send(job: SlurmJob) -> str:
         layout.root,
         job.plan,
         stop_grace=job.lead - 10.0,
+        max_engine_restarts=job.options.max_engine_restarts,
         srun=tables.srun,
         python=tables.python or sys.executable,
         limits=Limits(job.options.max_restarts, job.options.max_failures),

@@ -7,7 +7,7 @@ node, or `--colocate`, does both.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.flags import Flags
@@ -42,7 +42,8 @@ class Split:
         rollout_nodes: nodes with engines, also if they are the trainer's.
         rollout_gpus: GPUs for engines on each of them.
         rollout_num_gpus: for engines in all.
-        engines_per_node: the last node may have fewer.
+        engines_per_node: the last node may have fewer; 1 if an engine spans nodes.
+        nodes_per_engine: more than 1 if a node has not enough GPUs for an engine.
         first_rollout_gpu: where the engines' GPUs begin, on nodes that they share with the trainer.
     """
 
@@ -54,6 +55,7 @@ class Split:
     rollout_num_gpus: int = 0
     engines_per_node: int = 0
     first_rollout_gpu: int = 0
+    nodes_per_engine: int = 1
 
     @property
     def first_rollout_node(self) -> int:
@@ -81,6 +83,8 @@ class Split:
         if not self.rollout_nodes:
             return f"{_nodes(self.nodes)}, all for training, {ranks}; the run needs no engines"
         engines = f"{self.engines_per_node} engine{'s' * (self.engines_per_node > 1)} each"
+        if self.nodes_per_engine > 1:
+            engines = f"an engine on every {self.nodes_per_engine}"
         if self.layout == "colocated":
             return f"{_nodes(self.nodes)}, each for training ({ranks}) and rollout ({engines})"
         return (
@@ -145,36 +149,74 @@ def _colocated(ask: Ask, ranks: int, node_gpus: int) -> Split:
     available = node_gpus - ranks if apart else ranks
     if not node_gpus:  # processes: as many as are wanted
         available = max(ranks, ask.engine_size, math.ceil((ask.rollout_gpus or 0) / nodes))
-    wanted = ask.rollout_gpus or nodes * (available // ask.engine_size * ask.engine_size)
-    engines = _count_engines(wanted, ask.engine_size, available)
-    per_node = math.ceil(engines / nodes)
-    if per_node * ask.engine_size > max(available, 0):
+    fit = _fit(ask.engine_size, available)
+    if nodes < fit.nodes:
+        raise UserError(
+            f"--rollout-num-gpus-per-engine {ask.engine_size} takes {_nodes(fit.nodes)}, as each has {available} GPUs"
+            f" for engines: --nodes {fit.nodes}, or at most --rollout-num-gpus-per-engine {nodes * available}."
+        )
+    room = nodes // fit.nodes * fit.engines
+    wanted = ask.rollout_gpus or room * ask.engine_size
+    engines = _count_engines(wanted, ask.engine_size)
+    if engines > room:
         raise UserError(
             f"--rollout-num-gpus {wanted} on {_nodes(nodes)} is more than the {available} GPUs that each has for"
-            f" engines. At most --rollout-num-gpus {nodes * (available // ask.engine_size * ask.engine_size)}."
+            f" engines. At most --rollout-num-gpus {room * ask.engine_size}."
         )
-    first = ranks if apart else 0
-    return Split("colocated", nodes, ranks, math.ceil(engines / per_node), per_node * ask.engine_size, wanted,
-                 per_node, first)  # fmt: skip
+    return _with_engines(Split("colocated", nodes, ranks, first_rollout_gpu=ranks if apart else 0), ask, engines,
+                         nodes, fit)  # fmt: skip
 
 
 def _separate(ask: Ask, ranks: int, node_gpus: int) -> Split:
     available = node_gpus or ask.engine_size
     if ask.rollout_gpus and not node_gpus:  # processes: as many on a node as it takes
         available = max(available, math.ceil(ask.rollout_gpus / max(1, (ask.nodes or 2) // 2)))
+    fit = _fit(ask.engine_size, available)
     if ask.rollout_gpus:
-        _count_engines(ask.rollout_gpus, ask.engine_size, available)
-        rollout = math.ceil(ask.rollout_gpus / (available // ask.engine_size * ask.engine_size))
+        engines = _count_engines(ask.rollout_gpus, ask.engine_size)
+        rollout = math.ceil(engines / fit.engines) * fit.nodes
         trainer = ask.actor_nodes or (ask.nodes - rollout if ask.nodes else 1)
     else:
-        trainer = ask.actor_nodes or max(1, (ask.nodes or 2) // 2)
-        rollout = ask.nodes - trainer if ask.nodes else trainer
+        trainer, rollout = _halves(ask, fit.nodes)
+        engines = rollout // fit.nodes * fit.engines
     _check_sum(ask, trainer, rollout)
-    wanted = ask.rollout_gpus or rollout * (available // ask.engine_size * ask.engine_size)
-    per_node = math.ceil(_count_engines(wanted, ask.engine_size, available) / rollout)
-    return Split(
-        ask.placement or "het", trainer, ranks, rollout, per_node * ask.engine_size, wanted, per_node
+    return _with_engines(Split(ask.placement or "het", trainer, ranks), ask, engines, rollout, fit)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """So many engines go on so many nodes; one of the two is 1."""
+
+    engines: int
+    nodes: int
+
+
+def _fit(size: int, available: int) -> _Fit:
+    """Where an engine is larger than a node, it takes the fewest nodes on which it has equally many GPUs."""
+    if size <= available:
+        return _Fit(available // size, 1)
+    return _Fit(1, next(n for n in range(2, size + 1) if size % n == 0 and size // n <= available))
+
+
+def _with_engines(split: Split, ask: Ask, engines: int, nodes: int, fit: _Fit) -> Split:
+    """The split with engines shared out evenly among `nodes`."""
+    per_node = math.ceil(engines / nodes) if fit.nodes == 1 else 1
+    return replace(
+        split,
+        rollout_nodes=math.ceil(engines / per_node) if fit.nodes == 1 else engines * fit.nodes,
+        rollout_gpus=per_node * ask.engine_size // fit.nodes,
+        rollout_num_gpus=engines * ask.engine_size,
+        engines_per_node=per_node,
+        nodes_per_engine=fit.nodes,
     )
+
+
+def _halves(ask: Ask, nodes_per_engine: int) -> tuple[int, int]:
+    """Nodes for the trainer and for whole engines, where nothing says how many GPUs engines are to have."""
+    half = ask.actor_nodes or max(1, (ask.nodes or 2) // 2)
+    rest = ask.nodes - half if ask.nodes else half
+    rollout = max(1, rest // nodes_per_engine) * nodes_per_engine
+    return ask.actor_nodes or (ask.nodes - rollout if ask.nodes else half), rollout
 
 
 def _check_sum(ask: Ask, trainer: int, rollout: int) -> None:
@@ -184,6 +226,8 @@ def _check_sum(ask: Ask, trainer: int, rollout: int) -> None:
     parts += (
         [f"--rollout-num-gpus {ask.rollout_gpus}, which is {_nodes(rollout)},"] if ask.rollout_gpus else []
     )
+    if not ask.rollout_gpus and ask.engine_size > 1:
+        parts += [f"--rollout-num-gpus-per-engine {ask.engine_size}, which takes {_nodes(rollout)},"]
     nearest = max(trainer, 1) + max(rollout, 1)
     raise UserError(
         f"--nodes {ask.nodes} contradicts {' and '.join(parts)} as trainer and engines need nodes of their own:"
@@ -191,12 +235,7 @@ def _check_sum(ask: Ask, trainer: int, rollout: int) -> None:
     )
 
 
-def _count_engines(gpus: int, size: int, available: int) -> int:
-    if size > available:
-        raise UserError(
-            f"--rollout-num-gpus-per-engine {size}: a node has {available} GPUs for engines, and engines that span"
-            f" nodes are not supported yet. At most --rollout-num-gpus-per-engine {available}."
-        )
+def _count_engines(gpus: int, size: int) -> int:
     if gpus % size:
         below = gpus // size * size
         raise UserError(

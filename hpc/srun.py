@@ -117,7 +117,10 @@ class SrunLauncher:
     def start(self, process: RoleProcess, env: Mapping[str, str], log_dir: Path) -> Handle:
         """See `Launcher`."""
         gpus = process.placement.gpus if process.placement else None
-        spec = make_spec(process.role, process.index, process.argv, log_dir, gpus, process.role == MAIN_ROLE)
+        ranks = process.role == MAIN_ROLE
+        spec = make_spec(
+            process.role, process.index, process.argv, log_dir, gpus, ranks=ranks, spans=process.spans
+        )
         command = step_command(process, self.allocation, spec, self.extra, self.python)
         srun_log = log_dir / f"srun-{process.name}.log"
         return _start(
@@ -159,6 +162,7 @@ def srun_env(env: Mapping[str, str]) -> dict[str, str]:
 
 def _start(command: Sequence[str], env: Mapping[str, str], log: Path, task_logs: list[Path]) -> _StepHandle:
     with log.open("ab") as output:
+        begun = output.tell()
         process = subprocess.Popen(
             command,
             env=srun_env(env),
@@ -168,7 +172,7 @@ def _start(command: Sequence[str], env: Mapping[str, str], log: Path, task_logs:
             start_new_session=True,
             preexec_fn=processes.die_with_parent(signal.SIGTERM),
         )
-    return _StepHandle(process, log, task_logs)
+    return _StepHandle(process, log, task_logs, begun)
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,7 @@ class _StepHandle:
     process: subprocess.Popen[bytes]
     log: Path  # what srun says
     task_logs: list[Path]
+    begun: int  # where in the log; before it, what was said of a step that this one replaces
 
     @property
     def pid(self) -> int:
@@ -214,6 +219,14 @@ class _StepHandle:
         code = self.process.poll()
         return code if code is None or code <= 128 else 128 - code
 
+    def has_ended(self) -> bool:
+        """Whether srun has, which waits for all tasks."""
+        return self.process.poll() is not None
+
+    def lost_a_node(self) -> bool:
+        """Whether srun says so."""
+        return bool(_NODE_FAILED.search(self._said()))
+
     def failed_log(self) -> Path:
         """Of the first task that failed, or srun's own if no task had begun."""
         bad = self._failures()
@@ -222,9 +235,12 @@ class _StepHandle:
         return log if log.exists() else self.log
 
     def _failures(self) -> list[TaskExit]:
-        return [
-            each for each in parse_exits(self.log.read_text(errors="replace")) if each.code != EXIT_REQUEUE
-        ]
+        return [each for each in parse_exits(self._said()) if each.code != EXIT_REQUEUE]
+
+    def _said(self) -> str:
+        with self.log.open("rb") as file:
+            file.seek(self.begun)
+            return file.read().decode(errors="replace")
 
     def terminate(self) -> None:
         """srun kills the tasks, which have nothing to save."""

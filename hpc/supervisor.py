@@ -6,6 +6,7 @@ top to bottom, is in `Supervisor.__call__`; the watching is in `hpc/watch.py`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import secrets
@@ -21,10 +22,12 @@ from hpc.eventlog import EventLog, StatusFile
 from hpc.launcher import Launcher, LocalLauncher
 from hpc.layout import RunLayout
 from hpc.lock import hold_lock
-from hpc.plan import JobPlan
+from hpc.plan import JobPlan, RoleProcess
 from hpc.registry import RegistryServer
+from hpc.revive import Revival
+from hpc.roles import JobFailedError, RunningRole
 from hpc.signals import SignalPipe
-from hpc.watch import JobFailedError, Outcome, RunningRole, Watch
+from hpc.watch import Outcome, Watch
 
 __all__ = ["JobFailedError", "Supervisor"]
 
@@ -39,6 +42,7 @@ class Supervisor:
     plan: JobPlan
     stop_grace: float = 120.0  # seconds for the trainer to save and exit after a stop was asked for
     kill_grace: float = 5.0  # seconds from SIGTERM to SIGKILL
+    max_engine_restarts: int = 3  # of each engine, and of the router, within the attempt
 
     def __call__(self) -> dict[str, Any]:
         """Run until the trainers are done, one role dies, or a signal asks to stop.
@@ -81,32 +85,16 @@ class Supervisor:
                 "SLURMLIME_TOKEN": token,
             }
             log_dir = layout.log_dir(attempt)
-            self._start(launcher, env, log_dir, events, roles)
+            start = functools.partial(_start, launcher, env, log_dir, events)
+            for process in self.plan.processes:
+                roles.append(start(process, {}))
             canary = launcher.start_canary(env, log_dir)
-            watch = Watch(roles, registry, events, status, signals, self.stop_grace, canary)
+            revival = Revival(start, registry, self.max_engine_restarts)
+            watch = Watch(roles, revival, registry, events, status, signals, self.stop_grace, canary)
             return watch.until_over()
         finally:
             self._stop_all(roles, launcher)
             registry.close()
-
-    def _start(
-        self,
-        launcher: Launcher,
-        env: Mapping[str, str],
-        log_dir: Path,
-        events: EventLog,
-        roles: list[RunningRole],
-    ) -> None:
-        for process in self.plan.processes:
-            own = {"SLURMLIME_ROLE": process.role, "SLURMLIME_INDEX": str(process.index)}
-            handle = launcher.start(process, {**env, **own}, log_dir)
-            roles.append(RunningRole(process, handle))
-            logger.info("started %s, process %d: %s", process.name, handle.pid, " ".join(process.argv))
-            for index, name in enumerate(process.names, process.index):
-                log = str(log_dir / f"{name}.log")
-                events.append(
-                    "role_started", {"role": process.role, "index": index, "pid": handle.pid, "log": log}
-                )
 
     def _launcher(self) -> Launcher:
         return LocalLauncher()
@@ -127,6 +115,25 @@ class Supervisor:
             logger.error("these processes could not be ended: %s", left)
         for role in roles:
             logger.info("%s ended with %s", role.process.name, role.handle.poll())
+
+
+def _start(
+    launcher: Launcher,
+    env: Mapping[str, str],
+    log_dir: Path,
+    events: EventLog,
+    process: RoleProcess,
+    more: Mapping[str, str],
+) -> RunningRole:
+    """Start a role with `more` variables than all have."""
+    own = {"SLURMLIME_ROLE": process.role, "SLURMLIME_INDEX": str(process.index)}
+    handle = launcher.start(process, {**env, **own, **more}, log_dir)
+    logger.info("started %s, process %d: %s", process.name, handle.pid, " ".join(process.argv))
+    for name in process.names[:1] if process.spans else process.names:
+        fields = {"role": process.role, "index": process.index_of(name), "pid": handle.pid}
+        restarts = {"restarts": int(more["SLURMLIME_RESTARTS"])} if "SLURMLIME_RESTARTS" in more else {}
+        events.append("role_started", {**fields, **restarts, "log": str(log_dir / f"{name}.log")})
+    return RunningRole(process, handle)
 
 
 def _begin_attempt(layout: RunLayout) -> int:

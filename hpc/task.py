@@ -20,7 +20,14 @@ _ANNOUNCEMENTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def make_spec(
-    role: str, first_index: int, argv: Sequence[str], log_dir: Path, gpus: tuple[int, int] | None, ranks: bool
+    role: str,
+    first_index: int,
+    argv: Sequence[str],
+    log_dir: Path,
+    gpus: tuple[int, int] | None,
+    *,
+    ranks: bool = False,
+    spans: bool = False,
 ) -> str:
     """The word that `main` understands.
 
@@ -31,6 +38,7 @@ def make_spec(
         log_dir: where its log goes.
         gpus: the first GPU and the number of GPUs that the tasks on a node see; None for none.
         ranks: whether the tasks are ranks of torch.distributed.
+        spans: whether the tasks are the parts of one engine, a node each; they share its index.
     """
     return json.dumps(
         {
@@ -40,6 +48,7 @@ def make_spec(
             "log_dir": str(log_dir),
             "gpus": gpus,
             "ranks": ranks,
+            "spans": spans,
         }
     )
 
@@ -47,7 +56,9 @@ def make_spec(
 def task_env(spec: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, str]:
     """Variables of one task, from what Slurm says about it in `env`."""
     rank, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"])
-    own = {"SLURMLIME_INDEX": str(spec["index"] + rank)}
+    own = {"SLURMLIME_INDEX": str(spec["index"] if spec["spans"] else spec["index"] + rank)}
+    if spec["spans"]:
+        own |= {"SLURMLIME_NODE_RANK": str(rank), "SLURMLIME_NNODES": env["SLURM_NTASKS"]}
     if spec["ranks"]:
         world_size = int(env["SLURM_NTASKS"])
         local_world_size = world_size // int(env["SLURM_NNODES"])
@@ -64,7 +75,9 @@ def main() -> NoReturn:
     """Become the role."""
     spec = json.loads(sys.argv[1])
     env = task_env(spec, os.environ)
-    log = Path(spec["log_dir"]) / f"{spec['role']}-{env['SLURMLIME_INDEX']}.log"
+    node = env.get("SLURMLIME_NODE_RANK", "0")
+    name = f"{spec['role']}-{env['SLURMLIME_INDEX']}" + ("" if node == "0" else f".node{node}")
+    log = Path(spec["log_dir"]) / f"{name}.log"
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)

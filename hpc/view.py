@@ -90,6 +90,7 @@ def describe_event(event: Record) -> str | None:
     who = f"{event.get('role')}-{event.get('index')}"
     return {
         "attempt_started": f"attempt {event.get('attempt')} started",
+        "role_started": f"{who} is started again" if event.get("restarts") else None,
         "role_ready": f"{who} is ready",
         "role_died": f"{who} died (exit code {event.get('exit_code')})",
         "checkpoint_saved": f"checkpoint saved after step {event.get('step', '?')}",

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from hpc.eventlog import EventLog, StatusFile
 from hpc.launcher import Handle
-from hpc.plan import MAIN_ROLE, RoleProcess
+from hpc.plan import MAIN_ROLE
 from hpc.registry import RegistryServer
+from hpc.revive import Revival
+from hpc.roles import EXIT_REQUEUE, RunningRole, describe_exit, failure, is_death
 from hpc.signals import SignalPipe
-
-# Exit codes of roles.
-EXIT_REQUEUE = 75  # saved, wants to run again
-EXIT_NEVER_RESTART = 93  # running again would fail the same way
-LAST_LINES = 20
 
 _NOTHING_TO_SAVE = ("starting", "loading")  # phases
 # A rank may need a moment to exit after the others have; one that hangs there has nothing left to do.
@@ -28,32 +23,6 @@ _STRAGGLER_SECONDS = 30.0
 _POLL_SECONDS = 1.0
 
 logger = logging.getLogger("slurmlime.supervisor")
-
-
-class JobFailedError(RuntimeError):
-    """A role died. The message names it, its exit code and its log, and shows the log's last lines.
-
-    Attributes:
-        never_restart: it said that running again would fail in the same way.
-    """
-
-    def __init__(self, message: str, never_restart: bool = False) -> None:
-        super().__init__(message)
-        self.never_restart = never_restart
-
-
-@dataclass(frozen=True, eq=False)
-class RunningRole:
-    """A role's process, or several that were started together."""
-
-    process: RoleProcess
-    handle: Handle
-
-    @property
-    def failed(self) -> str:
-        """Name of the process that failed first."""
-        name = self.handle.failed_log().stem
-        return name if name in self.process.names else self.process.name
 
 
 @dataclass(frozen=True)
@@ -67,11 +36,12 @@ class Outcome:
 
 
 class Watch:
-    """Waits for exits and signals; neither starts nor ends a process."""
+    """Waits for exits and signals; starts no process but engines that died."""
 
     def __init__(
         self,
         roles: list[RunningRole],
+        revival: Revival,
         registry: RegistryServer,
         events: EventLog,
         status: StatusFile,
@@ -79,14 +49,14 @@ class Watch:
         stop_grace: float,
         canary: Handle | None = None,
     ) -> None:
-        self._roles, self._canary = roles, canary
+        self._roles, self._revival, self._canary = roles, revival, canary
         self._registry, self._events, self._status, self._signals = registry, events, status, signals
         self._stop_grace = stop_grace
         self._stop_reason: str | None = None
         self._stop_signal: str | None = None
         self._deadline = float("inf")
         self._interrupts = 0
-        self._reported: set[str] = set()
+        self._reported: set[RunningRole] = set()
 
     def until_over(self) -> Outcome:
         """Wait until the attempt is over.
@@ -127,14 +97,24 @@ class Watch:
         for role in dead:
             self._report_death(role, codes[role])
         if trainers := [role for role in dead if role.process.role == MAIN_ROLE]:
-            raise _failure(trainers)
+            raise failure(trainers)
         if outcome := self._verdict([code for role, code in codes.items() if role.process.role == MAIN_ROLE]):
             return outcome
-        if (
-            dead and self._stop_reason is None
-        ):  # while stopping, a trainer may save although an engine is gone
-            raise _failure(dead)
+        if self._stop_reason is None:  # while stopping, a trainer may save although an engine is gone
+            self._revive(dead)
         return None
+
+    def _revive(self, dead: list[RunningRole]) -> None:
+        """Start again what may be; the death of any other role is the end.
+
+        Raises:
+            JobFailedError: that of one has come.
+        """
+        lost = [role for role in dead if not self._revival.takes(role, role.handle.poll() or 0)]
+        if lost:
+            raise failure(lost, self._revival.count(lost[0].process))
+        for old, new in self._revival.start_due().items():
+            self._roles[self._roles.index(old)] = new
 
     def _verdict(self, main: list[int | None]) -> Outcome | None:
         over = [code for code in main if code is not None]
@@ -151,55 +131,9 @@ class Watch:
         return Outcome("stopped", self._stop_reason or "", saved=False, signal=self._stop_signal)
 
     def _report_death(self, role: RunningRole, code: int | None) -> None:
-        if role.process.name in self._reported:
+        if role in self._reported:
             return
-        self._reported.add(role.process.name)
+        self._reported.add(role)
         logger.error("%s %s", role.failed, describe_exit(code))
-        names = role.process.names
-        index = role.process.index + (names.index(role.failed) if role.failed in names else 0)
-        who = {"role": role.process.role, "index": index}
+        who = {"role": role.process.role, "index": role.process.index_of(role.failed)}
         self._events.append("role_died", {**who, "exit_code": code, "log": str(role.handle.failed_log())})
-
-
-def is_death(process: RoleProcess, code: int) -> bool:
-    """Whether an exit code is bad news: only a trainer may end by itself, done or saved."""
-    return process.role != MAIN_ROLE or code not in (0, EXIT_REQUEUE)
-
-
-def _failure(dead: list[RunningRole]) -> JobFailedError:
-    never = any(role.handle.poll() == EXIT_NEVER_RESTART for role in dead)
-    return JobFailedError(describe_deaths(dead), never)
-
-
-def describe_deaths(dead: list[RunningRole]) -> str:
-    """One paragraph on the role that died first, the last lines of its log, and who went with it.
-
-    When one rank dies the others soon lose their connection: the log that fell silent first is the cause.
-    """
-    first, *others = sorted(dead, key=lambda role: role.handle.failed_log().stat().st_mtime)
-    log = first.handle.failed_log()
-    tail = last_lines(log, LAST_LINES)
-    shown = "\n".join(f"  | {line}" for line in tail) if tail else "  (the log is empty)"
-    text = f"{first.failed} {describe_exit(first.handle.poll())}. Its log, {log}, ends:\n{shown}"
-    also = ", ".join(
-        f"{role.failed} {describe_exit(role.handle.poll())} ({role.handle.failed_log()})" for role in others
-    )
-    return f"{text}\nAfter it, {also}." if also else text
-
-
-def describe_exit(code: int | None) -> str:
-    """An exit code in words."""
-    if code is None:
-        return "is running"
-    if code >= 0:
-        return f"exited with code {code}"
-    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-code).name}{hint}"
-
-
-def last_lines(path: Path, count: int, max_bytes: int = 64 * 1024) -> list[str]:
-    """The last lines of a text file, looking at no more than `max_bytes` of it."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(max(0, size - max_bytes))
-        return file.read().decode(errors="replace").splitlines()[-count:]

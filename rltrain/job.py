@@ -18,7 +18,7 @@ import torch.distributed as dist
 from rltrain.megatron.distributed import control_group
 from rltrain.rollout.client import RolloutClient
 from rltrain.runtime import Registry, RoleContext
-from rltrain.sglang.adapter import HttpServerEngineAdapter
+from rltrain.sglang.engines import JobEngine, find_engines
 from rltrain.tracking import Tracker
 
 T = TypeVar("T")
@@ -36,7 +36,6 @@ class Job:
         self._args, self._context, self._registry = args, context, registry
         self._tracker = Tracker(args, context.layout, context.attempt) if dist.get_rank() == 0 else None
         self._rollout: RolloutClient | None = None
-        self.engines: list[HttpServerEngineAdapter] = []
 
     def connect(self) -> None:
         """Wait until rollout process and engines are ready."""
@@ -47,8 +46,11 @@ class Job:
         self._rollout = RolloutClient(self._registry.wait_for("rollout")[0].url, self._context.auth)
         if not self._args.debug_train_only:
             count = self._args.rollout_num_gpus // self._args.rollout_num_gpus_per_engine
-            addresses = self._registry.wait_for("engine", count)
-            self.engines = [HttpServerEngineAdapter(each.url, self._context.token) for each in addresses]
+            self._registry.wait_for("engine", count)
+
+    def find_engines(self) -> list[JobEngine]:
+        """The engines that are ready now; for rank 0."""
+        return find_engines(self._registry, self._context.token)
 
     def rollout(self, call: Callable[[RolloutClient], T]) -> T:
         """The result of one call to the rollout process."""

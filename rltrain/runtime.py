@@ -47,6 +47,10 @@ class RoleContext:
     index: int
     registry_url: str
     token: str
+    restarts: int = 0  # of this process within the attempt
+    replaces: str | None = None  # URL at which the one before listened
+    node_rank: int = 0  # of a process that spans nodes
+    nnodes: int = 1
 
     @classmethod
     def from_env(cls) -> RoleContext:
@@ -63,6 +67,10 @@ class RoleContext:
                 index=int(os.environ["SLURMLIME_INDEX"]),
                 registry_url=os.environ["SLURMLIME_REGISTRY"],
                 token=os.environ["SLURMLIME_TOKEN"],
+                restarts=int(os.environ.get("SLURMLIME_RESTARTS", 0)),
+                replaces=os.environ.get("SLURMLIME_REPLACES") or None,
+                node_rank=int(os.environ.get("SLURMLIME_NODE_RANK", 0)),
+                nnodes=int(os.environ.get("SLURMLIME_NNODES", 1)),
             )
         except KeyError as error:
             raise RuntimeError(
@@ -128,6 +136,25 @@ class Registry:
         """The instances of `role` that are ready now, by index."""
         answer = self._call("GET", f"/roles/{role}?count=0&wait=0")
         return [RoleAddress(**entry) for entry in answer["roles"]]
+
+    def offer(self, name: str, value: str) -> None:
+        """Leave a word for those that `await_offer`; one of this name is replaced."""
+        self._call("POST", "/offers", {"name": name, "value": value})
+
+    def await_offer(self, name: str, timeout: float = 600.0) -> str:
+        """The word that another process offers under `name`.
+
+        Raises:
+            TimeoutError: nobody has within `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            wait = max(0.0, min(_LONG_POLL_SECONDS, deadline - time.monotonic()))
+            answer = self._call("GET", f"/offers/{name}?wait={wait:.3f}", timeout=wait + 30)
+            if answer["value"] is not None:
+                return answer["value"]
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"nobody offered {name} within {timeout:.0f} s")
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append an event to the run's `events.jsonl`."""

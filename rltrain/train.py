@@ -75,7 +75,7 @@ def is_due(interval: int | None, rollout_id: int) -> bool:
 def push_weights(actor: MegatronTrainActor, job: Job, version: int) -> None:
     """Give the engines the actor's weights as `version`: the number of rollouts that they were trained on."""
     job.status("weights", version)
-    actor.update_weights(job.engines, version)
+    actor.update_weights(job.find_engines, version)
     job.rollout(lambda client: client.weights(version))
 
 

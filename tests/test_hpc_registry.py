@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hpc import watch
+from hpc import roles
 from hpc.eventlog import EventLog, StatusFile
 from hpc.registry import MAX_BODY_BYTES, RegistryServer
 from rltrain import runtime
@@ -148,4 +148,4 @@ def test_closing_answers_those_who_wait(tmp_path: Path) -> None:
 
 
 def test_both_sides_mean_the_same_exit_code() -> None:
-    assert watch.EXIT_REQUEUE == runtime.EXIT_REQUEUE
+    assert roles.EXIT_REQUEUE == runtime.EXIT_REQUEUE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -10,21 +11,25 @@ from helpers.megatron import init_single_process, make_actor, make_args, tiny_co
 from safetensors.torch import load_file
 
 from rltrain.weights import hf_directory
+from rltrain.weights.current import current_weights, weight_version
 from rltrain.weights.disk import push_weights
 
 
 class Engine:
-    def __init__(self, fails: bool = False) -> None:
+    def __init__(self, error: Exception | None = None, dead: bool = False) -> None:
         self.calls: list[str] = []
         self.loaded: dict[str, torch.Tensor] = {}
-        self._fails = fails
+        self._error, self._dead = error, dead
+
+    def has_died(self) -> bool:
+        return self._dead
 
     def pause_generation(self) -> None:
         self.calls.append("pause")
 
     def update_weights_from_disk(self, path: str, weight_version: str) -> None:
-        if self._fails:
-            raise RuntimeError("no space")
+        if self._error:
+            raise self._error
         self.loaded = load_file(Path(path) / "model.safetensors")
         self.calls.append(f"update {weight_version}")
 
@@ -42,28 +47,46 @@ def test_every_engine_loads_and_old_versions_go(model_dir: Path, tmp_path: Path)
     (model_dir / "tokenizer.json").write_text("{}")
     actor = make_actor(make_args(model_dir), tmp_path)
     engines = [Engine(), Engine()]
-    for version in (11, 12):
-        actor.update_weights(engines, version)
+    for version in (10, 11, 12):
+        actor.update_weights(lambda: engines, version)
     for engine in engines:
-        assert engine.calls[3:] == ["pause", "update 12", "continue"]
+        assert engine.calls[6:] == ["pause", "update 12", "continue"]
         assert all(
             torch.equal(engine.loaded[k], v) for k, v in load_file(model_dir / "model.safetensors").items()
         )
     root = tmp_path / "weights"
-    assert [path.name for path in root.iterdir()] == ["v000012"]
+    # The one before stays for an engine that was started again and may be reading it.
+    assert {path.name for path in root.iterdir()} == {"v000011", "v000012", "current"}
+    assert current_weights(root) == root / "v000012" and weight_version(root / "v000012") == 12
     assert (root / "v000012" / "tokenizer.json").exists() and (root / "v000012" / "config.json").exists()
     assert actor._registry.events[-1] == ("weights_updated", {"version": 12})
 
 
 def test_an_engine_that_fails_is_reported_and_goes_on(tmp_path: Path, model_dir: Path) -> None:
-    good, bad = Engine(), Engine(fails=True)
+    good, bad = Engine(), Engine(RuntimeError("no space"))
     with pytest.raises(RuntimeError, match="no space"):
-        push_weights(tmp_path, 1, [("a", torch.zeros(2))], model_dir, [bad, good])
+        push_weights(tmp_path, 1, [("a", torch.zeros(2))], model_dir, lambda: [bad, good])
     assert bad.calls[-1] == good.calls[-1] == "continue"
 
 
+def test_an_engine_that_dies_meanwhile_is_left_to_its_successor(tmp_path: Path, model_dir: Path) -> None:
+    good, dead = Engine(), Engine(URLError(ConnectionResetError()), dead=True)
+
+    def find_engines() -> list[Engine]:
+        assert (
+            current_weights(tmp_path) == tmp_path / "v000001"
+        )  # else a successor could miss the new weights
+        return [dead, good]
+
+    push_weights(tmp_path, 1, [("a", torch.zeros(2))], model_dir, find_engines)
+    assert "update 1" in good.calls
+    silent = Engine(URLError(TimeoutError()))
+    with pytest.raises(URLError):  # it may go on generating with old weights
+        push_weights(tmp_path, 2, [("a", torch.zeros(2))], model_dir, lambda: [silent, good])
+
+
 def test_nothing_is_written_without_engines_to_read_it(model_dir: Path, tmp_path: Path) -> None:
-    make_actor(make_args(model_dir, debug_train_only=True), tmp_path).update_weights([], 1)
+    make_actor(make_args(model_dir, debug_train_only=True), tmp_path).update_weights(list, 1)
     assert not (tmp_path / "weights").exists()
 
 

@@ -127,7 +127,7 @@ def test_a_job_finishes(run: FakeRun, layout: str) -> None:
 
 
 def test_role_that_dies_ends_the_job_in_seconds(run: FakeRun) -> None:
-    code, _, err = run.finish("--nodes=4", engine=["serve", "die"], steps=1000)
+    code, _, err = run.finish("--nodes=4", "--max-engine-restarts=0", engine=["serve", "die"], steps=1000)
     assert code == 1
     assert "engine-1 exited with code 3" in err and "the engine has no memory left" in err
     died, finished = run.events("role_died")[0], run.events("attempt_finished")[0]
@@ -136,6 +136,16 @@ def test_role_that_dies_ends_the_job_in_seconds(run: FakeRun) -> None:
     assert wait_for(run.cluster, run.entries()[-1]["job_id"]).state is JobState.FAILED
     with pytest.raises(Exception, match="the engine has no memory left"):
         run.job().result()
+
+
+def test_engine_that_dies_is_started_again_alone(run: FakeRun) -> None:
+    code, out, err = run.finish("--nodes=4", engine=["serve", "die_once"], steps=60)
+    assert code == 0, err + run.output()
+    assert "engine-1 is started again" in out
+    assert [(e["role"], e["index"]) for e in run.events("role_died")] == [("engine", 1)]
+    ready = [e["host"] for e in run.events("role_ready") if (e["role"], e["index"]) == ("engine", 1)]
+    assert len(ready) == 2 and ready[0] == ready[1]
+    assert run.steps() == list(range(60)) and len(run.events("attempt_started")) == 1
 
 
 def test_rank_that_dies_is_named(run: FakeRun) -> None:

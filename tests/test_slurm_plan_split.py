@@ -40,6 +40,13 @@ def split(
         ({"nodes": 2, "gpus": 0}, ("het", 1, 1, 1, 1, 1)),
         ({"nodes": 2, "gpus": 0, "rollout_num_gpus": 3}, ("het", 1, 1, 1, 3, 3)),
         ({"nodes": 2, "rollout_num_gpus_per_engine": 3}, ("het", 1, 8, 1, 6, 2)),
+        # engines that span nodes
+        ({"nodes": 4, "rollout_num_gpus_per_engine": 16}, ("het", 2, 8, 2, 8, 1)),
+        ({"nodes": 4, "rollout_num_gpus_per_engine": 12}, ("het", 2, 8, 2, 6, 1)),
+        ({"nodes": 5, "rollout_num_gpus_per_engine": 24}, ("het", 2, 8, 3, 8, 1)),
+        ({"nodes": 6, "rollout_num_gpus_per_engine": 16}, ("het", 4, 8, 2, 8, 1)),
+        ({"rollout_num_gpus": 32, "rollout_num_gpus_per_engine": 16}, ("het", 1, 8, 4, 8, 1)),
+        ({"nodes": 2, "colocate": True, "rollout_num_gpus_per_engine": 16}, ("colocated", 2, 8, 2, 8, 1)),
     ],
 )
 def test_splits(asked: dict, expected: tuple) -> None:
@@ -75,7 +82,9 @@ def test_a_run_without_engines() -> None:
         ({"nodes": 4, "colocate": True, "actor_num_nodes": 3}, "--nodes 3"),
         ({"nodes": 2, "actor_num_gpus_per_node": 9}, "no node there has more than 8"),
         ({"nodes": 2, "rollout_num_gpus": 7, "rollout_num_gpus_per_engine": 2}, "6 or 8 would be"),
-        ({"nodes": 4, "rollout_num_gpus_per_engine": 16}, "span nodes are not supported yet.*engine 8"),
+        ({"nodes": 2, "rollout_num_gpus_per_engine": 16}, "engine 16, which takes 2 nodes.*--nodes 3"),
+        ({"nodes": 4, "actor_num_nodes": 1, "rollout_num_gpus_per_engine": 16}, "takes --nodes 3"),
+        ({"nodes": 1, "rollout_num_gpus_per_engine": 16}, "takes 2 nodes.*--nodes 2, or at most .*engine 8"),
         ({"nodes": 2, "colocate": True, "rollout_num_gpus": 24}, "At most --rollout-num-gpus 16"),
         ({"nodes": 2, "colocate": True, "placement": "het"}, "contradicts"),
         ({"nodes": 2, "actor_num_nodes": 0}, "at least 1"),
@@ -121,7 +130,8 @@ def test_every_split_holds_what_was_asked_for(ask: Ask, gpus: int) -> None:
         if process.role == "engine":
             assert where.gpus is not None
             first, count = where.gpus
-            taken.update((where.nodes[0], gpu) for gpu in range(first, first + count))
+            taken.update((node, gpu) for node in where.nodes for gpu in range(first, first + count))
+            assert count * len(where.nodes) == ask.engine_size
             assert not gpus or first + count <= gpus
     assert max(taken.values()) == 1 and len(taken) == s.rollout_num_gpus
 
@@ -135,3 +145,14 @@ def test_plan_of_a_heterogeneous_job() -> None:
     assert by_name["engine-1"].placement.gpus == (2, 2)
     assert by_name["trainer-[0-3]"].placement.tasks_per_node == 4
     assert by_name["trainer-[0-3]"].names == ("trainer-0", "trainer-1", "trainer-2", "trainer-3")
+
+
+def test_plan_of_engines_that_span_nodes() -> None:
+    args = argparse.Namespace(debug_train_only=False, rollout_num_gpus=16, rollout_num_gpus_per_engine=8)
+    s = split(nodes=5, gpus=4, rollout_num_gpus_per_engine=8, rollout_num_gpus=16)
+    assert "an engine on every 2" in s.explain()
+    by_name = {process.name: process for process in make_slurm_plan(args, s, "py").processes}
+    assert list(by_name) == ["router-0", "engine-0", "engine-1", "rollout-0", "trainer-[0-3]"]
+    engine = by_name["engine-1"]
+    assert (engine.placement.nodes, engine.placement.gpus, engine.count) == ((2, 3), (0, 4), 2)
+    assert engine.names == ("engine-1", "engine-1.node1") and engine.index_of("engine-1.node1") == 1

@@ -46,7 +46,7 @@ def test_finishes_and_says_what_next(job: Job) -> None:
 
 def test_role_that_dies_ends_the_job(job: Job) -> None:
     begun = time.monotonic()
-    code, _, err = job.finish(steps=1000, engine=["leak", "die"])
+    code, _, err = job.finish("--max-engine-restarts=0", steps=1000, engine=["leak", "die"])
 
     assert code == 1
     assert time.monotonic() - begun < 15
@@ -59,6 +59,34 @@ def test_role_that_dies_ends_the_job(job: Job) -> None:
     (died,) = job.events("role_died")
     assert (died["role"], died["index"], died["exit_code"]) == ("engine", 1, 3)
     assert job.events("attempt_finished")[0]["state"] == "failed"
+
+
+def test_engine_that_dies_is_started_again_alone(job: Job) -> None:
+    code, out, err = job.finish(steps=60, engine=["serve", "die_once"])
+
+    assert (code, err) == (0, "")
+    assert "engine-1 died (exit code 3)" in out and "engine-1 is started again" in out
+    assert "start 1 in place of http://127.0.0.1:1" in (job.layout.log_dir(0) / "engine-1.log").read_text()
+    assert job.steps() == list(range(60))
+    assert len(job.events("attempt_started")) == len(job.events("role_died")) == 1
+    assert [event["restarts"] for event in job.events("role_started") if "restarts" in event] == [1]
+    assert job.living() == []
+
+
+def test_engine_that_dies_again_and_again_ends_the_job(job: Job) -> None:
+    code, _, err = job.finish("--max-engine-restarts=1", steps=1000, engine=["serve", "die"])
+
+    assert code == 1
+    assert "engine-1 exited with code 3" in err and "started again 1 time (--max-engine-restarts)" in err
+    assert len(job.events("role_died")) == 2
+    assert job.living() == []
+
+
+def test_engine_that_was_never_ready_is_not_started_again(job: Job) -> None:
+    code, _, err = job.finish(steps=1000, engine=["serve", "no_such_behaviour"])
+
+    assert code == 1 and "engine-1 exited with code 1" in err
+    assert len(job.events("role_died")) == 1
 
 
 def test_ctrl_c_saves_and_the_next_start_resumes(job: Job) -> None:

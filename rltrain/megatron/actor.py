@@ -24,7 +24,7 @@ from rltrain.megatron.reference import ReferenceWeights
 from rltrain.megatron.start import initial_source, load_source, reference_source, resume
 from rltrain.megatron.trained_model import TrainedModel
 from rltrain.runtime import Registry, RoleContext
-from rltrain.weights.disk import EngineClient, push_weights
+from rltrain.weights.disk import PushTarget, push_weights
 from rltrain.weights.hf_directory import write_hf_directory
 
 
@@ -95,12 +95,12 @@ class MegatronTrainActor:
         template = Path(self.args.hf_checkpoint)
         self._stream_weights(lambda tensors: write_hf_directory(directory, tensors, template))
 
-    def update_weights(self, engines: Sequence[EngineClient], version: int) -> None:
-        """Have every engine load the present weights; only rank 0 has use for `engines`."""
+    def update_weights(self, find_engines: Callable[[], Sequence[PushTarget]], version: int) -> None:
+        """Have every engine load the present weights; only rank 0 asks `find_engines` for them."""
         if self.args.debug_train_only:
             return
         root, template = self._layout.weights, Path(self.args.hf_checkpoint)
-        self._stream_weights(lambda tensors: push_weights(root, version, tensors, template, engines))
+        self._stream_weights(lambda tensors: push_weights(root, version, tensors, template, find_engines))
         self._event("weights_updated", version=version)
 
     def _load_reference(self) -> ReferenceWeights | None:

@@ -78,6 +78,15 @@ class HttpServerEngineAdapter:
         assert self._process is not None, "the server is not a child of this process"
         return self._process.pid
 
+    def wait(self) -> NoReturn:
+        """Wait for a server of our own to end, which it should not do by itself.
+
+        Raises:
+            ServerDiedError: always, when it has ended.
+        """
+        assert self._process is not None, "the server is not a child of this process"
+        self._process.wait()
+
     def watch(
         self, limits: HealthLimits, is_loading: Callable[[], bool], tick: Callable[[], object]
     ) -> NoReturn:

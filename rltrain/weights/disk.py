@@ -10,20 +10,15 @@ from typing import Protocol
 
 from torch import Tensor
 
+from rltrain.weights.current import EngineClient, current_weights, load_weights, set_current
 from rltrain.weights.hf_directory import write_hf_directory
 
 
-class EngineClient(Protocol):
-    """What is needed of `rltrain.sglang.adapter.HttpServerEngineAdapter`."""
+class PushTarget(EngineClient, Protocol):
+    """What is needed of `rltrain.sglang.engines.JobEngine`."""
 
-    def pause_generation(self) -> object:
-        """Hold requests back; those that run keep their tokens and nothing that the old weights computed."""
-
-    def update_weights_from_disk(self, path: str, weight_version: str) -> object:
-        """Load new weights, forget what the old ones computed, and report this version from then on."""
-
-    def continue_generation(self) -> object:
-        """Let requests go on."""
+    def has_died(self) -> bool:
+        """Whether it is gone for good; one that takes its place loads the current weights by itself."""
 
 
 def push_weights(
@@ -31,33 +26,40 @@ def push_weights(
     version: int,
     tensors: Iterable[tuple[str, Tensor]],
     template: Path,
-    engines: Sequence[EngineClient],
+    find_engines: Callable[[], Sequence[PushTarget]],
 ) -> Path:
-    """Write `root/v000012`, have every engine load it, and remove the versions before.
+    """Write `root/v000012`, make it the current version, and have every engine load it.
 
-    An engine that fails to load ends the update with its error; the others go on generating.
+    The version before stays until the next push: an engine that was started again may be reading it. For the same
+    reason engines are looked up when the new version is there: one that is not yet to be found will look for itself.
+    An engine that fails to load ends the update with its error, unless it has died; the others go on generating.
 
     Returns:
         The directory written.
     """
+    _remove_all_but(current_weights(root), root)
     directory = root / f"v{version:06d}"
     write_hf_directory(directory, tensors, template)
+    set_current(directory)
 
-    def update(engine: EngineClient) -> None:
-        engine.pause_generation()
+    def update(engine: PushTarget) -> None:
         try:
-            engine.update_weights_from_disk(str(directory), str(version))
-        finally:
-            engine.continue_generation()
+            load_weights(engine, directory)
+        except OSError:  # no answer
+            if not engine.has_died():
+                raise
 
-    _all_at_once(update, engines)
-    for other in root.iterdir():
-        if other != directory:
-            shutil.rmtree(other, ignore_errors=True)
+    _all_at_once(update, find_engines())
     return directory
 
 
-def _all_at_once(call: Callable[[EngineClient], None], engines: Sequence[EngineClient]) -> None:
+def _remove_all_but(kept: Path | None, root: Path) -> None:
+    for other in root.glob("*"):
+        if other != kept and other.is_dir() and not other.is_symlink():
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _all_at_once(call: Callable[[PushTarget], None], engines: Sequence[PushTarget]) -> None:
     if not engines:
         return
     with ThreadPoolExecutor(len(engines)) as pool:

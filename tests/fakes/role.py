@@ -61,6 +61,14 @@ def die(context: RoleContext, registry: Registry) -> int:
     return 3
 
 
+def die_once(context: RoleContext, registry: Registry) -> int:
+    """Fail as `die` does; started again, say in whose place, and be ready until told to end."""
+    if not context.restarts:
+        return die(context, registry)
+    print(f"start {context.restarts} in place of {context.replaces}")
+    return serve(context, registry)
+
+
 def hang(context: RoleContext, registry: Registry) -> int:
     """Take no notice of anything."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
