@@ -94,6 +94,16 @@ def test_preempted_run_equals_an_uninterrupted_one(runs: Runs) -> None:
     assert curve(layout) == curve(whole)
 
 
+def test_engine_that_spans_two_nodes(runs: Runs) -> None:
+    size = ("--rollout-num-gpus-per-engine=2", "--nodes=3", "--num-rollout=2")
+    layout = runs.finish("spanning", "--partition=gpu", *size)
+    assert [record["step"] for record in metrics(layout)] == [0, 1]
+    assert all(record["train/logprob_abs_diff"] < 1e-4 for record in metrics(layout))
+    logs = [layout.log_dir(0) / name for name in ("engine-0.log", "engine-0.node1.log")]
+    assert all(log.read_text() for log in logs) and not (layout.log_dir(0) / "engine-1.log").exists()
+    assert "nnodes=2" in logs[0].read_text()
+
+
 def test_colocated(runs: Runs) -> None:
     layout = runs.finish("colocated", "--partition=gpu", "--nodes=2", "--colocate", "--num-rollout=2")
     assert [record["step"] for record in metrics(layout)] == [0, 1]

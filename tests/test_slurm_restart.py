@@ -128,7 +128,7 @@ def test_srun_takes_no_flags_from_the_environment() -> None:
     assert srun_env(kept | dict.fromkeys(dropped, "7")) == kept
 
 
-SPEC = {"role": "trainer", "index": 0, "gpus": [2, 2], "ranks": True}
+SPEC = {"role": "trainer", "index": 0, "gpus": [2, 2], "ranks": True, "spans": False}
 TASK = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
 
 
@@ -137,10 +137,14 @@ def test_a_task_knows_its_rank_and_its_gpus() -> None:
         "SLURMLIME_INDEX": "3", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
         "CUDA_VISIBLE_DEVICES": "6,7",
     }  # fmt: skip
-    router = {"role": "router", "index": 0, "gpus": None, "ranks": False}
+    router = {"role": "router", "index": 0, "gpus": None, "ranks": False, "spans": False}
     alone = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     assert task_env(router, alone | {"CUDA_VISIBLE_DEVICES": "0"}) == {
         "SLURMLIME_INDEX": "0",
         "CUDA_VISIBLE_DEVICES": "",
     }
     assert task_env(router, alone) == {"SLURMLIME_INDEX": "0"}
+    engine = {"role": "engine", "index": 5, "gpus": [0, 4], "ranks": False, "spans": True}
+    assert task_env(engine, {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}) == {
+        "SLURMLIME_INDEX": "5", "SLURMLIME_NODE_RANK": "1", "SLURMLIME_NNODES": "2",
+    }  # fmt: skip
