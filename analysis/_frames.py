@@ -23,8 +23,11 @@ def steps_frame(rows: pd.DataFrame, *, every_attempt: bool = False) -> pd.DataFr
     """One row a step, ascending; of a step that several attempts trained, the newest attempt's row (or all)."""
     others = [name for name in rows if name not in STEP_KEYS]
     frame = rows.reindex(columns=[*STEP_KEYS, *others]).astype({"step": "int64", "attempt": "int64"})
-    # Stable: of rows with the same step and attempt, the one written last wins.
     frame = frame.sort_values(["step", "attempt"], kind="stable")
+    if frame.duplicated(
+        ["step", "attempt"]
+    ).any():  # parts of one row; of a number twice, the one written last
+        frame = frame.groupby(["step", "attempt"], as_index=False, sort=False).last()
     keys = ["step", "attempt"] if every_attempt else ["step"]
     return _with_time(frame.drop_duplicates(keys, keep="last").reset_index(drop=True))
 

@@ -186,6 +186,8 @@ def read_history(records: list[bytes]) -> dict[str, list[Any]]:
     One regular expression takes the rows apart, which is several times as fast as reading field by field.
     The latter is done where the expression may be wrong: checked with the first and last row, and by counting.
     """
+    if not records:  # W&B was killed before it had written any
+        return {}
     is_plain = all(_quick_row(record) == _slow_row(record) for record in [*records[:1], *records[-1:]])
     rows = _quick_rows(records) if is_plain else [_slow_row(record) for record in records]
     keys = list(dict.fromkeys(key for row in rows for key in row))

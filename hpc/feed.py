@@ -58,9 +58,14 @@ class RunState:
     roles: dict[str, str] = field(default_factory=dict)  # "engine-0" → starting, ready, died or ended
 
     def add_metrics(self, record: Record) -> None:
-        """Take up a line of `metrics.jsonl`; a step that is trained again replaces its first try."""
+        """Take up a line of `metrics.jsonl`; a step that is trained again replaces its first try.
+
+        Lines with the same step and attempt are one: an evaluation may come later than its step.
+        """
         if isinstance(record.get("step"), int):
-            self.metrics[record["step"]] = record
+            before = self.metrics.get(record["step"], {})
+            same = "attempt" in record and before.get("attempt") == record["attempt"]
+            self.metrics[record["step"]] = before | record if same else record
 
     def add_event(self, event: Record) -> None:
         """Take up a line of `events.jsonl`."""

@@ -7,8 +7,10 @@ same answer.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 
@@ -58,19 +60,31 @@ class Job:
 
     def generate(self, rollout_id: int) -> tuple[pa.Table, dict[str, float]] | None:
         """The batch and the metrics of a rollout; None if the job is asked to stop before it is complete."""
-        return on_rank_0(lambda: self._generate(rollout_id))
+        return on_rank_0(lambda: self._unless_stopped(self._client.generate, rollout_id))
 
-    def _generate(self, rollout_id: int) -> tuple[pa.Table, dict[str, float]] | None:
+    def evaluate(self, trained: int) -> dict[str, float] | None:
+        """Evaluate the engines' weights, after `trained` rollouts; None if asked to stop before it is complete."""
+        return on_rank_0(lambda: self._unless_stopped(self._client.eval, trained))
+
+    @property
+    def _client(self) -> RolloutClient:
         assert self._rollout is not None
-        batch: Future[tuple[pa.Table, dict[str, float]]] = Future()
+        return self._rollout
+
+    def _unless_stopped(self, call: Callable[[int], T], argument: int) -> T | None:
+        answer: Future[T] = Future()
         # A daemon: a request that nobody waits for any more must not keep this process alive.
-        Thread(target=_fulfil, args=(batch, self._rollout.generate, rollout_id), daemon=True).start()
+        Thread(target=_fulfil, args=(answer, call, argument), daemon=True).start()
         while True:
             try:
-                return batch.result(timeout=_ASK_SECONDS)
+                return answer.result(timeout=_ASK_SECONDS)
             except TimeoutError:
-                if not batch.done() and self._registry.stop_requested():
+                if not answer.done() and self._registry.stop_requested():
                     return None
+
+    def has_evaluated(self, trained: int) -> bool:
+        """Whether an evaluation after `trained` rollouts has been completed, in whichever attempt."""
+        return on_rank_0(lambda: trained in evaluated_steps(self._context.layout.events))
 
     def status(self, phase: str, step: int | None = None) -> None:
         """Tell the live view what the run does now."""
@@ -91,6 +105,11 @@ class Job:
         if self._tracker is not None:
             self._tracker.log(step, metrics)
 
+    def catch_up(self, done: int) -> None:
+        """Give W&B what it lacks of the steps before `done`, which earlier attempts have recorded."""
+        if self._tracker is not None:
+            self._tracker.catch_up(done)
+
     def check_logprobs(self, step: int, metrics: dict[str, float]) -> None:
         """Say whether trainer and engines agree on the log-probs of the first batch of this attempt."""
         mean = metrics.get("train/logprob_abs_diff")
@@ -108,6 +127,12 @@ class Job:
         """Flush the metrics."""
         if self._tracker is not None:
             self._tracker.finish()
+
+
+def evaluated_steps(events: Path) -> set[int]:
+    """Numbers of rollouts after which an evaluation was completed, from the run's `events.jsonl`."""
+    lines = events.read_text().splitlines() if events.exists() else []
+    return {json.loads(line)["step"] for line in lines if '"kind": "eval_finished"' in line}
 
 
 def _fulfil(future: Future[T], call: Callable[[int], T], argument: int) -> None:

@@ -9,12 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hpc.layout import RunLayout
 from rltrain.arguments import dump
+
+Row = dict[str, Any]
+
+_OWN_KEYS = ("attempt", "time")
+# The step in a history record of a `.wandb` file: the key, then the length of the value and the value, as JSON.
+_WANDB_STEP = re.compile(rb"[\x0a\x12]\x04step\x82\x01([\x01-\x0a])(-?\d+)")
 
 
 class Tracker:
@@ -22,15 +30,34 @@ class Tracker:
 
     def __init__(self, args: argparse.Namespace, layout: RunLayout, attempt: int) -> None:
         self._attempt = attempt
+        self._past: dict[int, Row] = {}
+        self._path = layout.metrics
         # Line buffered: a reader sees whole lines, and a killed trainer loses none that it has logged.
         self._file = layout.metrics.open("a", buffering=1)
         self._wandb = _init_wandb(args, layout)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record the metrics of a step; -1 stands for before the first."""
-        row = {"step": step, "attempt": self._attempt, "time": time.time(), **metrics}
+        """Record the metrics of a step; -1 stands for before the first.
+
+        Of a step that an earlier attempt has trained they are further metrics, and part of that attempt's row.
+        """
+        attempt = self._past[step]["attempt"] if step in self._past else self._attempt
+        row = {"step": step, "attempt": attempt, "time": time.time(), **metrics}
         self._file.write(json.dumps(row) + "\n")
         self._to_wandb(lambda run: run.log({"step": step, **metrics}))
+
+    def catch_up(self, done: int) -> None:
+        """Give W&B the steps before `done` that it lacks.
+
+        W&B's process dies of the signal by which Slurm announces a preemption, while the trainer ends its step. Steps
+        from `done` on are forgotten: they are trained again.
+        """
+        self._past = {step: row for step, row in read_rows(self._path).items() if step < done}
+        if self._wandb is None:
+            return
+        last = last_step(self._wandb)
+        missing = [row for step, row in sorted(self._past.items()) if last is None or step > last]
+        self._to_wandb(lambda run: [run.log(without_own_keys(row)) for row in missing])
 
     def finish(self) -> None:
         """Flush and close both."""
@@ -47,6 +74,35 @@ class Tracker:
         except Exception as error:
             print(f"W&B takes no more metrics ({error!r}); all are in {self._file.name}", flush=True)
             self._wandb = None
+
+
+def read_rows(path: Path) -> dict[int, Row]:
+    """The newest row of each step in a `metrics.jsonl`; lines with the same step and attempt are one row."""
+    rows: dict[int, Row] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            before = rows.get(row["step"], {})
+        except (ValueError, KeyError, TypeError):  # a crash cut it short
+            continue
+        rows[row["step"]] = before | row if before.get("attempt") == row.get("attempt") else row
+    return rows
+
+
+def without_own_keys(row: Row) -> Row:
+    """A row of `metrics.jsonl` as W&B is given it."""
+    return {name: value for name, value in row.items() if name not in _OWN_KEYS}
+
+
+def last_step(run: Any) -> int | None:
+    """The last step that W&B has of a run that is resumed: the server says, or the files of offline attempts."""
+    if not run.offline:
+        step = run.summary.get("step")
+        return None if step is None else int(step)
+    files = Path(run.dir).parents[1].glob(f"*run-*/run-{run.id}.wandb")
+    steps = (int(digits) for path in files for length, digits in _WANDB_STEP.findall(path.read_bytes())
+             if len(digits) == length[0])  # fmt: skip
+    return max(steps, default=None)
 
 
 def wandb_mode(args: argparse.Namespace) -> Any:

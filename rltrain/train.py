@@ -20,10 +20,14 @@ from rltrain.timing import Timers
 def train(args: argparse.Namespace, actor: MegatronTrainActor, job: Job) -> int:
     """Train until `--num-rollout`; returns the exit code: 0 done, 75 saved and wants to run again."""
     first = actor.start_rollout_id
+    job.catch_up(first)
     job.rollout(lambda client: client.load(first))
     push_weights(actor, job, version=first)
-    if first == 0 and args.eval_interval and not args.skip_eval_before_train:
-        job.log(-1, evaluate(job, trained=0))
+    if owes_evaluation(args, first) and not job.has_evaluated(first):
+        evaluation = evaluate(job, trained=first)
+        if evaluation is None:
+            return EXIT_REQUEUE
+        job.log(first - 1, evaluation)
 
     for rollout_id in range(first, args.num_rollout):
         last = rollout_id + 1 == args.num_rollout
@@ -46,7 +50,8 @@ def train(args: argparse.Namespace, actor: MegatronTrainActor, job: Job) -> int:
             job.check_logprobs(rollout_id, metrics)
 
         stop = job.stop_requested()
-        if stop or last or is_due(args.save_interval, rollout_id):
+        save_due = stop or last or is_due(args.save_interval, rollout_id)
+        if save_due:
             job.status("saving", rollout_id)
             with timers("save"):
                 actor.save(rollout_id)
@@ -60,11 +65,26 @@ def train(args: argparse.Namespace, actor: MegatronTrainActor, job: Job) -> int:
                 push_weights(actor, job, version=rollout_id + 1)
         timers.stop_step()
 
+        evaluation = {}
         if eval_due:
             with timers("eval"):
-                metrics |= evaluate(job, trained=rollout_id + 1)
-        job.log(rollout_id, metrics | timers.metrics())
+                evaluation = evaluate(job, trained=rollout_id + 1)
+        job.log(rollout_id, metrics | (evaluation or {}) | timers.metrics())
+        if evaluation is None:  # asked to stop: the next attempt evaluates
+            if not save_due:
+                job.status("saving", rollout_id)
+                actor.save(rollout_id)
+            return EXIT_REQUEUE
     return 0
+
+
+def owes_evaluation(args: argparse.Namespace, first: int) -> bool:
+    """Whether the weights that an attempt begins with, after `first` rollouts, are to be evaluated."""
+    if not args.eval_interval:
+        return False
+    if first == 0:
+        return not args.skip_eval_before_train
+    return first == args.num_rollout or is_due(args.eval_interval, first - 1)
 
 
 def is_due(interval: int | None, rollout_id: int) -> bool:
@@ -79,11 +99,12 @@ def push_weights(actor: MegatronTrainActor, job: Job, version: int) -> None:
     job.rollout(lambda client: client.weights(version))
 
 
-def evaluate(job: Job, trained: int) -> dict[str, float]:
-    """Evaluate the weights that the engines hold, after `trained` rollouts."""
+def evaluate(job: Job, trained: int) -> dict[str, float] | None:
+    """Evaluate the weights that the engines hold, after `trained` rollouts; None if asked to stop meanwhile."""
     job.status("evaluating", trained)
-    metrics = job.rollout(lambda client: client.eval(trained))
-    job.event("eval_finished", step=trained, **metrics)
+    metrics = job.evaluate(trained)
+    if metrics is not None:
+        job.event("eval_finished", step=trained, **metrics)
     return metrics
 
 
