@@ -112,7 +112,7 @@ def bare_step(actor: Any, batch: TrainBatch) -> Callable[[], None]:
     from rltrain.megatron.rank_share import RankShare
 
     policy = actor.policy
-    micro_batches = RankShare(actor.args, batch).micro_batches(0, {})
+    micro_batches = RankShare(actor.args, actor.shape, batch).micro_batches(0, {})
 
     def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss = (losses.view(-1) * mask).sum() / mask.sum()
@@ -122,7 +122,7 @@ def bare_step(actor: Any, batch: TrainBatch) -> Callable[[], None]:
         micro_batch = next(iterator)
         labels = micro_batch.tokens.roll(-1)
         mask = torch.zeros(labels.numel()).index_fill_(0, micro_batch.rows, 1.0)
-        with model_scope():
+        with model_scope(model.module.config):
             losses = model(
                 input_ids=micro_batch.tokens,
                 position_ids=None,
@@ -134,12 +134,12 @@ def bare_step(actor: Any, batch: TrainBatch) -> Callable[[], None]:
 
     def step() -> None:
         with megatron_scope():
-            policy.wrapped.zero_grad_buffer()
+            policy.wrapped[0].zero_grad_buffer()
             policy.optimizer.zero_grad()
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iter(micro_batches),
-                model=[policy.wrapped],
+                model=policy.wrapped,
                 num_microbatches=len(micro_batches),
                 seq_length=1,
                 micro_batch_size=1,

@@ -28,7 +28,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights_of(actor) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    return torch.cat([weight.detach().flatten().clone() for weight in actor.model.parameters()])
+    return torch.cat([weight.detach().flatten().clone() for weight in actor.models[0].parameters()])
 
 
 @pytest.mark.parametrize("distributed_optimizer", [False, True])

@@ -31,10 +31,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": tiny_config(),
     "qwen3-tied": tiny_config(tie_word_embeddings=True, rope_theta=1e6),
     "qwen2": tiny_config("Qwen2ForCausalLM"),
+    "qwen3-moe": tiny_config("Qwen3MoeForCausalLM", **EXPERTS, norm_topk_prob=True, mlp_only_layers=[1]),
+    "qwen3-moe-plain": tiny_config("Qwen3MoeForCausalLM", **EXPERTS, norm_topk_prob=False),
     "llama": tiny_config("LlamaForCausalLM", num_key_value_heads=4),
     "llama3-rope": tiny_config("LlamaForCausalLM", rope_theta=5e5, rope_scaling=LLAMA3_ROPE),
     "llama3-rope-v5": tiny_config("LlamaForCausalLM", rope_parameters={"rope_theta": 5e5, **LLAMA3_ROPE}),

@@ -12,10 +12,19 @@ from rltrain.arguments.errors import UserError
 from rltrain.arguments.hf_config import check_hf_config, read_model_shape
 
 
-def check(config: dict[str, Any], tensor_parallel: int = 1) -> None:
-    check_hf_config(
-        config, argparse.Namespace(tensor_model_parallel_size=tensor_parallel, hf_checkpoint="/models/m")
-    )
+def check(config: dict[str, Any], tensor_parallel: int = 1, **changes: Any) -> None:
+    sizes: dict[str, Any] = {
+        "tensor_model_parallel_size": tensor_parallel,
+        "pipeline_model_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": None,
+        "num_virtual_stages_per_pipeline_rank": None,
+        "num_layers_per_virtual_pipeline_stage": None,
+        "decoder_first_pipeline_num_layers": None,
+        "decoder_last_pipeline_num_layers": None,
+        "sequence_parallel": False,
+    }
+    check_hf_config(config, argparse.Namespace(hf_checkpoint="/models/m", **(sizes | changes)))
 
 
 @pytest.mark.parametrize(

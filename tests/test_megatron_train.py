@@ -34,7 +34,7 @@ def train_once(
     """Metrics of the first rollout, and the weights after it as one vector."""
     actor = make_actor(make_args(model_dir, **changes), run_dir)
     metrics = actor.train(0, batch)
-    return metrics, torch.cat([weight.detach().flatten() for weight in actor.model.parameters()])
+    return metrics, torch.cat([weight.detach().flatten() for weight in actor.models[0].parameters()])
 
 
 def hf_loss(model_dir: Path, batch: TrainBatch, **options: Any) -> tuple[float, float]:
@@ -186,7 +186,7 @@ def test_bf16_trains_and_resumes(model_dir: Path, tmp_path: Path, distributed_op
     losses = [actor.train(i, batch)["train/loss"] for i in range(10)]
     assert losses[0] == pytest.approx(exact["train/loss"], rel=0.01)
     assert losses[-1] < losses[0] - 0.05  # updates smaller than bf16 can hold add up in fp32
-    assert {weight.dtype for weight in actor.model.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in actor.models[0].parameters()} == {torch.bfloat16}
     actor.save(9)
     resumed = make_actor(args, tmp_path)
     assert resumed.train(10, batch) == actor.train(10, batch)

@@ -105,7 +105,7 @@ def test_large_models_are_written_in_shards(
     # and they are read back, which is also how a run starts from a sharded model
     again = make_actor(make_args(model_dir, load=str(tmp_path / "out")), tmp_path)
     assert torch.equal(
-        dict(again.model.named_parameters())["output_layer.weight"], original["lm_head.weight"]
+        dict(again.models[0].named_parameters())["output_layer.weight"], original["lm_head.weight"]
     )
 
 

@@ -7,13 +7,47 @@ from dataclasses import dataclass
 from typing import Any
 
 from rltrain.arguments.errors import UserError
+from rltrain.arguments.parallel import virtual_stages
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+@dataclass(frozen=True)
+class Family:
+    """What sets an architecture apart from the others; adding one is adding a line to `FAMILIES`."""
+
+    qkv_bias: bool = False  # on the query, key and value projections
+    qk_norm: bool = False  # RMSNorm on each head's query and key
+    experts: bool = False
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family(),
+    "Qwen2ForCausalLM": Family(qkv_bias=True),
+    "Qwen3ForCausalLM": Family(qk_norm=True),
+    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=True),
+}
+SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
 
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 # Megatron-core's rotary embedding takes only the factor; the rest is fixed to what Llama 3 uses.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP in some layers.
+
+    Attributes:
+        top_k: Experts of a token.
+        normalized: Whether the weights of a token's experts add up to 1.
+        layers: The layers that have experts, from 0.
+    """
+
+    count: int
+    top_k: int
+    ffn_hidden_size: int
+    normalized: bool
+    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -34,16 +68,17 @@ class ModelShape:
     tied_embeddings: bool
     max_positions: int
     init_std: float
+    experts: Experts | None = None
 
     @property
     def qkv_bias(self) -> bool:
         """Biases on the query, key and value projections."""
-        return self.architecture == "Qwen2ForCausalLM"
+        return FAMILIES[self.architecture].qkv_bias
 
     @property
     def qk_norm(self) -> bool:
         """RMSNorm on each head's query and key."""
-        return self.architecture == "Qwen3ForCausalLM"
+        return FAMILIES[self.architecture].qk_norm
 
 
 def check_hf_config(config: dict[str, Any], args: argparse.Namespace) -> None:
@@ -51,10 +86,10 @@ def check_hf_config(config: dict[str, Any], args: argparse.Namespace) -> None:
 
     Args:
         config: The parsed `config.json` of `args.hf_checkpoint`.
-        args: Needs `tensor_model_parallel_size` and `hf_checkpoint`.
+        args: Needs the parallel sizes and `hf_checkpoint`.
 
     Raises:
-        UserError: unsupported architecture or feature, or heads that tensor parallelism cannot divide.
+        UserError: unsupported architecture or feature, or what the parallel sizes cannot divide.
     """
     shape = read_model_shape(config)
     size = args.tensor_model_parallel_size
@@ -69,6 +104,31 @@ def check_hf_config(config: dict[str, Any], args: argparse.Namespace) -> None:
                 " each tensor parallel rank takes an equal share of them. Use a size that divides all of"
                 f" {shape.num_heads} heads, {shape.num_kv_heads} key-value heads and {shape.ffn_hidden_size}."
             )
+    virtual_stages(args, shape.num_layers)
+    _check_experts(shape.experts, args)
+
+
+def _check_experts(experts: Experts | None, args: argparse.Namespace) -> None:
+    expert, tensor = args.expert_model_parallel_size, args.expert_tensor_parallel_size
+    if experts is None:
+        if expert > 1 or (tensor or 1) > 1:
+            raise UserError(
+                f"--expert-model-parallel-size {expert} and --expert-tensor-parallel-size {tensor}: the model"
+                f" {args.hf_checkpoint} has no experts."
+            )
+        return
+    tensor = tensor or args.tensor_model_parallel_size
+    for flag, size, what, count in (
+        ("--expert-model-parallel-size", expert, "num_experts", experts.count),
+        ("--expert-tensor-parallel-size", tensor, "moe_intermediate_size", experts.ffn_hidden_size),
+    ):
+        if count % size:
+            raise UserError(f"{flag} {size} does not divide {what} {count} of {args.hf_checkpoint}.")
+    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        raise UserError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} of a model with experts needs"
+            " --sequence-parallel: without it every tensor parallel rank would send the same tokens."
+        )
 
 
 def read_model_shape(config: dict[str, Any]) -> ModelShape:
@@ -98,6 +158,23 @@ def read_model_shape(config: dict[str, Any]) -> ModelShape:
         tied_embeddings=config.get("tie_word_embeddings", False),
         max_positions=config.get("max_position_embeddings", 32768),
         init_std=config.get("initializer_range", 0.02),
+        experts=_experts(config) if FAMILIES[architecture].experts else None,
+    )
+
+
+def _experts(config: dict[str, Any]) -> Experts:
+    # transformers 5 writes another name than the published configurations have
+    config = {"num_experts": config.get("num_local_experts"), **config}
+    wanted = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    if missing := [key for key in wanted if not config.get(key)]:
+        raise UserError(f"the model's config.json lacks {', '.join(missing)}.")
+    step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
+    return Experts(
+        count=config["num_experts"],
+        top_k=config["num_experts_per_tok"],
+        ffn_hidden_size=config["moe_intermediate_size"],
+        normalized=config.get("norm_topk_prob", False),
+        layers=tuple(i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0),
     )
 
 

@@ -11,6 +11,7 @@ import argparse
 def add_megatron_flags(parser: argparse.ArgumentParser) -> None:
     """Add parallelism, optimizer, schedule, precision and recomputation."""
     _parallel(parser.add_argument_group("megatron: parallelism"))
+    _experts(parser.add_argument_group("megatron: mixture of experts"))
     _optimizer(parser.add_argument_group("megatron: optimizer"))
     _memory(parser.add_argument_group("megatron: precision and memory"))
 
@@ -18,13 +19,33 @@ def add_megatron_flags(parser: argparse.ArgumentParser) -> None:
 def _parallel(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="default: 1")
-    add("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="only 1 so far")
+    add("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="default: 1")
+    add("--num-layers-per-virtual-pipeline-stage", type=int, metavar="N",
+        help="layers of a virtual stage: each pipeline rank holds several, for shorter bubbles")  # fmt: skip
+    add("--num-virtual-stages-per-pipeline-rank", type=int, metavar="N", help="the same, by their number")
+    add("--decoder-first-pipeline-num-layers", type=int, metavar="N", help="for uneven pipeline stages")
+    add("--decoder-last-pipeline-num-layers", type=int, metavar="N", help="for uneven pipeline stages")
     add("--sequence-parallel", action="store_true", help="split activations over tensor parallel ranks too")
+    add("--context-parallel-size", type=int, default=1, metavar="N",
+        help="ranks that share each sequence (default: 1)")  # fmt: skip
+    add("--expert-model-parallel-size", type=int, default=1, metavar="N",
+        help="ranks that share the experts (default: 1)")  # fmt: skip
+    add("--expert-tensor-parallel-size", type=int, metavar="N",
+        help="ranks that share an expert (default: --tensor-model-parallel-size)")  # fmt: skip
     add(
         "--use-distributed-optimizer",
         action="store_true",
         help="shard optimizer state over data parallel ranks",
     )
+
+
+def _experts(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--moe-token-dispatcher-type", choices=["alltoall", "allgather"], default="alltoall",
+        help="how tokens reach their experts (default: alltoall)")  # fmt: skip
+    add("--moe-router-load-balancing-type", choices=["aux_loss", "seq_aux_loss", "global_aux_loss", "none"],
+        default="aux_loss", help="default: aux_loss, with --moe-aux-loss-coeff")  # fmt: skip
+    add("--moe-aux-loss-coeff", type=float, default=0.0, metavar="C", help="default: 0, off")
 
 
 def _optimizer(group: argparse._ArgumentGroup) -> None:

@@ -88,7 +88,7 @@ def megatron_shape(config: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
 
 
 def _experts(config: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    experts = config.get("num_experts")
+    experts = config.get("num_experts") or config.get("num_local_experts")  # transformers 5 writes the latter
     if not experts:
         return {"num-experts": (None, "num_experts")}
     shared = config.get("shared_expert_intermediate_size")

@@ -8,6 +8,7 @@ from pathlib import Path
 from rltrain.arguments.algorithm_flags import resolve_algorithm
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.eval_sets import resolve_eval_sets
+from rltrain.arguments.parallel import ParallelSizes, check_parallel
 
 _PATHS = ("hf_checkpoint", "load", "ref_load", "save", "save_hf", "wandb_dir")
 
@@ -88,21 +89,14 @@ def _micro_batch(args: argparse.Namespace) -> None:
 
 
 def _parallel(args: argparse.Namespace) -> None:
-    world, tensor = args.actor_num_nodes * args.actor_num_gpus_per_node, args.tensor_model_parallel_size
-    if args.pipeline_model_parallel_size != 1:
-        raise UserError("--pipeline-model-parallel-size other than 1 is not supported yet.")
-    if world < 1 or tensor < 1 or world % tensor:
-        raise UserError(
-            f"--tensor-model-parallel-size {tensor} does not divide the {world} trainer ranks"
-            f" (--actor-num-nodes {args.actor_num_nodes} × --actor-num-gpus-per-node {args.actor_num_gpus_per_node})."
-        )
-    data = world // tensor
+    check_parallel(args)
+    data = ParallelSizes.of(args).data
     if not args.use_dynamic_batch_size and args.global_batch_size % (data * args.micro_batch_size):
         raise UserError(
             f"--global-batch-size {args.global_batch_size} is no multiple of --micro-batch-size"
             f" {args.micro_batch_size} × {data} data parallel ranks; --use-dynamic-batch-size has no such limit."
         )
-    if args.sequence_parallel and tensor == 1:
+    if args.sequence_parallel and args.tensor_model_parallel_size == 1:
         args.sequence_parallel = False
     if args.recompute_granularity == "full" and not (args.recompute_method and args.recompute_num_layers):
         raise UserError("--recompute-granularity full needs --recompute-method and --recompute-num-layers.")

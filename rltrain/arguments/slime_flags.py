@@ -14,7 +14,7 @@ from rltrain.arguments.extensions import add_extension_flags
 # Known to slime, not built here yet: better refused than silently ignored.
 NOT_YET = frozenset(
     """
-    allgather-cp async-save balance-by-flops check-weight-update-equal ci-disable-kl-checker
+    allgather-cp async-save check-weight-update-equal ci-disable-kl-checker
     ci-load-grad-norm ci-save-grad-norm ci-test ci-train-rollout-logprob-abs-diff-threshold
     custom-loss-function-path custom-megatron-before-log-prob-hook-path
     custom-megatron-before-train-step-hook-path custom-megatron-init-path custom-model-provider-path
@@ -165,7 +165,14 @@ def _data(group: argparse._ArgumentGroup) -> None:
     )
     add("--max-tokens-per-gpu", type=int, metavar="N", help="tokens in a packed micro-batch")
     add("--log-probs-max-tokens-per-gpu", type=int, metavar="N", help="the same where no gradient is needed")
-    add("--balance-data", action="store_true", help="even out the tokens over data parallel ranks")
+    add(
+        "--balance-data", action="store_true", help="always on: data parallel ranks get even shares of tokens"
+    )
+    add(
+        "--balance-by-flops",
+        action="store_true",
+        help="even shares of arithmetic instead: long samples cost more",
+    )
 
 
 def _eval(group: argparse._ArgumentGroup) -> None:

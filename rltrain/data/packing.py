@@ -28,6 +28,11 @@ class StepPlan:
         """Micro-batches of each rank."""
         return len(self.micro_batches[0])
 
+    @property
+    def num_empty(self) -> int:
+        """Micro-batches without a sequence, of all ranks."""
+        return sum(not micro_batch for rank in self.micro_batches for micro_batch in rank)
+
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best fit, longest first: each sequence goes to the fullest bin that still has room.
@@ -64,33 +69,88 @@ def plan_step(
     *,
     max_tokens: int | None = None,
     micro_batch_size: int = 1,
+    multiple: int = 1,
+    costs: Sequence[float] | None = None,
 ) -> StepPlan:
-    """Share the sequences of one optimizer step out over ranks and micro-batches, balanced by tokens.
+    """Share the sequences of one optimizer step out over ranks and micro-batches, balanced by cost.
+
+    Two ways are tried. Sequences dealt to ranks and then packed give the most even ranks; sequences packed and
+    the bins dealt to ranks can need fewer micro-batches, which counts for more.
 
     Args:
         lengths: Tokens of each sequence.
         data_parallel_size: Ranks to share them over.
         max_tokens: Token budget of a micro-batch; None takes `micro_batch_size` sequences instead.
         micro_batch_size: Sequences of a micro-batch when there is no token budget.
+        multiple: Every rank's number of micro-batches is a multiple of this, as virtual pipeline stages need.
+        costs: What is evened out over ranks: of each sequence, in any unit. The tokens by default.
     """
+    costs = lengths if costs is None else costs
+    size = data_parallel_size
     if max_tokens is None:
-        count = _round_up(math.ceil(len(lengths) / micro_batch_size), data_parallel_size)
-        bins = _spread(lengths, count, most=micro_batch_size)
+        most = max(1, math.ceil(len(lengths) / (size * micro_batch_size))) * micro_batch_size
+        ranks = _spread(costs, size, most=most)
+        return pack_ranks(lengths, ranks, micro_batch_size=micro_batch_size, multiple=multiple)
+    dealt_first = pack_ranks(
+        lengths, _spread(costs, size, most=len(lengths)), max_tokens=max_tokens, multiple=multiple
+    )
+    bins = pack(lengths, max_tokens)
+    count = _round_up(len(bins), size * multiple)
+    if count < dealt_first.num_micro_batches * size or dealt_first.num_empty > max(0, count - len(lengths)):
+        bins = _even(lengths, bins, count, max_tokens)
+        loads = [sum(costs[i] for i in b) for b in bins]
+        dealt = _spread(loads, size, most=count // size)
+        return StepPlan(tuple(tuple(tuple(sorted(bins[b])) for b in rank) for rank in dealt))
+    return dealt_first
+
+
+def pack_ranks(
+    lengths: Sequence[int],
+    ranks: Sequence[Sequence[int]],
+    *,
+    max_tokens: int | None = None,
+    micro_batch_size: int = 1,
+    multiple: int = 1,
+) -> StepPlan:
+    """Micro-batches of the sequences that each rank already has, as many on every rank, longest first.
+
+    Args:
+        lengths: Tokens of each sequence.
+        ranks: Indices into `lengths`.
+        max_tokens: As for `plan_step`, like the rest.
+    """
+    own = [[lengths[i] for i in rank] for rank in ranks]
+    if max_tokens is None:
+        count = _round_up(max(math.ceil(len(each) / micro_batch_size) for each in own), multiple)
+        binned = [_spread(each, count, most=micro_batch_size) for each in own]
     else:
-        packed = pack(lengths, max_tokens)
-        count = _round_up(len(packed), data_parallel_size)
-        bins = _spread(lengths, count, most=len(lengths))
-        if any(len(b) > 1 and sum(lengths[i] for i in b) > max_tokens for b in bins):
-            bins = _split(packed, lengths, count)  # even bins would overflow: keep the tight ones
-    loads = [sum(lengths[i] for i in b) for b in bins]
-    ranks = _spread(loads, data_parallel_size, most=count // data_parallel_size)
-    return StepPlan(tuple(tuple(tuple(sorted(bins[b])) for b in rank) for rank in ranks))
+        tight = [pack(each, max_tokens) for each in own]
+        count = _round_up(max(map(len, tight)), multiple)
+        binned = [_even(each, bins, count, max_tokens) for each, bins in zip(own, tight, strict=True)]
+    # Ranks that have experts in common wait for each other in every layer: let them do their long ones together.
+    return StepPlan(
+        tuple(
+            tuple(
+                tuple(sorted(rank[j] for j in b))
+                for b in sorted(bins, key=lambda b: -sum(each[j] for j in b))
+            )
+            for rank, each, bins in zip(ranks, own, binned, strict=True)
+        )
+    )
 
 
-def _spread(loads: Sequence[int], count: int, *, most: int) -> list[list[int]]:
+def _even(lengths: Sequence[int], tight: list[list[int]], count: int, max_tokens: int) -> list[list[int]]:
+    """`count` bins of nearly equal size where they keep to the budget, else the tight ones, split."""
+    bins = _spread(lengths, count, most=max(1, len(lengths)))
+    if any(len(b) > 1 and sum(lengths[i] for i in b) > max_tokens for b in bins):
+        return _split(tight, lengths, count)
+    return bins
+
+
+def _spread(loads: Sequence[float], count: int, *, most: int) -> list[list[int]]:
     """`count` bins of nearly equal load, with at most `most` entries each: longest first to the emptiest."""
     bins: list[list[int]] = [[] for _ in range(count)]
-    totals = [(0, b) for b in range(count)]  # ascending; full bins are dropped
+    totals: list[tuple[float, int]] = [(0, b) for b in range(count)]  # ascending; full bins are dropped
     for i in sorted(range(len(loads)), key=lambda i: -loads[i]):
         total, b = totals.pop(0)
         bins[b].append(i)

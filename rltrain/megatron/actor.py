@@ -15,8 +15,9 @@ from rltrain.data.trainable import Flat
 from rltrain.megatron.advantages import advantages
 from rltrain.megatron.checkpoint import save_checkpoint
 from rltrain.megatron.device import megatron_scope
+from rltrain.megatron.distributed import on_last_stage
 from rltrain.megatron.forward_backward import forward_backward, forward_log_probs, policy_loss
-from rltrain.megatron.hf_weights import export_hf_weights
+from rltrain.megatron.hf_export import export_hf_weights
 from rltrain.megatron.loss import step_metrics
 from rltrain.megatron.model import build_model, read_shape
 from rltrain.megatron.rank_share import RankShare
@@ -45,10 +46,10 @@ class MegatronTrainActor:
         self.args, self._layout, self._registry = args, context.layout, registry
         self.shape = read_shape(args)
         with megatron_scope():
-            self.model = build_model(self.shape, args)
+            self.models = build_model(self.shape, args)
             self._reference = self._load_reference()
-            load_source(self.model, self.shape, initial_source(args))
-        self.policy = TrainedModel(self.model, args)
+            load_source(self.models, self.shape, initial_source(args))
+        self.policy = TrainedModel(self.models, args)
         done = resume(args, self.policy.full_state())
         self.start_rollout_id = done if args.start_rollout_id is None else args.start_rollout_id
 
@@ -60,18 +61,18 @@ class MegatronTrainActor:
         Returns:
             Metrics over the whole batch, the same on every rank; means over the optimizer steps.
         """
-        share = RankShare(self.args, batch)
+        share = RankShare(self.args, self.shape, batch)
         values = share.loss_values()
         if self.args.loss_type == "policy_loss":
             self._add_policy_values(values, share)
         sums, updates = [], []
         loss = policy_loss(self.shape, self.args)
-        for number in range(len(share.plans)):
+        for number in range(share.num_steps):
             if number == 1:  # after the first step the weights are not those that sampled: nothing to compare
                 values.pop("compared_log_probs", None)
             sums.append(forward_backward(self.policy.wrapped, share.micro_batches(number, values), loss))
             updates.append(self.policy.step())
-        metrics = step_metrics(sums, parallel_state.get_data_parallel_group(with_context_parallel=True))
+        metrics = on_last_stage(lambda: step_metrics(sums, parallel_state.get_data_parallel_group()))
         metrics["grad_norm"] = sum(grad_norm for grad_norm, _ in updates) / len(updates)
         metrics["lr"] = updates[-1][1]
         return {f"train/{name}": value for name, value in metrics.items()}
@@ -106,8 +107,8 @@ class MegatronTrainActor:
     def _load_reference(self) -> ReferenceWeights | None:
         if self.args.loss_type != "policy_loss" or not (self.args.use_kl_loss or self.args.kl_coef):
             return None
-        load_source(self.model, self.shape, reference_source(self.args))
-        return ReferenceWeights(self.model)
+        load_source(self.models, self.shape, reference_source(self.args))
+        return ReferenceWeights(self.models)
 
     def log_probs(self, share: RankShare) -> Flat:
         """log π of this rank's samples; other samples' entries are empty."""
@@ -124,11 +125,11 @@ class MegatronTrainActor:
             flag = "--use-tis" if args.use_tis else "--use-rollout-logprobs"
             raise ValueError(f"{flag}, but the rollout has no log-probs")
         if self._reference is not None:
-            with self._reference.in_place_of(self.model):
+            with self._reference.in_place_of(self.models):
                 values["ref_log_probs"] = self.log_probs(share)
         if args.use_rollout_logprobs:
             values["old_log_probs"] = values["rollout_log_probs"]
-        elif len(share.plans) > 1 or args.kl_coef or args.custom_advantage_function_path:
+        elif share.num_steps > 1 or args.kl_coef or args.custom_advantage_function_path:
             values["old_log_probs"] = self.log_probs(share)
         values["advantages"] = advantages(
             args,
@@ -138,15 +139,13 @@ class MegatronTrainActor:
             values,
             parallel_state.get_data_parallel_group(),
         )
-        if len(share.plans) == 1 and not args.use_rollout_logprobs:
+        if share.num_steps == 1 and not args.use_rollout_logprobs:
             # The current log-probs, see `loss.policy_token_loss`: exactly, whatever the micro-batches were.
             values.pop("old_log_probs", None)
 
     def _stream_weights(self, consume: Callable[[Iterable[tuple[str, Tensor]]], object]) -> None:
-        """Gather the weights tensor by tensor; rank 0 consumes them, its tensor parallel peers take part."""
-        if parallel_state.get_data_parallel_rank() != 0:
-            return
-        tensors = export_hf_weights(self.model, self.shape)
+        """Bring the weights to rank 0 bucket by bucket; it consumes them, the others take part."""
+        tensors = export_hf_weights(self.models, self.shape)
         if dist.get_rank() == 0:
             consume(tensors)
         else:

@@ -3,6 +3,8 @@
 Megatron-core's own `DotProductAttention` refuses packed sequences. This one runs torch's scaled dot product
 attention on each sequence; sequences of equal length that lie next to each other share one call, so a
 micro-batch sorted by length costs a few calls instead of one a sequence. No mask over all tokens is made.
+
+With context parallelism every rank gathers all keys and values and computes the rows of its own queries.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from rltrain.megatron.context_parallel import gather_tokens, whole_order
 
 
 @dataclass
@@ -27,14 +32,20 @@ class PackedSequences(PackedSeqParams):
     """
 
     lengths: tuple[int, ...] = ()
+    order: Tensor | None = None  # of context parallel ranks' tokens, see `whole_order`
 
     @classmethod
-    def from_lengths(cls, lengths: list[int], device: torch.device) -> PackedSequences:
-        """Causal self-attention within each of `lengths` tokens, packed one after the other."""
+    def from_lengths(cls, lengths: list[int], device: torch.device, context_size: int = 1) -> PackedSequences:
+        """Causal self-attention within each of `lengths` tokens, packed one after the other.
+
+        Args:
+            lengths: Of whole sequences, also where context parallel ranks share them.
+        """
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, dtype=torch.int32, out=offsets[1:])
         offsets = offsets.to(device)
         longest = max(lengths)
+        order = torch.from_numpy(whole_order(lengths, context_size)).to(device) if context_size > 1 else None
         return cls(
             qkv_format="thd",
             cu_seqlens_q=offsets,
@@ -42,6 +53,7 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             lengths=tuple(lengths),
+            order=order,
         )
 
 
@@ -58,8 +70,6 @@ class PackedAttention(MegatronModule):
         **kwargs: Any,  # of Megatron-core's interface: dropout and communication types that do not apply
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise NotImplementedError("context parallelism needs TransformerEngine's attention")
         if config.attention_dropout:
             raise NotImplementedError("attention dropout")
         self.softmax_scale = softmax_scale
@@ -78,17 +88,47 @@ class PackedAttention(MegatronModule):
             raise ValueError("this attention takes packed sequences only")
         runs = [(length, len(list(run))) for length, run in groupby(packed_seq_params.lengths)]
         sizes = [length * count for length, count in runs]
-        parts = zip(runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
-        outputs = [self._equal_lengths(q, k, v, length) for (length, _), q, k, v in parts]
+        group = parallel_state.get_context_parallel_group()
+        share = group.size()
+        if packed_seq_params.order is not None:
+            both = gather_tokens(torch.cat([key, value], dim=-1), packed_seq_params.order, group)
+            key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
+        parts = zip(
+            runs, query.split([size // share for size in sizes]), key.split(sizes), value.split(sizes),
+            strict=True,
+        )  # fmt: skip
+        outputs = [
+            self._equal_lengths(q, k, v, length, share, group.rank()) for (length, _), q, k, v in parts
+        ]
         output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         return output.unsqueeze(1)
 
-    def _equal_lengths(self, query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
+    def _equal_lengths(
+        self, query: Tensor, key: Tensor, value: Tensor, length: int, share: int, rank: int
+    ) -> Tensor:
+        """Attention within sequences of `length` tokens, of which this rank has `length / share` queries."""
         q, k, v = (
-            tensor.unflatten(0, (-1, length)).transpose(1, 2)  # [sequences, heads, length, head_dim]
-            for tensor in (query, key, value)
+            tensor.unflatten(0, (-1, tokens)).transpose(1, 2)  # [sequences, heads, tokens, head_dim]
+            for tensor, tokens in ((query, length // share), (key, length), (value, length))
         )
-        output = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        if share == 1:
+            output = self._attend(q, k, v)
+        else:
+            front, back = q.chunk(2, dim=2)
+            size = front.shape[2]
+            ends = ((rank + 1) * size, (2 * share - rank) * size)
+            outputs = [self._attend(part, k[:, :, :end], v[:, :, :end])
+                       for part, end in zip((front, back), ends, strict=True)]  # fmt: skip
+            output = torch.cat(outputs, dim=2)
         return output.transpose(1, 2).reshape(query.shape[0], -1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries of the last tokens to all keys up to their own."""
+        queries, keys = q.shape[2], k.shape[2]
+        mask = None
+        if queries != keys:
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip

@@ -39,9 +39,13 @@ _LATEST = "latest_checkpointed_iteration.txt"
 
 @dataclass
 class TrainState:
-    """What a checkpoint holds. Without an optimizer only the weights."""
+    """What a checkpoint holds. Without an optimizer only the weights.
 
-    model: GPTModel
+    Attributes:
+        models: The chunks of the model on this rank.
+    """
+
+    models: list[GPTModel]
     optimizer: MegatronOptimizer | None = None
     scheduler: OptimizerParamScheduler | None = None
 
@@ -112,7 +116,8 @@ def load_checkpoint(checkpoint: Path, state: TrainState) -> int:
         content["rng"] = _rng_state()
     with megatron_scope():
         loaded = dist_checkpointing.load(content, str(checkpoint))
-        state.model.load_state_dict(loaded["model"])
+        for key, model in _chunks(state):
+            model.load_state_dict(loaded[key])
         if state.optimizer is not None:
             state.optimizer.load_state_dict(loaded["optimizer"])
     if state.scheduler is not None:
@@ -130,14 +135,22 @@ def has_optimizer(checkpoint: Path) -> bool:
 def _state_dict(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
     metadata = _metadata()
     with megatron_scope():
-        content: dict[str, Any] = {"model": state.model.sharded_state_dict(metadata=metadata)}
+        content: dict[str, Any] = {
+            key: model.sharded_state_dict(metadata=metadata) for key, model in _chunks(state)
+        }
         if state.optimizer is not None:
             content["optimizer"] = state.optimizer.sharded_state_dict(
-                content["model"], is_loading=is_loading, metadata=metadata
+                dict(content), is_loading=is_loading, metadata=metadata
             )
     if state.scheduler is not None:
         content["scheduler"] = state.scheduler.state_dict()
     return content
+
+
+def _chunks(state: TrainState) -> list[tuple[str, GPTModel]]:
+    """Chunks and Megatron-LM's names for them. Stored tensors are named by the layer's place in the model."""
+    models = state.models
+    return [("model" if len(models) == 1 else f"model{i}", model) for i, model in enumerate(models)]
 
 
 def _metadata() -> dict[str, Any]:

@@ -64,6 +64,9 @@ class _Stream(_Event):
 
 def install() -> None:
     """Make Megatron-core importable and usable on the CPU. Calling it again changes nothing."""
+    from rltrain.megatron.cpu_adam import fix_checkpointing
+    from rltrain.megatron.cpu_experts import replace_dispatching
+
     if torch.cuda.is_available():
         raise RuntimeError("the CPU adaptor must not be installed where CUDA is available")
     # A dozen warnings that kernels for GPUs are not installed, and torch's about Megatron-core's use of it.
@@ -74,9 +77,8 @@ def install() -> None:
     _stub_torch_cuda()
     _replace_rng()
     _replace_rope()
+    replace_dispatching()
     _replace_checkpoint_queue()
-    from rltrain.megatron.cpu_adam import fix_checkpointing
-
     fix_checkpointing()
 
 
@@ -126,11 +128,10 @@ def _replace_rope() -> None:
     """
     from megatron.core.models.common.embeddings import rope_utils
 
+    from rltrain.megatron.context_parallel import positions_in_sequence
+
     def apply_thd(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *, cp_group: Any, **options: Any) -> Tensor:
-        if cp_group.size() > 1:
-            raise NotImplementedError("context parallelism on the CPU")
-        starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
-        positions = torch.arange(t.shape[0]) - starts
+        positions = positions_in_sequence(cu_seqlens, cp_group.size(), cp_group.rank())
         return rope_utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs[positions], **options).squeeze(1)
 
     rope_utils._apply_rotary_pos_emb_thd = apply_thd

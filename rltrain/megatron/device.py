@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:  # to be imported only after `set_up`
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 def use_cuda() -> bool:
@@ -37,13 +41,13 @@ def set_up() -> None:
     cpu.install()
 
 
-def model_scope() -> AbstractContextManager[object]:
+def model_scope(config: TransformerConfig) -> AbstractContextManager[object]:
     """Enter it, inside `megatron_scope`, round a model's forward pass.
 
-    Our models name no CUDA device in there, so on the CPU the translation, which costs a Python call for every
+    Dense models name no CUDA device in there, so on the CPU the translation, which costs a Python call for every
     torch function, is switched off.
     """
-    return nullcontext() if use_cuda() else torch._C.DisableTorchFunction()
+    return nullcontext() if use_cuda() or config.num_moe_experts else torch._C.DisableTorchFunction()
 
 
 def megatron_scope() -> AbstractContextManager[object]:

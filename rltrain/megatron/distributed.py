@@ -6,9 +6,10 @@ import argparse
 import os
 import random
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from typing import Protocol
+from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -17,6 +18,8 @@ import torch.distributed as dist
 
 from rltrain.megatron import device
 from rltrain.runtime import RoleAddress, RoleContext
+
+T = TypeVar("T")
 
 _ROLE = "trainer"
 _RENDEZVOUS_TIMEOUT = 600.0  # seconds
@@ -59,8 +62,6 @@ def init_process_group(context: RoleContext, registry: RegistryClient, args: arg
 
 def join(args: argparse.Namespace, store: dist.Store, rank: int, world_size: int) -> None:
     """Form the process group and Megatron-core's groups over an open store, and seed everything."""
-    from megatron.core import parallel_state
-
     dist.init_process_group(
         device.backend(args.distributed_backend),
         store=store,
@@ -68,18 +69,33 @@ def join(args: argparse.Namespace, store: dist.Store, rank: int, world_size: int
         world_size=world_size,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
     )
+    split_ranks(args)
+
+
+def split_ranks(args: argparse.Namespace) -> None:
+    """Form Megatron-core's groups of the ranks that there are, in place of earlier ones, and seed everything."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
     set_seeds(args.seed)
 
 
 def set_seeds(seed: int) -> None:
-    """The same seed on every rank; Megatron-core derives those of tensor parallel regions from it."""
+    """The same seed on every rank of a pipeline stage; Megatron-core derives others from it where it must."""
+    from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    seed += (
+        100 * parallel_state.get_pipeline_model_parallel_rank()
+    )  # as Megatron-LM: layers must not be alike
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -94,6 +110,18 @@ def control_group() -> dist.ProcessGroup:
     take. A rank that died is noticed by the supervisor, not by a timeout.
     """
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def on_last_stage(call: Callable[[], T]) -> T:
+    """What `call` returns on the last pipeline stage, which alone runs it, on all stages."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_pipeline_model_parallel_group()
+    result: list[T | None] = [call() if group.rank() == group.size() - 1 else None]
+    if group.size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast_object_list(result, src=last, group=group)
+    return result[0]  # type: ignore[return-value]
 
 
 def local_address(url: str) -> str:

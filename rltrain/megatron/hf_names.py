@@ -3,12 +3,13 @@
 One parameter of Megatron-core holds one or several tensors of Hugging Face (query, key and value; gate and
 up). Tensor parallelism splits each of these along one dimension, so converting is the same for every rank:
 take the rank's slice of each tensor, then merge the slices. Tensors are torch's; no process group is needed.
+Layers and experts count over the whole model here, whichever pipeline stage or rank holds them.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,11 +29,13 @@ class Parameter:
         layout: `plain`: one tensor. `qkv`: query, key and value rows interleaved by key-value group.
             `stacked`: tensors below one another. `vocab`: one tensor, padded with rows of zeros.
         split_dim: The dimension that tensor parallelism splits in the Hugging Face tensors; None: replicated.
+        is_expert: Held by the ranks of its expert alone, and split by expert tensor parallelism.
     """
 
     hf_names: tuple[str, ...]
     layout: Layout
     split_dim: int | None
+    is_expert: bool = False
 
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -52,6 +55,13 @@ _IN_LAYER = {
     "mlp.linear_fc1.layer_norm_weight": Parameter(("post_attention_layernorm.weight",), "plain", None),
     "mlp.linear_fc1.weight": Parameter(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "stacked", 0),
     "mlp.linear_fc2.weight": Parameter(("mlp.down_proj.weight",), "plain", 1),
+    "pre_mlp_layernorm.weight": Parameter(("post_attention_layernorm.weight",), "plain", None),
+    "mlp.router.weight": Parameter(("mlp.gate.weight",), "plain", None),
+}
+_EXPERT = re.compile(r"mlp\.experts\.linear_fc([12])\.weight(\d+)")
+_IN_EXPERT = {
+    "1": Parameter(("gate_proj.weight", "up_proj.weight"), "stacked", 0, is_expert=True),
+    "2": Parameter(("down_proj.weight",), "plain", 1, is_expert=True),
 }
 
 
@@ -64,11 +74,33 @@ def parameter(name: str) -> Parameter:
     if name in _TOP:
         return _TOP[name]
     match = _LAYER.fullmatch(name)
-    if match is None or match[2] not in _IN_LAYER:
+    if match is None:
         raise KeyError(f"no Hugging Face tensor is known for {name}")
-    entry = _IN_LAYER[match[2]]
-    names = tuple(f"model.layers.{match[1]}.{hf_name}" for hf_name in entry.hf_names)
-    return Parameter(names, entry.layout, entry.split_dim)
+    prefix = f"model.layers.{match[1]}."
+    if expert := _EXPERT.fullmatch(match[2]):
+        entry = _IN_EXPERT[expert[1]]
+        prefix += f"mlp.experts.{expert[2]}."
+    elif match[2] in _IN_LAYER:
+        entry = _IN_LAYER[match[2]]
+    else:
+        raise KeyError(f"no Hugging Face tensor is known for {name}")
+    return replace(entry, hf_names=tuple(prefix + hf_name for hf_name in entry.hf_names))
+
+
+def global_name(name: str, first_layer: int, first_expert: int) -> str:
+    """A parameter's name in the whole model, from its name in one rank's part of it.
+
+    Args:
+        first_layer: How many layers of the model come before this part's.
+        first_expert: How many experts of each layer come before this rank's.
+    """
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return name
+    rest = match[2]
+    if expert := _EXPERT.fullmatch(rest):
+        rest = f"mlp.experts.linear_fc{expert[1]}.weight{int(expert[2]) + first_expert}"
+    return f"decoder.layers.{int(match[1]) + first_layer}.{rest}"
 
 
 def merge(parts: list[Tensor], layout: Layout, groups: int) -> Tensor:

@@ -1,9 +1,10 @@
-"""Weights between a Hugging Face directory and a tensor parallel Megatron-core model, tensor by tensor."""
+"""Weights from a Hugging Face directory into this rank's part of a Megatron-core model, slice by slice."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.hf_config import ModelShape
-from rltrain.megatron.hf_names import merge, parameter, split
+from rltrain.megatron.hf_names import Parameter, global_name, merge, parameter
 
 
 class SafetensorsDirectory:
@@ -44,16 +45,16 @@ class SafetensorsDirectory:
 
 
 @torch.no_grad()
-def load_hf_weights(model: GPTModel, shape: ModelShape, directory: Path) -> None:
-    """Fill a model with this rank's share of the weights in a Hugging Face directory.
+def load_hf_weights(models: list[GPTModel], shape: ModelShape, directory: Path) -> None:
+    """Fill a model (its chunks on this rank) with this rank's share of the weights in a Hugging Face directory.
 
     Raises:
         UserError: no safetensors, a tensor is missing, or one has another shape than `config.json` says.
     """
     source = SafetensorsDirectory(directory)
-    size, rank = _tensor_parallel()
-    for name, weight in model.named_parameters():
-        entry = parameter(name)
+    for each in local_parameters(models):
+        entry, weight = each.entry, each.weight
+        size, rank = each.group.size(), each.group.rank()
         parts = [_read(source, hf_name, entry.split_dim, size, rank) for hf_name in entry.hf_names]
         merged = merge(parts, entry.layout, shape.num_kv_heads // size)
         if entry.layout == "vocab":
@@ -67,25 +68,6 @@ def load_hf_weights(model: GPTModel, shape: ModelShape, directory: Path) -> None
         weight.copy_(merged)
 
 
-@torch.no_grad()
-def export_hf_weights(model: GPTModel, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and whole tensors, one parameter at a time. Every tensor parallel rank must iterate.
-
-    Yields:
-        Tensors on the model's device; they may share memory with the model.
-    """
-    size, _ = _tensor_parallel()
-    for name, weight in model.named_parameters():
-        entry = parameter(name)
-        dim = entry.split_dim
-        shards = [weight.detach()] if dim is None else _gather(weight.detach(), size)
-        groups = shape.num_kv_heads // len(shards)
-        per_rank = [split(shard, entry.layout, shape, groups) for shard in shards]
-        for hf_name, parts in zip(entry.hf_names, zip(*per_rank, strict=True), strict=True):
-            tensor = parts[0] if dim is None or len(parts) == 1 else torch.cat(parts, dim=dim)
-            yield hf_name, tensor[: shape.vocab_size] if entry.layout == "vocab" else tensor
-
-
 def _read(source: SafetensorsDirectory, name: str, dim: int | None, size: int, rank: int) -> Tensor:
     """This rank's share of a tensor that is split along `dim`; the last ranks of a vocabulary may get less."""
     tensor = source[name]
@@ -97,20 +79,38 @@ def _read(source: SafetensorsDirectory, name: str, dim: int | None, size: int, r
     return tensor[start:stop] if dim == 0 else tensor[:, start:stop]
 
 
-def _gather(shard: Tensor, size: int) -> list[Tensor]:
-    if size == 1:
-        return [shard]
-    shards = [torch.empty_like(shard) for _ in range(size)]
-    dist.all_gather(shards, shard.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-    return shards
+@dataclass(frozen=True)
+class LocalParameter:
+    """A parameter of this rank's part of the model.
+
+    Attributes:
+        is_copy: A tied embedding's second copy, on the last pipeline stage.
+    """
+
+    weight: torch.nn.Parameter
+    entry: Parameter
+    is_copy: bool
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks that the weight is split over, if it is split."""
+        if self.entry.is_expert:
+            return parallel_state.get_expert_tensor_parallel_group()
+        return parallel_state.get_tensor_model_parallel_group()
 
 
-def _tensor_parallel() -> tuple[int, int]:
-    """Size and rank."""
-    return (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_rank(),
-    )
+def local_parameters(models: list[GPTModel]) -> Iterator[LocalParameter]:
+    """All parameters of this rank's chunks of a model, with their place in the whole model."""
+    for model in models:
+        config, layers = model.config, model.decoder.layers
+        first_layer = layers[0].layer_number - 1 if len(layers) else 0
+        experts = (config.num_moe_experts or 0) // config.expert_model_parallel_size
+        first_expert = parallel_state.get_expert_model_parallel_rank() * experts
+        for name, weight in model.named_parameters():
+            is_copy = name == "output_layer.weight" and model.share_embeddings_and_output_weights
+            whole = "embedding.word_embeddings.weight" if is_copy else name
+            entry = parameter(global_name(whole, first_layer, first_expert))
+            yield LocalParameter(weight, entry, is_copy)
 
 
 def _tensor_files(directory: Path) -> dict[str, str]:

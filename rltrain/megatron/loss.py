@@ -193,7 +193,9 @@ def metric_sums(metrics: dict[str, Tensor], log_probs: Tensor, values: dict[str,
 
 
 def add_up(parts: list[Sums]) -> Sums:
-    """The sums of several micro-batches, all with the same names, as one."""
+    """The sums of several micro-batches, all with the same names, as one; none of none."""
+    if not parts:
+        return {}
     joined = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     return {name: all_.max() if name.endswith("_max") else all_.sum() for name, all_ in joined.items()}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,20 +17,53 @@ from torch import Tensor
 from rltrain.data.batch import TrainBatch
 from rltrain.data.trainable import Flat, TrainableTokens
 from rltrain.megatron.attention import PackedSequences
+from rltrain.megatron.context_parallel import chunk_multiple, own_positions
 from rltrain.megatron.responses import Responses
+
+_PADDING_LENGTH = 128
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Tensors on this rank's device. t tokens in all, n of them trainable."""
+    """Tensors on this rank's device. t tokens in all, n of them trainable.
+
+    Context parallel ranks share both out: a rank has t / ranks tokens and `rows` and `targets` for those of the n
+    that are among its tokens. Values are over all n on every rank.
+    """
 
     indices: tuple[int, ...]  # samples, in the order in which they are packed
-    tokens: Tensor  # [1, t] int64
+    tokens: Tensor  # [1, own t] int64
     sequences: PackedSequences
-    rows: Tensor  # [n] int64: positions in `tokens` whose logits predict `targets`
-    targets: Tensor  # [n] int64
+    rows: Tensor  # [own n] int64: positions in `tokens` whose logits predict `targets`
+    targets: Tensor  # [own n] int64
+    own: Tensor  # [own n] int64: which of the n they are
+    num_trainable: int  # n
     values: dict[str, Tensor]  # [n] float32 each: per-token inputs of the loss, by name
     responses: Responses
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """How the tokens of a micro-batch are shared out over ranks.
+
+    Attributes:
+        sequence_size: Ranks that share this rank's tokens by sequence parallelism.
+        min_tokens: Micro-batches are padded to at least this many tokens (of all ranks).
+    """
+
+    sequence_size: int = 1
+    context_size: int = 1
+    context_rank: int = 0
+    min_tokens: int = 0
+
+    def padded(self, length: int) -> int:
+        """Tokens that a sequence takes up."""
+        return _round_up(length, chunk_multiple(self.context_size))
+
+    def padded_total(self, tokens: int) -> int:
+        """Tokens that a micro-batch takes up."""
+        multiple = self.sequence_size * chunk_multiple(self.context_size)
+        return _round_up(max(tokens, self.min_tokens, 1), multiple)
 
 
 def computed_length(tokens: NDArray[np.int32]) -> int:
@@ -43,7 +77,7 @@ def build_micro_batch(
     indices: Sequence[int],
     values: dict[str, Flat],
     *,
-    align: int,
+    split: TokenSplit,
     device: torch.device,
 ) -> MicroBatch:
     """Pack samples one after the other, sorted by length: attention joins sequences of equal length.
@@ -51,26 +85,47 @@ def build_micro_batch(
     Args:
         indices: Samples of the micro-batch; none gives a micro-batch of padding without trainable tokens.
         values: Per-token values of the whole rollout, by name.
-        align: The number of tokens is padded to a multiple of this, as sequence parallelism needs.
     """
     order = tuple(sorted(indices, key=lambda i: (len(batch.tokens[i]), i)))
-    lengths = [computed_length(batch.tokens[i]) for i in order]
-    starts = np.cumsum([0, *lengths])
-    padding = -int(starts[-1]) % align if order else align
-    tokens = [batch.tokens[i][:-1] for i in order] + [np.zeros(padding, dtype=np.int32)]
-    rows = [trainable.positions[i] + start for i, start in zip(order, starts[:-1], strict=True)]
-    targets = [batch.tokens[i][trainable.positions[i] + 1] for i in order]
+    lengths = [split.padded(computed_length(batch.tokens[i])) for i in order]
+    starts = [int(start) for start in np.cumsum([0, *lengths])]
+    total = split.padded_total(starts[-1])
+    lengths += _padding(total - starts[-1], chunk_multiple(split.context_size))
+    tokens = np.zeros(total, np.int64)
+    for i, start in zip(order, starts[:-1], strict=True):
+        tokens[start : start + computed_length(batch.tokens[i])] = batch.tokens[i][:-1]
+    rows = _join([trainable.positions[i] + start for i, start in zip(order, starts[:-1], strict=True)])
+    targets = _join([batch.tokens[i][trainable.positions[i] + 1] for i in order])
+    own_tokens = own_positions(lengths, split.context_size, split.context_rank)
+    place = np.full(total, -1)
+    place[own_tokens] = np.arange(len(own_tokens))
+    own = np.flatnonzero(place[rows] >= 0)
 
-    def tensor(parts: Sequence[NDArray[np.generic]], dtype: type[np.generic]) -> Tensor:
-        joined = np.concatenate([np.empty(0, dtype), *parts], dtype=dtype)
-        return torch.from_numpy(joined).to(device, non_blocking=True)
+    def tensor(array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
 
     return MicroBatch(
         indices=order,
-        tokens=tensor(tokens, np.int64).unsqueeze(0),
-        sequences=PackedSequences.from_lengths(lengths + [padding] * (padding > 0), device),
-        rows=tensor(rows, np.int64),
-        targets=tensor(targets, np.int64),
-        values={name: tensor([flat[i] for i in order], np.float32) for name, flat in values.items()},
+        tokens=tensor(tokens[own_tokens]).unsqueeze(0),
+        sequences=PackedSequences.from_lengths(lengths, device, split.context_size),
+        rows=tensor(place[rows][own]),
+        targets=tensor(targets[own]),
+        own=tensor(own),
+        num_trainable=len(rows),
+        values={name: tensor(_join([flat[i] for i in order], np.float32)) for name, flat in values.items()},
         responses=Responses.of(batch, order, device),
     )
+
+
+def _join(parts: Sequence[NDArray[Any]], dtype: type[np.generic] = np.int64) -> NDArray[Any]:
+    return np.concatenate([np.empty(0, dtype), *parts], dtype=dtype)
+
+
+def _padding(tokens: int, multiple: int) -> list[int]:
+    """Lengths of sequences of padding: short ones, because attention to them costs too."""
+    piece = _round_up(_PADDING_LENGTH, multiple)
+    return [piece] * (tokens // piece) + ([tokens % piece] if tokens % piece else [])
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

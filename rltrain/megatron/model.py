@@ -1,4 +1,7 @@
-"""A Hugging Face model's shape as a Megatron-core GPT model."""
+"""A Hugging Face model's shape as a Megatron-core GPT model.
+
+A rank holds a list of chunks of the model: one, or several with virtual pipeline stages.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import argparse
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -17,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.hf_config import ModelShape, check_hf_config, read_model_shape
 from rltrain.arguments.model_flags import check_model_flags
+from rltrain.arguments.parallel import virtual_stages
 from rltrain.megatron.config import build_config
 from rltrain.megatron.device import device, use_cuda
 from rltrain.megatron.specs import decoder_spec, use_transformer_engine
@@ -53,6 +59,7 @@ def padded_vocab_size(shape: ModelShape, args: argparse.Namespace) -> int:
 def transformer_config(shape: ModelShape, args: argparse.Namespace) -> TransformerConfig:
     """Megatron-core's configuration."""
     fused = use_transformer_engine()
+    stages = virtual_stages(args, shape.num_layers)
     return build_config(
         TransformerConfig,
         args,
@@ -81,6 +88,19 @@ def transformer_config(shape: ModelShape, args: argparse.Namespace) -> Transform
         params_dtype=params_dtype(args),
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         sequence_parallel=args.sequence_parallel,
+        context_parallel_size=args.context_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=stages,
+        num_layers_in_first_pipeline_stage=args.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=args.decoder_last_pipeline_num_layers,
+        pipeline_dtype=params_dtype(args),
+        # Micro-batches of different length tell the next stage their shape, which Megatron-core cannot do where
+        # both neighbours are one rank, so with virtual stages all are padded to one length.
+        variable_seq_lengths=args.pipeline_model_parallel_size > 1 and not uniform_micro_batches(args),
+        moe_token_dispatcher_type=args.moe_token_dispatcher_type,
+        # Two stages with virtual ones exchange two messages at a time, which only this keeps apart.
+        overlap_p2p_comm=stages is not None,
+        batch_p2p_comm=stages is None,
         recompute_granularity=args.recompute_granularity,
         recompute_method=args.recompute_method,
         recompute_num_layers=args.recompute_num_layers,
@@ -91,28 +111,67 @@ def transformer_config(shape: ModelShape, args: argparse.Namespace) -> Transform
         masked_softmax_fusion=False,
         persist_layer_norm=fused,
         gradient_accumulation_fusion=False,  # needs Apex
+        **_experts_config(shape, args),
     )
 
 
-def build_model(shape: ModelShape, args: argparse.Namespace) -> GPTModel:
-    """A model on this rank's device, with its share of the random weights that `args.seed` gives."""
+def uniform_micro_batches(args: argparse.Namespace) -> bool:
+    """Whether all micro-batches of a step must have the same number of tokens, on all ranks."""
+    virtual = args.num_virtual_stages_per_pipeline_rank or args.num_layers_per_virtual_pipeline_stage
+    return bool(virtual or args.moe_token_dispatcher_type == "allgather")
+
+
+def _experts_config(shape: ModelShape, args: argparse.Namespace) -> dict[str, Any]:
+    experts = shape.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_layer_freq": [int(i in experts.layers) for i in range(shape.num_layers)],
+        "moe_router_topk": experts.top_k,
+        # The softmax over the chosen experts alone is the softmax over all, normalised afterwards.
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": args.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": args.moe_aux_loss_coeff,
+        "moe_grouped_gemm": True,
+        "expert_model_parallel_size": args.expert_model_parallel_size,
+        "expert_tensor_parallel_size": args.expert_tensor_parallel_size,
+    }
+
+
+def build_model(shape: ModelShape, args: argparse.Namespace) -> list[GPTModel]:
+    """This rank's chunks of the model, on its device, with the random weights that `args.seed` gives."""
     config = transformer_config(shape, args)
+    stages = config.virtual_pipeline_model_parallel_size
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(stages)
+    return [_build_chunk(shape, args, config, stage) for stage in (range(stages) if stages else [None])]
+
+
+def _build_chunk(
+    shape: ModelShape, args: argparse.Namespace, config: TransformerConfig, stage: int | None
+) -> GPTModel:
+    where: dict[str, Any] = {"ignore_virtual": stage is None, "vp_stage": stage}
     model = GPTModel(
         config=config,
-        transformer_layer_spec=decoder_spec(config),
+        transformer_layer_spec=decoder_spec(config, stage),
         vocab_size=padded_vocab_size(shape, args),
         max_sequence_length=shape.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
         rope_scaling=shape.rope_factor is not None,
         rope_scaling_factor=shape.rope_factor or 1.0,
+        vp_stage=stage,
     )
     return model.to(device())
 
 
-def wrap_data_parallel(model: GPTModel, args: argparse.Namespace) -> DistributedDataParallel:
-    """The model with Megatron-core's gradient buffers and reduction over data parallel ranks."""
+def wrap_data_parallel(models: list[GPTModel], args: argparse.Namespace) -> list[DistributedDataParallel]:
+    """The chunks with Megatron-core's gradient buffers and reduction over data parallel ranks."""
     config = build_config(
         DistributedDataParallelConfig,
         args,
@@ -122,6 +181,6 @@ def wrap_data_parallel(model: GPTModel, args: argparse.Namespace) -> Distributed
     )
     # The check for NaN goes through a state machine that announces itself, with two warnings.
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
-    wrapped = DistributedDataParallel(model.config, config, model)
-    model.config.finalize_model_grads_func = finalize_model_grads
+    wrapped = [DistributedDataParallel(model.config, config, model) for model in models]
+    models[0].config.finalize_model_grads_func = finalize_model_grads
     return wrapped

@@ -13,7 +13,7 @@ from rltrain.megatron.config import build_config
 from rltrain.megatron.model import params_dtype
 
 
-def build_optimizer(model: DistributedDataParallel, args: argparse.Namespace) -> MegatronOptimizer:
+def build_optimizer(models: list[DistributedDataParallel], args: argparse.Namespace) -> MegatronOptimizer:
     """AdamW with gradient clipping; with --use-distributed-optimizer its state is split over ranks."""
     config = build_config(
         OptimizerConfig,
@@ -30,7 +30,7 @@ def build_optimizer(model: DistributedDataParallel, args: argparse.Namespace) ->
         params_dtype=params_dtype(args),
         use_distributed_optimizer=args.use_distributed_optimizer,
     )
-    return get_megatron_optimizer(config, [model])
+    return get_megatron_optimizer(config, models)
 
 
 def build_scheduler(optimizer: MegatronOptimizer, args: argparse.Namespace) -> OptimizerParamScheduler:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from megatron.core import parallel_state
@@ -11,11 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rltrain.algorithms.reduce import token_weights
+from rltrain.arguments.hf_config import ModelShape
 from rltrain.data.batch import TrainBatch
-from rltrain.data.packing import Bin, pack, plan_step
+from rltrain.data.packing import Bin, StepPlan, pack_ranks, plan_step
 from rltrain.data.trainable import Flat, TrainableTokens
 from rltrain.megatron.device import device
-from rltrain.megatron.micro_batch import MicroBatch, build_micro_batch, computed_length
+from rltrain.megatron.flops import sequence_flops
+from rltrain.megatron.micro_batch import MicroBatch, TokenSplit, build_micro_batch, computed_length
+from rltrain.megatron.model import uniform_micro_batches
 
 
 class RankShare:
@@ -24,17 +28,26 @@ class RankShare:
     Attributes:
         batch: All samples of the rollout.
         trainable: Where their trainable tokens are.
-        plans: One an optimizer step: this rank's micro-batches, as indices of samples.
+        num_steps: Optimizer steps.
         samples: This rank's samples. Those that nothing is trained on are nobody's.
     """
 
-    def __init__(self, args: argparse.Namespace, batch: TrainBatch) -> None:
+    def __init__(self, args: argparse.Namespace, shape: ModelShape, batch: TrainBatch) -> None:
         """Share a rollout out over the data parallel ranks."""
-        self._args, self.batch = args, batch
+        self._args, self._shape, self.batch = args, shape, batch
         self.trainable = TrainableTokens.of(batch)
+        self._split = TokenSplit(
+            sequence_size=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+            context_size=args.context_parallel_size,
+            context_rank=parallel_state.get_context_parallel_rank(),
+        )
+        virtual = args.num_virtual_stages_per_pipeline_rank or args.num_layers_per_virtual_pipeline_stage
+        self._multiple = args.pipeline_model_parallel_size if virtual else 1
         self._steps = batch.steps(args.num_steps_per_rollout)
-        self.plans = [self._plan(step) for step in self._steps]
-        self.samples = [i for plan in self.plans for micro_batch in plan for i in micro_batch]
+        self.num_steps = len(self._steps)
+        self._all_plans = [self._plan(step) for step in self._steps]
+        rank = parallel_state.get_data_parallel_rank()
+        self.samples = [i for plan in self._all_plans for micro_batch in plan[rank] for i in micro_batch]
 
     def loss_values(self) -> dict[str, Flat]:
         """What the loss needs for each trainable token, as far as it needs no model."""
@@ -61,7 +74,7 @@ class RankShare:
 
     def micro_batches(self, step: int, values: dict[str, Flat]) -> list[MicroBatch]:
         """The micro-batches of an optimizer step, with these values of their tokens."""
-        return [self._micro_batch(indices, values) for indices in self.plans[step]]
+        return self._micro_batches(self._all_plans[step], values)
 
     def per_token(self, forward: Callable[[list[MicroBatch]], list[Tensor]]) -> Flat:
         """What `forward` returns for the trainable tokens of this rank; other samples' entries are empty.
@@ -70,9 +83,7 @@ class RankShare:
             forward: From micro-batches, packed as there is room without gradients, to their [n] values each.
         """
         flat: Flat = [np.empty(0, np.float32)] * len(self.batch)
-        micro_batches = [self._micro_batch(indices, {}) for indices in self._forward_plan()]
-        if not micro_batches:
-            return flat
+        micro_batches = self._micro_batches(self._forward_plan(), {})
         for micro_batch, values in zip(micro_batches, forward(micro_batches), strict=True):
             sizes = [self.trainable.count(i) for i in micro_batch.indices]
             for i, part in zip(micro_batch.indices, values.cpu().split(sizes), strict=True):
@@ -86,26 +97,62 @@ class RankShare:
             values[step] = part
         return values
 
-    def _plan(self, step: NDArray[np.int64]) -> tuple[Bin, ...]:
+    def _plan(self, step: NDArray[np.int64]) -> list[list[Bin]]:
+        """Every rank's micro-batches of one optimizer step."""
         samples = [int(i) for i in step if self.trainable.count(i)]
+        lengths = [self._length(i) for i in samples]
+        costs = [self._flops(i) for i in samples] if self._args.balance_by_flops else None
         plan = plan_step(
-            [computed_length(self.batch.tokens[i]) for i in samples],
+            lengths,
             parallel_state.get_data_parallel_world_size(),
-            max_tokens=self._args.max_tokens_per_gpu if self._args.use_dynamic_batch_size else None,
+            max_tokens=self._budget(self._args.max_tokens_per_gpu),
             micro_batch_size=self._args.micro_batch_size,
+            multiple=self._multiple,
+            costs=costs,
         )
-        own = plan.micro_batches[parallel_state.get_data_parallel_rank()]
-        return tuple(tuple(samples[i] for i in micro_batch) for micro_batch in own)
+        return _of_samples(plan, samples)
 
-    def _forward_plan(self) -> list[list[int]]:
-        """This rank's samples in micro-batches where no gradient is needed."""
-        samples, size = self.samples, self._args.micro_batch_size
-        if self._args.use_dynamic_batch_size:
-            lengths = [computed_length(self.batch.tokens[i]) for i in samples]
-            bins = pack(lengths, self._args.log_probs_max_tokens_per_gpu)
-            return [[samples[i] for i in indices] for indices in bins]
-        return [samples[i : i + size] for i in range(0, len(samples), size)]
+    def _forward_plan(self) -> list[list[Bin]]:
+        """Every rank's samples in micro-batches where no gradient is needed, as many on every rank."""
+        ranks = [
+            [i for plan in self._all_plans for micro_batch in plan[rank] for i in micro_batch]
+            for rank in range(parallel_state.get_data_parallel_world_size())
+        ]
+        samples = [i for rank in ranks for i in rank]
+        place = {sample: i for i, sample in enumerate(samples)}
+        plan = pack_ranks(
+            [self._length(i) for i in samples],
+            [[place[i] for i in rank] for rank in ranks],
+            max_tokens=self._budget(self._args.log_probs_max_tokens_per_gpu),
+            micro_batch_size=self._args.micro_batch_size,
+            multiple=self._multiple,
+        )
+        return _of_samples(plan, samples)
 
-    def _micro_batch(self, indices: Sequence[int], values: dict[str, Flat]) -> MicroBatch:
-        align = self._args.tensor_model_parallel_size if self._args.sequence_parallel else 1
-        return build_micro_batch(self.batch, self.trainable, indices, values, align=align, device=device())
+    def _budget(self, tokens_per_rank: int) -> int | None:
+        """Tokens of a micro-batch, which context parallel ranks share."""
+        if not self._args.use_dynamic_batch_size:
+            return None
+        return tokens_per_rank * self._args.context_parallel_size
+
+    def _length(self, sample: int) -> int:
+        return self._split.padded(computed_length(self.batch.tokens[sample]))
+
+    def _flops(self, sample: int) -> float:
+        return sequence_flops(self._shape, self._length(sample), self.trainable.count(sample))
+
+    def _micro_batches(self, plan: list[list[Bin]], values: dict[str, Flat]) -> list[MicroBatch]:
+        split = self._split
+        if uniform_micro_batches(self._args):
+            most = max(sum(map(self._length, each)) for rank in plan for each in rank)
+            split = replace(split, min_tokens=most)
+        own = plan[parallel_state.get_data_parallel_rank()]
+        return [
+            build_micro_batch(self.batch, self.trainable, indices, values, split=split, device=device())
+            for indices in own
+        ]
+
+
+def _of_samples(plan: StepPlan, samples: list[int]) -> list[list[Bin]]:
+    """A plan over places in a list of samples as one over the samples."""
+    return [[tuple(samples[i] for i in each) for each in rank] for rank in plan.micro_batches]

@@ -20,14 +20,21 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor
 
 from rltrain.megatron.attention import PackedAttention
 from rltrain.megatron.device import use_cuda
+from rltrain.megatron.grouped_linear import ColumnGroupedLinear, RowGroupedLinear
 
 
 def use_transformer_engine() -> bool:
@@ -35,12 +42,18 @@ def use_transformer_engine() -> bool:
     return HAVE_TE and use_cuda()
 
 
-def decoder_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The decoder's layers."""
+def decoder_spec(config: TransformerConfig, stage: int | None = None) -> TransformerBlockSubmodules:
+    """The decoder's layers on this pipeline rank, of one virtual stage if there are several."""
     if use_transformer_engine():
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
-    layer = _torch_layer_spec(config)
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=RMSNorm)
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
+    first = get_transformer_layer_offset(config, vp_stage=stage)
+    count = get_num_layers_to_build(config, vp_stage=stage)
+    frequency = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [1] * config.num_layers
+    layers = [
+        _torch_layer_spec(config, config.num_moe_experts if frequency[i] else None)
+        for i in range(first, first + count)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -97,15 +110,15 @@ class TorchSpecProvider(BackendSpecProvider):
         """Attention proper."""
         return PackedAttention
 
-    def grouped_mlp_modules(self, *args: Any) -> tuple[type, Any]:
-        """Experts."""
-        raise NotImplementedError("mixture of experts")
+    def grouped_mlp_modules(self, *args: Any) -> tuple[type, MLPSubmodules]:
+        """Experts, all of a rank in one module."""
+        return TEGroupedMLP, MLPSubmodules(linear_fc1=ColumnGroupedLinear, linear_fc2=RowGroupedLinear)
 
     def activation_func(self) -> None:
         """The activation is a plain function of the configuration."""
 
 
-def _torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
+def _torch_layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
     backend = TorchSpecProvider()
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
@@ -122,8 +135,11 @@ def _torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp,
-            mlp=get_mlp_module_spec_for_backend(backend=backend),
+            # The norm before a dense MLP is part of its first linear layer; experts share one.
+            pre_mlp_layernorm=RMSNorm if num_experts else IdentityOp,
+            mlp=get_mlp_module_spec_for_backend(
+                backend=backend, num_experts=num_experts, moe_grouped_gemm=True
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -60,12 +60,12 @@ def weight_source(directory: Path, flag: str, step: int | None) -> WeightSource:
     return WeightSource(checkpoint=checkpoint)
 
 
-def load_source(model: GPTModel, shape: ModelShape, source: WeightSource) -> None:
-    """Fill a model that is not yet wrapped for data parallelism."""
+def load_source(models: list[GPTModel], shape: ModelShape, source: WeightSource) -> None:
+    """Fill a model (its chunks on this rank) that is not yet wrapped for data parallelism."""
     if source.hf_directory is not None:
-        load_hf_weights(model, shape, source.hf_directory)
+        load_hf_weights(models, shape, source.hf_directory)
     elif source.checkpoint is not None:
-        load_checkpoint(source.checkpoint, TrainState(model))
+        load_checkpoint(source.checkpoint, TrainState(models))
 
 
 def resume(args: argparse.Namespace, state: TrainState) -> int:
@@ -80,7 +80,7 @@ def resume(args: argparse.Namespace, state: TrainState) -> int:
     if checkpoint is None:
         return 0
     if args.no_load_optim or not has_optimizer(checkpoint):
-        iteration = load_checkpoint(checkpoint, TrainState(state.model))
+        iteration = load_checkpoint(checkpoint, TrainState(state.models))
         if state.optimizer is not None:
             state.optimizer.reload_model_params()
         return iteration

@@ -13,30 +13,30 @@ from rltrain.megatron.optimizer import build_optimizer, build_scheduler
 
 
 class TrainedModel:
-    """This rank's part of a model. Every method is called by all ranks together.
+    """This rank's chunks of a model. Every method is called by all ranks together.
 
     Attributes:
-        model: The bare model, which has the weights.
-        wrapped: The same with Megatron-core's data parallelism round it, which is what runs.
+        models: The bare chunks, which have the weights.
+        wrapped: The same, each with Megatron-core's data parallelism round it, which is what runs.
     """
 
-    def __init__(self, model: GPTModel, args: argparse.Namespace) -> None:
+    def __init__(self, models: list[GPTModel], args: argparse.Namespace) -> None:
         """Make a model that has its first weights ready to be trained with the flags in `args`."""
-        self.model, self._args = model, args
+        self.models, self._args = models, args
         with megatron_scope():
-            self.wrapped = wrap_data_parallel(model, args)
+            self.wrapped = wrap_data_parallel(models, args)
             self.optimizer = build_optimizer(self.wrapped, args)
             self.scheduler = build_scheduler(self.optimizer, args)
 
     def state(self) -> TrainState:
         """What a checkpoint of it holds."""
         if self._args.no_save_optim:
-            return TrainState(self.model)
+            return TrainState(self.models)
         return self.full_state()
 
     def full_state(self) -> TrainState:
         """Everything that a checkpoint can hold."""
-        return TrainState(self.model, self.optimizer, self.scheduler)
+        return TrainState(self.models, self.optimizer, self.scheduler)
 
     def step(self) -> tuple[float, float]:
         """Update the weights with the accumulated gradients and clear these.
@@ -50,6 +50,7 @@ class TrainedModel:
             if not succeeded:
                 raise RuntimeError("the optimizer refused the step: gradients are infinite or not a number")
             self.scheduler.step(increment=1)
-            self.wrapped.zero_grad_buffer()
+            for chunk in self.wrapped:
+                chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
         return float(grad_norm), learning_rate

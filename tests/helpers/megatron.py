@@ -24,7 +24,9 @@ VOCAB_SIZE = 61  # a prime, so that tensor parallelism has to pad it
 
 def tiny_config(architecture: str = "Qwen3ForCausalLM", **changes: Any) -> dict[str, Any]:
     """A config.json of a model with two layers."""
-    model_type = architecture.removesuffix("ForCausalLM").lower()
+    model_type = {"Qwen3MoeForCausalLM": "qwen3_moe"}.get(
+        architecture, architecture.removesuffix("ForCausalLM").lower()
+    )
     return {
         "architectures": [architecture],
         "model_type": model_type,
@@ -105,7 +107,7 @@ def log_probs_of(actor: Any, batch: TrainBatch) -> Any:
     """log π of the trainable tokens of every sample, with the present weights."""
     from rltrain.megatron.rank_share import RankShare
 
-    return actor.log_probs(RankShare(actor.args, batch))
+    return actor.log_probs(RankShare(actor.args, actor.shape, batch))
 
 
 def make_batch(
@@ -145,6 +147,9 @@ def init_single_process() -> None:
             distributed_timeout_minutes=1,
             tensor_model_parallel_size=1,
             pipeline_model_parallel_size=1,
+            context_parallel_size=1,
+            expert_model_parallel_size=1,
+            expert_tensor_parallel_size=None,
             seed=1234,
         )
         distributed.join(args, dist.HashStore(), 0, 1)
@@ -152,12 +157,17 @@ def init_single_process() -> None:
 
 
 def run_ranks(
-    function: Callable[..., Any], args: argparse.Namespace, work: Path, *, world_size: int = 2
+    function: Callable[..., Any],
+    args: argparse.Namespace | dict[str, argparse.Namespace],
+    work: Path,
+    *,
+    world_size: int = 2,
 ) -> list[Any]:
     """Call `function(args, work)` on every rank of a new process group, each rank a new process.
 
     Args:
         function: A function at the top of a test module.
+        args: Of the trainer, or of several layouts that `function` goes through itself.
         work: A directory for files of the exchange, and for the function's own.
 
     Returns:

@@ -1,0 +1,214 @@
+"""Every way to split a model over four ranks against one process: loss, log-probs, each gradient, the step.
+
+Tolerances: everything is fp32, so what differs is the order of sums. Gradients are up to about 0.1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.megatron import (
+    init_single_process,
+    make_actor,
+    make_args,
+    make_batch,
+    run_ranks,
+    tiny_config,
+    write_hf_model,
+)
+
+pytestmark = pytest.mark.slow
+
+LOG_PROB_TOLERANCE, GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 1e-6, 1e-5
+
+TP2, SP = {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}
+PP2, PP4 = {"pipeline_model_parallel_size": 2}, {"pipeline_model_parallel_size": 4}
+VPP2 = PP2 | {"num_layers_per_virtual_pipeline_stage": 1}
+CP2, CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
+EP2, EP4 = {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}
+ETP1, ETP2 = {"expert_tensor_parallel_size": 1}, {"expert_tensor_parallel_size": 2}
+SHARDED = {"use_distributed_optimizer": True}
+ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
+
+# Ranks that are not named are data parallel.
+DENSE: dict[str, dict[str, Any]] = {
+    "dp4": {},
+    "dp4-sharded": SHARDED,
+    "tp2": TP2,
+    "tp2-sp-sharded": TP2 | SP | SHARDED,
+    "pp2": PP2,
+    "pp2-sharded": PP2 | SHARDED,
+    "pp4": PP4,
+    "pp2-uneven": PP2 | {"decoder_first_pipeline_num_layers": 1},
+    "pp2-vpp2": VPP2,
+    "tp2-pp2-sp": TP2 | PP2 | SP,
+    "tp2-pp2-vpp2-sp-sharded": TP2 | VPP2 | SP | SHARDED,
+    "cp2": CP2,
+    "cp4": CP4,
+    "cp2-sharded": CP2 | SHARDED,
+    "tp2-cp2-sp": TP2 | CP2 | SP,
+    "pp2-cp2": PP2 | CP2,
+    "pp2-vpp2-cp2": VPP2 | CP2,
+}
+TIED: dict[str, dict[str, Any]] = {
+    "tied-pp2-sharded": PP2 | SHARDED,
+    "tied-tp2-pp2": TP2 | PP2,
+    "tied-pp2-vpp2-cp2": VPP2 | CP2,
+}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "ep2": EP2,
+    "ep4-sharded": EP4 | SHARDED,
+    "ep2-allgather": EP2 | ALLGATHER,
+    "ep2-tp2": EP2 | TP2 | SP | ETP1,
+    "ep2-tp2-etp2-sharded": EP2 | TP2 | SP | ETP2 | SHARDED,
+    "etp2-allgather": TP2 | SP | ETP2 | ALLGATHER,
+    "pp2-ep2": PP2 | EP2,
+    "pp2-vpp2-ep2-sharded": VPP2 | EP2 | SHARDED,
+    "cp2-ep2": CP2 | EP2,
+    "pp2-tp2-ep2": PP2 | TP2 | SP | EP2 | ETP1,
+}
+LAYOUTS = {"dense": DENSE, "tied": TIED, "experts": EXPERTS}
+CONFIGS = {
+    "dense": tiny_config(num_hidden_layers=4),
+    "tied": tiny_config(num_hidden_layers=4, tie_word_embeddings=True),
+    "experts": tiny_config(
+        "Qwen3MoeForCausalLM",
+        num_hidden_layers=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+    ),
+}
+COMMON: dict[str, Any] = {
+    "use_dynamic_batch_size": True,
+    "max_tokens_per_gpu": 30,
+    "log_probs_max_tokens_per_gpu": 40,
+    "advantage_estimator": "reinforce_plus_plus",
+    "kl_coef": 0.1,
+    "normalize_advantages": True,
+    "use_kl_loss": True,
+    "kl_loss_coef": 0.05,
+    "kl_loss_type": "k3",
+    "entropy_coef": 0.01,
+    "clip_grad": 0.05,
+    "adam_eps": 1e-3,
+}
+
+
+def layout_args(models: Path, kind: str, changes: dict[str, Any]) -> argparse.Namespace:
+    return make_args(models / kind, ref_load=str(models / f"{kind}-reference"), **(COMMON | changes))
+
+
+def step(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """One optimizer step, taken apart, and a second one.
+
+    Returns:
+        Metrics, and the log-probs of this rank's samples; on rank 0 also, in Hugging Face's names, the first
+        step's gradients and the weights after it.
+    """
+    from rltrain.megatron.forward_backward import forward_backward, policy_loss
+    from rltrain.megatron.hf_export import export_hf_weights
+    from rltrain.megatron.rank_share import RankShare
+
+    actor = make_actor(args, work)
+    policy, shape = actor.policy, actor.shape
+    share = RankShare(args, shape, make_batch(13, seed=0, masked=1))
+    values = share.loss_values()
+    actor._add_policy_values(values, share)
+    log_probs = {i: each for i, each in enumerate(actor.log_probs(share)) if len(each)}
+    forward_backward(policy.wrapped, share.micro_batches(0, values), policy_loss(shape, args))
+    gather_gradients(policy.wrapped)
+    gradients = export_hf_weights(policy.models, shape, lambda weight: weight.main_grad, bucket_bytes=5000)
+    gradients = {name: tensor.clone().numpy() for name, tensor in gradients}
+    grad_norm = policy.step()[0]
+    weights = {name: t.clone().numpy() for name, t in export_hf_weights(policy.models, shape)}
+    metrics = {"first_grad_norm": grad_norm, **actor.train(1, share.batch)}
+    return {"metrics": metrics, "log_probs": log_probs, "gradients": gradients, "weights": weights}
+
+
+def gather_gradients(chunks: list[Any]) -> None:
+    """Undo what a distributed optimizer does: each rank has only its shard of the gradients' sums."""
+    import torch.distributed as dist
+
+    for chunk in chunks:
+        if chunk.ddp_config.use_distributed_optimizer:
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+                group = buffer.data_parallel_group
+                for bucket in buffer.buckets:
+                    own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+
+
+def steps(args: dict[str, argparse.Namespace], work: Path) -> dict[str, dict[str, Any]]:
+    """`step` in one layout after the other, within the same processes."""
+    from rltrain.megatron.distributed import split_ranks
+
+    results = {}
+    for name, each in args.items():
+        split_ranks(each)
+        results[name] = step(each, work)
+        if os.environ["RANK"] == "0":
+            print("done", name, flush=True)
+    return results
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    for kind, config in CONFIGS.items():
+        write_hf_model(directory / kind, config)
+        write_hf_model(directory / f"{kind}-reference", config, seed=1)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def single(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What one process makes of each model."""
+    init_single_process()
+    work = tmp_path_factory.mktemp("single")
+    return {kind: step(layout_args(models, kind, {}), work) for kind in CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def on_four(
+    models: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> list[dict[str, dict[str, Any]]]:
+    """What every rank of four makes of each layout that a selected test asks for."""
+    wanted = {item.callspec.params["layout"] for item in request.session.items if item.path == Path(__file__)}
+    args = {
+        name: layout_args(models, kind, {"actor_num_gpus_per_node": 4, **changes})
+        for kind, layouts in LAYOUTS.items()
+        for name, changes in layouts.items()
+        if name in wanted
+    }
+    return run_ranks(steps, args, tmp_path_factory.mktemp("four"), world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"), [(kind, layout) for kind, layouts in LAYOUTS.items() for layout in layouts]
+)
+def test_four_ranks_equal_one(
+    kind: str,
+    layout: str,
+    single: dict[str, dict[str, Any]],
+    on_four: list[dict[str, dict[str, Any]]],
+) -> None:
+    expected, ranks = single[kind], [rank[layout] for rank in on_four]
+    ours = ranks[0]
+    assert all(rank["metrics"] == ours["metrics"] for rank in ranks)
+    assert ours["metrics"] == pytest.approx(expected["metrics"], rel=1e-4, abs=2e-6)
+    log_probs = {i: values for rank in ranks for i, values in rank["log_probs"].items()}
+    assert log_probs.keys() == expected["log_probs"].keys()
+    for i, values in log_probs.items():
+        np.testing.assert_allclose(values, expected["log_probs"][i], atol=LOG_PROB_TOLERANCE, rtol=0)
+    for what, tolerance in (("gradients", GRADIENT_TOLERANCE), ("weights", WEIGHT_TOLERANCE)):
+        assert ours[what].keys() == expected[what].keys()
+        for name, values in ours[what].items():
+            np.testing.assert_allclose(values, expected[what][name], atol=tolerance, rtol=0, err_msg=name)
