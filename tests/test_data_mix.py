@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from rltrain.arguments import UserError, parse
 from rltrain.data.epochs import Epochs
-from rltrain.data.prompts import Prompt, check_prompt_file, read_prompts
+from rltrain.data.prompt_file import PromptFile, check_prompt_file
+from rltrain.data.prompts import Prompt
 from rltrain.data.source import RolloutDataSource
 
 ROWS = [
@@ -41,7 +42,7 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_parquet_reads_as_the_same_rows_in_jsonl_do(parquet: Path, tmp_path: Path, window: str) -> None:
     jsonl = tmp_path / "p.jsonl"
     jsonl.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    ours, theirs = (list(read_prompts(f"{file}{window}", "input", "label")) for file in (parquet, jsonl))
+    ours, theirs = (list(PromptFile(f"{file}{window}", "input", "label")) for file in (parquet, jsonl))
     assert ours == theirs
     assert ours[0].label == ours[0].metadata["number"] + 1
     assert check_prompt_file(f"{parquet}{window}", "input", "label") == len(theirs)
@@ -50,17 +51,17 @@ def test_parquet_reads_as_the_same_rows_in_jsonl_do(parquet: Path, tmp_path: Pat
 def test_metadata_in_parquet_may_be_json(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table({"input": ["a", "b"], "metadata": ['{"x": 1}', None]}), path)
-    assert list(read_prompts(str(path), "input")) == [Prompt("a", None, {"x": 1}), Prompt("b")]
+    assert list(PromptFile(str(path), "input")) == [Prompt("a", None, {"x": 1}), Prompt("b")]
 
 
 def test_what_is_wrong_with_a_parquet_file_is_said(parquet: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"row 0: no key 'question'.*--input-key"):
-        list(read_prompts(str(parquet), "question"))
+        list(PromptFile(str(parquet), "question"))
     with pytest.raises(UserError, match="no prompts in that slice"):
-        list(read_prompts(f"{parquet}@[5000:]", "input"))
+        list(PromptFile(f"{parquet}@[5000:]", "input"))
     (tmp_path / "bad.parquet").write_text("no Parquet")
     with pytest.raises(UserError, match="not a Parquet file"):
-        list(read_prompts(str(tmp_path / "bad.parquet"), "input"))
+        list(PromptFile(str(tmp_path / "bad.parquet"), "input"))
 
 
 FILES = st.lists(
@@ -88,7 +89,7 @@ def test_every_file_has_its_share_and_every_prompt_its_turn(
 
 
 def test_one_file_without_shuffling_comes_in_its_order() -> None:
-    assert Epochs((5,), (1.0,)).order(3) == [0, 1, 2, 3, 4]
+    assert list(Epochs((5,), (1.0,)).order(3)) == [0, 1, 2, 3, 4]
 
 
 def test_a_mix_goes_on_after_a_restart_as_if_nothing_had_been(

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from rltrain.arguments.errors import UserError
-from rltrain.data.prompts import Prompt, check_prompt_file, read_prompts, split_slice
+from rltrain.data.prompt_file import PromptFile, check_prompt_file
+from rltrain.data.prompts import Prompt, split_slice
 
 
 def write(path: Path, *lines: object) -> str:
@@ -27,11 +28,11 @@ def test_reads_text_and_conversations_with_their_labels_metadata_and_tools(tmp_p
         "",
         {"input": chat, "label": 3, "tools": tools},
     )
-    assert list(read_prompts(path, "input", "label")) == [
+    assert list(PromptFile(path, "input", "label")) == [
         Prompt("1+1=", "2", {"a": 1}),
         Prompt(chat, 3, {}, tools),
     ]
-    assert [each.label for each in read_prompts(path, "input")] == [None, None]
+    assert [each.label for each in PromptFile(path, "input")] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_reads_text_and_conversations_with_their_labels_metadata_and_tools(tmp_p
 )
 def test_slices_are_pythons(tmp_path: Path, window: str, numbers: list[int]) -> None:
     path = write(tmp_path / "p.jsonl", *({"input": str(i)} for i in range(10)))
-    assert [int(str(each.prompt)) for each in read_prompts(f"{path}@{window}", "input")] == numbers
+    assert [int(str(each.prompt)) for each in PromptFile(f"{path}@{window}", "input")] == numbers
     assert check_prompt_file(f"{path}@{window}", "input", None) == len(numbers)
 
 
@@ -96,5 +97,6 @@ def test_an_empty_slice_is_refused(tmp_path: Path) -> None:
 
 
 def test_is_light_to_import() -> None:
-    code = "import sys, rltrain.data.prompts; print({'torch', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules))"
+    heavy = {"torch", "transformers", "pyarrow", "numpy"}
+    code = f"import sys, rltrain.data.prompt_file; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -345,11 +346,15 @@ def test_too_many_failures_stop_the_run(make_args: Any) -> None:
         run_rollout(make_args(), faults=[400] * 5)
 
 
-def test_prompts_may_bring_their_own_sampling_parameters(make_args: Any) -> None:
-    args = make_args()
+def test_prompts_may_bring_their_own_sampling_parameters(make_args: Any, tmp_path: Path) -> None:
+    row = {
+        "input": "1+1=",
+        "label": "2",
+        "metadata": {"sampling_params": {"temperature": 0.25, "max_new_tokens": 3}},
+    }
+    (tmp_path / "wishes.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    args = make_args("--prompt-data", str(tmp_path / "wishes.jsonl"))
     source = RolloutDataSource(args)
-    for prompt in source._prompts._prompts:
-        prompt.metadata["sampling_params"] = {"temperature": 0.25, "max_new_tokens": 3}
 
     async def use(engine: FakeEngine, client: Any) -> list[dict[str, Any]]:
         await collect(args, 0, source)

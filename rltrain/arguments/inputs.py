@@ -27,7 +27,7 @@ def check_inputs(args: argparse.Namespace, to_come: Mapping[str, str] | None = N
     from rltrain.arguments.hf_config import check_hf_config
     from rltrain.arguments.model_flags import check_model_flags
     from rltrain.data.epochs import Epochs, prompt_files
-    from rltrain.data.prompts import check_prompt_file
+    from rltrain.data.prompt_file import check_prompt_file
     from rltrain.rewards.rules import reward_function_path
 
     model = Path((to_come or {}).get(args.hf_checkpoint, args.hf_checkpoint))

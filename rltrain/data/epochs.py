@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import random
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,7 +27,7 @@ class Epochs:
         """Prompts of an epoch."""
         return sum(self._share(i) for i in range(len(self.sizes)))
 
-    def order(self, epoch: int) -> list[int]:
+    def order(self, epoch: int) -> Sequence[int]:
         """The positions of an epoch: the same for the same seed, on every machine."""
         return _order(self, epoch)
 
@@ -33,16 +35,17 @@ class Epochs:
         return max(1, round(self.sizes[file] * self.weights[file]))
 
 
-@lru_cache(maxsize=4)
-def _order(epochs: Epochs, epoch: int) -> list[int]:
-    positions: list[int] = []
+@lru_cache(maxsize=1)
+def _order(epochs: Epochs, epoch: int) -> Sequence[int]:
+    positions = array("q")  # 8 bytes a prompt
     first = 0
     for file, size in enumerate(epochs.sizes):
         share = epochs._share(file)
-        own = list(range(size))
+        own: Sequence[int] = range(size)
         if share % size:  # which ones come is drawn; where that goes on is the next epoch's start
+            own = array("q", own)
             random.Random(f"{epochs.seed}/file {file}").shuffle(own)
-        positions += [first + own[(epoch * share + i) % size] for i in range(share)]
+        positions.extend(first + own[(epoch * share + i) % size] for i in range(share))
         first += size
     if epochs.shuffle:
         random.Random(f"{epochs.seed}/{epoch}").shuffle(positions)

@@ -1,17 +1,21 @@
-"""The prompts of one file or several, ready to be generated from: as samples with text and token ids."""
+"""The prompts of one file or several, read as they are needed: as samples with text and token ids."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate, islice
 
 from rltrain.arguments.errors import UserError
-from rltrain.data.prompts import Message, Prompt, read_prompts
+from rltrain.data.prompt_file import PromptFile
+from rltrain.data.prompts import Message, Prompt
 from rltrain.data.tokenizer import encode, load_tokenizer, render
 from rltrain.sample import Sample
 
-_CHUNK = 1000  # prompts tokenised in one go
+_CHUNK = 128  # prompts tokenised in one go, and in memory at a time
 
 
 class PromptSet:
@@ -32,23 +36,31 @@ class PromptSet:
         """
         self._args = args
         self._tokenizer = load_tokenizer(args.hf_checkpoint)
-        self._prompts: list[Prompt] = []
+        self._files: list[PromptFile] = []
+        self._kept: list[Sequence[int]] = []  # rows of each file
         self.sizes: list[int] = []
         self.num_too_long = 0
         limit = args.rollout_max_prompt_len
         for path in paths:
-            prompts = list(read_prompts(path, input_key, label_key, args.metadata_key, args.tool_key))
-            kept = prompts if limit is None else self._shorter_than(prompts, limit)
+            file = PromptFile(path, input_key, label_key, args.metadata_key, args.tool_key)
+            kept = range(len(file)) if limit is None else self._shorter_than(file, limit)
             if not kept:
                 raise UserError(
-                    f"{path}: all {len(prompts)} prompts are longer than --rollout-max-prompt-len {limit}."
+                    f"{path}: all {len(file)} prompts are longer than --rollout-max-prompt-len {limit}."
                 )
-            self._prompts += kept
+            self._files.append(file)
+            self._kept.append(kept)
             self.sizes.append(len(kept))
-            self.num_too_long += len(prompts) - len(kept)
+            self.num_too_long += len(file) - len(kept)
+        self._starts = list(accumulate(self.sizes, initial=0))
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return self._starts[-1]
+
+    def __getitem__(self, position: int) -> Prompt:
+        """The prompt at a position in the joined files."""
+        file = bisect_right(self._starts, position) - 1
+        return self._files[file][self._kept[file][position - self._starts[file]]]
 
     def groups(
         self, positions: Sequence[int], size: int, *, first_group: int = 0, first_index: int = 0
@@ -57,7 +69,7 @@ class PromptSet:
 
         Groups and samples are numbered on from `first_group` and `first_index`.
         """
-        prompts = [self._prompts[position] for position in positions]
+        prompts = [self[position] for position in positions]
         texts, tokens = self._tokenize(prompts)
         return [
             [
@@ -89,10 +101,10 @@ class PromptSet:
         ids = dict(zip(texts, encode(list(texts.values()), self._tokenizer), strict=True))
         return shown, [ids.get(i, []) for i in range(len(shown))]
 
-    def _shorter_than(self, prompts: list[Prompt], limit: int) -> list[Prompt]:
-        kept: list[Prompt] = []
-        for start in range(0, len(prompts), _CHUNK):
-            chunk = prompts[start : start + _CHUNK]
+    def _shorter_than(self, file: PromptFile, limit: int) -> Sequence[int]:
+        kept, prompts, start = array("q"), iter(file), 0
+        while chunk := list(islice(prompts, _CHUNK)):
             _, tokens = self._tokenize(chunk)
-            kept += [prompt for prompt, ids in zip(chunk, tokens, strict=True) if len(ids) <= limit]
+            kept.extend(start + i for i, ids in enumerate(tokens) if len(ids) <= limit)
+            start += len(chunk)
         return kept

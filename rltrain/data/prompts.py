@@ -1,4 +1,4 @@
-"""Prompt files: JSONL, one object a line, as slime reads them, or Parquet (`.parquet`), one row a prompt.
+"""Rows of prompt files: JSONL, one object a line, as slime reads them, or Parquet (`.parquet`), one row a prompt.
 
 `path@[a:b]` takes the lines (rows) a to b, as a Python slice does.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,50 +27,6 @@ class Prompt:
     label: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] | None = None
-
-
-def check_prompt_file(
-    path: str, input_key: str, label_key: str | None, metadata_key: str = "metadata"
-) -> int:
-    """Read the whole file, keep nothing, and return the number of prompts.
-
-    Raises:
-        UserError: see `read_prompts`.
-    """
-    return sum(1 for _ in read_prompts(path, input_key, label_key, metadata_key))
-
-
-def read_prompts(
-    path: str,
-    input_key: str,
-    label_key: str | None = None,
-    metadata_key: str = "metadata",
-    tool_key: str = "tools",
-) -> Iterator[Prompt]:
-    """The prompts of a file, one at a time. Metadata and tools are optional, the other keys are not.
-
-    Raises:
-        UserError: no such file, nothing in it (or in the slice), a line that is not a JSON object, a missing
-            key or a value of the wrong type; the message has file and line.
-    """
-    file, window = split_slice(path)
-    if not file.is_file():
-        what = "it is a directory" if file.is_dir() else "there is no such file"
-        raise UserError(f"prompt file {file}: {what}. Give a JSONL file: one JSON object a line.")
-    keys = (input_key, label_key, metadata_key, tool_key)
-    count = 0
-    if file.suffix == ".parquet":
-        for number, row in _parquet_rows(file, window, keys):
-            yield parse_row(row, f"{file}, row {number}", *keys)
-            count += 1
-    else:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in _window(lines, window, file):
-                yield parse_line(line, f"{file}:{number}", *keys)
-                count += 1
-    if count == 0:
-        where = f"{path}: no prompts in that slice" if path != str(file) else f"{file}: no prompts in it"
-        raise UserError(f"prompt file {where}. Give a JSONL file with one JSON object a line.")
 
 
 def split_slice(path: str) -> tuple[Path, slice]:
@@ -161,47 +115,3 @@ def _is_conversation(prompt: Any) -> bool:
         and bool(prompt)
         and all(isinstance(each, dict) and "role" in each and "content" in each for each in prompt)
     )
-
-
-def _parquet_rows(
-    file: Path, window: slice, keys: tuple[str | None, ...]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered rows of the slice, read in batches, only the columns that have a key."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        parquet = pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"prompt file {file}: not a Parquet file ({error}).") from None
-    wanted = range(parquet.metadata.num_rows)[window]
-    columns = [name for name in parquet.schema_arrow.names if name in keys]
-    if not columns:  # the first missing key is named by who parses the row
-        columns = parquet.schema_arrow.names
-    number = 0
-    for batch in parquet.iter_batches(batch_size=1000, columns=columns):
-        if number + len(batch) > wanted.start and number < wanted.stop:
-            for i, row in enumerate(batch.to_pylist(), start=number):
-                if i in wanted:
-                    yield i, row
-        number += len(batch)
-
-
-def _window(lines: Iterator[str], window: slice, file: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines that are not blank, those of the slice only; numbers count from 1 in the file."""
-    numbered = ((number, line) for number, line in _decoded(lines, file) if line.strip())
-    start, stop = window.start, window.stop
-    if (start is not None and start < 0) or (stop is not None and stop < 0):
-        return iter(list(numbered)[window])  # counted from the end: the end has to be known
-    return islice(numbered, start, stop)
-
-
-def _decoded(lines: Iterator[str], file: Path) -> Iterator[tuple[int, str]]:
-    number = 0
-    try:
-        for number, line in enumerate(lines, start=1):
-            yield number, line
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file}:{number + 1} or soon after: not UTF-8 ({error}). Prompt files are UTF-8."
-        ) from None

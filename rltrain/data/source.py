@@ -20,6 +20,9 @@ class RolloutDataSource:
 
     Groups given back with `add_samples` come first the next time. `save` and `load` make a restart go on
     exactly where the rollout before it stopped, given-back groups included.
+
+    Attributes:
+        metadata: What a subclass wants to be stored with the state; JSON-able.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -37,6 +40,7 @@ class RolloutDataSource:
         )
         self.num_prompts_too_long = self._prompts.num_too_long
         self._buffer: list[list[Sample]] = []
+        self.metadata: dict[str, Any] = {}
         self._reset()
 
     def __len__(self) -> int:
@@ -71,6 +75,7 @@ class RolloutDataSource:
             "group_index": self._group_index,
             "sample_index": self._sample_index,
             "num_prompts": len(self),
+            "metadata": self.metadata,
             "buffer": [[sample.to_dict() for sample in group] for group in self._buffer],
         }
         _write_atomically(self._state_file(rollout_id), json.dumps(state))
@@ -97,6 +102,7 @@ class RolloutDataSource:
             )
         self._epoch, self._position = state["epoch"], state["position"]
         self._group_index, self._sample_index = state["group_index"], state["sample_index"]
+        self.metadata = state.get("metadata", {})
         self._buffer = [[Sample.from_dict(sample) for sample in group] for group in state["buffer"]]
 
     def _from_buffer(self, num_samples: int) -> list[list[Sample]]:
@@ -119,6 +125,7 @@ class RolloutDataSource:
     def _reset(self) -> None:
         self._epoch = self._position = self._group_index = self._sample_index = 0
         self._buffer = []
+        self.metadata = {}
 
     def _next_position(self) -> int:
         if self._position >= len(self):

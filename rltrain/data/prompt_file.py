@@ -1,0 +1,194 @@
+"""Prompt files as sequences that stay on disk: any row is read when it is asked for, so files may exceed memory.
+
+Of a JSONL file only where each line begins is kept, 8 bytes a line. A Parquet file is unpacked once into a temporary
+Arrow file (under `TMPDIR`) that is mapped into memory, because its own rows can only be read in large groups.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rltrain.arguments.errors import UserError
+from rltrain.data.prompts import Prompt, parse_line, parse_row, split_slice
+
+_BATCH = 128  # rows of a Parquet file that are in memory at a time
+
+
+class PromptFile:
+    """The prompts of `FILE` or `FILE@[a:b]`."""
+
+    def __init__(
+        self,
+        path: str,
+        input_key: str,
+        label_key: str | None = None,
+        metadata_key: str = "metadata",
+        tool_key: str = "tools",
+    ) -> None:
+        """Find where the rows are; they are parsed when they are read. Metadata and tools are optional.
+
+        Raises:
+            UserError: no such file, or nothing in it or in the slice.
+        """
+        self._keys = (input_key, label_key, metadata_key, tool_key)
+        file, window = split_slice(path)
+        if not file.is_file():
+            what = "it is a directory" if file.is_dir() else "there is no such file"
+            raise UserError(f"prompt file {file}: {what}. Give a JSONL file: one JSON object a line.")
+        self._rows: _JsonLines | _ParquetRows
+        self._rows = (_ParquetRows if file.suffix == ".parquet" else _JsonLines)(file, window, self._keys)
+        if not len(self._rows):
+            where = f"{path}: no prompts in that slice" if path != str(file) else f"{file}: no prompts in it"
+            raise UserError(f"prompt file {where}. Give a JSONL file with one JSON object a line.")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> Prompt:
+        """Row i of the slice.
+
+        Raises:
+            UserError: it is no prompt; the message has file and line.
+        """
+        return self._rows.read(i)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        """All rows in order, faster than one by one."""
+        return iter(self._rows)
+
+
+def check_prompt_file(
+    path: str, input_key: str, label_key: str | None, metadata_key: str = "metadata"
+) -> int:
+    """Read the whole file, keep nothing, and return the number of prompts.
+
+    Raises:
+        UserError: no such file, nothing in it (or in the slice), a line that is not a JSON object, a missing
+            key or a value of the wrong type; the message has file and line.
+    """
+    return sum(1 for _ in PromptFile(path, input_key, label_key, metadata_key))
+
+
+class _JsonLines:
+    """The lines that are not blank."""
+
+    def __init__(self, file: Path, window: slice, keys: tuple[str, str | None, str, str]) -> None:
+        self._file, self._keys = file, keys
+        self._descriptor = os.open(file, os.O_RDONLY)
+        stop = (
+            window.stop if window.stop is not None and window.stop >= 0 and (window.start or 0) >= 0 else None
+        )
+        self._starts = _line_starts(self._descriptor, stop)
+        self._window = range(len(self._starts) - 1)[window]
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def __len__(self) -> int:
+        return len(self._window)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (self.read(i) for i in range(len(self)))
+
+    def read(self, i: int) -> Prompt:
+        line = self._window[i]
+        begin, end = self._starts[line], self._starts[line + 1]
+        content = os.pread(self._descriptor, end - begin, begin)
+        try:
+            return parse_line(content.decode(), str(self._file), *self._keys)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self._file}:{self._number(begin)}: not UTF-8 ({error}). Prompt files are UTF-8."
+            ) from None
+        except UserError:  # counting lines takes a while: only where somebody wants to know
+            return parse_line(content.decode(), f"{self._file}:{self._number(begin)}", *self._keys)
+
+    def _number(self, begin: int) -> int:
+        """Number of the line that begins there, counted from 1."""
+        with open(self._descriptor, "rb", closefd=False) as file:
+            file.seek(0)
+            return 1 + sum(
+                file.read(min(1 << 20, begin - at)).count(b"\n") for at in range(0, begin, 1 << 20)
+            )
+
+
+def _line_starts(descriptor: int, stop: int | None) -> array[int]:
+    """Where each line that is not blank begins, the first `stop` of them, and where the last one ends."""
+    starts, at, end = array("q"), 0, 0
+    with open(descriptor, "rb", closefd=False) as file:
+        for line in file:
+            if stop is not None and len(starts) == stop:
+                break
+            if not line.isspace():
+                starts.append(at)
+                end = at + len(line)
+            at += len(line)
+    starts.append(end)
+    return starts
+
+
+class _ParquetRows:
+    """The rows of a Parquet file, only the columns that have a key."""
+
+    def __init__(self, file: Path, window: slice, keys: tuple[str, str | None, str, str]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._file, self._keys = file, keys
+        try:
+            self._parquet = pq.ParquetFile(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"prompt file {file}: not a Parquet file ({error}).") from None
+        self._window = range(self._parquet.metadata.num_rows)[window]
+        self._batches: list[Any] = []  # mapped, not read
+        self._starts: list[int] = []  # the first row of each
+
+    def __len__(self) -> int:
+        return len(self._window)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for start, batch in self._read():
+            for i, row in enumerate(batch.to_pylist(), start=start):
+                if i in self._window:
+                    yield self._parse(row, i)
+
+    def read(self, i: int) -> Prompt:
+        if not self._batches:
+            self._unpack()
+        number = self._window[i]
+        at = bisect_right(self._starts, number) - 1
+        (row,) = self._batches[at].slice(number - self._starts[at], 1).to_pylist()
+        return self._parse(row, number)
+
+    def _parse(self, row: dict[str, Any], number: int) -> Prompt:
+        return parse_row(row, f"{self._file}, row {number}", *self._keys)
+
+    def _read(self) -> Iterator[tuple[int, Any]]:
+        names = self._parquet.schema_arrow.names
+        columns = [name for name in names if name in self._keys]
+        start = 0
+        # Without any of them the first key that is missing is named by who parses the row.
+        for batch in self._parquet.iter_batches(_BATCH, columns=columns or names):
+            if start + len(batch) > self._window.start and start < self._window.stop:
+                yield start, batch
+            start += len(batch)
+
+    def _unpack(self) -> None:
+        import pyarrow as pa
+
+        with tempfile.NamedTemporaryFile(prefix="prompts-", suffix=".arrow") as file:
+            writer = None
+            for start, batch in self._read():
+                writer = writer or pa.ipc.new_file(file.name, batch.schema)
+                writer.write_batch(batch)
+                self._starts.append(start)
+            assert writer is not None  # there is a row, or nobody could ask for one
+            writer.close()
+            reader = pa.ipc.open_file(pa.memory_map(file.name))  # stays mapped when the name is gone
+        self._batches = [reader.get_batch(k) for k in range(reader.num_record_batches)]
