@@ -238,7 +238,7 @@ class VersionedEngine(FakeEngine):
         }
         return output
 
-    async def before_answer(self) -> None:
+    async def before_answer(self, body: dict[str, Any]) -> None:
         if self.open is not None:
             await self.open.wait()
 

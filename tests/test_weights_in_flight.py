@@ -71,7 +71,7 @@ def test_every_token_was_sampled_by_the_version_that_its_span_names(
             2,
             load_file(other_model / "model.safetensors").items(),
             tiny_model,
-            [engine],
+            lambda: [engine],
         )
         samples = [answer.result(timeout=120) for answer in answers]
     for sample in samples:

@@ -32,7 +32,7 @@ class FakeEngine:
             body = await request.json()
             self.requests.append(body)
             self.sessions.append(request.headers.get("X-SMG-Routing-Key"))
-            await self.before_answer()
+            await self.before_answer(body)
             fault = self.faults.pop(0) if self.faults else None
             if fault == "drop":
                 assert request.transport is not None
@@ -43,7 +43,7 @@ class FakeEngine:
         finally:
             self._in_flight -= 1
 
-    async def before_answer(self) -> None:
+    async def before_answer(self, body: dict[str, Any]) -> None:
         """How long it takes."""
         await asyncio.sleep(0.001)
 

@@ -1,0 +1,124 @@
+"""Overlap: wall time of generation and training side by side, against the longer of the two alone.
+
+python benchmarks/overlap.py
+
+The rollout process's own code (data source, requests, rewards, Parquet, look-ahead) speaks to a stub engine over
+HTTP: so many requests at a time, each as long as a heavy-tailed draw says, and no work. The trainer is a stand-in
+that sleeps as long as a rollout takes on average, which is the hardest case, and names the next weights. So the
+ratio is about scheduling, and the cores are idle. Nothing overlaps the first rollout, so 1.05 is the least for 20.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import io
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from fakes.engine_server import FakeEngine, fake_engine
+from tiny_model import make_model
+
+from hpc.layout import RunLayout
+from rltrain.arguments import parse
+from rltrain.rewards import service as rewards
+from rltrain.rollout.http import HttpClient, set_client
+from rltrain.rollout.look_ahead import LookAhead
+from rltrain.rollout.manager import RolloutManager
+from rltrain.rollout.setup import prepare_args
+
+TOKEN = "benchmark"
+ROLLOUTS, PROMPTS, SAMPLES, SLOTS = 20, 16, 8, 32
+MEAN_SECONDS, SIGMA = (
+    0.05,
+    1.2,
+)  # of a request: lognormal, so that the longest of a batch takes 20 times the mean
+
+
+class StubEngine(FakeEngine):
+    """As many requests at a time as an engine has places; the others wait."""
+
+    def __init__(self, token: str) -> None:
+        """Stand in for an engine."""
+        super().__init__(token)
+        self.version = "0"
+        self._slots = asyncio.Semaphore(SLOTS)
+        self._asked: Counter[tuple[int, ...]] = Counter()
+
+    def answer(self, body: dict[str, Any], *, aborted: bool) -> dict[str, Any]:
+        """A made-up response of the present version."""
+        output = super().answer(body, aborted=aborted)
+        output["meta_info"]["weight_versions"][0]["version"] = self.version
+        return output
+
+    async def before_answer(self, body: dict[str, Any]) -> None:
+        """Wait for a place, and hold it for as long as the n-th response to this prompt always takes."""
+        prompt = tuple(body["input_ids"])
+        self._asked[prompt] += 1
+        draw = random.Random(f"{prompt}/{self._asked[prompt]}")
+        seconds = draw.lognormvariate(-SIGMA * SIGMA / 2, SIGMA) * MEAN_SECONDS
+        async with self._slots:
+            await asyncio.sleep(seconds)
+
+
+async def run(args: argparse.Namespace, root: Path, staleness: int, train_seconds: float) -> float:
+    """Wall seconds of all rollouts and steps."""
+    args.max_staleness, args.num_rollout = staleness, ROLLOUTS
+    layout = RunLayout(root / f"run-{staleness}-{train_seconds:.3f}")
+    prepare_args(args, layout)
+    async with fake_engine(TOKEN, StubEngine) as engine:
+        url = urlsplit(engine.url)
+        args.sglang_router_ip, args.sglang_router_port = url.hostname, url.port
+        client = HttpClient(TOKEN)
+        set_client(client)
+        await rewards.start(args)
+        manager = RolloutManager(args, layout, attempt=0)
+        rollouts = LookAhead(manager.generate, ahead=staleness, end=ROLLOUTS)
+        await rollouts.restart(0)
+        manager.load(0)
+        began = time.perf_counter()
+        for step in range(ROLLOUTS):
+            engine.version = str(step)
+            await rollouts.weights(step)
+            await rollouts.get(step)
+            await asyncio.sleep(train_seconds)
+        seconds = time.perf_counter() - began
+        await rollouts.close()
+        await rewards.close()
+        await client.close()
+    return seconds
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        prompts = root / "prompts.jsonl"
+        rows = [{"input": f"{i}+{i}=", "label": str(2 * i)} for i in range(ROLLOUTS * PROMPTS)]
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = f"--hf-checkpoint {make_model(root / 'model', weights=False)} --prompt-data {prompts}"
+        flags += f" --label-key label --rm-type exact --num-rollout {ROLLOUTS} --rollout-batch-size {PROMPTS}"
+        flags += f" --n-samples-per-prompt {SAMPLES} --rollout-max-response-len 8"
+        args = parse(flags.split())
+        with contextlib.redirect_stdout(io.StringIO()):
+            generation = asyncio.run(run(args, root, 0, 0.0))
+            step = generation / ROLLOUTS
+            walls = {staleness: asyncio.run(run(args, root, staleness, step)) for staleness in (0, 1, 2)}
+    ratios = ", ".join(f"K = {k}: {wall / generation:.2f}" for k, wall in walls.items())
+    print(
+        f"overlap: wall / max(generation, training): {ratios} (aim at K = 1: 1.1); {ROLLOUTS} rollouts of {PROMPTS} ×"
+        f" {SAMPLES} requests at a stub engine with {SLOTS} places, generation alone {generation:.1f} s, training as"
+        " long"
+    )
+
+
+if __name__ == "__main__":
+    main()
