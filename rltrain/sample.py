@@ -19,7 +19,8 @@ Message = dict[str, Any]
 class Sample:
     """One response to one prompt. `tokens` holds prompt and response; the other lists only the response.
 
-    `loss_mask`, `rollout_log_probs`: one entry a response token (`response_length` of them), or None.
+    `loss_mask`, `rollout_log_probs`, `teacher_log_probs`: one entry a response token (`response_length` of them),
+    or None.
     `rollout_id`: samples that share it were one rollout, of an agent that is trained on several texts; None for
     a sample that is a rollout by itself. `non_generation_time`: seconds between requests, as in tools.
     """
@@ -45,6 +46,7 @@ class Sample:
     loss_mask: list[int] | None = None
     weight_versions: list[str] = field(default_factory=list)
     rollout_log_probs: list[float] | None = None
+    teacher_log_probs: list[float] | None = None
     remove_sample: bool = False
     status: Status = Status.PENDING
     metadata: dict[str, Any] = field(default_factory=dict)

@@ -48,6 +48,7 @@ SCHEMA = pa.schema(
         ("tokens", pa.list_(pa.int32())),  # prompt and response
         ("loss_mask", pa.list_(pa.int8())),  # one a response token
         ("rollout_log_probs", pa.list_(pa.float32())),  # one a response token, or null
+        ("teacher_log_probs", pa.list_(pa.float32())),  # the same, of --opd-type sglang
         ("weight_versions", pa.list_(pa.string())),  # all that wrote a part of the response
         # Which of them wrote which response tokens; what a tool wrote is in none.
         (
@@ -75,7 +76,7 @@ TRAINER_SCHEMA = pa.schema(
 
 TRAIN_COLUMNS = [
     "group_index", "index", "rollout_id", "status", "reward", "train_reward", "response_length",
-    "tokens", "loss_mask", "rollout_log_probs", "step", "weight_versions",
+    "tokens", "loss_mask", "rollout_log_probs", "teacher_log_probs", "step", "weight_versions",
 ]  # fmt: skip
 
 
@@ -118,6 +119,7 @@ def samples_to_table(
             "tokens": sample.tokens,
             "loss_mask": sample.loss_mask or [1] * sample.response_length,
             "rollout_log_probs": sample.rollout_log_probs,
+            "teacher_log_probs": sample.teacher_log_probs,
             "weight_versions": sample.weight_versions,
             "weight_version_spans": sample.weight_version_spans,
         }

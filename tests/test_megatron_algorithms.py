@@ -128,7 +128,7 @@ def test_kl_in_the_reward_is_taken_off_the_return(model_dir: Path, tmp_path: Pat
     actor = make_actor(args, tmp_path)
     actor.train(0, batch)  # so that the policy has left its reference
     own = log_probs_of(actor, batch)
-    with actor._reference.in_place_of(actor.models):
+    with actor.others.reference.in_place_of(actor.models):
         reference = log_probs_of(actor, batch)
     expected = 0.0
     for i in range(5):

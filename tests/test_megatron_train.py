@@ -156,7 +156,7 @@ def test_warm_up_and_decay(model_dir: Path, tmp_path: Path) -> None:
         model_dir, lr=1.0, min_lr=0.1, lr_decay_style="linear", lr_warmup_iters=2, lr_decay_iters=6
     )
     actor = make_actor(args, tmp_path)
-    rates = [actor.policy.step()[1] for _ in range(7)]
+    rates = [actor.policy.update({}).learning_rate for _ in range(7)]
     assert rates == pytest.approx([0.0, 0.5, 1.0, 0.775, 0.55, 0.325, 0.1])
 
 

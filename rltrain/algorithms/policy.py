@@ -76,7 +76,27 @@ def sequence_log_ratio(log_probs: Tensor, old_log_probs: Tensor, counts: Tensor)
     Returns:
         [n].
     """
-    difference = log_probs - old_log_probs
+    return _sequence_mean(log_probs - old_log_probs, counts)
+
+
+def off_policy_sequence_mask(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, counts: Tensor, *, delta: float
+) -> Tensor:
+    """0 for tokens with A < 0 of sequences that π_old finds more likely than π by more than delta, else 1. [n].
+
+    DeepSeek-V3.2 (https://arxiv.org/abs/2512.02556, section 3.1): what the policy would hardly write any more
+    is no lesson in what to avoid. Sequences are compared by their mean of log π_old − log π.
+
+    Args:
+        log_probs: As for `sequence_log_ratio`, and so are `old_log_probs` and `counts`.
+        advantages: A of each token, [n].
+    """
+    distance = _sequence_mean(old_log_probs - log_probs, counts)
+    return 1 - ((advantages < 0) & (distance > delta)).to(log_probs.dtype)
+
+
+def _sequence_mean(values: Tensor, counts: Tensor) -> Tensor:
+    """Each token's value replaced by the mean over its sequence, [n]."""
     sequence = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    sums = difference.new_zeros(len(counts)).index_add(0, sequence, difference)
+    sums = values.new_zeros(len(counts)).index_add(0, sequence, values)
     return (sums / counts.clamp_min(1))[sequence]

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hpc.layout import RunLayout
-from rltrain.arguments.algorithm_flags import read_custom_config
+from rltrain.arguments.config_file import read_custom_config
+from rltrain.arguments.critic_flags import apply_role_overrides
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.ignored_flags import add_ignored_flags, remarks
 from rltrain.arguments.inputs import check_inputs
@@ -60,6 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.custom_config_path:
         vars(args).update(read_custom_config(args.custom_config_path))
     take_secrets(args)
+    apply_role_overrides(args, parser)
     return resolve(args)
 
 

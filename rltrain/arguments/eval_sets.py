@@ -10,7 +10,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from rltrain.arguments.algorithm_flags import read_custom_config
+from rltrain.arguments.config_file import read_custom_config
 from rltrain.arguments.errors import UserError
 
 # What a set may say for itself, and the attribute of args that it has otherwise.

@@ -24,6 +24,7 @@ class Extension:
     coroutine: bool = False  # it is awaited, so it has to be an `async def`
     default: str | None = None
     several: bool = False  # may be given more than once
+    older: str | None = None  # another spelling of the flag
     added_here: bool = True  # False: the parser has it from another group of flags
 
     @property
@@ -63,6 +64,16 @@ EXTENSIONS = (
     Extension("--custom-eval-rollout-log-function-path", ("rollout_id", "args", "data", "extra_metrics"),
               "the same for evaluations"),
     Extension("--data-source-path", ("args",), "class that hands out prompts", default=DEFAULT_DATA_SOURCE),
+    Extension("--custom-megatron-init-path", ("args",), "called before the model is built"),
+    Extension("--custom-megatron-before-log-prob-hook-path", ("args", "model", "store_prefix"),
+              "called before log-probs are computed, for which prefix: '', ref_ or teacher_",
+              older="--custom-megatron-before-log-prob-hook"),
+    Extension("--custom-megatron-before-train-step-hook-path",
+              ("args", "rollout_id", "step_id", "model", "optimizer", "opt_param_scheduler"),
+              "called before every optimizer step", older="--custom-megatron-before-train-step-hook"),
+    Extension("--custom-model-provider-path", (), "builds this rank's part of the model",
+              keywords=("pre_process", "post_process"), optional=("vp_stage", "config", "args")),
+    Extension("--custom-loss-function-path", ("args", "batch", "logits", "sum_of_sample_mean"), "", added_here=False),
     Extension("--custom-advantage-function-path", ("args", "rollout_data"), "", added_here=False),
     Extension("--custom-tis-function-path", (), "", keywords=_LOSS, added_here=False),
     Extension("--custom-pg-loss-reducer-function-path",
@@ -78,7 +89,8 @@ def add_extension_flags(group: argparse._ArgumentGroup) -> None:
         if each.several:
             group.add_argument(each.flag, action="append", default=[], metavar="PATH", help=each.help)
         else:
-            group.add_argument(each.flag, default=each.default, metavar="PATH", help=each.help)
+            spellings = [each.flag] + ([each.older] if each.older else [])
+            group.add_argument(*spellings, default=each.default, metavar="PATH", help=each.help)
     group.add_argument("--group-rm", action="store_true", help="grade the samples of a prompt together")
     group.add_argument(
         "--custom-config-path", metavar="FILE", help="TOML, JSON or YAML: further attributes of args"

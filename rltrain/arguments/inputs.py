@@ -49,7 +49,7 @@ def check_inputs(args: argparse.Namespace, to_come: Mapping[str, str] | None = N
         check_prompt_file(each["path"], each["input_key"], each.get("label_key"), each["metadata_key"])
     if args.num_rollout is None:
         args.num_rollout = max(1, args.num_epoch * prompts // args.rollout_batch_size)
-    if args.loss_type == "policy_loss" and args.rollout_function_path == DEFAULT_ROLLOUT_FUNCTION:
+    if args.loss_type != "sft_loss" and args.rollout_function_path == DEFAULT_ROLLOUT_FUNCTION:
         reward_function_path(args)
         for each in args.eval_datasets:
             reward_function_path(set_args(args, each))

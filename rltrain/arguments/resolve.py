@@ -10,7 +10,10 @@ from rltrain.arguments.errors import UserError
 from rltrain.arguments.eval_sets import resolve_eval_sets
 from rltrain.arguments.parallel import ParallelSizes, check_parallel
 
-_PATHS = ("hf_checkpoint", "load", "ref_load", "save", "save_hf", "wandb_dir")
+_PATHS = (
+    "hf_checkpoint", "load", "ref_load", "save", "save_hf", "wandb_dir", "critic_load", "critic_save",
+    "opd_teacher_load",
+)  # fmt: skip
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
@@ -46,7 +49,7 @@ def _require(args: argparse.Namespace) -> None:
         raise UserError("missing " + ", ".join(missing) + ".")
     for name in ("rollout_batch_size", "n_samples_per_prompt", "num_rollout", "micro_batch_size", "save_interval",
                  "global_batch_size", "num_steps_per_rollout", "max_tokens_per_gpu", "eval_interval",
-                 "rollout_max_response_len", "update_weights_interval"):  # fmt: skip
+                 "rollout_max_response_len", "update_weights_interval", "max_skipped_steps"):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1.")
@@ -202,7 +205,7 @@ def _evaluation(args: argparse.Namespace) -> None:
 
 def _algorithm(args: argparse.Namespace) -> None:
     resolve_algorithm(args)
-    if args.loss_type == "policy_loss" and args.debug_train_only:
+    if args.loss_type != "sft_loss" and args.debug_train_only:
         raise UserError(
             "--debug-train-only starts no engines, so only --loss-type sft_loss can be trained so far."
         )

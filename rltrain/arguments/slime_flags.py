@@ -9,32 +9,27 @@ import argparse
 import json
 
 from rltrain.arguments.algorithm_flags import add_algorithm_flags
+from rltrain.arguments.critic_flags import add_critic_flags
 from rltrain.arguments.extensions import add_extension_flags
 
 # Known to slime, not built here yet: better refused than silently ignored.
 NOT_YET = frozenset(
     """
-    allgather-cp async-save check-weight-update-equal ci-disable-kl-checker
-    ci-load-grad-norm ci-save-grad-norm ci-test ci-train-rollout-logprob-abs-diff-threshold
-    custom-loss-function-path custom-megatron-before-log-prob-hook-path
-    custom-megatron-before-train-step-hook-path custom-megatron-init-path custom-model-provider-path
+    allgather-cp async-save check-weight-update-equal ci-disable-kl-checker ci-load-grad-norm
+    ci-save-grad-norm ci-test ci-train-rollout-logprob-abs-diff-threshold
     custom-update-weight-post-write-path data-pad-size-multiplier debug-rollout-only
-    disable-compute-advantages-and-returns disable-rollout-global-dataset disable-wandb-random-suffix
-    dump-details eval-max-context-len eval-max-prompt-len eval-min-new-tokens eval-tool-key
-    fetch-trajectory-retry-times freeze-params-name-list get-mismatch-metrics http-proxy keep-old-actor
-    lambd load-debug-rollout-data load-debug-rollout-data-subsample log-correct-samples
-    log-probs-chunk-size log-reward-category loss-mask-type megatron-config-path
-    memory-recorder memory-snapshot-dir memory-snapshot-num-steps min-batch-collection-ratio
-    multimodal-keys num-critic-only-steps offload offload-rollout offload-train
-    only-train-params-name-list opd-kl-coef opd-teacher-ckpt-step opd-teacher-load opd-type opsm-delta
-    profile-target recompute-loss-function record-memory-history ref-ckpt-step ref-update-interval
-    release-train reset-optimizer-states rollout-buffer-url rollout-external-engine-addrs
-    rollout-task-type save-debug-rollout-data save-debug-train-data tb-experiment-name tb-project-name
-    train-env-vars update-weight-buffer-size update-weight-delta-checksum update-weight-delta-encoding
-    update-weight-disk-dir update-weight-disk-keep-files update-weight-local-checkpoint-dir
-    update-weight-mode use-distributed-post use-fault-tolerance use-opd use-opsm use-rollout-entropy
-    use-rollout-routing-replay use-routing-replay use-stateless-adam use-tensorboard value-clip
-    wandb-always-use-train-step wandb-host
+    disable-rollout-global-dataset disable-wandb-random-suffix dump-details eval-max-context-len
+    eval-max-prompt-len eval-min-new-tokens eval-tool-key fetch-trajectory-retry-times http-proxy
+    load-debug-rollout-data load-debug-rollout-data-subsample log-correct-samples log-probs-chunk-size
+    log-reward-category loss-mask-type memory-recorder memory-snapshot-dir memory-snapshot-num-steps
+    min-batch-collection-ratio multimodal-keys offload offload-rollout offload-train profile-target
+    recompute-loss-function record-memory-history release-train rollout-buffer-url
+    rollout-external-engine-addrs rollout-task-type save-debug-rollout-data save-debug-train-data
+    tb-experiment-name tb-project-name train-env-vars update-weight-buffer-size
+    update-weight-delta-checksum update-weight-delta-encoding update-weight-disk-dir
+    update-weight-disk-keep-files update-weight-local-checkpoint-dir update-weight-mode
+    use-distributed-post use-fault-tolerance use-rollout-entropy use-rollout-routing-replay
+    use-routing-replay use-stateless-adam use-tensorboard wandb-always-use-train-step wandb-host
     """.split()  # noqa: SIM905 (a hundred quoted strings read worse)
 )
 
@@ -47,6 +42,8 @@ def add_slime_flags(parser: argparse.ArgumentParser) -> None:
     _data(parser.add_argument_group("data"))
     _eval(parser.add_argument_group("evaluation"))
     add_algorithm_flags(parser.add_argument_group("algorithm"))
+    add_critic_flags(parser.add_argument_group("critic"))
+    _training(parser.add_argument_group("training"))
     _checkpoint(parser.add_argument_group("model and checkpoints"))
     _tracking(parser.add_argument_group("tracking"))
     _debug(parser.add_argument_group("debug"))
@@ -195,12 +192,30 @@ def _eval(group: argparse._ArgumentGroup) -> None:
     add("--eval-max-response-len", type=int, metavar="N", help="default: --rollout-max-response-len")
 
 
+def _training(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--only-train-params-name-list",
+        nargs="*",
+        metavar="REGEX",
+        help="train only parameters that match one",
+    )
+    add("--freeze-params-name-list", nargs="*", metavar="REGEX", help="train no parameter that matches one")
+    add("--reset-optimizer-states", action="store_true", help="forget Adam's averages before every rollout")
+    add("--max-skipped-steps", type=int, default=10, metavar="N",
+        help="optimizer steps in a row whose loss or gradient is no finite number, after which the run stops"
+        " (default: 10)")  # fmt: skip
+    add("--no-save-trainer-tokens", action="store_false", dest="save_trainer_tokens",
+        help="do not write the trainer's log-probs, entropies and advantages of every token")  # fmt: skip
+
+
 def _checkpoint(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--hf-checkpoint", metavar="DIR", help="Hugging Face directory: shape, tokenizer and first weights")
     add("--random-init", action="store_true", help="start from random weights (seed: --seed)")
     add("--load", metavar="DIR", help="checkpoints or Hugging Face directory to start from")
     add("--ref-load", metavar="DIR", help="weights of the reference model (default: the first weights)")
+    add("--ref-ckpt-step", type=int, metavar="N", help="take this checkpoint of --ref-load, not the latest")
     add("--save", metavar="DIR", help="where checkpoints go (default: checkpoints/ of the run)")
     add("--save-interval", type=int, metavar="N", help="rollouts between two checkpoints")
     add("--save-hf", metavar="DIR", help="also write Hugging Face weights at the end")

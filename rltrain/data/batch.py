@@ -24,6 +24,10 @@ class TrainBatch:
     rollout_log_probs: list[NDArray[np.float32]] | None  # [response], the engine's
     rollout_ids: NDArray[np.int64] | None = None  # samples that share one were one rollout; None: none do
     stale: list[bool] | None = None  # which have tokens of older weights than are trained
+    teacher_log_probs: list[NDArray[np.float32]] | None = (
+        None  # [response], where the rollout asked a teacher
+    )
+    indices: NDArray[np.int64] | None = None  # of the samples in the run; None: not known
 
     def __post_init__(self) -> None:
         for i, (tokens, length, mask) in enumerate(
@@ -33,11 +37,13 @@ class TrainBatch:
                 raise ValueError(f"sample {i}: {len(mask)} mask entries for {length} response tokens")
             if mask.any() and len(tokens) <= length:
                 raise ValueError(f"sample {i}: no prompt, so its first token has no log-prob")
-        for i, log_probs in enumerate(self.rollout_log_probs or []):
-            if len(log_probs) != self.response_lengths[i]:
-                raise ValueError(
-                    f"sample {i}: {len(log_probs)} log-probs for {self.response_lengths[i]} response tokens"
-                )
+        for whose, given in (("", self.rollout_log_probs), ("teacher's ", self.teacher_log_probs)):
+            for i, log_probs in enumerate(given or []):
+                if len(log_probs) != self.response_lengths[i]:
+                    raise ValueError(
+                        f"sample {i}: {len(log_probs)} {whose}log-probs for {self.response_lengths[i]} response"
+                        " tokens"
+                    )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -86,6 +92,10 @@ class TrainBatch:
         response_lengths = table["response_length"].to_pylist()
         masks = _lists(table["loss_mask"], np.int8)
         log_probs = _lists(table["rollout_log_probs"], np.float32)
+        none = pa.chunked_array([pa.nulls(len(table), pa.list_(pa.float32()))])
+        has_teacher = "teacher_log_probs" in table.column_names
+        teacher = _lists(table["teacher_log_probs"] if has_teacher else none, np.float32)
+        indices = table["index"] if "index" in table.column_names else None
         return cls(
             tokens=_required(_lists(table["tokens"], np.int32), "tokens"),
             response_lengths=response_lengths,
@@ -99,6 +109,8 @@ class TrainBatch:
                     table["step"].to_pylist(), table["weight_versions"].to_pylist(), strict=True
                 )
             ],
+            teacher_log_probs=_log_probs(teacher, masks, response_lengths),
+            indices=indices if indices is None else indices.to_numpy(),
         )
 
 

@@ -1,30 +1,37 @@
-"""The trainer of the policy: one object a rank, which trains on rollouts, saves, and hands out weights."""
+"""The trainer: one object a rank, which trains the policy on rollouts, saves, and hands out weights."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
+from rltrain.arguments.critic_flags import use_critic
 from rltrain.data.batch import TrainBatch
 from rltrain.data.trainable import Flat
-from rltrain.megatron.advantages import advantages
+from rltrain.functions import load_function
 from rltrain.megatron.checkpoint import save_checkpoint
-from rltrain.megatron.device import megatron_scope
-from rltrain.megatron.distributed import on_last_stage
-from rltrain.megatron.forward_backward import forward_backward, forward_log_probs, policy_loss
+from rltrain.megatron.critic import Critic
+from rltrain.megatron.custom_loss import custom_loss
+from rltrain.megatron.device import megatron_scope, reset_peak_memory
+from rltrain.megatron.forward_backward import forward_log_probs, token_loss
 from rltrain.megatron.hf_export import export_hf_weights
-from rltrain.megatron.loss import step_metrics
 from rltrain.megatron.model import build_model, read_shape
+from rltrain.megatron.other_policies import OtherPolicies
+from rltrain.megatron.policy_values import add_advantages, add_log_probs, check_rollout
 from rltrain.megatron.rank_share import RankShare
-from rltrain.megatron.reference import ReferenceWeights
-from rltrain.megatron.start import initial_source, load_source, reference_source, resume
+from rltrain.megatron.speed import measure
+from rltrain.megatron.start import initial_source, load_source, newest_iteration, resume
+from rltrain.megatron.steps import SkippedSteps, prefixed, train_steps
 from rltrain.megatron.trained_model import TrainedModel
+from rltrain.megatron.trainer_tokens import SeenTokens, TokenWriter, token_columns
 from rltrain.runtime import Registry, RoleContext
+from rltrain.timing import Timers
 from rltrain.weights.disk import PushTarget, push_weights
 from rltrain.weights.hf_directory import write_hf_directory
 
@@ -35,6 +42,8 @@ class MegatronTrainActor:
     Attributes:
         start_rollout_id: The first rollout to train on: 0, or where this run's newest checkpoint ends.
         policy: The model that is trained.
+        critic: PPO's second model, or None. With a GPU it is in host memory unless it is being used.
+        others: The reference and other policies.
     """
 
     def __init__(self, args: argparse.Namespace, context: RoleContext, registry: Registry) -> None:
@@ -44,14 +53,25 @@ class MegatronTrainActor:
             UserError: the model, its weights or the flags cannot be used.
         """
         self.args, self._layout, self._registry = args, context.layout, registry
+        if args.custom_megatron_init_path:
+            load_function(args.custom_megatron_init_path, flag="--custom-megatron-init-path")(args)
         self.shape = read_shape(args)
         with megatron_scope():
             self.models = build_model(self.shape, args)
-            self._reference = self._load_reference()
+            self.others = OtherPolicies(args, self.shape, self.models)
             load_source(self.models, self.shape, initial_source(args))
+            self.critic = Critic(args, self.shape, self.models) if use_critic(args) else None
+            if args.critic_load:  # it may have been read through the policy
+                load_source(self.models, self.shape, initial_source(args))
         self.policy = TrainedModel(self.models, args)
-        done = resume(args, self.policy.full_state())
+        done = self._resume()
         self.start_rollout_id = done if args.start_rollout_id is None else args.start_rollout_id
+        self._skipped = SkippedSteps(args.max_skipped_steps, self._event, self.save)
+        self._tokens = TokenWriter(
+            context, lambda reason: self._event("trainer_tokens_not_saved", reason=reason)
+        )
+        if self.critic is not None and args.swap_critic:
+            self.critic.trained.swap.out()
 
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
         """Train on one rollout: --num-steps-per-rollout optimizer steps over its samples, in order.
@@ -60,22 +80,23 @@ class MegatronTrainActor:
 
         Returns:
             Metrics over the whole batch, the same on every rank; means over the optimizer steps.
+
+        Raises:
+            UserError: too many steps in a row had to be skipped; the last good state is saved.
         """
-        share = RankShare(self.args, self.shape, batch)
-        values = share.loss_values()
-        if self.args.loss_type == "policy_loss":
-            self._add_policy_values(values, share)
-        sums, updates = [], []
-        loss = policy_loss(self.shape, self.args)
-        for number in range(share.num_steps):
-            if number == 1:  # after the first step the weights are not those that sampled: nothing to compare
-                values.pop("compared_log_probs", None)
-            sums.append(forward_backward(self.policy.wrapped, share.micro_batches(number, values), loss))
-            updates.append(self.policy.step())
-        metrics = on_last_stage(lambda: step_metrics(sums, parallel_state.get_data_parallel_group()))
-        metrics["grad_norm"] = sum(grad_norm for grad_norm, _ in updates) / len(updates)
-        metrics["lr"] = updates[-1][1]
-        return {f"train/{name}": value for name, value in metrics.items()}
+        timers = Timers()
+        metrics: dict[str, float] = {}
+        reset_peak_memory()
+        with timers("train_all"):
+            share = RankShare(self.args, self.shape, batch)
+            values = share.loss_values()
+            if self.args.loss_type != "sft_loss":
+                metrics |= self._prepare(rollout_id, share, values, timers)
+            if self.critic is None or rollout_id >= self.args.num_critic_only_steps:
+                with timers("actor_train"):
+                    metrics |= self._train_policy(rollout_id, share, values)
+        self.others.after_rollout(rollout_id, self.models)
+        return metrics | measure(self.shape, share, timers)
 
     def save(self, rollout_id: int) -> Path | None:
         """Checkpoint after training on `rollout_id`; also as a Hugging Face directory with --save-hf.
@@ -85,10 +106,16 @@ class MegatronTrainActor:
         """
         args, checkpoint = self.args, None
         if args.save:
+            # The policy's last: a run goes on from the newest of these, and then finds the others.
+            self.others.save(rollout_id + 1, self.models)
+            if self.critic is not None:
+                with self._swapped_in(self.critic):
+                    self.critic.save(rollout_id + 1)
             checkpoint = save_checkpoint(Path(args.save), rollout_id + 1, self.policy.state())
             self._event("checkpoint_saved", step=rollout_id + 1, path=str(checkpoint))
         if args.save_hf:
             self.export(Path(args.save_hf.format(rollout_id=rollout_id)))
+        self._tokens.wait()
         return checkpoint
 
     def export(self, directory: Path) -> None:
@@ -98,50 +125,93 @@ class MegatronTrainActor:
 
     def update_weights(self, find_engines: Callable[[], Sequence[PushTarget]], version: int) -> None:
         """Have every engine load the present weights; only rank 0 asks `find_engines` for them."""
+        if self.others.past is not None:
+            self.others.past.remember(version, self.models)
         if self.args.debug_train_only:
             return
         root, template = self._layout.weights, Path(self.args.hf_checkpoint)
         self._stream_weights(lambda tensors: push_weights(root, version, tensors, template, find_engines))
         self._event("weights_updated", version=version)
 
-    def _load_reference(self) -> ReferenceWeights | None:
-        if self.args.loss_type != "policy_loss" or not (self.args.use_kl_loss or self.args.kl_coef):
-            return None
-        load_source(self.models, self.shape, reference_source(self.args))
-        return ReferenceWeights(self.models)
+    def log_probs(self, share: RankShare, prefix: str = "") -> Flat:
+        """log π of this rank's samples, with the weights that the model has now; other samples' entries are empty.
 
-    def log_probs(self, share: RankShare) -> Flat:
-        """log π of this rank's samples; other samples' entries are empty."""
+        Args:
+            prefix: Whose weights they are, as slime's hook is told: `ref_`, `teacher_`, or nothing.
+        """
+        path = self.args.custom_megatron_before_log_prob_hook_path
+        if path:
+            hook = load_function(path, flag="--custom-megatron-before-log-prob-hook-path")
+            hook(self.args, self.policy.wrapped, prefix)
         return share.per_token(
             lambda each: forward_log_probs(
                 self.policy.wrapped, each, self.shape, self.args.rollout_temperature
             )
         )
 
-    def _add_policy_values(self, values: dict[str, Flat], share: RankShare) -> None:
-        """Add log-probs of other policies (the reference; the one before the first step) and the advantages."""
-        args = self.args
-        if "rollout_log_probs" not in values and (args.use_rollout_logprobs or args.use_tis):
-            flag = "--use-tis" if args.use_tis else "--use-rollout-logprobs"
-            raise ValueError(f"{flag}, but the rollout has no log-probs")
-        if self._reference is not None:
-            with self._reference.in_place_of(self.models):
-                values["ref_log_probs"] = self.log_probs(share)
-        if args.use_rollout_logprobs:
-            values["old_log_probs"] = values["rollout_log_probs"]
-        elif share.num_steps > 1 or args.kl_coef or args.custom_advantage_function_path:
-            values["old_log_probs"] = self.log_probs(share)
-        values["advantages"] = advantages(
-            args,
-            share.batch,
-            share.trainable,
-            share.samples,
+    def _resume(self) -> int:
+        """Go on from this run's newest checkpoint; returns how many rollouts it was trained on."""
+        iteration = newest_iteration(self.args)
+        self.others.resume(iteration, self.models)
+        if self.critic is not None:
+            self.critic.resume(iteration)
+        return resume(self.args, self.policy.full_state())  # last, because it restores the random numbers
+
+    def _prepare(
+        self, rollout_id: int, share: RankShare, values: dict[str, Flat], timers: Timers
+    ) -> dict[str, float]:
+        """Add what the policy's loss needs, and train the critic; returns the critic's metrics."""
+        args, critic = self.args, self.critic
+        check_rollout(args, share)
+        add_log_probs(args, values, share, self.models, self.log_probs, self.others, rollout_id, timers)
+        if critic is None:
+            add_advantages(args, values, share)
+            return {}
+        after = partial(self._skipped.record, "critic", rollout_id)
+        with timers("critic_train"), self._swapped_in(critic):
+            values["old_values"] = critic.values(share)
+            add_advantages(args, values, share)
+            metrics = critic.train(share, values, after)
+        return prefixed("critic", metrics)
+
+    def _train_policy(self, rollout_id: int, share: RankShare, values: dict[str, Flat]) -> dict[str, float]:
+        args, seen = self.args, SeenTokens()
+        if args.reset_optimizer_states:
+            self.policy.forget_averages()
+        is_custom = args.loss_type == "custom_loss"
+        loss = custom_loss(self.shape, args) if is_custom else token_loss(self.shape, args, seen.note)
+        metrics = train_steps(
+            self.policy,
+            share,
             values,
-            parallel_state.get_data_parallel_group(),
+            loss,
+            before=partial(self._before_step, rollout_id),
+            after=partial(self._skipped.record, "actor", rollout_id),
         )
-        if share.num_steps == 1 and not args.use_rollout_logprobs:
-            # The current log-probs, see `loss.policy_token_loss`: exactly, whatever the micro-batches were.
-            values.pop("old_log_probs", None)
+        if args.save_trainer_tokens:
+            self._tokens.write(rollout_id, share, token_columns(args, seen.collect(share), values))
+        return prefixed("train", metrics)
+
+    def _before_step(self, rollout_id: int, step: int) -> None:
+        path = self.args.custom_megatron_before_train_step_hook_path
+        if path:
+            hook = load_function(path, flag="--custom-megatron-before-train-step-hook-path")
+            policy = self.policy
+            hook(self.args, rollout_id, step, policy.wrapped, policy.optimizer, policy.scheduler)
+
+    @contextmanager
+    def _swapped_in(self, critic: Critic) -> Iterator[None]:
+        """While entered, the critic is on the GPU, in the policy's place."""
+        if not self.args.swap_critic:
+            yield
+            return
+        self.policy.swap.out()
+        critic.trained.swap.back()
+        try:
+            yield
+        finally:
+            critic.trained.swap.out()
+            self.policy.swap.back()
 
     def _stream_weights(self, consume: Callable[[Iterable[tuple[str, Tensor]]], object]) -> None:
         """Bring the weights to rank 0 bucket by bucket; it consumes them, the others take part."""

@@ -1,4 +1,4 @@
-"""The advantage of every token that this rank trains on, from rewards and log-probs."""
+"""The advantage of every token that this rank trains on, from rewards, log-probs and values."""
 
 from __future__ import annotations
 
@@ -11,69 +11,95 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from rltrain.algorithms.advantages import discounted_returns, whiten, with_kl_penalty
+from rltrain.algorithms.distillation import reverse_kl, with_distillation
+from rltrain.algorithms.gae import generalized_advantages, token_rewards
 from rltrain.algorithms.kl import approximate_kl
 from rltrain.data.batch import TrainBatch
-from rltrain.data.trainable import Flat, TrainableTokens
+from rltrain.data.trainable import Flat
 from rltrain.functions import load_function
 from rltrain.megatron.device import device
+from rltrain.megatron.rank_share import RankShare
 from rltrain.megatron.responses import Responses
+
+Floats = NDArray[np.float32]
+BySample = dict[int, Floats]
 
 
 def advantages(
-    args: argparse.Namespace,
-    batch: TrainBatch,
-    trainable: TrainableTokens,
-    samples: list[int],
-    values: dict[str, Flat],
-    group: dist.ProcessGroup,
-) -> Flat:
-    """What --advantage-estimator makes of `batch.train_rewards`, and whitened with --normalize-advantages.
+    args: argparse.Namespace, share: RankShare, values: dict[str, Flat], group: dist.ProcessGroup
+) -> dict[str, Flat]:
+    """What --advantage-estimator makes of the rewards, and whitened with --normalize-advantages.
 
     Args:
-        samples: This rank's samples; the entries of others may be empty.
-        values: `old_log_probs` and `ref_log_probs`, where there is a KL penalty.
-        group: The ranks that share the rollout, for whitening.
+        share: This rank's samples.
+        values: `old_log_probs` and `ref_log_probs` where there is a KL penalty, `old_values` for PPO, and
+            `teacher_log_probs` for distillation.
+        group: The ranks that share the rollout out, for whitening.
+
+    Returns:
+        `advantages`; for PPO `returns`; for distillation `opd_reverse_kl`. Other ranks' samples are empty.
 
     Raises:
-        ValueError: a sample of this rank has no reward, or a custom function returned something else.
+        ValueError: a sample that is trained on has no reward, or a custom function returned something else.
     """
-    missing = [i for i in range(len(batch)) if trainable.count(i) and np.isnan(batch.train_rewards[i])]
+    batch, samples = share.batch, share.samples
+    missing = [i for i in range(len(batch)) if share.trainable.count(i) and np.isnan(batch.train_rewards[i])]
     if missing:
         raise ValueError(f"samples {missing} have no reward (or NaN) but are trained on")
-    kl = _kl(args, trainable, samples, values)
+    kl = _kl(args, share, values)
+    returns: BySample | None = None
     if args.custom_advantage_function_path:
-        result = _custom(args, batch, samples, values, kl)
-    elif args.advantage_estimator == "reinforce_plus_plus":
-        result = {
-            i: discounted_returns(
-                float(batch.train_rewards[i]), kl[i], kl_coef=args.kl_coef, gamma=args.gamma
-            )
-            for i in samples
-        }
+        result, returns = _custom(args, batch, samples, values, kl)
+    elif args.advantage_estimator == "ppo":
+        result, returns = _with_critic(args, share, values, kl)
     else:
+        result = {i: _without_critic(args, float(batch.train_rewards[i]), kl[i]) for i in samples}
+    found = {} if returns is None else {"returns": returns}
+    if args.use_opd:
+        found["opd_reverse_kl"] = distances = {
+            i: reverse_kl(values["old_log_probs"][i], values["teacher_log_probs"][i]) for i in samples
+        }
         result = {
-            i: with_kl_penalty(float(batch.train_rewards[i]), kl[i], kl_coef=args.kl_coef) for i in samples
+            i: with_distillation(result[i], distances[i], opd_kl_coef=args.opd_kl_coef) for i in samples
         }
     if args.normalize_advantages:
         whitened = whiten([result[i] for i in samples], lambda array: _all_reduce(array, group))
         result = dict(zip(samples, whitened, strict=True))
+    found["advantages"] = result
     empty = np.empty(0, np.float32)
-    return [result.get(i, empty) for i in range(len(batch))]
+    return {name: [each.get(i, empty) for i in range(len(batch))] for name, each in found.items()}
 
 
-def _kl(
-    args: argparse.Namespace, trainable: TrainableTokens, samples: list[int], values: dict[str, Flat]
-) -> dict[int, NDArray[np.float32]]:
+def _without_critic(args: argparse.Namespace, reward: float, kl: Floats) -> Floats:
+    if args.advantage_estimator == "reinforce_plus_plus":
+        return discounted_returns(reward, kl, kl_coef=args.kl_coef, gamma=args.gamma)
+    return with_kl_penalty(reward, kl, kl_coef=args.kl_coef)
+
+
+def _with_critic(
+    args: argparse.Namespace, share: RankShare, values: dict[str, Flat], kl: BySample
+) -> tuple[BySample, BySample]:
+    samples, rewards = share.samples, share.batch.train_rewards
+    own, returns = generalized_advantages(
+        [token_rewards(float(rewards[i]), kl[i], kl_coef=args.kl_coef) for i in samples],
+        [values["old_values"][i] for i in samples],
+        gamma=args.gamma,
+        lambd=args.lambd,
+    )
+    return dict(zip(samples, own, strict=True)), dict(zip(samples, returns, strict=True))
+
+
+def _kl(args: argparse.Namespace, share: RankShare, values: dict[str, Flat]) -> BySample:
     """KL to the reference of each token, per sample; zeros without --kl-coef."""
     if not args.kl_coef:
-        return {i: np.zeros(trainable.count(i), np.float32) for i in samples}
+        return {i: np.zeros(share.trainable.count(i), np.float32) for i in share.samples}
     return {
         i: approximate_kl(
             torch.from_numpy(values["old_log_probs"][i]),
             torch.from_numpy(values["ref_log_probs"][i]),
             args.kl_loss_type,
         ).numpy()
-        for i in samples
+        for i in share.samples
     }
 
 
@@ -82,9 +108,13 @@ def _custom(
     batch: TrainBatch,
     samples: list[int],
     values: dict[str, Flat],
-    kl: dict[int, NDArray[np.float32]],
-) -> dict[int, NDArray[np.float32]]:
-    """Call --custom-advantage-function-path with slime's `rollout_data`: lists, one tensor a response."""
+    kl: BySample,
+) -> tuple[BySample, BySample | None]:
+    """Call --custom-advantage-function-path with slime's `rollout_data`: lists, one tensor a response.
+
+    Returns:
+        Advantages; and returns, if there is a critic to learn them.
+    """
     path = args.custom_advantage_function_path
     cpu = torch.device("cpu")
     responses = {i: Responses.of(batch, [i], cpu) for i in samples}
@@ -97,25 +127,35 @@ def _custom(
         "kl": [responses[i].expand(torch.from_numpy(kl[i])) for i in samples],
     }
     for ours, slimes in (("old_log_probs", "log_probs"), ("ref_log_probs", "ref_log_probs"),
-                         ("rollout_log_probs", "rollout_log_probs")):  # fmt: skip
+                         ("rollout_log_probs", "rollout_log_probs"), ("old_values", "values"),
+                         ("teacher_log_probs", "teacher_log_probs")):  # fmt: skip
         if ours in values:
             data[slimes] = [responses[i].expand(torch.from_numpy(values[ours][i])) for i in samples]
     load_function(path, flag="--custom-advantage-function-path")(args, data)
-    given = data.get("advantages")
-    if not isinstance(given, list) or len(given) != len(samples):
+    wanted = ["advantages", "returns"] if "old_values" in values else ["advantages"]
+    found = [_given(path, data, name, batch, responses) for name in wanted]
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def _given(
+    path: str, data: dict[str, Any], name: str, batch: TrainBatch, responses: dict[int, Responses]
+) -> BySample:
+    """One of the lists that a custom function has set, over trainable tokens."""
+    given = data.get(name)
+    if not isinstance(given, list) or len(given) != len(responses):
         raise ValueError(
-            f"{path} must set rollout_data['advantages'] to a list of {len(samples)} tensors, one a sample"
+            f"{path} must set rollout_data[{name!r}] to a list of {len(responses)} tensors, one a sample"
         )
     result = {}
-    for i, tensor in zip(samples, given, strict=True):
+    for (i, response), tensor in zip(responses.items(), given, strict=True):
         if not isinstance(tensor, torch.Tensor) or tensor.shape != (batch.response_lengths[i],):
             raise ValueError(
-                f"{path}: the advantages of sample {i} must be a tensor of its"
+                f"{path}: the {name} of sample {i} must be a tensor of its"
                 f" {batch.response_lengths[i]} response tokens"
             )
-        result[i] = responses[i].collapse(tensor.detach().float()).numpy()
+        result[i] = response.collapse(tensor.detach().float()).numpy()
         if not np.isfinite(result[i]).all():
-            raise ValueError(f"{path}: an advantage of sample {i} is not finite")
+            raise ValueError(f"{path}: one of the {name} of sample {i} is not finite")
     return result
 
 

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 _ITERATION = re.compile(r"iter_(\d{7,})")
 _MANIFEST = "manifest.json"
 _LATEST = "latest_checkpointed_iteration.txt"
+_BY_LAYER = "non_homogeneous_layers"  # Megatron-core's name
 
 
 @dataclass
@@ -43,11 +44,14 @@ class TrainState:
 
     Attributes:
         models: The chunks of the model on this rank.
+        partly_trained: The optimizer has only some of the layers. Then each is stored on its own, and not all as
+            slices of one tensor, of which some would be missing.
     """
 
     models: list[GPTModel]
     optimizer: MegatronOptimizer | None = None
     scheduler: OptimizerParamScheduler | None = None
+    partly_trained: bool = False
 
 
 def find_checkpoint(directory: Path, iteration: int | None = None) -> Path | None:
@@ -93,11 +97,12 @@ def save_checkpoint(directory: Path, iteration: int, state: TrainState) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    content = _state_dict(state, is_loading=False)
+    metadata = _metadata(state.partly_trained)
+    content = _state_dict(state, metadata, is_loading=False)
     content["iteration"] = iteration
     content["rng"] = _rng_state()
     with megatron_scope():
-        dist_checkpointing.save(content, str(temporary), content_metadata=_stored_metadata())
+        dist_checkpointing.save(content, str(temporary), content_metadata=_stored(metadata))
     dist.barrier()
     if dist.get_rank() == 0:
         _publish(temporary, final)
@@ -111,7 +116,9 @@ def load_checkpoint(checkpoint: Path, state: TrainState) -> int:
 
     Without an optimizer only the weights are read; with one also its state, the schedule and random numbers.
     """
-    content = _state_dict(state, is_loading=True)
+    stored = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
+    metadata = _metadata(stored.get(_BY_LAYER, False))
+    content = _state_dict(state, metadata, is_loading=True)
     if state.optimizer is not None and _same_layout(checkpoint):
         content["rng"] = _rng_state()
     with megatron_scope():
@@ -132,8 +139,7 @@ def has_optimizer(checkpoint: Path) -> bool:
     return "scheduler" in dist_checkpointing.load_common_state_dict(str(checkpoint))
 
 
-def _state_dict(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
-    metadata = _metadata()
+def _state_dict(state: TrainState, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     with megatron_scope():
         content: dict[str, Any] = {
             key: model.sharded_state_dict(metadata=metadata) for key, model in _chunks(state)
@@ -153,19 +159,19 @@ def _chunks(state: TrainState) -> list[tuple[str, GPTModel]]:
     return [("model" if len(models) == 1 else f"model{i}", model) for i, model in enumerate(models)]
 
 
-def _metadata() -> dict[str, Any]:
+def _metadata(by_layer: bool) -> dict[str, Any]:
     """How tensors are laid out. Megatron-core's default for the distributed optimizer cannot be loaded."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
+        _BY_LAYER: by_layer,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 
 
-def _stored_metadata() -> dict[str, Any]:
-    metadata = {key: value for key, value in _metadata().items() if key != "dp_cp_group"}
-    return {**metadata, **_layout()}
+def _stored(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metadata.items() if key != "dp_cp_group"} | _layout()
 
 
 def _layout() -> dict[str, int]:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
+# Dense bf16 FLOP/s of GPUs, from NVIDIA's data sheets (without sparsity).
+_PEAK_FLOPS = {
+    "B200": 2.25e15, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "H800": 989e12, "H20": 148e12,
+    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "A10": 125e12, "L4": 121e12,
+}  # fmt: skip
 
 if TYPE_CHECKING:  # to be imported only after `set_up`
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -57,3 +65,81 @@ def megatron_scope() -> AbstractContextManager[object]:
     from rltrain.megatron.cpu import CudaNamesMeanCpu
 
     return CudaNamesMeanCpu()
+
+
+def peak_flops() -> float | None:
+    """bf16 FLOP/s that this rank's GPU can do at most; None where that is not known."""
+    if not use_cuda():
+        return None
+    words = torch.cuda.get_device_name().replace("-", " ").split()
+    return next((_PEAK_FLOPS[word] for word in words if word in _PEAK_FLOPS), None)
+
+
+def reset_peak_memory() -> None:
+    """Begin to measure anew; on the CPU the system only knows the peak of the process's whole life."""
+    if use_cuda():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> int:
+    """Bytes: the most that torch has held on the GPU, or that this process has held on the CPU."""
+    if use_cuda():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class HostSwap:
+    """Moves the memory of tensors between GPU and host, in place: every view of it stays what it was.
+
+    On the CPU there is nothing to move, and both calls only keep track.
+    """
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
+        """`tensors` is asked for them at every `out`, because an optimizer makes its state late."""
+        self._tensors = tensors
+        self._stored: list[tuple[torch.UntypedStorage, Tensor]] = []
+        self.is_out = False
+
+    def out(self) -> None:
+        """To the host; no tensor may be used until `back`."""
+        if not self.is_out and use_cuda():
+            self._stored = store(self._tensors())
+            torch.cuda.empty_cache()
+        self.is_out = True
+
+    def back(self) -> None:
+        """To the GPU again."""
+        restore(self._stored)
+        self._stored, self.is_out = [], False
+
+
+def store(tensors: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, Tensor]]:
+    """Copy the memory of tensors to the host and release it. For `restore`.
+
+    Returns:
+        Each storage, once however many tensors share it, with its bytes.
+    """
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    stored = []
+    for storage in storages.values():
+        size = storage.nbytes()
+        if not size or (storage.device.type == "cpu" and use_cuda()):
+            continue  # Adam's step counters are on the host already
+        held = torch.empty(size, dtype=torch.uint8, pin_memory=use_cuda())
+        held.copy_(_bytes(storage))
+        storage.resize_(0)
+        stored.append((storage, held))
+    return stored
+
+
+def restore(stored: list[tuple[torch.UntypedStorage, Tensor]]) -> None:
+    """Give storages their memory and what was in it back."""
+    for storage, held in stored:
+        storage.resize_(held.numel())
+        _bytes(storage).copy_(held)
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

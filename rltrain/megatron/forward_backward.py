@@ -86,14 +86,21 @@ def forward_backward(
     return add_up(_run(models, micro_batches, loss_func, forward_only=False))
 
 
-def policy_loss(
-    shape: ModelShape, args: argparse.Namespace
+def token_loss(
+    shape: ModelShape,
+    args: argparse.Namespace,
+    note: Callable[[MicroBatch, Tensor, Tensor], object] = lambda *seen: None,
 ) -> Callable[[MicroBatch, Tensor], tuple[Tensor, Sums]]:
-    """The loss of a model's logits that `args.loss_type` names, for `forward_backward`."""
+    """The loss of a model's logits that `args.loss_type` names, for `forward_backward`.
+
+    Args:
+        note: Given every micro-batch with the log-probs and the entropies of its tokens.
+    """
     temperature = 1.0 if args.loss_type == "sft_loss" else args.rollout_temperature
 
     def loss(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Sums]:
         log_probs, entropy = _statistics(micro_batch, logits, shape, temperature)
+        note(micro_batch, log_probs, entropy)
         return micro_batch_loss(args, log_probs, entropy, micro_batch.values, micro_batch.responses)
 
     return loss

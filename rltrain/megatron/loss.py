@@ -11,7 +11,13 @@ from torch import Tensor
 
 from rltrain.algorithms.kl import approximate_kl
 from rltrain.algorithms.mismatch import tis
-from rltrain.algorithms.policy import PolicyLoss, cispo_loss, clipped_policy_loss, sequence_log_ratio
+from rltrain.algorithms.policy import (
+    PolicyLoss,
+    cispo_loss,
+    clipped_policy_loss,
+    off_policy_sequence_mask,
+    sequence_log_ratio,
+)
 from rltrain.functions import load_function
 from rltrain.megatron.responses import Responses
 
@@ -43,7 +49,8 @@ def micro_batch_loss(
         log_probs: log π of the sampled tokens, [n].
         entropy: Entropy of the distribution at each token, [n].
         values: `weights` of the tokens in the loss; for a policy loss `advantages`, and where they apply
-            `old_log_probs`, `ref_log_probs`, `rollout_log_probs`, `compared_log_probs`, `normalizer`. All [n].
+            `old_log_probs`, `ref_log_probs`, `rollout_log_probs`, `compared_log_probs`, `normalizer`,
+            `opd_reverse_kl`. All [n].
 
     Returns:
         A scalar with gradients, and the sums for the metrics.
@@ -52,7 +59,8 @@ def micro_batch_loss(
         result = TokenLoss(-log_probs, {"loss": -log_probs.detach(), "entropy": entropy.detach()})
     else:
         result = policy_token_loss(args, log_probs, entropy, values, responses)
-    sums = metric_sums(result.metrics, log_probs.detach(), values)
+    generated = values.get("old_log_probs") if args.keep_old_actor else None
+    sums = metric_sums(result.metrics, log_probs.detach() if generated is None else generated, values)
     loss = result.loss @ values["weights"]
     if result.pg_loss is not None:
         pg_loss = _custom_reduction(args, result, values, responses)
@@ -77,9 +85,19 @@ def policy_token_loss(
     kept = torch.ones_like(log_probs)
     extra: dict[str, Tensor] = {}
     pg_loss = policy.loss
-    if args.use_tis:
-        pg_loss, kept, extra = _correct_mismatch(args, pg_loss, old_log_probs, values, responses)
-        extra["ois"] = log_ratio.exp()
+    if args.use_opsm:
+        counts = responses.counts(log_probs.device)
+        mask = off_policy_sequence_mask(
+            log_probs.detach(), old_log_probs, values["advantages"], counts, delta=args.opsm_delta
+        )
+        pg_loss, extra["opsm_clipfrac"] = pg_loss * mask, 1 - mask
+    if args.use_tis or args.get_mismatch_metrics:
+        corrected, kept_by_tis, measured = _correct_mismatch(args, pg_loss, old_log_probs, values, responses)
+        extra |= {**measured, "ois": log_ratio.exp()}
+        if args.use_tis:
+            pg_loss, kept = corrected, kept_by_tis
+    if "opd_reverse_kl" in values:
+        extra["opd_reverse_kl"] = values["opd_reverse_kl"]
     metrics = {
         "pg_loss": pg_loss * kept,
         "pg_clipfrac": policy.clipped * kept,
@@ -178,15 +196,17 @@ def metric_sums(metrics: dict[str, Tensor], log_probs: Tensor, values: dict[str,
 
     Args:
         metrics: [n] each.
-        log_probs: log π, [n], detached.
+        log_probs: log π of what is compared with the engine, [n], detached.
         values: `weights`, and `compared_log_probs`, the engine's, where they are to be compared; NaN at tokens
             that older weights sampled. Both [n].
     """
     sums = {name: value @ values["weights"] for name, value in metrics.items()}
     if "compared_log_probs" in values:
-        difference = (log_probs - values["compared_log_probs"]).abs()
-        difference = difference[~values["compared_log_probs"].isnan()]
+        log_ratio = log_probs - values["compared_log_probs"]
+        log_ratio = log_ratio[~log_ratio.isnan()]
+        difference = log_ratio.abs()
         sums["logprob_abs_diff"] = difference.sum()
+        sums["logprob_k3"] = (torch.expm1(log_ratio) - log_ratio).sum()
         sums["logprob_abs_diff_max"] = torch.cat([difference, difference.new_zeros(1)]).max()
         sums[_COMPARED] = torch.ones_like(difference).sum()
     return sums
@@ -205,8 +225,10 @@ def step_metrics(steps: list[Sums], group: dist.ProcessGroup) -> dict[str, float
 
     Returns:
         Means over the steps, the same on every rank of `group`; the comparison with the engine's log-probs is
-        over the tokens that were compared.
+        over the tokens that were compared. Empty without steps.
     """
+    if not steps:
+        return {}
     sums = torch.stack([value for step in steps for name, value in step.items()])
     largest = sums.clone()
     dist.all_reduce(sums, group=group)
@@ -219,6 +241,7 @@ def step_metrics(steps: list[Sums], group: dist.ProcessGroup) -> dict[str, float
     metrics = {name: sum(values) / len(values) for name, values in totals.items()}
     if compared:
         metrics["logprob_abs_diff"] /= compared
+        metrics["logprob_k3"] /= compared
     else:
-        metrics = {name: value for name, value in metrics.items() if not name.startswith("logprob_abs_diff")}
+        metrics = {name: value for name, value in metrics.items() if not name.startswith("logprob_")}
     return metrics

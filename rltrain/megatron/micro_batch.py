@@ -6,7 +6,7 @@ The loss is flat over trainable tokens: the model computes logits at `rows` and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,11 @@ class MicroBatch:
     num_trainable: int  # n
     values: dict[str, Tensor]  # [n] float32 each: per-token inputs of the loss, by name
     responses: Responses
+    last_tokens: Tensor  # [samples] int64: the last token of each, which is only a target
+
+    def with_all_rows(self) -> MicroBatch:
+        """The same, with logits of every token."""
+        return replace(self, rows=torch.arange(self.tokens.shape[1], device=self.tokens.device))
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ def build_micro_batch(
         num_trainable=len(rows),
         values={name: tensor(_join([flat[i] for i in order], np.float32)) for name, flat in values.items()},
         responses=Responses.of(batch, order, device),
+        last_tokens=tensor(_join([batch.tokens[i][-1:] for i in order])),
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from rltrain.arguments.hf_config import ModelShape, check_hf_config, read_model_
 from rltrain.arguments.model_flags import check_model_flags
 from rltrain.arguments.parallel import virtual_stages
 from rltrain.megatron.config import build_config
+from rltrain.megatron.custom_model import custom_model
 from rltrain.megatron.device import device, use_cuda
 from rltrain.megatron.specs import decoder_spec, use_transformer_engine
 
@@ -153,13 +153,20 @@ def _build_chunk(
     shape: ModelShape, args: argparse.Namespace, config: TransformerConfig, stage: int | None
 ) -> GPTModel:
     where: dict[str, Any] = {"ignore_virtual": stage is None, "vp_stage": stage}
+    first, last = (
+        parallel_state.is_pipeline_first_stage(**where),
+        parallel_state.is_pipeline_last_stage(**where),
+    )
+    if args.custom_model_provider_path:
+        own = custom_model(args, config, pre_process=first, post_process=last, vp_stage=stage)
+        return own.to(device())
     model = GPTModel(
         config=config,
         transformer_layer_spec=decoder_spec(config, stage),
         vocab_size=padded_vocab_size(shape, args),
         max_sequence_length=shape.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(**where),
-        post_process=parallel_state.is_pipeline_last_stage(**where),
+        pre_process=first,
+        post_process=last,
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
@@ -177,10 +184,8 @@ def wrap_data_parallel(models: list[GPTModel], args: argparse.Namespace) -> list
         args,
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=args.use_distributed_optimizer,
-        check_for_nan_in_grad=True,
+        check_for_nan_in_grad=False,  # `TrainedModel.update` checks, and skips the step on all ranks
     )
-    # The check for NaN goes through a state machine that announces itself, with two warnings.
-    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     wrapped = [DistributedDataParallel(model.config, config, model) for model in models]
     models[0].config.finalize_model_grads_func = finalize_model_grads
     return wrapped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -63,7 +63,7 @@ class RankShare:
             values["rollout_log_probs"] = trainable.select(batch.rollout_log_probs)
         if batch.comparable_log_probs is not None:
             values["compared_log_probs"] = trainable.select(batch.comparable_log_probs)
-        if self._args.custom_pg_loss_reducer_function_path:
+        if self._args.custom_pg_loss_reducer_function_path or self._args.loss_type == "custom_loss":
             counts = [
                 sum(trainable.count(i) for i in step) if per_token else len(set(batch.rollouts(step)))
                 for step in self._steps
@@ -74,7 +74,10 @@ class RankShare:
 
     def micro_batches(self, step: int, values: dict[str, Flat]) -> list[MicroBatch]:
         """The micro-batches of an optimizer step, with these values of their tokens."""
-        return self._micro_batches(self._all_plans[step], values)
+        micro_batches = self._micro_batches(self._all_plans[step], values)
+        if self._args.loss_type == "custom_loss":  # it is given the logits of every token
+            return [each.with_all_rows() for each in micro_batches]
+        return micro_batches
 
     def per_token(self, forward: Callable[[list[MicroBatch]], list[Tensor]]) -> Flat:
         """What `forward` returns for the trainable tokens of this rank; other samples' entries are empty.
@@ -82,11 +85,15 @@ class RankShare:
         Args:
             forward: From micro-batches, packed as there is room without gradients, to their [n] values each.
         """
-        flat: Flat = [np.empty(0, np.float32)] * len(self.batch)
         micro_batches = self._micro_batches(self._forward_plan(), {})
-        for micro_batch, values in zip(micro_batches, forward(micro_batches), strict=True):
+        return self.scatter(micro_batches, forward(micro_batches))
+
+    def scatter(self, micro_batches: Sequence[MicroBatch], values: Sequence[Tensor]) -> Flat:
+        """Values of micro-batches' trainable tokens, [n] each, by sample; other samples' entries are empty."""
+        flat: Flat = [np.empty(0, np.float32)] * len(self.batch)
+        for micro_batch, each in zip(micro_batches, values, strict=True):
             sizes = [self.trainable.count(i) for i in micro_batch.indices]
-            for i, part in zip(micro_batch.indices, values.cpu().split(sizes), strict=True):
+            for i, part in zip(micro_batch.indices, each.cpu().split(sizes), strict=True):
                 flat[i] = part.numpy()
         return flat
 

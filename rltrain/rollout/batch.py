@@ -132,7 +132,7 @@ class GroupRunner:
                 sample.status, sample.reward = Sample.Status.FAILED, None
                 sample.failure = str(error) if isinstance(error, GenerationError) else explain_fully(error)
                 sample.tokens, sample.response, sample.response_length = prompt_tokens, "", 0
-                sample.loss_mask = sample.rollout_log_probs = None
+                sample.loss_mask = sample.rollout_log_probs = sample.teacher_log_probs = None
                 sample.weight_versions, sample.weight_version_spans = [], []
                 sample.metadata = metadata
                 samples = [sample]

@@ -87,7 +87,7 @@ def check_fields(args: argparse.Namespace, sample: Sample, where: str) -> None:
         raise GenerationError(
             f"{where}: response_length {sample.response_length} with {len(sample.tokens)} tokens"
         )
-    for field in ("loss_mask", "rollout_log_probs"):
+    for field in ("loss_mask", "rollout_log_probs", "teacher_log_probs"):
         values = getattr(sample, field)
         if values is not None and len(values) != sample.response_length:
             raise GenerationError(

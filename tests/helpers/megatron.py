@@ -96,11 +96,16 @@ class RecordingRegistry:
 
 
 def make_actor(args: argparse.Namespace, run_dir: Path) -> Any:
-    """A trainer of this process's rank, outside of a job."""
+    """A trainer of this process's rank, outside of a job. Its metrics lack `perf/…`, which no two runs have alike."""
     from rltrain.megatron.actor import MegatronTrainActor
 
     context = RoleContext(run_dir, 0, "trainer", int(os.environ.get("RANK", "0")), "", "")
-    return MegatronTrainActor(args, context, RecordingRegistry())  # type: ignore[arg-type]
+    actor = MegatronTrainActor(args, context, RecordingRegistry())  # type: ignore[arg-type]
+    whole = actor.train
+    actor.train = lambda rollout_id, batch: {  # type: ignore[method-assign]
+        name: value for name, value in whole(rollout_id, batch).items() if not name.startswith("perf/")
+    }
+    return actor
 
 
 def log_probs_of(actor: Any, batch: TrainBatch) -> Any:

@@ -1,0 +1,134 @@
+"""PPO's critic: predicts the return of every token, and learns from how wrong it was."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from rltrain.algorithms.value import clipped_value_loss, explained_variance
+from rltrain.arguments.critic_flags import critic_args
+from rltrain.arguments.hf_config import ModelShape
+from rltrain.data.trainable import Flat
+from rltrain.megatron.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from rltrain.megatron.device import device, megatron_scope
+from rltrain.megatron.forward_backward import forward_only, gather_own
+from rltrain.megatron.loss import Sums
+from rltrain.megatron.micro_batch import MicroBatch
+from rltrain.megatron.rank_share import RankShare
+from rltrain.megatron.start import load_source, resume, weight_source
+from rltrain.megatron.steps import train_steps
+from rltrain.megatron.trained_model import TrainedModel, Update
+from rltrain.megatron.value_head import build_critic, copy_layers
+
+
+class Critic:
+    """The value model of one rank, with optimizer, schedule and checkpoints of its own.
+
+    Attributes:
+        trained: The model that is trained.
+    """
+
+    def __init__(self, args: argparse.Namespace, shape: ModelShape, policy: list[GPTModel]) -> None:
+        """Build it, with the policy's present weights or those of --critic-load.
+
+        Args:
+            policy: A model that is not yet wrapped for data parallelism. A Hugging Face directory is read
+                through it, so its weights are to be loaded after this.
+
+        Raises:
+            UserError: --critic-load holds no weights.
+        """
+        self._args = critic_args(args)
+        with megatron_scope():
+            models = build_critic(shape, self._args)
+            if self._args.load is None:
+                copy_layers(policy, models)
+            else:
+                source = weight_source(Path(self._args.load), "--critic-load", None)
+                if source.checkpoint is not None:
+                    load_checkpoint(source.checkpoint, TrainState(models))
+                else:
+                    load_source(policy, shape, source)
+                    copy_layers(policy, models)
+        self.trained = TrainedModel(models, self._args)
+
+    def resume(self, iteration: int) -> None:
+        """Go on from the checkpoint that belongs to the policy's.
+
+        Raises:
+            UserError: there is none of that step.
+        """
+        resume(self._args, self.trained.full_state(), iteration)
+
+    def save(self, iteration: int) -> None:
+        """Write a checkpoint, if the run has any."""
+        if self._args.save:
+            save_checkpoint(Path(self._args.save), iteration, self.trained.state())
+
+    def values(self, share: RankShare) -> Flat:
+        """V of the state before each trainable token of this rank's samples."""
+        return share.per_token(
+            lambda micro_batches: forward_only(
+                self.trained.wrapped,
+                micro_batches,
+                lambda each, outputs: gather_own(each, outputs.flatten())[0],
+            )
+        )
+
+    def train(
+        self, share: RankShare, values: dict[str, Flat], after: Callable[[int, Update], object]
+    ) -> dict[str, float]:
+        """Train on a rollout.
+
+        Args:
+            values: `weights`, `old_values` and `returns` of each trainable token.
+            after: As for `train_steps`.
+
+        Returns:
+            Metrics, the same on every rank.
+        """
+        if self._args.reset_optimizer_states:
+            self.trained.forget_averages()
+        inputs = {name: values[name] for name in ("weights", "old_values", "returns")}
+        metrics = train_steps(self.trained, share, inputs, value_loss(self._args.value_clip), after=after)
+        return metrics | prediction_metrics(share, inputs["old_values"], inputs["returns"])
+
+
+def value_loss(value_clip: float) -> Callable[[MicroBatch, Tensor], tuple[Tensor, Sums]]:
+    """The clipped value loss of a critic's outputs, for `forward_backward`."""
+
+    def loss(micro_batch: MicroBatch, outputs: Tensor) -> tuple[Tensor, Sums]:
+        values = micro_batch.values
+        (predicted,) = gather_own(micro_batch, outputs.flatten())
+        result = clipped_value_loss(predicted, values["old_values"], values["returns"], value_clip=value_clip)
+        total = result.loss @ values["weights"]
+        return total, {"value_loss": total.detach(), "value_clipfrac": result.clipped @ values["weights"]}
+
+    return loss
+
+
+def prediction_metrics(share: RankShare, predicted: Flat, returns: Flat) -> dict[str, float]:
+    """How well the critic knew the returns before it was trained on them, over all ranks' tokens."""
+    empty = np.empty(0, np.float32)
+    values = np.concatenate([empty, *(predicted[i] for i in share.samples)]).astype(np.float64)
+    targets = np.concatenate([empty, *(returns[i] for i in share.samples)]).astype(np.float64)
+    errors = targets - values
+    own = [len(errors), errors.sum(), errors @ errors, targets.sum(), targets @ targets, values.sum()]
+    sums = torch.tensor(own, dtype=torch.float64, device=device())
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    count, error, error_squares, target, target_squares, value = sums.tolist()
+    return {
+        "explained_variance": explained_variance(
+            (count, error, error_squares), (count, target, target_squares)
+        ),
+        "value": value / max(1.0, count),
+        "return": target / max(1.0, count),
+    }
