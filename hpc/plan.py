@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hpc.split import Split
+from rltrain.arguments.errors import UserError
+from rltrain.arguments.fleet import EngineSpec, engine_specs, models
 
 MAIN_ROLE = "trainer"
 
@@ -102,7 +104,7 @@ def make_plan(args: argparse.Namespace, python: str = sys.executable) -> JobPlan
     """Plan a job on one machine from resolved training flags."""
     engines = count_engines(args)
     processes = [
-        *_single("router", min(engines, 1), python),
+        *_single("router", count_routers(args), python),
         *_single("engine", engines, python),
         *_single("rollout", 1, python),
         *_ranks(args.actor_num_nodes * args.actor_num_gpus_per_node, python),
@@ -113,19 +115,14 @@ def make_plan(args: argparse.Namespace, python: str = sys.executable) -> JobPlan
 def make_slurm_plan(args: argparse.Namespace, split: Split, python: str = sys.executable) -> JobPlan:
     """Plan a Slurm job. Router and rollout process are on the first node of the engines; each engine is a step of
     its own, also one that spans nodes, the trainer's ranks are one."""
-    engines = count_engines(args)
-    size = args.rollout_num_gpus_per_engine
     component, first_node = (1, 0) if split.layout == "het" else (0, split.first_rollout_node)
     service = Placement(component, (first_node,))
-    processes = [_place("router", 0, python, service)] if engines else []
-    span = split.nodes_per_engine
-    for index in range(engines):
-        node, slot = divmod(index, split.engines_per_node)
-        gpus = (split.first_rollout_gpu + slot * size, size // span)
-        nodes = tuple(first_node + node * span + i for i in range(span))
-        where = Placement(component, nodes, gpus=gpus)
-        argv = _argv("engine", python)
-        processes.append(RoleProcess("engine", index, argv, count=span, spans=span > 1, placement=where))
+    processes = [_place("router", index, python, service) for index in range(count_routers(args))]
+    for index, spec in enumerate(engine_specs(args)):
+        nodes, gpus = engine_place(spec, split)
+        where = Placement(component, tuple(first_node + node for node in nodes), gpus=gpus)
+        argv, count = _argv("engine", python), len(nodes)
+        processes.append(RoleProcess("engine", index, argv, count=count, spans=count > 1, placement=where))
     processes.append(_place("rollout", 0, python, service))
     per_node = split.trainer_gpus
     ranks = Placement(0, tuple(range(split.trainer_nodes)), per_node, (0, per_node))
@@ -134,9 +131,31 @@ def make_slurm_plan(args: argparse.Namespace, split: Split, python: str = sys.ex
     return JobPlan(tuple(processes), split.layout)
 
 
+def engine_place(spec: EngineSpec, split: Split) -> tuple[range, tuple[int, int]]:
+    """Nodes of an engine, counted from the engines' first, and its first GPU and number of GPUs on each of them.
+
+    Raises:
+        UserError: it would begin on one node and end on another, although a node has room for it.
+    """
+    node, slot = divmod(spec.first_gpu, split.rollout_gpus)
+    on_node = min(spec.num_gpus, split.rollout_gpus)
+    if slot + on_node > split.rollout_gpus or spec.num_gpus % on_node:
+        raise UserError(
+            f"--sglang-config: an engine of {spec.num_gpus} GPUs would begin at GPU {slot} of a node that has"
+            f" {split.rollout_gpus} GPUs for engines, and not end there. Put large groups first, or fill the node with"
+            " a group of worker_type placeholder."
+        )
+    return range(node, node + spec.num_gpus // on_node), (split.first_rollout_gpu + slot, on_node)
+
+
 def count_engines(args: argparse.Namespace) -> int:
     """Number of engines that the flags ask for."""
-    return 0 if args.debug_train_only else args.rollout_num_gpus // args.rollout_num_gpus_per_engine
+    return len(engine_specs(args))
+
+
+def count_routers(args: argparse.Namespace) -> int:
+    """Number of routers that the job starts: one a model, unless somebody else has started one."""
+    return 0 if args.debug_train_only or args.sglang_router_ip else len(models(args))
 
 
 def rank_env(rank: int, world_size: int, local_rank: int, local_world_size: int) -> dict[str, str]:

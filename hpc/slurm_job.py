@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import shutil
 import sys
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -25,11 +27,12 @@ from hpc.shared_dir import check_run_dir
 from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.facts import ClusterFacts, read_facts
 from hpc.slurm_tables import Value
-from hpc.split import Split, read_ask, split_nodes
+from hpc.split import Ask, Split, read_ask, split_nodes
 from rltrain import arguments
 from rltrain.arguments import UserError
 from rltrain.arguments import flags as flag_data
 from rltrain.arguments.flags import Flags
+from rltrain.arguments.fleet import read_models
 
 if TYPE_CHECKING:
     from hpc.executor import SlurmlimeExecutor
@@ -99,11 +102,27 @@ def plan_job(
 
 
 def _split(options: SubmitOptions, flags: Flags, facts: ClusterFacts | None) -> Split:
-    ask = read_ask(flags, options.nodes, options.placement, flags.get("debug-train-only") is None)
+    ask = _ask(options, flags)
     per_node = flags.get("num-gpus-per-node")
     given = int(per_node[0]) if per_node and per_node[0].isdigit() else None
     gpus = [node_gpus(options, facts, role, given) for role in ("trainer", "rollout")]
     return split_nodes(ask, *gpus)
+
+
+def _ask(options: SubmitOptions, flags: Flags) -> Ask:
+    """What the flags ask for; engines that differ in size are asked for in units that each is a multiple of."""
+    external = flags.get("rollout-external-engine-addrs") or flags.get("rollout-external-engines-file")
+    only_external = external and flags.get("rollout-num-gpus") is None
+    has_engines = flags.get("debug-train-only") is None and not only_external
+    ask = read_ask(flags, options.nodes, options.placement, has_engines)
+    if not (file := flags.get("sglang-config")):
+        return ask
+    model = (flags.get("hf-checkpoint") or [""])[0]
+    served = read_models(file[0], Namespace(hf_checkpoint=model, rollout_num_gpus_per_engine=ask.engine_size))
+    groups = [group for each in served for group in each["groups"]]
+    total = sum(group["num_gpus"] for group in groups)
+    unit = math.gcd(*(group[key] for group in groups for key in ("num_gpus", "num_gpus_per_engine")))
+    return replace(ask, rollout_gpus=total, engine_size=unit)
 
 
 def _whole_job_flags(options: SubmitOptions, lead: int) -> dict[str, Value]:

@@ -17,10 +17,12 @@ from typing import TypeVar
 import pyarrow as pa
 import torch.distributed as dist
 
+from rltrain.arguments.fleet import engine_specs
 from rltrain.megatron.distributed import control_group
 from rltrain.rollout.client import RolloutClient
 from rltrain.runtime import Registry, RoleContext
-from rltrain.sglang.engines import JobEngine, find_engines
+from rltrain.sglang.check import check_engine
+from rltrain.sglang.engines import ExternalEngine, JobEngine, find_engines
 from rltrain.tracking import Tracker
 
 T = TypeVar("T")
@@ -47,12 +49,14 @@ class Job:
         self._registry.status("loading")
         self._rollout = RolloutClient(self._registry.wait_for("rollout")[0].url, self._context.auth)
         if not self._args.debug_train_only:
-            count = self._args.rollout_num_gpus // self._args.rollout_num_gpus_per_engine
-            self._registry.wait_for("engine", count)
+            self._registry.wait_for("engine", len(engine_specs(self._args)))
+            for engine in self.find_engines():
+                for note in check_engine(self._args, engine):
+                    print(note, flush=True)
 
-    def find_engines(self) -> list[JobEngine]:
-        """The engines that are ready now; for rank 0."""
-        return find_engines(self._registry, self._context.token)
+    def find_engines(self) -> list[JobEngine | ExternalEngine]:
+        """The engines that are ready now and take the trainer's weights; for rank 0."""
+        return find_engines(self._args, self._registry, self._context.token)
 
     def rollout(self, call: Callable[[RolloutClient], T]) -> T:
         """The result of one call to the rollout process."""

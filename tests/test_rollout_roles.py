@@ -93,7 +93,9 @@ def test_a_batch_and_an_evaluation_through_router_and_engine(
     for role in MODULES:
         job.start(role)
     client = RolloutClient(job.url("rollout"), {"Authorization": f"Bearer {TOKEN}"})
-    job.url("engine")  # the trainer, too, waits for the engines before it asks for anything
+    HttpServerEngineAdapter(job.url("engine"), TOKEN).update_weights_from_disk(
+        tiny_model, "0"
+    )  # as the trainer does
 
     client.load(0)
     table, metrics = client.generate(0)

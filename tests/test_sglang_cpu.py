@@ -186,7 +186,7 @@ def old_router() -> Iterator[str]:
 
 
 def test_older_routers_are_spoken_to_in_their_way(old_router: str) -> None:
-    workers.add_worker(old_router, "token", "http://127.0.0.1:1/?a=b&c")
+    workers.add_worker(old_router, "token", {"url": "http://127.0.0.1:1/?a=b&c"})
     assert OldRouter.urls == {"http://127.0.0.1:1/?a=b&c"}
     workers.remove_worker(old_router, "token", "http://127.0.0.1:1/?a=b&c")
     assert OldRouter.urls == set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -100,6 +101,14 @@ numbers = st.integers(1, 9)
 maybe = st.none() | numbers
 
 
+def engine_args(gpus: int, size: int, served: Sequence[dict[str, object]] = ()) -> argparse.Namespace:
+    """The flags that the engines' places follow from."""
+    return argparse.Namespace(
+        debug_train_only=False, rollout_num_gpus=gpus, rollout_num_gpus_per_engine=size, sglang_models=list(served),
+        sglang_router_ip=None, hf_checkpoint="model",
+    )  # fmt: skip
+
+
 @given(
     ask=st.builds(Ask, maybe, st.none() | st.sampled_from(["het", "plain", "colocated"]), st.booleans(), maybe, maybe,
                   maybe, numbers, st.just(True)),
@@ -115,11 +124,7 @@ def test_every_split_holds_what_was_asked_for(ask: Ask, gpus: int) -> None:
     assert ask.actor_nodes in (None, s.trainer_nodes)
     assert ask.rollout_gpus in (None, s.rollout_num_gpus)
     assert not gpus or max(s.trainer_gpus, s.first_rollout_gpu + s.rollout_gpus) <= gpus
-    args = argparse.Namespace(
-        debug_train_only=False,
-        rollout_num_gpus=s.rollout_num_gpus,
-        rollout_num_gpus_per_engine=ask.engine_size,
-    )
+    args = engine_args(s.rollout_num_gpus, ask.engine_size)
     plan = make_slurm_plan(args, s, "py")
     taken = Counter()  # GPU by node, of engines
     for process in plan.processes:
@@ -137,7 +142,7 @@ def test_every_split_holds_what_was_asked_for(ask: Ask, gpus: int) -> None:
 
 
 def test_plan_of_a_heterogeneous_job() -> None:
-    args = argparse.Namespace(debug_train_only=False, rollout_num_gpus=4, rollout_num_gpus_per_engine=2)
+    args = engine_args(4, 2)
     plan = make_slurm_plan(args, split(nodes=2, gpus=4, rollout_num_gpus_per_engine=2), "py")
     assert plan.roles == ("trainer", "router+engine+rollout")
     by_name = {process.name: process for process in plan.processes}
@@ -148,7 +153,7 @@ def test_plan_of_a_heterogeneous_job() -> None:
 
 
 def test_plan_of_engines_that_span_nodes() -> None:
-    args = argparse.Namespace(debug_train_only=False, rollout_num_gpus=16, rollout_num_gpus_per_engine=8)
+    args = engine_args(16, 8)
     s = split(nodes=5, gpus=4, rollout_num_gpus_per_engine=8, rollout_num_gpus=16)
     assert "an engine on every 2" in s.explain()
     by_name = {process.name: process for process in make_slurm_plan(args, s, "py").processes}
@@ -156,3 +161,32 @@ def test_plan_of_engines_that_span_nodes() -> None:
     engine = by_name["engine-1"]
     assert (engine.placement.nodes, engine.placement.gpus, engine.count) == ((2, 3), (0, 4), 2)
     assert engine.names == ("engine-1", "engine-1.node1") and engine.index_of("engine-1.node1") == 1
+
+
+def served(name: str, *groups: tuple[str, int, int]) -> dict[str, object]:
+    keys = ("worker_type", "num_gpus", "num_gpus_per_engine")
+    return {"name": name, "model_path": name, "update_weights": name == "actor",
+            "groups": [{**dict(zip(keys, group, strict=True)), "overrides": {}} for group in groups]}  # fmt: skip
+
+
+def test_plan_of_several_models_with_engines_that_differ() -> None:
+    s = split(nodes=3, gpus=4, rollout_num_gpus_per_engine=1, rollout_num_gpus=8)
+    kinds = [served("actor", ("regular", 4, 2)), served("judge", ("regular", 1, 1), ("placeholder", 3, 3))]
+    by_name = {
+        process.name: process for process in make_slurm_plan(engine_args(8, 1, kinds), s, "py").processes
+    }
+    assert list(by_name)[:5] == ["router-0", "router-1", "engine-0", "engine-1", "engine-2"]
+    places = [by_name[f"engine-{i}"].placement for i in range(3)]
+    first = places[0].nodes[0]
+    assert [(place.nodes[0] - first, place.gpus) for place in places] == [
+        (0, (0, 2)),
+        (0, (2, 2)),
+        (1, (0, 1)),
+    ]
+
+
+def test_an_engine_that_would_begin_on_one_node_and_end_on_the_next_is_refused() -> None:
+    s = split(nodes=3, gpus=4, rollout_num_gpus_per_engine=1, rollout_num_gpus=8)
+    kinds = [served("judge", ("regular", 3, 3)), served("actor", ("regular", 2, 2))]
+    with pytest.raises(UserError, match="would begin at GPU 3 of a node that has 4"):
+        make_slurm_plan(engine_args(8, 1, kinds), s, "py")

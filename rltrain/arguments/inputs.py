@@ -11,6 +11,7 @@ from typing import Any
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.eval_sets import set_args
 from rltrain.arguments.extensions import check_extensions
+from rltrain.arguments.external import external_token, uses_external_engines
 from rltrain.arguments.slime_defaults import DEFAULT_DATA_SOURCE, DEFAULT_ROLLOUT_FUNCTION
 
 
@@ -30,6 +31,16 @@ def check_inputs(args: argparse.Namespace, to_come: Mapping[str, str] | None = N
     from rltrain.data.prompt_file import check_prompt_file
     from rltrain.rewards.rules import reward_function_path
 
+    if uses_external_engines(args) or args.sglang_router_ip:
+        external_token()
+    for served in args.sglang_models:
+        if (
+            served["model_path"] != args.hf_checkpoint
+            and not (Path(served["model_path"]) / "config.json").is_file()
+        ):
+            raise UserError(
+                f"--sglang-config: model {served['name']}: {served['model_path']} is no model directory."
+            )
     model = Path((to_come or {}).get(args.hf_checkpoint, args.hf_checkpoint))
     without_weights = args.random_init or args.hf_checkpoint in (to_come or {})
     config = read_hf_config(model, without_weights)

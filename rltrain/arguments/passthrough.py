@@ -23,8 +23,19 @@ RESERVED = {
         "tp-size",
         "tensor-parallel-size",
         "device-id",
+        "config",  # a flag of ours, as it is one of slime's
     },
-    "router": {"host", "port", "worker-urls", "prometheus-port", "api-key", "model-path"},
+    # With certificates of its own the router would no longer be found under http://.
+    "router": {
+        "host",
+        "port",
+        "worker-urls",
+        "prometheus-port",
+        "api-key",
+        "model-path",
+        "tls-cert-path",
+        "tls-key-path",
+    },
 }
 _TYPES: dict[str, Callable[[str], Any]] = {
     "int": int, "float": float, "str": str, "list": str, "ints": int, "json": json.loads,

@@ -8,11 +8,13 @@ from pathlib import Path
 from rltrain.arguments.algorithm_flags import resolve_algorithm
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.eval_sets import resolve_eval_sets
+from rltrain.arguments.external import check_external, uses_external_engines
+from rltrain.arguments.fleet import read_models
 from rltrain.arguments.parallel import ParallelSizes, check_parallel
 
 _PATHS = (
     "hf_checkpoint", "load", "ref_load", "save", "save_hf", "wandb_dir", "critic_load", "critic_save",
-    "opd_teacher_load",
+    "opd_teacher_load", "rollout_external_engines_file",
 )  # fmt: skip
 
 
@@ -126,12 +128,28 @@ def _schedule(args: argparse.Namespace) -> None:
 
 def _engines(args: argparse.Namespace) -> None:
     size = args.rollout_num_gpus_per_engine
+    check_external(args)
+    if args.sglang_config:
+        _models(args)
+        return
+    external = uses_external_engines(args)
     if args.rollout_num_gpus is None:
-        args.rollout_num_gpus = size
-    if size < 1 or args.rollout_num_gpus < 1 or args.rollout_num_gpus % size:
+        args.rollout_num_gpus = 0 if external else size
+    if size < 1 or args.rollout_num_gpus < (not external) or args.rollout_num_gpus % size:
         raise UserError(
             f"--rollout-num-gpus {args.rollout_num_gpus} is no multiple of --rollout-num-gpus-per-engine {size}."
         )
+
+
+def _models(args: argparse.Namespace) -> None:
+    args.sglang_config = _absolute(args.sglang_config)
+    args.sglang_models = read_models(args.sglang_config, args)
+    total = sum(group["num_gpus"] for model in args.sglang_models for group in model["groups"])
+    if args.rollout_num_gpus not in (None, total):
+        raise UserError(
+            f"--rollout-num-gpus {args.rollout_num_gpus}, but the groups of --sglang-config have {total} GPUs together."
+        )
+    args.rollout_num_gpus = total
 
 
 def _health(args: argparse.Namespace) -> None:

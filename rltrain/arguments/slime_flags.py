@@ -24,7 +24,7 @@ NOT_YET = frozenset(
     log-reward-category loss-mask-type memory-recorder memory-snapshot-dir memory-snapshot-num-steps
     min-batch-collection-ratio multimodal-keys offload offload-rollout offload-train profile-target
     recompute-loss-function record-memory-history release-train rollout-buffer-url
-    rollout-external-engine-addrs rollout-task-type save-debug-rollout-data save-debug-train-data
+    rollout-task-type save-debug-rollout-data save-debug-train-data
     tb-experiment-name tb-project-name train-env-vars update-weight-buffer-size
     update-weight-delta-checksum update-weight-delta-encoding update-weight-disk-dir
     update-weight-disk-keep-files update-weight-local-checkpoint-dir update-weight-mode
@@ -36,6 +36,7 @@ NOT_YET = frozenset(
 
 def add_slime_flags(parser: argparse.ArgumentParser) -> None:
     """Add the supported ones, grouped as slime's documentation groups them."""
+    parser.set_defaults(sglang_models=[])
     _cluster(parser.add_argument_group("cluster"))
     _rollout(parser.add_argument_group("rollout"))
     add_extension_flags(parser.add_argument_group("functions of your own"))
@@ -111,8 +112,26 @@ def _rollout(group: argparse._ArgumentGroup) -> None:
     add(
         "--sglang-server-concurrency", type=int, default=512, metavar="N", help="requests in flight an engine"
     )
+    _engines(group)
     _health(group)
     _weights(group)
+
+
+def _engines(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--sglang-config",
+        metavar="FILE",
+        help="models, each with its router and groups of engines; docs/engines.md",
+    )
+    add("--rollout-external-engine-addrs", nargs="+", metavar="HOST:PORT",
+        help="engines that the job does not start, but uses and gives weights")  # fmt: skip
+    add("--rollout-external-engines-file", metavar="FILE",
+        help="the same, one a line; read again when it changes")  # fmt: skip
+    add("--sglang-router-ip", metavar="HOST", help="a router that the job does not start")
+    add("--sglang-router-port", type=int, metavar="PORT", help="and its port")
+    add("--rollout-router", choices=["sglang-router", "smg"], default="sglang-router",
+        help="the router to start: sglang-router, or its successor where that is installed")  # fmt: skip
 
 
 def _health(group: argparse._ArgumentGroup) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 
+from rltrain.functions import load_function
 from rltrain.rewards.pool import RewardPool
 from rltrain.rewards.rules import reward_function_path
 from rltrain.rewards.worker import Grade
@@ -40,6 +41,15 @@ def _apply(sample: Sample, grade: Grade) -> None:
         sample.metadata = grade.metadata
     if grade.failure is not None:
         sample.status, sample.failure = Sample.Status.FAILED, grade.failure
+
+
+def check(args: argparse.Namespace) -> None:
+    """See that the reward that the flags ask for can be loaded.
+
+    Raises:
+        UserError: see `grade`.
+    """
+    load_function(reward_function_path(args), flag="--custom-rm-path")
 
 
 async def start(args: argparse.Namespace, sample: Sample | None = None) -> RewardPool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import os
 import pickle
 import socket
 import struct
@@ -54,6 +55,8 @@ async def _serve(connection: socket.socket) -> None:
         write_message(writer, str(error))
         await writer.drain()
         return
+    if inspect.iscoroutinefunction(function):
+        _let_ask_models()
     write_message(writer, None)
     running: set[asyncio.Task[None]] = set()
     try:
@@ -67,6 +70,15 @@ async def _serve(connection: socket.socket) -> None:
                 await _answer(writer, number, function, args, subject)
     except (asyncio.IncompleteReadError, ConnectionError):
         return  # the pool is gone
+
+
+def _let_ask_models() -> None:
+    """Let `rltrain.rollout.sglang_rollout.post` be used here, so that a reward can ask a judge that the run serves."""
+    token = os.environ.get("SLURMLIME_TOKEN")
+    if token:
+        from rltrain.rollout.http import HttpClient, set_client
+
+        set_client(HttpClient(token))
 
 
 async def _answer(

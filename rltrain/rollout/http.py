@@ -47,6 +47,20 @@ class HttpClient:
             skip_auto_headers=("User-Agent", "Accept-Encoding"),
         )
 
+        self._tokens: dict[str, str] = {}
+        self._origins_with_versions: set[str] = set()
+
+    def set_token(self, url: str, token: str) -> None:
+        """Send `token`, in place of the job's, to the server at `url`: one that the job did not start."""
+        self._tokens[_origin(url)] = token
+
+    def refuse_unknown_weights(self, url: str) -> None:
+        """Ask the router at `url` again when an answer was generated with weights that the trainer did not send.
+
+        An engine that restarts by itself has those that it began with, and the router takes it back at once.
+        """
+        self._origins_with_versions.add(_origin(url))
+
     async def close(self) -> None:
         """Close the connections."""
         await self._session.close()
@@ -77,6 +91,9 @@ class HttpClient:
         retry_seconds: float,
         headers: Mapping[str, str] | None = None,
     ) -> Any:
+        origin = _origin(url)
+        if origin in self._tokens:
+            headers = {**(headers or {}), "Authorization": f"Bearer {self._tokens[origin]}"}
         deadline = asyncio.get_running_loop().time() + retry_seconds
         delay = _FIRST_DELAY
         while True:
@@ -84,16 +101,35 @@ class HttpClient:
                 async with self._session.request(method, url, data=body, headers=headers) as response:
                     content = await response.read()
                     if response.status == 200:
-                        return _loads(content) if content else None
+                        answer = _loads(content) if content else None
+                        version = _unknown_version(answer) if origin in self._origins_with_versions else None
+                        if version is None:
+                            return answer
+                        raise _RefusedError(f"generated with weights of the unknown version {version!r}")
                     problem = f"{url}: {response.status} {content.decode(errors='replace').strip()[:1000]}"
                     if response.status not in _RETRIED:
                         raise GenerationError(problem)
-            except aiohttp.ClientError as error:
+            except (aiohttp.ClientError, _RefusedError) as error:
                 problem = f"{url}: {type(error).__name__}: {error}"
             if asyncio.get_running_loop().time() + delay > deadline:
                 raise GenerationError(f"{problem} (given up after {retry_seconds:.0f} s of trying)")
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # not all at once
             delay = min(2 * delay, _LONGEST_DELAY)
+
+
+class _RefusedError(Exception):
+    """An answer that we do not take."""
+
+
+def _origin(url: str) -> str:
+    return "/".join(url.split("/", 3)[:3])
+
+
+def _unknown_version(answer: Any) -> str | None:
+    """The version of the weights of an answer to /generate if it is none of ours, which are numbers."""
+    meta = answer.get("meta_info") if isinstance(answer, dict) else None
+    version = str(meta.get("weight_version", "0")) if isinstance(meta, dict) else "0"
+    return None if version.isdigit() else version
 
 
 _client: HttpClient | None = None

@@ -13,7 +13,6 @@ import signal
 import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 from aiohttp import web
@@ -22,6 +21,7 @@ from rltrain import arguments
 from rltrain.arguments.errors import UserError
 from rltrain.functions import explain
 from rltrain.rewards import service as rewards
+from rltrain.rollout.fleet_watch import FleetWatch
 from rltrain.rollout.http import HttpClient, set_client
 from rltrain.rollout.look_ahead import LookAhead
 from rltrain.rollout.manager import RolloutManager
@@ -121,10 +121,12 @@ async def serve(context: RoleContext) -> None:
     manager = RolloutManager(args, context.layout, context.attempt)
     client = HttpClient(context.token)
     set_client(client)
+    watching = None
     if not args.debug_train_only:
+        rewards.check(args)
+        watch = await asyncio.to_thread(FleetWatch, args, registry, context, client)
         await rewards.start(args)
-        router = urlsplit((await asyncio.to_thread(registry.wait_for, "router"))[0].url)
-        args.sglang_router_ip, args.sglang_router_port = router.hostname, router.port
+        watching = asyncio.create_task(watch.run())
     runner = web.AppRunner(make_app(manager, context.token), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     site = web.TCPSite(runner, context.host, 0)
@@ -134,6 +136,8 @@ async def serve(context: RoleContext) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     await asyncio.to_thread(registry.register, f"http://{host}:{port}")
     await stopped.wait()
+    if watching:
+        watching.cancel()
     await runner.cleanup()
     await rewards.close()
     await client.close()

@@ -18,8 +18,9 @@ from rltrain.rollout.eval import eval_rollout
 from rltrain.rollout.http import post
 from rltrain.rollout.loop_lag import LoopLag
 from rltrain.rollout.single_turn import generate
+from rltrain.sglang.routers import get_model_url
 
-__all__ = ["GenerateState", "generate", "generate_rollout", "post"]
+__all__ = ["GenerateState", "generate", "generate_rollout", "get_model_url", "post"]
 
 
 class GenerateState:

@@ -106,13 +106,20 @@ class HttpServerEngineAdapter:
         if self._process is not None:
             self._process.stop()
 
-    def register(self, router_url: str, timeout: float = 120.0) -> None:
-        """Join the router, and wait until it sends requests here."""
-        workers.add_worker(router_url, self._token, self.url, timeout)
+    def register(
+        self, router_url: str, timeout: float = 120.0, router_token: str | None = None, **role: Any
+    ) -> None:
+        """Join the router, and wait until it sends requests here.
 
-    def unregister(self, router_url: str, timeout: float = 60.0) -> None:
+        `router_token` where it asks for another one than we do; `role` is `worker_type` and `bootstrap_port` of an
+        engine that computes only prompts or only responses.
+        """
+        worker = {"url": self.url, "api_key": self._token, **role}
+        workers.add_worker(router_url, router_token or self._token, worker, timeout)
+
+    def unregister(self, router_url: str, timeout: float = 60.0, router_token: str | None = None) -> None:
         """Leave the router, and wait until it has forgotten us."""
-        workers.remove_worker(router_url, self._token, self.url, timeout)
+        workers.remove_worker(router_url, router_token or self._token, self.url, timeout)
 
     def health(self, timeout: float = 5.0) -> bool:
         """Whether the server answers; never raises."""

@@ -6,67 +6,88 @@ An engine that spans nodes is one such process a node. The first serves; the oth
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from hpc.layout import RunLayout
 from rltrain import arguments
+from rltrain.arguments.fleet import engine_specs, models
 from rltrain.processes import reserve_port
-from rltrain.runtime import Registry, RoleAddress, RoleContext
+from rltrain.runtime import Registry, RoleContext
 from rltrain.sglang import workers
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.sglang.health import HealthLimits, HungError
-from rltrain.sglang.http import HttpError
+from rltrain.sglang.membership import Membership, Place
 from rltrain.sglang.process import ServerDiedError
 from rltrain.sglang.role import run_server_role
+from rltrain.sglang.routers import wait_for_router
 from rltrain.weights.current import current_weights, load_weights, weight_version
 
 
 def engine_server_args(args: argparse.Namespace, index: int, weights: Path | None = None) -> dict[str, Any]:
-    """`ServerArgs` of engine number `index`: what the job decides, then what `--sglang-*` flags say.
+    """`ServerArgs` of engine number `index`: what the job decides, then what `--sglang-*` and `--sglang-config` say.
 
     `weights` is a directory of the trainer's, in place of the model that the run began with.
     """
+    spec = engine_specs(args)[index]
+    model = models(args)[spec.model]
     decided = {
-        "model_path": args.hf_checkpoint,
-        "tp_size": args.rollout_num_gpus_per_engine,
+        "model_path": model["model_path"],
+        "tp_size": spec.num_gpus,
         # Engines with one seed would all draw the same tokens for the same prompt.
         "random_seed": args.seed + index,
     }
+    if spec.worker_type != "regular":
+        decided["disaggregation_mode"] = spec.worker_type
     if weights is not None:
         decided |= {"model_path": str(weights), "weight_version": str(weight_version(weights))}
-    elif args.random_init:
+    elif args.random_init and model["update_weights"]:
         decided["load_format"] = "dummy"  # there are no weights yet: the trainer sends them
-    return {**decided, **args.sglang}
+    return {**decided, **args.sglang, **spec.overrides}
 
 
 def main(context: RoleContext) -> None:
     """Start the engine, join the router, announce it, and watch it."""
     args = arguments.load(context.run_dir)
     registry = Registry(context)
-    # The weights of an earlier attempt are none of ours: the trainer sends what it has resumed from.
-    weights = current_weights(context.layout.weights) if context.restarts else None
+    weights = _newest_weights(args, context) if context.restarts else None
     server_args = engine_server_args(args, context.index, weights)
     with ExitStack() as held:
         if context.nnodes > 1:
             server_args |= _meet(context, registry, held)
+        place = Place.of(args, context, held)
         if context.replaces:
-            workers.remove_worker(registry.wait_for("router")[0].url, context.token, context.replaces)
+            router = wait_for_router(args, registry, context.token, place.model)
+            workers.remove_worker(router.url, router.token, context.replaces)
         engine = held.enter_context(
-            HttpServerEngineAdapter.launch(server_args, context.token, host=context.host)
+            HttpServerEngineAdapter.launch(server_args | place.server_args, context.token, host=context.host)
         )
         if context.node_rank:
             engine.wait()
-        membership = Membership(engine, registry)
-        _join(membership, engine, context, registry, weights)
+        membership = Membership(engine, args, registry, place)
+        if context.restarts:
+            _join_again(membership, engine, registry, weights, lambda: _newest_weights(args, context))
+        else:
+            membership.join()
+            registry.register(engine.url)
         try:
             engine.watch(health_limits(args), lambda: is_loading(context.layout), membership.follow_router)
         except (HungError, ServerDiedError):
             membership.leave()
             raise
+
+
+def _newest_weights(args: argparse.Namespace, context: RoleContext) -> Path | None:
+    """What the trainer has written last in this attempt; None for a model that it does not train.
+
+    Only for an engine that is started again. The weights of an earlier attempt are none of ours: the trainer sends what
+    it has resumed from.
+    """
+    trained = models(args)[engine_specs(args)[context.index].model]["update_weights"]
+    return current_weights(context.layout.weights) if trained else None
 
 
 def _meet(context: RoleContext, registry: Registry, held: ExitStack) -> dict[str, Any]:
@@ -82,57 +103,23 @@ def _meet(context: RoleContext, registry: Registry, held: ExitStack) -> dict[str
     }
 
 
-def _join(
+def _join_again(
     membership: Membership,
     engine: HttpServerEngineAdapter,
-    context: RoleContext,
     registry: Registry,
     weights: Path | None,
+    newest_weights: Callable[[], Path | None],
 ) -> None:
-    """Be found by requests and by the trainer; an engine that was started again, only with the current weights.
+    """Be found by requests only with the current weights; `weights` are those that the engine has.
 
     The trainer looks for engines when it has written new weights, and sends them to those that it finds. One that comes
     too late to be found sees them there, and has them before its first request.
     """
-    if not context.restarts:
-        membership.join()
     registry.register(engine.url)
-    if context.restarts:
-        newest = current_weights(context.layout.weights)
-        if newest is not None and newest != weights:
-            load_weights(engine, newest)
-        membership.join()
-
-
-class Membership:
-    """An engine's place at the router, kept when the router is another one than before."""
-
-    def __init__(self, engine: HttpServerEngineAdapter, registry: Registry) -> None:
-        self._engine, self._registry = engine, registry
-        self._router: RoleAddress | None = None
-
-    def join(self) -> None:
-        """Join the router as soon as there is one."""
-        self._router = self._registry.wait_for("router")[0]
-        self._engine.register(self._router.url)
-
-    def follow_router(self) -> None:
-        """Join the router that has taken the place of the one we joined, if there is such a one."""
-        try:
-            routers = self._registry.find("router")
-            if routers and routers[0] != self._router:
-                self._engine.register(routers[0].url)
-                self._router = routers[0]
-                print(f"joined the new router {self._router.url}", flush=True)
-        except (OSError, HttpError, TimeoutError) as error:  # it is not up yet, or has gone again
-            print(f"the router can't be joined yet: {error}", flush=True)
-
-    def leave(self) -> None:
-        """Leave the router, if it still answers: it must not send requests to an engine that is gone."""
-        if self._router is None:
-            return
-        with contextlib.suppress(OSError, HttpError, TimeoutError):
-            self._engine.unregister(self._router.url, timeout=5.0)
+    newest = newest_weights()
+    if newest is not None and newest != weights:
+        load_weights(engine, newest)
+    membership.join()
 
 
 def health_limits(args: argparse.Namespace) -> HealthLimits:

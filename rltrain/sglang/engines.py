@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 
+from rltrain.arguments.external import external_token, external_urls, uses_external_engines
+from rltrain.arguments.fleet import trained_engines
 from rltrain.runtime import Registry
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 
@@ -29,6 +32,30 @@ class JobEngine(HttpServerEngineAdapter):
         return True
 
 
-def find_engines(registry: Registry, token: str) -> list[JobEngine]:
-    """The engines that are ready now, by index."""
-    return [JobEngine(address.url, token, registry) for address in registry.find("engine")]
+class ExternalEngine(HttpServerEngineAdapter):
+    """One that the job does not start."""
+
+    def has_died(self) -> bool:
+        """Whether it is gone; `rltrain.sglang.external` gives it the weights when it comes back."""
+        return not self.makes_progress()
+
+
+def find_engines(
+    args: argparse.Namespace, registry: Registry, token: str
+) -> list[JobEngine | ExternalEngine]:
+    """The engines that are ready now and take the trainer's weights: the job's by index, then external ones."""
+    trained = trained_engines(args)
+    own = [
+        JobEngine(address.url, token, registry)
+        for address in registry.find("engine")
+        if address.index in trained
+    ]
+    return [*own, *(engine for engine in external_engines(args) if engine.makes_progress())]
+
+
+def external_engines(args: argparse.Namespace) -> list[ExternalEngine]:
+    """The external engines that are named now, whether they answer or not."""
+    if not uses_external_engines(args):
+        return []
+    token = external_token()
+    return [ExternalEngine(url, token) for url in external_urls(args)]

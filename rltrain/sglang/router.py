@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 from contextlib import ExitStack
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 from rltrain import arguments
+from rltrain.arguments.errors import UserError
+from rltrain.arguments.fleet import is_disaggregated
 from rltrain.processes import reserve_port
 from rltrain.runtime import Registry, RoleContext
 from rltrain.sglang.process import READY_TIMEOUT, ServerProcess
 from rltrain.sglang.role import run_server_role
+from rltrain.sglang.router_server import PACKAGES
 
 # Engines share nothing that would make one better for a prompt than another until caches are large; and a
 # dead engine should be noticed within seconds. A paused engine answers /health but no requests, for as long
@@ -31,7 +36,12 @@ class Router:
     """A router process of our own, ready for engines to join."""
 
     def __init__(
-        self, router_args: dict[str, Any], token: str, host: str = "127.0.0.1", wanted_port: int = 0
+        self,
+        router_args: dict[str, Any],
+        token: str,
+        host: str = "127.0.0.1",
+        wanted_port: int = 0,
+        program: str = "sglang-router",
     ) -> None:
         """Start it on free ports of `host` and wait until it answers.
 
@@ -40,16 +50,18 @@ class Router:
             token: the key that every request must carry.
             host: address to listen on.
             wanted_port: where to listen if it is free.
+            program: `sglang-router` or `smg`.
         """
         with ExitStack() as ports:
             port, metrics_port = (
                 ports.enter_context(reserve_port(host, wanted)).getsockname()[1]
                 for wanted in (wanted_port, 0)
             )
-            settings = {
+            all_args = {
                 **DEFAULTS, **router_args, "host": host, "port": port, "api_key": token,
                 "prometheus_host": host, "prometheus_port": metrics_port,
             }  # fmt: skip
+            settings = {"program": program, "router_args": all_args}
             self._process = ServerProcess("rltrain.sglang.router_server", settings, f"http://{host}:{port}")
             try:
                 self._process.wait_until_ready(timeout=READY_TIMEOUT)
@@ -76,10 +88,33 @@ class Router:
 def main(context: RoleContext) -> None:
     """Start the router, announce it, and watch it."""
     args = arguments.load(context.run_dir)
+    check_installed(args.rollout_router)
     registry = Registry(context)
-    with Router(args.router, context.token, context.host, _last_port(registry, context)) as router:
+    port = _last_port(registry, context)
+    with Router(
+        router_args(args, context.index), context.token, context.host, port, args.rollout_router
+    ) as router:
         registry.register(router.url)
         router.wait()
+
+
+def router_args(args: argparse.Namespace, model: int) -> dict[str, Any]:
+    """`RouterArgs` of the router of a model, as the `--router-*` flags and `--sglang-config` say."""
+    apart = {"pd_disaggregation": True} if is_disaggregated(args, model) else {}
+    return {**apart, **args.router}
+
+
+def check_installed(program: str) -> None:
+    """See that the router that is asked for is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if importlib.util.find_spec(PACKAGES[program]) is None:
+        raise UserError(
+            f"--rollout-router {program}: the package is not installed here. Install it (pip install {program}), or"
+            " leave the flag out."
+        )
 
 
 def _last_port(registry: Registry, context: RoleContext) -> int:

@@ -1,21 +1,29 @@
-"""The router's process: `python -m rltrain.sglang.router_server PARENT_PID`, `RouterArgs` as JSON on stdin."""
+"""The router's process: `python -m rltrain.sglang.router_server PARENT_PID`, its settings as JSON on stdin.
+
+`program` is sglang-router or its successor smg, which has the same interface; `router_args` are its flags. They come
+over stdin because the API key is one of them.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
+from argparse import Namespace
 
 from rltrain.processes import die_with_parent
+
+PACKAGES = {"sglang-router": "sglang_router", "smg": "smg"}
 
 
 def main() -> None:
     """Read the arguments and route until told to stop."""
     die_with_parent(int(sys.argv[1]))
-    router_args = json.load(sys.stdin)
-    from sglang_router.launch_router import launch_router
-    from sglang_router.router_args import RouterArgs
-
-    launch_router(RouterArgs(**router_args))
+    settings = json.load(sys.stdin)
+    package = PACKAGES[settings["program"]]
+    launch_router = importlib.import_module(f"{package}.launch_router").launch_router
+    router_args = importlib.import_module(f"{package}.router_args").RouterArgs
+    launch_router(router_args.from_cli_args(Namespace(**settings["router_args"])))
 
 
 if __name__ == "__main__":

@@ -16,15 +16,22 @@ from rltrain.sglang.http import HttpError, call
 _POLL_INTERVAL = 0.1
 
 
-def add_worker(router_url: str, token: str, worker_url: str, timeout: float = 120.0) -> None:
-    """Add the engine at `worker_url`, and wait until the router holds it for healthy.
+def add_worker(router_url: str, token: str, worker: dict[str, Any], timeout: float = 120.0) -> None:
+    """Add an engine, and wait until the router holds it for healthy.
+
+    Args:
+        router_url: of the router.
+        token: that the router asks for.
+        worker: `url`, `api_key` that the engine asks for, and what else the router takes, such as `worker_type`.
+        timeout: in seconds.
 
     Raises:
         HttpError: the router refused.
         TimeoutError: it accepted, but the engine was not in use within `timeout` seconds.
     """
+    worker_url = worker["url"]
     try:
-        call("POST", f"{router_url}/workers", token, {"url": worker_url, "api_key": token})
+        call("POST", f"{router_url}/workers", token, worker)
     except HttpError as error:
         if error.status not in (404, 405):
             raise

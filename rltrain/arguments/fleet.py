@@ -1,0 +1,188 @@
+"""Which models a run serves, each behind a router of its own, and with which engines. Pure, but for reading the file.
+
+Without `--sglang-config` it is one model, the one that is trained, with engines that are all alike. The format of the
+file is slime's:
+
+    sglang:
+      - name: actor                  # and so on; the first that is trained is what samples come from
+        server_groups:
+          - {worker_type: regular, num_gpus: 4, num_gpus_per_engine: 2, overrides: {mem_fraction_static: 0.8}}
+      - name: judge
+        model_path: models/judge     # default: --hf-checkpoint
+        update_weights: false        # default: whether the model is --hf-checkpoint
+        server_groups: [{worker_type: regular, num_gpus: 2}]
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rltrain.arguments.config_file import read_config_file
+from rltrain.arguments.errors import UserError
+from rltrain.arguments.passthrough import RESERVED
+
+WORKER_TYPES = ("regular", "prefill", "decode", "placeholder")
+_DEFAULT_MODEL = "default"
+_MODEL_KEYS = (
+    "name",
+    "model_path",
+    "update_weights",
+    "num_gpus_per_engine",
+    "server_groups",
+    "engine_groups",
+)
+_GROUP_KEYS = ("worker_type", "num_gpus", "num_gpus_per_engine", "overrides")
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One engine.
+
+    Attributes:
+        model: position of its model, which is also the index of its router.
+        worker_type: `regular`, or `prefill` or `decode` where the two are apart.
+        num_gpus: its tensor parallel size.
+        first_gpu: where its GPUs begin, counted over all that the engines have.
+        overrides: arguments of SGLang's `ServerArgs` for this one.
+    """
+
+    model: int
+    worker_type: str
+    num_gpus: int
+    first_gpu: int
+    overrides: dict[str, Any]
+
+
+def models(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every model: `name`, `model_path`, `update_weights` and `groups`, with all defaults filled in."""
+    if args.sglang_models:
+        return args.sglang_models
+    group = {
+        "worker_type": "regular",
+        "num_gpus": args.rollout_num_gpus,
+        "num_gpus_per_engine": args.rollout_num_gpus_per_engine,
+        "overrides": {},
+    }
+    groups = [group] if args.rollout_num_gpus else []
+    return [
+        {"name": _DEFAULT_MODEL, "model_path": args.hf_checkpoint, "update_weights": True, "groups": groups}
+    ]
+
+
+def engine_specs(args: argparse.Namespace) -> list[EngineSpec]:
+    """The engines that the job starts, by index."""
+    if args.debug_train_only:
+        return []
+    specs, first_gpu = [], 0
+    for position, model in enumerate(models(args)):
+        for group in model["groups"]:
+            size = group["num_gpus_per_engine"]
+            for start in range(first_gpu, first_gpu + group["num_gpus"], size):
+                if group["worker_type"] != "placeholder":
+                    specs.append(EngineSpec(position, group["worker_type"], size, start, group["overrides"]))
+            first_gpu += group["num_gpus"]
+    return specs
+
+
+def trained_model(args: argparse.Namespace) -> int:
+    """Position of the model that samples come from: the first that is given the trainer's weights."""
+    return next(i for i, model in enumerate(models(args)) if model["update_weights"])
+
+
+def trained_engines(args: argparse.Namespace) -> list[int]:
+    """Indices of the engines that are given the trainer's weights."""
+    served = models(args)
+    return [i for i, spec in enumerate(engine_specs(args)) if served[spec.model]["update_weights"]]
+
+
+def is_disaggregated(args: argparse.Namespace, model: int) -> bool:
+    """Whether prompts and responses of a model are computed by different engines."""
+    return any(spec.worker_type == "prefill" for spec in engine_specs(args) if spec.model == model)
+
+
+def read_models(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The models that the file of `--sglang-config` describes, see `models`.
+
+    Raises:
+        UserError: names the file, the model and the entry that is wrong.
+    """
+    entries = read_config_file(path, "--sglang-config").get("sglang")
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"--sglang-config {path}: a list of models under `sglang:` is wanted.")
+    served = [_model(f"--sglang-config {path}, model {i + 1}", each, args) for i, each in enumerate(entries)]
+    names = [model["name"] for model in served]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--sglang-config {path}: two models have the name {name!r}.")
+    if not any(model["update_weights"] and model["groups"] for model in served):
+        raise UserError(
+            f"--sglang-config {path}: none of the models {', '.join(names)} is trained, so no samples can come from"
+            " them. Leave model_path out of one, or say `update_weights: true`."
+        )
+    return served
+
+
+def _model(where: str, entry: Any, args: argparse.Namespace) -> dict[str, Any]:
+    _check_keys(where, entry, _MODEL_KEYS)
+    name = entry.get("name")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{where}: it needs a name.")
+    where = f"{where} ({name})"
+    groups = entry.get("server_groups", entry.get("engine_groups"))
+    if not isinstance(groups, list) or not groups:
+        raise UserError(f"{where}: a list of engines under `server_groups:` is wanted.")
+    default_size = entry.get("num_gpus_per_engine") or args.rollout_num_gpus_per_engine
+    path = str(Path(entry.get("model_path") or args.hf_checkpoint).expanduser().absolute())
+    is_actor = path == str(Path(args.hf_checkpoint).expanduser().absolute())
+    model = {
+        "name": name,
+        "model_path": path,
+        "update_weights": entry.get("update_weights", is_actor),
+        "groups": [_group(f"{where}, group {i + 1}", each, default_size) for i, each in enumerate(groups)],
+    }
+    kinds = {group["worker_type"] for group in model["groups"]}
+    if ("prefill" in kinds) != ("decode" in kinds) or {"prefill", "regular"} <= kinds:
+        raise UserError(
+            f"{where}: it has groups of the types {', '.join(sorted(kinds))}. Either all are regular, or there are"
+            " prefill and decode ones."
+        )
+    if kinds == {"placeholder"}:
+        raise UserError(f"{where}: placeholders start no engine, so nothing serves this model.")
+    return model
+
+
+def _group(where: str, entry: Any, default_size: int) -> dict[str, Any]:
+    _check_keys(where, entry, _GROUP_KEYS)
+    kind, gpus = entry.get("worker_type"), entry.get("num_gpus")
+    if kind not in WORKER_TYPES:
+        raise UserError(f"{where}: worker_type {kind!r}; it is one of {', '.join(WORKER_TYPES)}.")
+    size = entry.get("num_gpus_per_engine") or (gpus if kind == "placeholder" else default_size)
+    for number in (gpus, size):
+        if not isinstance(number, int) or number < 1:
+            raise UserError(
+                f"{where}: num_gpus and num_gpus_per_engine are whole numbers of at least 1, not {number!r}."
+            )
+    if gpus % size:
+        raise UserError(f"{where}: num_gpus {gpus} is no multiple of num_gpus_per_engine {size}.")
+    overrides = entry.get("overrides") or {}
+    if not isinstance(overrides, dict):
+        raise UserError(f"{where}: overrides is a table of SGLang's arguments, not {overrides!r}.")
+    overrides = {str(name).replace("-", "_"): value for name, value in overrides.items() if value is not None}
+    if taken := [name for name in overrides if name.replace("_", "-") in RESERVED["sglang"]]:
+        raise UserError(f"{where}: overrides has {taken[0]}, which the job itself sets.")
+    return {"worker_type": kind, "num_gpus": gpus, "num_gpus_per_engine": size, "overrides": overrides}
+
+
+def _check_keys(where: str, entry: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: a table is wanted, not {entry!r}.")
+    for key in entry:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise UserError(
+                f"{where}: unknown entry {key!r}" + (f"; did you mean {near[0]}?" if near else ".")
+            )
