@@ -6,13 +6,13 @@ Tolerances: everything is fp32, so what differs is the order of sums. Gradients 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.megatron import (
+    in_each_layout,
     init_single_process,
     make_actor,
     make_args,
@@ -97,6 +97,7 @@ COMMON: dict[str, Any] = {
     "kl_loss_coef": 0.05,
     "kl_loss_type": "k3",
     "entropy_coef": 0.01,
+    "use_tis": True,
     "clip_grad": 0.05,
     "adam_eps": 1e-3,
 }
@@ -147,16 +148,8 @@ def gather_gradients(chunks: list[Any]) -> None:
 
 
 def steps(args: dict[str, argparse.Namespace], work: Path) -> dict[str, dict[str, Any]]:
-    """`step` in one layout after the other, within the same processes."""
-    from rltrain.megatron.distributed import split_ranks
-
-    results = {}
-    for name, each in args.items():
-        split_ranks(each)
-        results[name] = step(each, work)
-        if os.environ["RANK"] == "0":
-            print("done", name, flush=True)
-    return results
+    """`step` in every layout."""
+    return in_each_layout(step, args, work)
 
 
 @pytest.fixture(scope="module")

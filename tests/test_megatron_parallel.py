@@ -1,4 +1,4 @@
-"""Data and tensor parallel training against one process: same losses, gradients, weights and checkpoints."""
+"""Two ranks against one: several steps, a checkpoint, and what is trained after resuming from it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,46 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.megatron import make_actor, make_args, make_batch, run_ranks, tiny_config, write_hf_model
+from helpers.megatron import (
+    in_each_layout,
+    make_actor,
+    make_args,
+    make_batch,
+    run_ranks,
+    tiny_config,
+    write_hf_model,
+)
 
 pytestmark = pytest.mark.slow
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "dp2": {"actor_num_gpus_per_node": 2},
-    "dp2-distributed-optimizer": {"actor_num_gpus_per_node": 2, "use_distributed_optimizer": True},
-    "tp2": {"tensor_model_parallel_size": 2},
-    "tp2-sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+PP2 = {"pipeline_model_parallel_size": 2}
+# What a layout changes, and the model that it is tried with.
+LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dp2": ("dense", {}),
+    "dp2-distributed-optimizer": ("dense", {"use_distributed_optimizer": True}),
+    "tp2-sp": ("dense", {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2": ("dense", PP2),
+    "pp2-vpp2-distributed-optimizer": (
+        "dense",
+        PP2 | {"num_layers_per_virtual_pipeline_stage": 1, "use_distributed_optimizer": True},
+    ),
+    "cp2": ("dense", {"context_parallel_size": 2}),
+    "ep2-distributed-optimizer": (
+        "experts",
+        {"expert_model_parallel_size": 2, "use_distributed_optimizer": True},
+    ),
+}
+# Layouts that go on from what one rank has saved.
+GOING_ON: dict[str, dict[str, Any]] = {"tp2": {"tensor_model_parallel_size": 2}, "pp2": PP2}
+CONFIGS = {
+    "dense": tiny_config(num_hidden_layers=4),
+    "experts": tiny_config(
+        "Qwen3MoeForCausalLM",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+    ),
 }
 COMMON: dict[str, Any] = {
     "use_dynamic_batch_size": True,
@@ -56,71 +87,66 @@ def train(args: argparse.Namespace, work: Path) -> tuple[list[dict[str, float]],
     return metrics, {name: tensor.numpy() for name, tensor in weights.items()}
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_hf_model(tmp_path_factory.mktemp("model"), tiny_config())
+def train_all(args: dict[str, argparse.Namespace], work: Path) -> dict[str, Any]:
+    """`train` in every layout."""
+    return in_each_layout(train, args, work)
+
+
+def resume_all(args: dict[str, argparse.Namespace], work: Path) -> dict[str, Any]:
+    """The third rollout in every layout, from a checkpoint of another."""
+    return in_each_layout(
+        lambda each, directory: make_actor(each, directory).train(2, make_batch(11, seed=2)), args, work
+    )
 
 
 @pytest.fixture(scope="module")
-def single(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    for kind, config in CONFIGS.items():
+        write_hf_model(directory / kind, config)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def single(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What one rank makes of each model, and where it has saved."""
     work = tmp_path_factory.mktemp("single")
-    metrics, weights = run_ranks(train, make_args(model_dir, **COMMON), work, world_size=1)[0]
-    return metrics, weights, work
+    args = {kind: make_args(models / kind, **COMMON) for kind in CONFIGS}
+    return run_ranks(train_all, args, work, world_size=1)[0], work
+
+
+@pytest.fixture(scope="module")
+def double(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks makes of every layout."""
+    args = {
+        name: make_args(models / kind, **COMMON, actor_num_gpus_per_node=2, **changes)
+        for name, (kind, changes) in LAYOUTS.items()
+    }
+    return run_ranks(train_all, args, tmp_path_factory.mktemp("double"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_equal_one(
-    layout: str, model_dir: Path, tmp_path: Path, single: tuple[Any, Any, Path]
+    layout: str, single: tuple[dict[str, Any], Path], double: list[dict[str, Any]]
 ) -> None:
-    results = run_ranks(train, make_args(model_dir, **COMMON, **LAYOUTS[layout]), tmp_path)
-    metrics, weights = results[0]
-    assert results[1][0] == metrics  # every rank knows the same metrics
-    for ours, expected in zip(metrics, single[0], strict=True):
-        assert ours == pytest.approx(expected, rel=1e-4, abs=2e-6)
-    assert weights.keys() == single[1].keys()
+    expected_metrics, expected = single[0][LAYOUTS[layout][0]]
+    metrics, weights = double[0][layout]
+    assert double[1][layout][0] == metrics  # every rank knows the same metrics
+    for ours, theirs in zip(metrics, expected_metrics, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=2e-6)
+    assert weights.keys() == expected.keys()
     for name, weight in weights.items():
-        assert abs(weight - single[1][name]).max() < 1e-5, name
+        assert abs(weight - expected[name]).max() < 1e-5, name
 
 
-def resume_elsewhere(args: argparse.Namespace, work: Path) -> dict[str, float]:
-    """The third rollout, from a checkpoint of another layout."""
-    return make_actor(args, work).train(2, make_batch(11, seed=2))
-
-
-def test_a_checkpoint_of_one_rank_goes_on_with_tensor_parallelism(
-    model_dir: Path, tmp_path: Path, single: tuple[Any, Any, Path]
+def test_a_checkpoint_of_one_rank_goes_on_in_other_layouts(
+    models: Path, tmp_path: Path, single: tuple[dict[str, Any], Path]
 ) -> None:
-    args = make_args(model_dir, **COMMON, tensor_model_parallel_size=2, save=str(single[2] / "checkpoints"))
-    metrics = run_ranks(resume_elsewhere, args, tmp_path)[0]
-    assert metrics == pytest.approx(single[0][2], rel=1e-4, abs=2e-6)
-
-
-WHITENED: dict[str, Any] = {
-    "use_dynamic_batch_size": True,
-    "max_tokens_per_gpu": 60,
-    "log_probs_max_tokens_per_gpu": 40,
-    "advantage_estimator": "reinforce_plus_plus",
-    "kl_coef": 0.2,
-    "gamma": 0.9,
-    "normalize_advantages": True,
-    "use_tis": True,
-    "num_steps_per_rollout": 2,
-    "adam_eps": 1e-3,
-}
-
-
-def train_twice(args: argparse.Namespace, work: Path) -> list[dict[str, float]]:
-    """Metrics of two rollouts."""
-    actor = make_actor(args, work)
-    return [actor.train(i, make_batch(11, seed=i, masked=i)) for i in range(2)]
-
-
-@pytest.mark.parametrize("layout", ["dp2", "tp2"])
-def test_whitening_and_kl_in_the_reward_do_not_depend_on_the_ranks(
-    layout: str, model_dir: Path, tmp_path: Path
-) -> None:
-    single = run_ranks(train_twice, make_args(model_dir, **WHITENED), tmp_path / "one", world_size=1)[0]
-    args = make_args(model_dir, **WHITENED, **LAYOUTS[layout])
-    for metrics in run_ranks(train_twice, args, tmp_path / "two"):
-        for ours, expected in zip(metrics, single, strict=True):
-            assert ours == pytest.approx(expected, rel=1e-4, abs=2e-6)
+    saved = str(single[1] / "dense" / "checkpoints")
+    args = {
+        name: make_args(models / "dense", **COMMON, actor_num_gpus_per_node=2, save=saved, **changes)
+        for name, changes in GOING_ON.items()
+    }
+    metrics = run_ranks(resume_all, args, tmp_path)[0]
+    for ours in metrics.values():
+        assert ours == pytest.approx(single[0]["dense"][0][2], rel=1e-4, abs=2e-6)

@@ -161,6 +161,19 @@ def init_single_process() -> None:
     distributed.set_seeds(1234)
 
 
+def in_each_layout(
+    function: Callable[[argparse.Namespace, Path], Any], args: dict[str, argparse.Namespace], work: Path
+) -> dict[str, Any]:
+    """`function` in one layout after the other, within the same processes. For a function given to `run_ranks`."""
+    from rltrain.megatron.distributed import split_ranks
+
+    results = {}
+    for name, each in args.items():
+        split_ranks(each)
+        results[name] = function(each, work / name)
+    return results
+
+
 def run_ranks(
     function: Callable[..., Any],
     args: argparse.Namespace | dict[str, argparse.Namespace],
