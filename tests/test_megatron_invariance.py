@@ -5,13 +5,13 @@ Plans, micro-batches and the loss are the trainer's own; a table of random numbe
 
 from __future__ import annotations
 
-import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.megatron import init_single_process, make_batch
+from helpers.megatron import init_single_process, make_args, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,10 +33,9 @@ def total_loss(estimator: str, per_token: bool, plan: list[list[tuple[int, ...]]
     """The loss over all micro-batches of all ranks, and its gradient with respect to each log-prob."""
     from rltrain.megatron.loss import add_up, micro_batch_loss
 
-    args = argparse.Namespace(
-        loss_type="policy_loss", advantage_estimator=estimator, eps_clip=0.2, eps_clip_high=0.28, eps_clip_c=None,
-        use_tis=False, entropy_coef=0.01, use_kl_loss=True, kl_loss_type="k3", kl_loss_coef=0.1,
-        use_unbiased_kl=False, custom_pg_loss_reducer_function_path=None, calculate_per_token_loss=per_token,
+    args = make_args(
+        Path("unused"), advantage_estimator=estimator, calculate_per_token_loss=per_token, entropy_coef=0.01,
+        use_kl_loss=True, kl_loss_type="k3", kl_loss_coef=0.1,
     )  # fmt: skip
     rng = np.random.default_rng(0)
     counts = [TRAINABLE.count(i) for i in range(len(BATCH))]
