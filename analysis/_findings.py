@@ -5,8 +5,12 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
+
+if TYPE_CHECKING:
+    from analysis._run import Run
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 _ORDER = [ERROR, WARNING, NOTE]
@@ -62,3 +66,16 @@ class Findings(Sequence[Finding]):
             return f"<b>{html.escape(self.run_name)}</b>: nothing found"
         table = self.to_frame().to_html(index=False, escape=True)
         return f"<b>{html.escape(self.run_name)}</b>{table}"
+
+
+def metric_of(run: Run, name: str) -> pd.Series:
+    """The recorded values of a metric by step."""
+    if name not in run.steps:
+        return pd.Series(dtype="float64")
+    return run.steps.set_index("step")[name].dropna()
+
+
+def ends(values: pd.Series) -> tuple[float, float]:
+    """Means of the first and the last sixth."""
+    part = max(1, len(values) // 6)
+    return float(values.iloc[:part].mean()), float(values.iloc[-part:].mean())

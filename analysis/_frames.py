@@ -50,11 +50,15 @@ def events_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 def phase_seconds(steps: pd.DataFrame) -> pd.DataFrame:
     """Wall seconds of every trained step by phase: columns of `PHASES` and `other`, indexed by step.
 
-    `other` is what `perf/step_s` holds beyond the phases, never below 0.
+    Generation and rewards count as long as the trainer waits for them (`perf/rollout_s`): what of them overlaps with
+    training takes no time of the step. `other` is what `perf/step_s` holds beyond the phases, never below 0.
     """
     trained = steps[steps["perf/step_s"].notna()] if "perf/step_s" in steps else steps.iloc[:0]
-    columns = {name: _seconds(trained, name) for name in PHASES}
-    frame = pd.DataFrame(columns).fillna(0.0)
+    frame = pd.DataFrame({name: _seconds(trained, name) for name in PHASES}).fillna(0.0)
+    work = frame["generate"] + frame["reward"]
+    waited = _seconds(trained, "rollout") if "perf/rollout_s" in trained else work
+    share = (waited.fillna(work) / work.where(work > 0)).clip(upper=1.0).fillna(1.0)
+    frame[["generate", "reward"]] = frame[["generate", "reward"]].mul(share, axis=0)
     frame["other"] = (_seconds(trained, "step") - frame.sum(axis=1)).clip(lower=0.0)
     return frame.set_axis(pd.Index(trained["step"], name="step"))
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from analysis._findings import Findings
     from analysis._html import Html
+    from hpc.layout import RunLayout
 
 
 class Run:
@@ -45,6 +46,11 @@ class Run:
     def path(self) -> Path | str:
         """The run directory, or where else the run is."""
         return self._source.path
+
+    @property
+    def layout(self) -> RunLayout | None:
+        """Where its files lie; None if it is not read from a run directory."""
+        return self._source.layout
 
     @property
     def config(self) -> dict[str, Any]:

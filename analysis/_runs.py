@@ -49,42 +49,42 @@ class Runs(Sequence[Run]):
     @cached_property
     def steps(self) -> pd.DataFrame:
         """`Run.steps` of all."""
-        return self._concat(lambda run: run.steps)
+        return self.each(lambda run: run.steps)
 
     @cached_property
     def samples(self) -> pd.DataFrame:
         """`Run.samples` of all."""
-        return self._concat(lambda run: run.samples)
+        return self.each(lambda run: run.samples)
 
     @cached_property
     def groups(self) -> pd.DataFrame:
         """`Run.groups` of all."""
-        return self._concat(lambda run: run.groups)
+        return self.each(lambda run: run.groups)
 
     @cached_property
     def evals(self) -> pd.DataFrame:
         """`Run.evals` of all."""
-        return self._concat(lambda run: run.evals)
+        return self.each(lambda run: run.evals)
 
     @cached_property
     def events(self) -> pd.DataFrame:
         """`Run.events` of all."""
-        return self._concat(lambda run: run.events)
+        return self.each(lambda run: run.events)
 
     @cached_property
     def attempts(self) -> pd.DataFrame:
         """`Run.attempts` of all."""
-        return self._concat(lambda run: run.attempts)
+        return self.each(lambda run: run.attempts)
 
     def read_steps(self, *, long: bool = False, every_attempt: bool = False) -> pd.DataFrame:
         """`Run.read_steps` of all."""
-        return self._concat(lambda run: run.read_steps(long=long, every_attempt=every_attempt))
+        return self.each(lambda run: run.read_steps(long=long, every_attempt=every_attempt))
 
     def read_samples(
         self, columns: Columns = "scalars", steps: int | Iterable[int] | None = None
     ) -> pd.DataFrame:
         """`Run.read_samples` of all."""
-        return self._concat(lambda run: run.read_samples(columns, steps))
+        return self.each(lambda run: run.read_samples(columns, steps))
 
     def __repr__(self) -> str:
         return f"Runs({', '.join(self._names)})"
@@ -95,7 +95,8 @@ class Runs(Sequence[Run]):
             index=False, escape=True, na_rep="–"
         )
 
-    def _concat(self, frame_of: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
+    def each(self, frame_of: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
+        """A frame of each run, one below the other, with the column `run` in front."""
         frames = [frame_of(run) for run in progress(self._members, "reading runs")]
         lengths = [len(frame) for frame in frames]
         codes = np.repeat(np.arange(len(lengths)), lengths)

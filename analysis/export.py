@@ -10,26 +10,20 @@ import pandas as pd
 
 from analysis._errors import RunNotFoundError
 from analysis._load import load_runs
+from analysis._runs import Runs
+from hpc.slurm.client import SlurmError
+from rltrain.arguments.errors import UserError
 
 FRAMES = ["runs", "attempts", "steps", "groups", "samples", "evals", "events"]
+SAMPLE_FRAMES = ["tokens", "messages"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write one frame of one or several runs; 2 if there is no such run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.export", description="Write a frame for other tools."
-    )
-    parser.add_argument(
-        "runs", nargs="+", help="directories of runs, patterns, or directories that hold runs"
-    )
-    parser.add_argument("--frame", choices=FRAMES, default="steps", help="default: %(default)s")
-    target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--json", action="store_true", help="print one JSON object a row")
-    target.add_argument("--parquet", type=Path, metavar="FILE", help="write a Parquet file")
-    args = parser.parse_args(argv)
+    """Write one frame of one or several runs; 2 if there is no such run, sample or accounting."""
+    args = _parser().parse_args(argv)
     try:
-        frame: pd.DataFrame = getattr(load_runs(args.runs), args.frame)
-    except RunNotFoundError as error:
+        frame = _frame(load_runs(args.runs), args)
+    except (RunNotFoundError, ValueError, SlurmError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
@@ -38,6 +32,47 @@ def main(argv: list[str] | None = None) -> int:
         _plain(frame).to_parquet(args.parquet, index=False)
         print(args.parquet)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.export", description="Write a frame for other tools."
+    )
+    parser.add_argument(
+        "runs", nargs="+", help="directories of runs, patterns, or directories that hold runs"
+    )
+    parser.add_argument(
+        "--frame", choices=[*FRAMES, *SAMPLE_FRAMES], default="steps", help="default: %(default)s"
+    )
+    parser.add_argument("--columns", choices=["scalars", "text", "tokens", "all"], default="scalars",
+                        help="of samples and evals (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--sample", type=int, metavar="INDEX", help="whose tokens or messages")
+    parser.add_argument("--long", action="store_true", help="steps: one row a step and metric")
+    parser.add_argument("--sacct", action="store_true", help="attempts: as Slurm's accounting has them")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--json", action="store_true", help="print one JSON object a row")
+    target.add_argument("--parquet", type=Path, metavar="FILE", help="write a Parquet file")
+    return parser
+
+
+def _frame(runs: Runs, args: argparse.Namespace) -> pd.DataFrame:
+    """The frame that the command line asks for.
+
+    Raises:
+        ValueError: `--sample` is missing, or there is no such sample.
+        SlurmError, UserError: see `Run.read_attempts`.
+    """
+    if args.frame in SAMPLE_FRAMES:
+        if args.sample is None:
+            raise ValueError(f"--frame {args.frame} takes --sample INDEX, the index of a training sample.")
+        return runs.each(lambda run: getattr(run, args.frame)(args.sample))
+    if args.frame == "samples":
+        return runs.read_samples(args.columns)
+    if args.frame == "evals":
+        return runs.each(lambda run: run.read_evals(args.columns))
+    if args.frame == "attempts" and args.sacct:
+        return runs.each(lambda run: run.read_attempts())
+    return runs.read_steps(long=True) if args.frame == "steps" and args.long else getattr(runs, args.frame)
 
 
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:

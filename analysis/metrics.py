@@ -61,6 +61,23 @@ def zero_std_share(groups: pd.DataFrame) -> pd.Series:
     return groups.groupby("step")["zero_std"].mean()
 
 
+def advantages(samples: pd.DataFrame) -> pd.DataFrame:
+    """By step, of the normalised rewards that the advantages are made of: `mean`, `std`, `min`, `max`, and `zero`, the
+    share of samples without one, which teach nothing."""
+    grouped = samples.groupby("step")["train_reward"]
+    frame = grouped.agg(["mean", "std", "min", "max"])
+    return frame.assign(zero=(samples["train_reward"] == 0).groupby(samples["step"]).mean())
+
+
+def recorded_steps(run: Run, most: int) -> list[int]:
+    """Steps whose tokens the trainer has recorded: at most so many, evenly from the first to the last."""
+    layout = run.layout
+    samples = layout.sample_files() if layout else {}
+    steps = [step for step in (layout.trainer_files() if layout else {}) if step in samples]
+    chosen = np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
+    return [steps[i] for i in chosen]
+
+
 def token_quantiles(run: Run, steps: int | list[int] | None = None) -> pd.DataFrame:
     """Quantiles by step over the trained tokens: `gap` (trainer - engine) and `abs_gap` in nats, `ratio` exp(gap),
     and `entropy` in nats.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from analysis import Runs, compare, demo_data, doctor, load_run, load_runs, metrics, plots
@@ -89,6 +91,41 @@ def test_staleness_counts_updates(runs: Runs) -> None:
     assert (ages["max"] == 0).all()
 
 
+def test_advantages_against_the_samples(runs: Runs) -> None:
+    run = runs["baseline"]
+    values = run.samples.loc[run.samples["step"] == 5, "train_reward"].to_numpy()
+    row = metrics.advantages(run.samples).loc[5]
+    assert row[["mean", "std", "min", "max", "zero"]].tolist() == pytest.approx(
+        [values.mean(), values.std(ddof=1), values.min(), values.max(), (values == 0).mean()], abs=1e-12
+    )
+
+
+def test_recorded_steps_come_evenly_from_the_whole_run(runs: Runs) -> None:
+    assert metrics.recorded_steps(runs["fast"], most=100) == list(range(24))
+    assert metrics.recorded_steps(runs["fast"], most=3) == [0, 12, 23]
+
+
+def test_what_overlaps_with_training_takes_no_time_of_the_step(tmp_path: Path) -> None:
+    """With --max-staleness the trainer waits a second for a generation of nine."""
+    row = {
+        "perf/step_s": 10.0,
+        "perf/generate_s": 8.0,
+        "perf/reward_s": 1.0,
+        "perf/rollout_s": 1.0,
+        "perf/train_s": 8.5,
+    }
+    run = load_run(steps_run(tmp_path / "run", [{"step": 0, **row}], "[train]\ncolocate = false\n"))
+    found = metrics.time_breakdown(run)["seconds"]
+    assert found["generate"] == pytest.approx(8 / 9)
+    assert found["reward"] == pytest.approx(1 / 9)
+    assert found["other"] == pytest.approx(0.5)
+    assert found.sum() == pytest.approx(10)
+    assert len(run.doctor()) == 0  # the engines work nine tenths of the time
+    row |= {"perf/generate_s": 1.0, "perf/reward_s": 0.0}
+    run = load_run(steps_run(tmp_path / "idle", [{"step": 0, **row}], "[train]\ncolocate = false\n"))
+    assert "engine GPUs wait" in run.doctor()[0].evidence
+
+
 def test_cost_of_a_preempted_run(runs: Runs) -> None:
     run = runs["baseline"]
     cost = metrics.cost(run)
@@ -131,6 +168,36 @@ def test_rarer_findings(tmp_path: Path) -> None:
     assert "too hard" in found["zero-std-groups"].advice
     assert "trainer GPUs wait" in found["idle-roles"].evidence
     assert len(load_run(steps_run(tmp_path / "empty", [])).doctor()) == 0
+
+
+def test_findings_of_samples_that_are_old_or_failed(runs: Runs, tmp_path: Path) -> None:
+    """Versions change within a sample, as they do when engines get new weights while they generate."""
+    layout = RunLayout(tmp_path / "run")
+    source = RunLayout(Path(runs["fast"].path))
+    for step in range(6, 12):
+        table = pq.read_table(source.step_dir(step, 0) / "part-0.parquet", partitioning=None)
+        columns = {"weight_versions": [[str(step - 3), str(step - 2)]] * len(table),
+                   "failure": ["ValueError: no number\nTraceback (most recent call last):\n  File x\n"] * len(table),
+                   "status": ["failed"] * len(table)}  # fmt: skip
+        for name, values in columns.items():
+            at = table.schema.get_field_index(name)
+            table = table.set_column(at, name, pa.array(values, table.schema.field(name).type))
+        layout.step_dir(step, 0).mkdir(parents=True)
+        pq.write_table(table, layout.step_dir(step, 0) / "part-0.parquet")
+    run = load_run(layout.root)
+    assert metrics.staleness(run).values.tolist() == [[2.5, 3, 1]] * 6
+    found = {f.name: f for f in run.doctor()}
+    assert set(found) == {"stale-weights", "failed-samples"}
+    assert "2.5 updates before" in found["stale-weights"].evidence
+    assert found["failed-samples"].evidence == "288 of 288 samples failed, mostly: ValueError: no number"
+
+
+def test_mismatch_is_shown_token_by_token(runs: Runs) -> None:
+    run = runs["hacked"]
+    [finding] = [finding for finding in run.doctor() if finding.name == "mismatch-drift"]
+    last = metrics.token_quantiles(run, 23).loc[23]
+    assert f"in step 23 one token in fifty has a ratio below {last['ratio_q01']:.3g}" in finding.evidence
+    assert finding.plot == "token_ratio"
 
 
 def test_doctor_command_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,8 +246,8 @@ def test_align_by_tokens_compares_equal_work(tmp_path: Path) -> None:
     assert by_tokens.metrics.index[[0, -1]].tolist() == [200, 2000]
 
 
-VIEWS = ["reward_curve", "response_lengths", "logprob_gap", "time_breakdown", "entropy", "policy_kl", "grad_norm",
-         "zero_std", "reward_bands", "pass_at_k", "staleness", "gpu_hours"]  # fmt: skip
+VIEWS = ["reward_curve", "response_lengths", "logprob_gap", "token_ratio", "time_breakdown", "entropy", "policy_kl",
+         "grad_norm", "zero_std", "reward_bands", "pass_at_k", "staleness", "gpu_hours"]  # fmt: skip
 
 
 @pytest.mark.parametrize("view", VIEWS)
