@@ -107,7 +107,7 @@ def make_plan(args: argparse.Namespace, python: str = sys.executable) -> JobPlan
         *_single("router", count_routers(args), python),
         *_single("engine", engines, python),
         *_single("rollout", 1, python),
-        *_ranks(args.actor_num_nodes * args.actor_num_gpus_per_node, python),
+        *_main_processes(args, python),
     ]
     return JobPlan(tuple(processes))
 
@@ -124,6 +124,9 @@ def make_slurm_plan(args: argparse.Namespace, split: Split, python: str = sys.ex
         argv, count = _argv("engine", python), len(nodes)
         processes.append(RoleProcess("engine", index, argv, count=count, spans=count > 1, placement=where))
     processes.append(_place("rollout", 0, python, service))
+    if args.debug_rollout_only:
+        processes.append(RoleProcess(MAIN_ROLE, 0, _rollout_only(python), placement=service))
+        return JobPlan(tuple(processes), split.layout)
     per_node = split.trainer_gpus
     ranks = Placement(0, tuple(range(split.trainer_nodes)), per_node, (0, per_node))
     count = split.trainer_nodes * per_node
@@ -170,6 +173,17 @@ def rank_env(rank: int, world_size: int, local_rank: int, local_world_size: int)
 
 def _single(role: str, count: int, python: str) -> list[RoleProcess]:
     return [RoleProcess(role, index, _argv(role, python)) for index in range(count)]
+
+
+def _main_processes(args: argparse.Namespace, python: str) -> list[RoleProcess]:
+    """The trainer's ranks, or what is in their place."""
+    if args.debug_rollout_only:
+        return [RoleProcess(MAIN_ROLE, 0, _rollout_only(python))]
+    return _ranks(args.actor_num_nodes * args.actor_num_gpus_per_node, python)
+
+
+def _rollout_only(python: str) -> tuple[str, ...]:
+    return (python, "-m", "rltrain.rollout_only")
 
 
 def _ranks(count: int, python: str) -> list[RoleProcess]:

@@ -113,7 +113,7 @@ def _ask(options: SubmitOptions, flags: Flags) -> Ask:
     """What the flags ask for; engines that differ in size are asked for in units that each is a multiple of."""
     external = flags.get("rollout-external-engine-addrs") or flags.get("rollout-external-engines-file")
     only_external = external and flags.get("rollout-num-gpus") is None
-    has_engines = flags.get("debug-train-only") is None and not only_external
+    has_engines = not {"debug-train-only", "load-debug-rollout-data"} & flags.keys() and not only_external
     ask = read_ask(flags, options.nodes, options.placement, has_engines)
     if not (file := flags.get("sglang-config")):
         return ask

@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
-from threading import Thread
 from typing import TypeVar
 
 import pyarrow as pa
@@ -23,11 +21,10 @@ from rltrain.rollout.client import RolloutClient
 from rltrain.runtime import Registry, RoleContext
 from rltrain.sglang.check import check_engine
 from rltrain.sglang.engines import ExternalEngine, JobEngine, find_engines
+from rltrain.stop import unless_stopped
 from rltrain.tracking import Tracker
 
 T = TypeVar("T")
-
-_ASK_SECONDS = 1.0  # between two looks whether to stop, while a rollout is generated
 
 # How far the log-probs of trainer and engine may be apart on the same tokens: they compute the same function.
 LOGPROB_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
@@ -64,27 +61,16 @@ class Job:
 
     def generate(self, rollout_id: int) -> tuple[pa.Table, dict[str, float]] | None:
         """The batch and the metrics of a rollout; None if the job is asked to stop before it is complete."""
-        return on_rank_0(lambda: self._unless_stopped(self._client.generate, rollout_id))
+        return on_rank_0(lambda: unless_stopped(self._registry, self._client.generate, rollout_id))
 
     def evaluate(self, trained: int) -> dict[str, float] | None:
         """Evaluate the engines' weights, after `trained` rollouts; None if asked to stop before it is complete."""
-        return on_rank_0(lambda: self._unless_stopped(self._client.eval, trained))
+        return on_rank_0(lambda: unless_stopped(self._registry, self._client.eval, trained))
 
     @property
     def _client(self) -> RolloutClient:
         assert self._rollout is not None
         return self._rollout
-
-    def _unless_stopped(self, call: Callable[[int], T], argument: int) -> T | None:
-        answer: Future[T] = Future()
-        # A daemon: a request that nobody waits for any more must not keep this process alive.
-        Thread(target=_fulfil, args=(answer, call, argument), daemon=True).start()
-        while True:
-            try:
-                return answer.result(timeout=_ASK_SECONDS)
-            except TimeoutError:
-                if not answer.done() and self._registry.stop_requested():
-                    return None
 
     def has_evaluated(self, trained: int) -> bool:
         """Whether an evaluation after `trained` rollouts has been completed, in whichever attempt."""
@@ -137,13 +123,6 @@ def evaluated_steps(events: Path) -> set[int]:
     """Numbers of rollouts after which an evaluation was completed, from the run's `events.jsonl`."""
     lines = events.read_text().splitlines() if events.exists() else []
     return {json.loads(line)["step"] for line in lines if '"kind": "eval_finished"' in line}
-
-
-def _fulfil(future: Future[T], call: Callable[[int], T], argument: int) -> None:
-    try:
-        future.set_result(call(argument))
-    except BaseException as error:
-        future.set_exception(error)
 
 
 def on_rank_0(call: Callable[[], T]) -> T:

@@ -129,6 +129,52 @@ def samples_to_table(
     return with_metrics(table, metrics or {})
 
 
+def table_to_samples(table: pa.Table) -> list[Sample]:
+    """The inverse of `samples_to_table`, as far as the columns go; columns of newer versions may be missing.
+
+    Raises:
+        KeyError: one that every version has is missing.
+    """
+    return [_row_to_sample(row) for row in table.to_pylist()]
+
+
+def _row_to_sample(row: dict[str, Any]) -> Sample:
+    return Sample(
+        group_index=row["group_index"],
+        index=row["index"],
+        rollout_id=row.get("rollout_id"),
+        response=row["response"],
+        response_length=row["response_length"],
+        label=row["label"],
+        failure=row["failure"],
+        queue_seconds=row.get("queue_seconds") or 0.0,
+        generate_seconds=row.get("generate_seconds") or 0.0,
+        prefill_seconds=row.get("prefill_seconds") or 0.0,
+        decode_seconds=row.get("decode_seconds") or 0.0,
+        non_generation_time=row.get("tool_seconds") or 0.0,
+        reward_seconds=row.get("reward_seconds") or 0.0,
+        prompt=_messages(row["prompt"]),
+        status=Sample.Status(row["status"]),
+        reward=json.loads(row["rewards"]) if row["rewards"] else row["reward"],
+        metadata=json.loads(row["metadata"] or "{}"),
+        tokens=row["tokens"],
+        loss_mask=row["loss_mask"],
+        rollout_log_probs=row["rollout_log_probs"],
+        weight_versions=row["weight_versions"] or [],
+        weight_version_spans=row.get("weight_version_spans") or [],
+    )
+
+
+def _messages(prompt: str) -> str | list[dict[str, Any]]:
+    """A prompt that was stored as JSON is a list of messages again; any other text stays as it is."""
+    if prompt.startswith("[{"):
+        try:
+            return json.loads(prompt)
+        except ValueError:
+            pass
+    return prompt
+
+
 def with_metrics(table: pa.Table, metrics: dict[str, float]) -> pa.Table:
     """The same table with the rollout's metrics in its schema metadata."""
     metadata = {**(table.schema.metadata or {}), METRICS_KEY: json.dumps(metrics).encode()}

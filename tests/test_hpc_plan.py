@@ -13,7 +13,8 @@ from hpc.plan import JobPlan, make_plan
 def plan(**changes: object) -> JobPlan:
     defaults = {
         "actor_num_nodes": 1, "actor_num_gpus_per_node": 1, "rollout_num_gpus": 1, "rollout_num_gpus_per_engine": 1,
-        "debug_train_only": False, "sglang_models": [], "sglang_router_ip": None, "hf_checkpoint": "model",
+        "debug_train_only": False, "debug_rollout_only": False,
+        "sglang_models": [], "sglang_router_ip": None, "hf_checkpoint": "model",
     }  # fmt: skip
     return make_plan(argparse.Namespace(**{**defaults, **changes}), python="py")
 

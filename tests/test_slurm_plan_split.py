@@ -104,7 +104,8 @@ maybe = st.none() | numbers
 def engine_args(gpus: int, size: int, served: Sequence[dict[str, object]] = ()) -> argparse.Namespace:
     """The flags that the engines' places follow from."""
     return argparse.Namespace(
-        debug_train_only=False, rollout_num_gpus=gpus, rollout_num_gpus_per_engine=size, sglang_models=list(served),
+        debug_train_only=False, debug_rollout_only=False,
+        rollout_num_gpus=gpus, rollout_num_gpus_per_engine=size, sglang_models=list(served),
         sglang_router_ip=None, hf_checkpoint="model",
     )  # fmt: skip
 

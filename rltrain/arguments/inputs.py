@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rltrain.arguments.debug_flags import check_recorded
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.eval_sets import set_args
 from rltrain.arguments.extensions import check_extensions
@@ -48,6 +49,10 @@ def check_inputs(args: argparse.Namespace, to_come: Mapping[str, str] | None = N
     check_model_flags(args, config)
     if args.apply_chat_template:
         _check_chat_template(model)
+    if args.load_debug_rollout_data:
+        check_recorded(args)
+        check_extensions(args)
+        return
     files = prompt_files(args)
     sizes = [check_prompt_file(path, args.input_key, args.label_key, args.metadata_key) for path, _ in files]
     prompts = len(Epochs(tuple(sizes), tuple(weight for _, weight in files)))

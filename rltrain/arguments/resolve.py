@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from rltrain.arguments.algorithm_flags import resolve_algorithm
+from rltrain.arguments.debug_flags import resolve_debug
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.eval_sets import resolve_eval_sets
 from rltrain.arguments.external import check_external, uses_external_engines
@@ -24,6 +25,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         UserError: names the flags that contradict each other, with their values.
     """
+    resolve_debug(args)
     _require(args)
     _batch(args)
     _micro_batch(args)
@@ -42,7 +44,10 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
 def _require(args: argparse.Namespace) -> None:
     wanted = {
         "--hf-checkpoint": (args.hf_checkpoint, "the model's Hugging Face directory"),
-        "--prompt-data": (args.prompt_data or args.prompt_data_mix, "a JSONL or Parquet file of prompts"),
+        "--prompt-data": (
+            args.prompt_data or args.prompt_data_mix or args.load_debug_rollout_data,
+            "a JSONL or Parquet file of prompts",
+        ),
         "--rollout-batch-size": (args.rollout_batch_size, "prompts in a rollout"),
         "--num-rollout": (args.num_rollout or args.num_epoch, "rollouts in the run (or --num-epoch)"),
     }
@@ -223,9 +228,10 @@ def _evaluation(args: argparse.Namespace) -> None:
 
 def _algorithm(args: argparse.Namespace) -> None:
     resolve_algorithm(args)
-    if args.loss_type != "sft_loss" and args.debug_train_only:
+    if args.loss_type != "sft_loss" and args.debug_train_only and not args.load_debug_rollout_data:
         raise UserError(
-            "--debug-train-only starts no engines, so only --loss-type sft_loss can be trained so far."
+            "--debug-train-only starts no engines: train with --loss-type sft_loss, or on recorded rollouts with"
+            " --load-debug-rollout-data."
         )
     if args.rollout_temperature <= 0:
         raise UserError(

@@ -10,6 +10,7 @@ import json
 
 from rltrain.arguments.algorithm_flags import add_algorithm_flags
 from rltrain.arguments.critic_flags import add_critic_flags
+from rltrain.arguments.debug_flags import add_debug_flags
 from rltrain.arguments.extensions import add_extension_flags
 
 # Known to slime, not built here yet: better refused than silently ignored.
@@ -17,14 +18,14 @@ NOT_YET = frozenset(
     """
     allgather-cp async-save check-weight-update-equal ci-disable-kl-checker ci-load-grad-norm
     ci-save-grad-norm ci-test ci-train-rollout-logprob-abs-diff-threshold
-    custom-update-weight-post-write-path data-pad-size-multiplier debug-rollout-only
+    custom-update-weight-post-write-path data-pad-size-multiplier
     disable-rollout-global-dataset disable-wandb-random-suffix dump-details eval-max-context-len
     eval-max-prompt-len eval-min-new-tokens eval-tool-key fetch-trajectory-retry-times http-proxy
-    load-debug-rollout-data load-debug-rollout-data-subsample log-correct-samples log-probs-chunk-size
+    log-correct-samples log-probs-chunk-size
     log-reward-category loss-mask-type memory-recorder memory-snapshot-dir memory-snapshot-num-steps
     min-batch-collection-ratio multimodal-keys offload offload-rollout offload-train profile-target
     recompute-loss-function record-memory-history release-train rollout-buffer-url
-    rollout-task-type save-debug-rollout-data save-debug-train-data
+    rollout-task-type save-debug-train-data
     tb-experiment-name tb-project-name train-env-vars update-weight-buffer-size
     update-weight-delta-checksum update-weight-delta-encoding update-weight-disk-dir
     update-weight-disk-keep-files update-weight-local-checkpoint-dir update-weight-mode
@@ -47,7 +48,7 @@ def add_slime_flags(parser: argparse.ArgumentParser) -> None:
     _training(parser.add_argument_group("training"))
     _checkpoint(parser.add_argument_group("model and checkpoints"))
     _tracking(parser.add_argument_group("tracking"))
-    _debug(parser.add_argument_group("debug"))
+    add_debug_flags(parser.add_argument_group("debug"))
 
 
 def _cluster(group: argparse._ArgumentGroup) -> None:
@@ -254,12 +255,3 @@ def _tracking(group: argparse._ArgumentGroup) -> None:
     add("--wandb-key", metavar="KEY",
         help="better: the variable WANDB_API_KEY, as command lines can be read by others; stored nowhere")  # fmt: skip
     add("--wandb-run-id", metavar="ID", help="default: made once, kept for every attempt")
-
-
-def _debug(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--debug-train-only",
-        action="store_true",
-        help="no engines: the rollout function makes the data alone",
-    )

@@ -29,11 +29,11 @@ class RolloutFnEvalOutput:
     metrics: dict[str, float] | None = None
 
 
-def as_train_output(output: Any, path: str, count: int) -> RolloutFnTrainOutput:
+def as_train_output(output: Any, path: str, count: int | None) -> RolloutFnTrainOutput:
     """What the rollout function at `path` returned, with flat groups, having checked it.
 
     Raises:
-        UserError: it is no batch of `count` rollouts in groups.
+        UserError: it is no batch of `count` rollouts (None: of any number) in groups.
     """
     if not isinstance(output, RolloutFnTrainOutput):
         output = RolloutFnTrainOutput(output)
@@ -44,7 +44,7 @@ def as_train_output(output: Any, path: str, count: int) -> RolloutFnTrainOutput:
         )
     flat = [[sample for each in group for sample in _siblings(each, path)] for group in groups]
     found = count_rollouts([sample for group in flat for sample in group])
-    if found != count:
+    if count is not None and found != count:
         raise UserError(
             f"{path} returned {found} samples, where --rollout-batch-size × --n-samples-per-prompt ="
             f" {count} are wanted. Samples that share a rollout_id count as one."

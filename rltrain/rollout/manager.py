@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from rltrain.functions import load_function
 from rltrain.rollout.base_types import as_eval_output, as_train_output
 from rltrain.rollout.convert import TrainData, to_train_data
 from rltrain.rollout.metrics import batch_metrics, eval_metrics
-from rltrain.rollout.parquet import read_table, write_table
+from rltrain.rollout.parquet import read_table, write_file, write_table
 from rltrain.rollout.shared import abort_lock
 from rltrain.rollout.staleness import age_metrics, largest_age
 from rltrain.rollout.take import OneTake, takes_all_at_once
@@ -112,13 +113,16 @@ class RolloutManager:
         output = as_train_output(
             await _call(self._rollout, self._args, rollout_id, source, evaluation=False),
             self._args.rollout_function_path,
-            self._batch_size,
+            None if self._args.load_debug_rollout_data else self._batch_size,
         )
         table = self._to_table(rollout_id, output.samples, output.metrics or {}, time.perf_counter() - began)
         if not at_once:
             # The state first: once the batch is there, the step is never generated again.
             self._data_source.save(rollout_id)
         await asyncio.to_thread(write_table, table, self._layout.step_dir(rollout_id, self._attempt))
+        if self._args.save_debug_rollout_data:
+            path = Path(self._args.save_debug_rollout_data.format(rollout_id=rollout_id))
+            await asyncio.to_thread(write_file, table, path)
         return table
 
     def _to_table(

@@ -13,15 +13,19 @@ FILE_NAME = "part-0.parquet"
 
 def write_table(table: pa.Table, directory: Path) -> Path:
     """Write `directory/part-0.parquet`, replacing what an interrupted try may have left."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / FILE_NAME
-    temporary = path.with_name(f".{FILE_NAME}.tmp")  # readers of the directory skip names with a leading dot
+    return write_file(table, directory / FILE_NAME)
+
+
+def write_file(table: pa.Table, path: Path) -> Path:
+    """Write the file, in whichever directory, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")  # readers of the directory skip names with a leading dot
     with temporary.open("wb") as file:
         pq.write_table(table, file, compression="zstd")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _sync_directory(directory)
+    _sync_directory(path.parent)
     return path
 
 

@@ -46,6 +46,8 @@ def engine_server_args(args: argparse.Namespace, index: int, weights: Path | Non
         decided |= {"model_path": str(weights), "weight_version": str(weight_version(weights))}
     elif args.random_init and model["update_weights"]:
         decided["load_format"] = "dummy"  # there are no weights yet: the trainer sends them
+    if args.debug_rollout_only:
+        decided["weight_version"] = "0"  # as weights are called that no rollout has trained
     return {**decided, **args.sglang, **spec.overrides}
 
 

@@ -1,0 +1,34 @@
+"""Waiting for an answer that takes long, unless the job is asked to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
+from typing import TypeVar
+
+from rltrain.runtime import Registry
+
+T = TypeVar("T")
+
+_ASK_SECONDS = 1.0  # between two looks whether to stop
+
+
+def unless_stopped(registry: Registry, call: Callable[[int], T], argument: int) -> T | None:
+    """What `call(argument)` returns or raises; None if the job is asked to stop before that."""
+    answer: Future[T] = Future()
+    # A daemon: a request that nobody waits for any more must not keep this process alive.
+    Thread(target=_fulfil, args=(answer, call, argument), daemon=True).start()
+    while True:
+        try:
+            return answer.result(timeout=_ASK_SECONDS)
+        except TimeoutError:
+            if not answer.done() and registry.stop_requested():
+                return None
+
+
+def _fulfil(future: Future[T], call: Callable[[int], T], argument: int) -> None:
+    try:
+        future.set_result(call(argument))
+    except BaseException as error:
+        future.set_exception(error)

@@ -1,0 +1,1 @@
+"""Commands for people who look into one sample of a run."""
