@@ -84,6 +84,7 @@ def make_components(
     components = tuple(_component(*each, options, facts) for each in wanted)
     if facts is not None:
         _check(components, options, facts)
+        _check_cpus(components[0], split.trainer_gpus, facts)
     return components
 
 
@@ -172,6 +173,24 @@ def _check_time(component: Component, options: SubmitOptions, facts: ClusterFact
             f"--time {text}: partition {component.partition} allows at most {limit / 3600:.4g} hours;"
             " a longer run goes on in the next job."
         )
+
+
+def _check_cpus(trainer: Component, ranks: int, facts: ClusterFacts) -> None:
+    """Slurm starts no step whose tasks have not a CPU each."""
+    given = trainer.sbatch.get("cpus-per-task")
+    cpus = int(given) if isinstance(given, str) and given.isdigit() else trainer.cpus
+    if cpus is None or cpus >= ranks:
+        return
+    what = (
+        f"cpus-per-task {given} is"
+        if given
+        else f"a node's share of CPUs in partition {trainer.partition} is {cpus},"
+    )
+    more = f" At least cpus-per-task {ranks}, or at" if given else " At"
+    raise UserError(
+        f"{what} less than the {ranks} ranks on each trainer node, which need a CPU each.{more} most"
+        f" --actor-num-gpus-per-node {cpus}."
+    )
 
 
 def _check_nodes(components: tuple[Component, ...], facts: ClusterFacts) -> None:

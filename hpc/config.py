@@ -42,6 +42,8 @@ class SubmitOptions:
         max_failures: how many attempts in a row may fail without having saved anything.
         max_engine_restarts: how often an engine that died is started again within an attempt.
         chain: number of spare jobs that take over when the one before has ended.
+        sweep: what its runs differ in, see `hpc.sweep`.
+        sweep_parallel: how many of them may have a job that runs at a time; None for all.
         slurm: what the recipes' `[slurm]` tables say.
     """
 
@@ -60,6 +62,8 @@ class SubmitOptions:
     max_failures: int = 1
     max_engine_restarts: int = 3
     chain: int = 0
+    sweep: tuple[str, ...] = ()
+    sweep_parallel: int | None = None
     detach: bool = False
     test_only: bool = False
     dry_run: bool = False
@@ -72,7 +76,10 @@ class SubmitOptions:
 
 
 # What belongs to one call of `submit` and not to the run.
-_PASSING = ("name", "runs_dir", "after", "chain", "detach", "test_only", "dry_run")
+_PASSING = (
+    *("name", "runs_dir", "after", "chain", "sweep", "sweep_parallel"),
+    *("detach", "test_only", "dry_run"),
+)
 
 
 def to_table(options: SubmitOptions) -> dict[str, Any]:
@@ -119,6 +126,14 @@ def add_submit_flags(parser: argparse.ArgumentParser) -> None:
         " (default: the last recipe's name)")  # fmt: skip
     add("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs lie (default: ./runs)")
     add("--dry-run", action="store_true", help="print what would be run, write nothing")
+    add("--sweep", nargs="+", default=(), metavar="FLAG=A,B", help="a run for every combination of values;"
+        " a TOML file with tables [[run]] of flags is one way to name them too")  # fmt: skip
+    add(
+        "--sweep-parallel",
+        type=int,
+        metavar="N",
+        help="runs of a sweep at a time (default: all on Slurm, else 1)",
+    )
     add("--max-engine-restarts", type=int, default=3, metavar="N",
         help="of an engine, or the router, that died within an attempt (default: 3)")  # fmt: skip
     add = parser.add_argument_group("Slurm").add_argument
@@ -169,8 +184,8 @@ def full_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_request(argv: list[str]) -> Request:
-    """Read a command line and the recipes that it names.
+def read_request(argv: list[str], last_word: Flags | None = None) -> Request:
+    """Read a command line and the recipes that it names; the flags `last_word` replace what they say.
 
     Raises:
         UserError: an unknown flag (with the nearest known one), an unreadable recipe, a bad name.
@@ -180,7 +195,7 @@ def read_request(argv: list[str]) -> Request:
     add_submit_flags(parser)
     own = {option.removeprefix("--") for option in parser._option_string_actions}
     known = own | {option.removeprefix("--") for option in arguments.known_flags()}
-    merged = flag_data.merge(*(read_recipe(recipe, known) for recipe in recipes), given)
+    merged = flag_data.merge(*(read_recipe(recipe, known) for recipe in recipes), given, last_word or {})
     slurm = {name: values for name, values in merged.items() if name.startswith(slurm_tables.PREFIX)}
     merged = {name: values for name, values in merged.items() if name not in slurm}
     for name in merged:
@@ -189,11 +204,13 @@ def read_request(argv: list[str]) -> Request:
     parsed = parser.parse_args(flag_data.to_argv({name: merged[name] for name in merged if name in own}))
     parsed.name = _check_name(parsed.name or _default_name(recipes, any(name not in own for name in merged)))
     parsed.runs_dir = parsed.runs_dir.expanduser().absolute()
-    parsed.after = tuple(parsed.after)
+    parsed.after, parsed.sweep = tuple(parsed.after), tuple(parsed.sweep)
     if parsed.template:
         parsed.template = parsed.template.expanduser().absolute()
-    if parsed.nodes is not None and parsed.nodes < 1:
-        raise UserError(f"--nodes is {parsed.nodes}: it must be at least 1.")
+    for name, least in (("nodes", 1), ("sweep_parallel", 1), ("max_engine_restarts", 0)):
+        value = getattr(parsed, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}.")
     return Request(
         options=SubmitOptions(**vars(parsed), slurm=slurm_tables.read(slurm)),
         train={name: values for name, values in merged.items() if name not in own},

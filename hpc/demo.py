@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from hpc.config import SubmitOptions, read_request
@@ -24,7 +26,7 @@ def submit_demo(options: SubmitOptions) -> int:
     data = options.runs_dir / "demo-data"
     first = dataclasses.replace(options, name=f"{options.name}-sft")
     sft, grpo = _sft_flags(data, first.layout), _rl_flags(data, first.layout)
-    if not options.dry_run or options.partition:  # a script is only shown if all that it needs is there
+    if not options.dry_run:
         subprocess.run([sys.executable, "-m", "rltrain.demo.assets", str(data)], check=True)
     if options.partition:
         return _submit_to_slurm(options, first, sft, grpo, data)
@@ -46,11 +48,20 @@ def _submit_to_slurm(
     # The recipes are made for one machine; a tiny model wants one rank and one engine a node.
     small: Flags = dict.fromkeys(("colocate", "actor-num-gpus-per-node", "rollout-num-gpus"))
     small["num-gpus-per-node"] = ["1"]
+    if options.dry_run:  # what the scripts need is not written either
+        return max(
+            submit_run(job, flags | small, _no_check) for job, flags in [(first, sft), (options, grpo)]
+        )
     if code := submit_run(dataclasses.replace(first, detach=True), sft | small):
         return code
     to_come = {str(first.layout.checkpoints / "hf"): str(data / "model")}
-    after = () if options.dry_run or options.test_only else (first.name,)
-    return submit_run(dataclasses.replace(options, after=after), grpo | small, to_come)
+    after = () if options.test_only else (first.name,)
+    check = functools.partial(arguments.check_inputs, to_come=to_come)
+    return submit_run(dataclasses.replace(options, after=after), grpo | small, check)
+
+
+def _no_check(args: Namespace) -> None:
+    """For files that are not there yet."""
 
 
 def _sft_flags(data: Path, layout: RunLayout) -> Flags:

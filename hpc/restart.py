@@ -121,9 +121,13 @@ def _after_failure(ending: Ending, limits: Limits) -> tuple[bool, str]:
     if ending.node_failed:
         return True, "a node failed"
     if ending.idle_failures >= limits.max_failures:
-        tries = f"{ending.idle_failures} attempt{'s' * (ending.idle_failures > 1)}"
-        return False, f"{tries} in a row failed without a new checkpoint (--max-failures)"
+        return False, _too_many(ending.idle_failures)
     return True, "an attempt failed"
+
+
+def _too_many(failures: int) -> str:
+    tries = f"{failures} attempt{'s' * (failures > 1)}"
+    return f"{tries} in a row failed without a new checkpoint (--max-failures)"
 
 
 def _is_ending(state: JobState) -> bool:
@@ -137,14 +141,30 @@ def idle_failures(events: Iterable[Mapping[str, Any]]) -> int:
     """
     listed = list(events)
     lost_a_node = {event.get("attempt") for event in listed if event.get("kind") == "node_failed"}
+    saved = {event.get("attempt") for event in listed if event.get("kind") == "checkpoint_saved"}
     count = 0
     for event in listed:
-        kind = event.get("kind")
-        if kind == "checkpoint_saved":
+        attempt = event.get("attempt")
+        if event.get("kind") == "checkpoint_saved":
             count = 0
-        elif kind == "attempt_finished" and event.get("state") == "failed":
-            count += event.get("attempt") not in lost_a_node
+        elif event.get("kind") == "attempt_finished" and event.get("state") == "failed":
+            count += attempt not in lost_a_node | saved
     return count
+
+
+def why_not_begin(events: Iterable[Mapping[str, Any]], limits: Limits) -> str | None:
+    """From a run's events: why a spare job has no use; None if it has.
+
+    What a person has submitted since is another matter.
+    """
+    since: list[Mapping[str, Any]] = []
+    for event in events:
+        since = [] if event.get("kind") == "run_submitted" else [*since, event]
+    ends = [event for event in since if event.get("kind") == "attempt_finished"]
+    if ends and ends[-1].get("never_restart"):
+        return "the last attempt said that running again would fail in the same way"
+    failures = idle_failures(since)
+    return _too_many(failures) if failures >= limits.max_failures else None
 
 
 def bad_nodes(events: Iterable[Mapping[str, Any]], now: float) -> list[str]:

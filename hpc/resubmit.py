@@ -26,7 +26,7 @@ EXAMPLE = "python -m hpc.resubmit demo --time 12:00:00 --chain 3 --detach"
 EXIT_CODES = "exit codes: those of submit: 0 finished or submitted, 1 failed, 2 bad input, 130 interrupted"
 
 # What belongs to this one submission, whatever the last one was like.
-_OF_THE_CALL = ("after", "detach", "test_only", "dry_run")
+_OF_THE_CALL = ("after", "detach", "test_only", "dry_run", "sweep", "sweep_parallel")
 
 
 def resubmit(
@@ -53,11 +53,7 @@ def resubmit(
     layout = find_run(run, Path(runs_dir))
     refuse_active(layout)
     options, train = merge_options(layout, list(flags), local)
-    if not chain:
-        return submit_run(options, train)
-    if chain < 0 or not options.partition:
-        raise UserError(f"--chain {chain}: a number of spare Slurm jobs, for a run that has a --partition.")
-    return _submit_chain(options, train, chain)
+    return submit_run(dataclasses.replace(options, chain=chain), train)
 
 
 def refuse_active(layout: RunLayout) -> None:
@@ -92,21 +88,6 @@ def merge_options(layout: RunLayout, words: list[str], local: bool = False) -> t
     changes = {name: getattr(request.options, name) for name in fields}
     options = dataclasses.replace(config.stored_options(layout), **changes)
     return dataclasses.replace(options, partition=None) if local else options, request.train
-
-
-def _submit_chain(options: SubmitOptions, train: Flags, count: int) -> int:
-    from hpc.run import submit_run
-    from hpc.runs import read_submissions
-    from hpc.slurm_job import submit_spare
-
-    code = submit_run(dataclasses.replace(options, detach=True), train)
-    if code or options.dry_run or options.test_only:
-        return code
-    for number in range(1, count + 1):
-        before = read_submissions(options.layout)[-1].job_id
-        job = submit_spare(options, before)
-        print(f"spare job {number} of {count}: {job}, after {before}")
-    return code
 
 
 def main(argv: list[str]) -> int:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -24,17 +24,25 @@ from rltrain.arguments.flags import Flags
 if TYPE_CHECKING:
     from hpc.local import LocalResult
     from hpc.slurm.client import JobStatus
+    from hpc.slurm.facts import ClusterFacts
+    from hpc.slurm_job import Check
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 
 
-def submit_run(options: SubmitOptions, given: Flags, to_come: Mapping[str, str] | None = None) -> int:
+def submit_run(
+    options: SubmitOptions,
+    given: Flags,
+    check: Check | None = None,
+    after_any: Sequence[str] = (),
+    facts: ClusterFacts | None = None,
+) -> int:
     """Submit one run, new or resumed: the flags it has already, overridden by those given.
 
     Args:
         options: where and how to run.
         given: training flags.
-        to_come: see `rltrain.arguments.check_inputs`.
+        check, after_any, facts: see `hpc.slurm_job.plan_job`.
 
     Returns:
         the exit code: 0 finished (or submitted, if the caller does not wait), 130 interrupted, 1 failed.
@@ -42,9 +50,13 @@ def submit_run(options: SubmitOptions, given: Flags, to_come: Mapping[str, str] 
     Raises:
         UserError: bad input; nothing has been started.
     """
+    if options.chain < 0 or (options.chain and not options.partition):
+        raise UserError(
+            f"--chain {options.chain}: a number of spare Slurm jobs, for a run that has a --partition."
+        )
     flags = flag_data.merge(run_dir.stored_flags(options.layout), given)
     if options.partition:
-        return _run_in_slurm(options, flags, to_come)
+        return _run_in_slurm(options, flags, check, after_any, facts)
     layout = options.layout
     args = arguments.parse(flag_data.to_argv(flags))
     arguments.check_inputs(args)
@@ -78,8 +90,14 @@ def _has_finished(layout: RunLayout, args: Namespace) -> bool:
     return True
 
 
-def _run_in_slurm(options: SubmitOptions, flags: Flags, to_come: Mapping[str, str] | None) -> int:
-    from hpc.slurm_job import plan_job, submit_job
+def _run_in_slurm(
+    options: SubmitOptions,
+    flags: Flags,
+    check: Check | None,
+    after_any: Sequence[str],
+    facts: ClusterFacts | None,
+) -> int:
+    from hpc.slurm_job import plan_job, submit_job, submit_spare
 
     layout = options.layout
     if shutil.which("sbatch") is None and not options.dry_run:
@@ -87,7 +105,7 @@ def _run_in_slurm(options: SubmitOptions, flags: Flags, to_come: Mapping[str, st
             "--partition asks for Slurm, but there is no sbatch on this machine's PATH. Submit from a Slurm login"
             " node (perhaps after `module load slurm`), or leave --partition out to run here."
         )
-    job = plan_job(options, flags, to_come)
+    job = plan_job(options, flags, check, after_any, facts)
     print(job.split.explain(), file=sys.stderr, flush=True)
     if options.dry_run:
         print(job.text(), end="")
@@ -101,7 +119,14 @@ def _run_in_slurm(options: SubmitOptions, flags: Flags, to_come: Mapping[str, st
         return EXIT_FINISHED
     job_id = submit_job(job)
     print(f"submitted {layout.name} as job {job_id}; its script is {layout.script}", flush=True)
-    return EXIT_FINISHED if options.detach else _follow(layout, job_id, job.args.num_rollout)
+    before = job_id
+    for number in range(1, options.chain + 1):
+        spare = submit_spare(options, before)
+        print(f"spare job {number} of {options.chain}: {spare}, after {before}", flush=True)
+        before = spare
+    if options.detach or options.chain:  # of a chain, what is shown would end with its first job
+        return EXIT_FINISHED
+    return _follow(layout, job_id, job.args.num_rollout)
 
 
 def _follow(layout: RunLayout, job_id: str, num_rollout: int) -> int:

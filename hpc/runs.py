@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,22 @@ def find_run(name: str | Path, runs_dir: Path = Path("runs")) -> RunLayout:
 
 
 def choose_runs(names: Sequence[str | Path], runs_dir: Path) -> list[RunLayout]:
-    """The runs with these names, or all of them if none is given.
+    """The runs with these names, which may be patterns such as `exp.*`, or all of them if none is given.
 
     Raises:
         UserError: one of them does not exist.
     """
-    return [find_run(name, runs_dir) for name in names] if names else find_runs(runs_dir)
+    if not names:
+        return find_runs(runs_dir)
+    chosen = []
+    for name in names:
+        matching = [each for each in find_runs(runs_dir) if fnmatch(each.name, str(name))]
+        chosen += matching if _is_pattern(name) and matching else [find_run(name, runs_dir)]
+    return list(dict.fromkeys(chosen))
+
+
+def _is_pattern(name: str | Path) -> bool:
+    return any(sign in str(name) for sign in "*?[")
 
 
 def read_run(layout: RunLayout) -> RunRecord:

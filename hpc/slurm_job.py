@@ -8,7 +8,7 @@ import math
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -36,6 +36,8 @@ from rltrain.arguments.fleet import read_models
 
 if TYPE_CHECKING:
     from hpc.executor import SlurmlimeExecutor
+
+Check = Callable[[argparse.Namespace], None]
 
 
 @dataclass(frozen=True)
@@ -72,33 +74,39 @@ class SlurmJob:
 def plan_job(
     options: SubmitOptions,
     flags: Flags,
-    to_come: Mapping[str, str] | None = None,
-    spare_of: str | None = None,
+    check: Check | None = None,
+    after_any: Sequence[str] = (),
+    facts: ClusterFacts | None = None,
 ) -> SlurmJob:
     """Plan a job; writes nothing.
 
     Args:
         options: what was asked of `submit`.
         flags: training flags.
-        to_come: see `rltrain.arguments.check_inputs`.
-        spare_of: id of a job that this one continues, however that ends.
+        check: looks at the input files, in place of `rltrain.arguments.check_inputs`.
+        after_any: ids of jobs that must have ended, however they did.
+        facts: the cluster, if it has been asked already.
 
     Raises:
         UserError: bad input, or an ask that the cluster can't meet.
     """
-    client = SlurmClient()
-    facts = None if options.dry_run and shutil.which("sbatch") is None else read_facts(client)
+    facts = facts or ask_cluster(options)
     split = _split(options, flags, facts)
     components = make_components(split, options, facts)
     args = arguments.parse(flag_data.to_argv(flags | split.flags()))
-    arguments.check_inputs(args, to_come)
+    (check or arguments.check_inputs)(args)
     lead = save_lead(JsonLines(options.layout.metrics).read())
-    whole = _whole_job_flags(options, lead) | ({"dependency": f"afterany:{spare_of}"} if spare_of else {})
+    whole = _whole_job_flags(options, lead, after_any)
     first, *others = [component.flags() for component in components]
     tables = options.slurm
     script = BatchScript((whole | first, *others), command="", env=tables.env, setup=tables.setup)
     plan = make_slurm_plan(args, split, tables.python or sys.executable)
     return SlurmJob(options, flags, args, split, plan, script, lead, facts)
+
+
+def ask_cluster(options: SubmitOptions) -> ClusterFacts | None:
+    """What the cluster has; None where a script is only looked at and there is no Slurm."""
+    return None if options.dry_run and shutil.which("sbatch") is None else read_facts(SlurmClient())
 
 
 def _split(options: SubmitOptions, flags: Flags, facts: ClusterFacts | None) -> Split:
@@ -125,17 +133,20 @@ def _ask(options: SubmitOptions, flags: Flags) -> Ask:
     return replace(ask, rollout_gpus=total, engine_size=unit)
 
 
-def _whole_job_flags(options: SubmitOptions, lead: int) -> dict[str, Value]:
+def _whole_job_flags(options: SubmitOptions, lead: int, after_any: Sequence[str]) -> dict[str, Value]:
     """Flags that hold for all components of the job."""
     flags: dict[str, Value] = {"job-name": options.name}
-    wanted = {"account": options.account, "qos": options.qos, "time": options.time}
-    flags |= {name: value for name, value in wanted.items() if value}
+    given = {"account": options.account, "qos": options.qos, "time": options.time}
+    flags |= {name: value for name, value in given.items() if value}
     flags["signal"] = f"B:USR2@{lead}"
     if "no-requeue" not in options.slurm.sbatch:
         flags["requeue"] = True
-    if options.after:
-        jobs = ":".join(_job_of(word, options) for word in options.after)
-        flags |= {"dependency": f"afterok:{jobs}", "kill-on-invalid-dep": "yes"}
+    after_ok = [_job_of(word, options) for word in options.after]
+    dependencies = {"afterok": after_ok, "afterany": after_any}
+    if wanted := [f"{kind}:{':'.join(jobs)}" for kind, jobs in dependencies.items() if jobs]:
+        flags["dependency"] = ",".join(wanted)
+    if after_ok:
+        flags["kill-on-invalid-dep"] = "yes"
     if bad := bad_nodes(JsonLines(options.layout.events).read(), datetime.now(UTC).timestamp()):
         flags["exclude"] = ",".join(bad)
     return flags
@@ -170,15 +181,14 @@ def submit_job(job: SlurmJob) -> str:
 def submit_spare(options: SubmitOptions, before: str) -> str:
     """Submit a job that takes the run over when job `before` has ended, however it ended; returns the job's id.
 
-    It ends at once if the run is finished by then.
+    It ends at once if there is nothing left to do by then, or nothing that could be done.
 
     Raises:
         UserError: sbatch refuses it.
     """
-    job = plan_job(options, run_dir.stored_flags(options.layout))
-    first, *others = job.script.components
-    waiting = {**first, "dependency": f"afterany:{before}"}
-    return _send(replace(job, script=replace(job.script, components=(waiting, *others))))
+    return _send(
+        plan_job(replace(options, after=()), run_dir.stored_flags(options.layout), after_any=[before])
+    )
 
 
 def _send(job: SlurmJob) -> str:

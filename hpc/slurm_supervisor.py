@@ -15,7 +15,7 @@ from hpc.eventlog import append_event
 from hpc.feed import JsonLines, read_status
 from hpc.launcher import Launcher
 from hpc.layout import RunLayout
-from hpc.restart import Action, Ending, JobView, Limits, bad_nodes, decide, idle_failures
+from hpc.restart import Action, Ending, JobView, Limits, bad_nodes, decide, idle_failures, why_not_begin
 from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.records import JobDetail
 from hpc.slurm.states import JobState
@@ -55,11 +55,19 @@ class SlurmSupervisor(Supervisor):
             self._requeue(job, layout, "a part of the job had been requeued alone")
         if is_done(layout):
             return {"state": "finished", "reason": "an earlier job has finished the run", "saved": True}
+        if not job.restarts and (reason := why_not_begin(JsonLines(layout.events).read(), self.limits)):
+            _note(layout, "not_started", reason)
+            print(
+                f"nothing is started: {reason}. To try again: python -m hpc.resubmit {layout.root}",
+                flush=True,
+            )
+            return {"state": "stopped", "reason": reason, "saved": False}
         try:
             report = super().__call__()
         except JobFailedError as error:
             self._after(job, layout, _failed_ending(layout, error.never_restart))
             raise
+        _note_failed_nodes(layout)
         ending = Ending(report["state"], report.get("signal"))
         self._after(job, layout, ending)
         return report
@@ -72,6 +80,7 @@ class SlurmSupervisor(Supervisor):
         if decision.action is Action.REQUEUE:
             self._requeue(job, layout, decision.reason)
         if decision.action is Action.WAIT:
+            _exclude_bad_nodes(job, layout)
             _wait_for_the_end()
         if ending.state != "finished":
             _note(layout, "not_requeued", decision.reason)
@@ -84,10 +93,10 @@ class SlurmSupervisor(Supervisor):
         print(f"requeue: {reason}", flush=True)
         try:
             job.requeue()
-            job.exclude(bad_nodes(JsonLines(layout.events).read(), time.time()))
         except SlurmError as error:
             print(f"Slurm did not requeue the job: {error}", flush=True)
             sys.exit(75)
+        _exclude_bad_nodes(job, layout)
         _wait_for_the_end()
 
     def _launcher(self) -> Launcher:
@@ -189,11 +198,24 @@ def choose_address(allocation: Allocation, env: Mapping[str, str]) -> str:
 
 
 def _failed_ending(layout: RunLayout, never_restart: bool) -> Ending:
+    nodes = _note_failed_nodes(layout)
+    failures = idle_failures(JsonLines(layout.events).read())
+    return Ending("failed", None, never_restart, bool(nodes), failures)
+
+
+def _exclude_bad_nodes(job: CurrentJob, layout: RunLayout) -> None:
+    """Have the attempt that waits now do without nodes that failed again and again."""
+    try:
+        job.exclude(bad_nodes(JsonLines(layout.events).read(), time.time()))
+    except SlurmError as error:
+        print(f"nodes that failed could not be excluded: {error}", flush=True)
+
+
+def _note_failed_nodes(layout: RunLayout) -> list[str]:
     nodes = failed_nodes(layout.log_dir(max(layout.attempts())))
     for node in nodes:
         append_event(layout.events, max(layout.attempts()), "node_failed", {"node": node})
-    failures = idle_failures(JsonLines(layout.events).read())
-    return Ending("failed", None, never_restart, bool(nodes), failures)
+    return nodes
 
 
 def _note(layout: RunLayout, kind: str, reason: str) -> None:

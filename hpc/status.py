@@ -143,6 +143,8 @@ def _reason(record: RunRecord, state: JobState | None, current: Sequence[JobReco
     if state is None or _files_know_better(record, state):
         return record.reason
     said = next((each.reason for each in current if each.reason), None)
+    if state is JobState.FAILED:  # Slurm only knows the exit code
+        return record.reason or said
     return said or (record.reason if state.is_final else None)
 
 

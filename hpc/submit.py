@@ -21,6 +21,10 @@ def submit(argv: list[str]) -> int:
         UserError: bad input; nothing has been started.
     """
     request = config.read_request(argv)
+    if request.options.sweep:
+        from hpc.submit_sweep import submit_sweep
+
+        return submit_sweep(argv, request)
     if not request.train and not request.options.layout.root.exists():
         from hpc.demo import submit_demo
 

@@ -158,14 +158,17 @@ def _report(events: EventLog, status: StatusFile, attempt: int) -> Iterator[dict
         yield report
     except BaseException as error:
         logger.error("%s", error)
-        _finish(events, status, "failed", f"{error}" or type(error).__name__, exit_code=1)
+        never = {"never_restart": True} if getattr(error, "never_restart", False) else {}
+        _finish(events, status, "failed", f"{error}" or type(error).__name__, exit_code=1, **never)
         raise
     report["seconds"] = time.time() - begun
     _finish(events, status, report["state"], report["reason"], exit_code=0)
 
 
-def _finish(events: EventLog, status: StatusFile, state: str, reason: str, exit_code: int) -> None:
-    events.append("attempt_finished", {"state": state, "exit_code": exit_code, "reason": reason})
+def _finish(
+    events: EventLog, status: StatusFile, state: str, reason: str, exit_code: int, **more: object
+) -> None:
+    events.append("attempt_finished", {"state": state, "exit_code": exit_code, "reason": reason, **more})
     status.update({"phase": state})
 
 

@@ -15,6 +15,7 @@ import pytest
 from slurm_fixture import open_directory, until, wait_for
 from test_slurm_job import SERVICES, FakeRun, run  # noqa: F401 (a fixture)
 
+from hpc.layout import RunLayout
 from hpc.sandbox import Sandbox
 from hpc.slurm import JobState, SlurmClient
 from hpc.status import RunStatus, status
@@ -96,6 +97,34 @@ def test_spare_jobs_take_over_and_those_not_needed_end(run: FakeRun) -> None:  #
     assert len(run.events("attempt_started")) == 3
     assert run.steps() == list(range(total))
     assert look(run).state == "finished"
+
+
+def test_spare_jobs_do_not_repeat_what_can_not_work(run: FakeRun) -> None:  # noqa: F811
+    code, out, err = run.finish("--nodes=4", "--chain=1", trainer=["never_again"])
+    assert code == 0, err
+    first, spare = (entry["job_id"] for entry in run.entries())
+    assert f"spare job 1 of 1: {spare}, after {first}" in out
+    assert wait_for(run.cluster, spare).state is JobState.FAILED  # so that --after it nothing begins
+    assert len(run.events("attempt_started")) == 1
+    assert "in the same way" in run.events("not_started")[0]["reason"]
+    assert "nothing is started" in run.output()
+    assert (look(run).state, look(run).reason) == ("FAILED", "trainer-0 exited with code 93")
+
+
+def test_sweep(run: FakeRun) -> None:  # noqa: F811
+    sweep = ("--sweep", "seed=1,2,3", "--sweep-parallel=2", "--nodes=2", "--colocate")
+    code, _, err = run.finish(*sweep, steps=40)
+    assert code == 0, err
+    layouts = [RunLayout(run.layout.root.parent / f"job.seed-{seed}") for seed in (1, 2, 3)]
+    jobs = [json.loads(layout.job.read_text())[0]["job_id"] for layout in layouts]
+    waiting = run.cluster.run("squeue", "-h", "-j", jobs[2], "-o", "%E")
+    assert f"afterany:{jobs[0]}" in waiting
+    names = [each.name for each in status(["job.*"], run.layout.root.parent, SlurmClient(run.cluster.env))]
+    assert sorted(names) == [layout.name for layout in layouts]
+    for job, layout in zip(jobs, layouts, strict=True):
+        assert wait_for(run.cluster, job).state is JobState.COMPLETED
+        assert len(layout.metrics.read_text().splitlines()) == 40
+    assert 'seed = "3"' in layouts[2].config.read_text()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can run jobs of other users")

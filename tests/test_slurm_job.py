@@ -218,10 +218,24 @@ def test_node_that_dies(run: FakeRun) -> None:
     job = run.detach("--nodes=4", steps=100)
     until(lambda: len(run.steps()) > 3, 30, "some steps")
     host = next(event["host"] for event in run.events("role_ready") if event["role"] == "engine")
+    other = next(event["host"] for event in run.events("role_ready") if event["role"] == "trainer")
+    now, day = time.time(), 24 * 3600
+    for node, ages in [(host, [3600]), (other, [3600 + day, 7200 + day])]:  # what earlier attempts have seen
+        for age in ages:
+            event = {"time": now - age, "attempt": 0, "kind": "node_failed", "node": node}
+            with run.layout.events.open("a") as file:
+                file.write(json.dumps(event) + "\n")
     run.cluster.power_off(host)
+    until(lambda: run.cluster.run("squeue", "-h", "-j", job.job_id, "-t", "PENDING"), 90, "the requeue")
+    run.cluster.power_on(host)
     assert job.result()["state"] == "finished", run.output()
     assert len(run.events("attempt_started")) == 2
     assert run.steps()[-1] == 99
+    # It has failed twice within a day, so the job does without it although it is back.
+    second = {event["host"] for event in run.events("role_ready") if event["attempt"] == 1}
+    assert host not in second and other in second
+    shown = run.cluster.run("scontrol", "show", "job", job.job_id)
+    assert f"ExcNodeList={host}" in shown
 
 
 def test_half_requeued_job_is_started_as_a_whole(run: FakeRun) -> None:

@@ -77,21 +77,48 @@ def runs(idle_cluster: Sandbox, tmp_path: Path, tiny_model: Path, prompt_file: P
     yield Runs(tmp_path, idle_cluster, tiny_model, prompt_file)
 
 
-def test_preempted_run_equals_an_uninterrupted_one(runs: Runs) -> None:
-    whole = runs.finish("whole", "--partition=gpu", "--nodes=4", "--num-rollout=25")
-    assert [record["step"] for record in metrics(whole)] == list(range(25))
-    assert all(record["train/logprob_abs_diff"] < 1e-4 for record in metrics(whole))
+STEPS = 12
+LAYOUTS = {
+    "het": ["--nodes=4"],
+    "plain": ["--nodes=4", "--placement=plain"],
+    "colocated": ["--nodes=2", "--colocate"],
+}
 
-    process, layout = runs.start("preempted", "--partition=lowgrace", "--nodes=4", "--num-rollout=25")
-    until(lambda: len(metrics(layout)) >= 2, 120, "two steps")
+
+@pytest.fixture(scope="module")
+def whole(
+    slurm_cluster: Sandbox, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
+) -> tuple[list[tuple], Path]:
+    """The curve of a run that nothing has happened to, and its prompts."""
+    directory = tmp_path_factory.mktemp("whole")
+    prompts = directory / "prompts.jsonl"
+    rows = [{"input": f"{i}+{i % 7}=", "label": str(i + i % 7)} for i in range(20)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = Runs(directory, slurm_cluster, tiny_model, prompts)
+    layout = runs.finish("whole", "--partition=gpu", *LAYOUTS["het"], f"--num-rollout={STEPS}")
+    assert [record["step"] for record in metrics(layout)] == list(range(STEPS))
+    assert all(record["train/logprob_abs_diff"] < 1e-4 for record in metrics(layout))
+    return curve(layout), prompts
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_preempted_run_equals_an_uninterrupted_one(
+    kind: str, whole: tuple[list[tuple], Path], idle_cluster: Sandbox, tmp_path: Path, tiny_model: Path
+) -> None:
+    expected, prompts = whole
+    runs = Runs(tmp_path, idle_cluster, tiny_model, prompts)
+    flags = ("--partition=lowgrace", *LAYOUTS[kind], f"--num-rollout={STEPS}")
+    process, layout = runs.start("preempted", *flags)
+    until(lambda: len(metrics(layout)) >= 2, 180, "two steps")
     events = [json.loads(line) for line in layout.events.read_text().splitlines()]
-    node = next(each["host"] for each in events if each["kind"] == "role_ready" and each["role"] == "engine")
-    submit_script(runs.cluster, "sleep 1", "-p", "high", "-w", node, "--exclusive")
+    hosts = {f"{e['role']}-{e['index']}": e["host"] for e in events if e["kind"] == "role_ready"}
+    assert (hosts["trainer-0"] in (hosts["engine-0"], hosts["engine-1"])) == (kind == "colocated")
+    submit_script(runs.cluster, "sleep 1", "-p", "high", "-w", hosts["engine-0"], "--exclusive")
     end(process, layout)
 
     attempts = [record["attempt"] for record in metrics(layout)]
     assert attempts[0] == 0 and attempts[-1] == 1 and attempts == sorted(attempts)
-    assert curve(layout) == curve(whole)
+    assert curve(layout) == expected
 
 
 def test_engine_that_spans_two_nodes(runs: Runs) -> None:
@@ -102,11 +129,3 @@ def test_engine_that_spans_two_nodes(runs: Runs) -> None:
     logs = [layout.log_dir(0) / name for name in ("engine-0.log", "engine-0.node1.log")]
     assert ["TP0]" in log.read_text() for log in logs] == [True, False]
     assert ["TP1]" in log.read_text() for log in logs] == [False, True]
-
-
-def test_colocated(runs: Runs) -> None:
-    layout = runs.finish("colocated", "--partition=gpu", "--nodes=2", "--colocate", "--num-rollout=2")
-    assert [record["step"] for record in metrics(layout)] == [0, 1]
-    events = [json.loads(line) for line in layout.events.read_text().splitlines()]
-    hosts = {f"{e['role']}-{e['index']}": e["host"] for e in events if e["kind"] == "role_ready"}
-    assert hosts["trainer-0"] == hosts["engine-0"] != hosts["engine-1"]

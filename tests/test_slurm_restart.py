@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from hpc.restart import Action, Ending, JobView, Limits, bad_nodes, decide, idle_failures, save_lead
+from hpc.restart import (
+    Action,
+    Ending,
+    JobView,
+    Limits,
+    bad_nodes,
+    decide,
+    idle_failures,
+    save_lead,
+    why_not_begin,
+)
 from hpc.slurm.states import JobState
 from hpc.srun import Allocation, TaskExit, failed_nodes, parse_exits, srun_env
 from hpc.task import task_env
@@ -68,9 +78,22 @@ def test_failures_in_a_row() -> None:
     lost = {"kind": "node_failed", "node": "n1", "attempt": 1, "time": 0.0}
     assert idle_failures([]) == 0
     assert idle_failures([failed(0), failed(1)]) == 2
-    assert idle_failures([failed(0), saved, failed(1)]) == 1
+    assert idle_failures([failed(0), saved, failed(1)]) == 0  # it made progress
+    assert idle_failures([failed(0), saved, failed(1), failed(2)]) == 1
     assert idle_failures([failed(0), stopped, failed(2)]) == 2
     assert idle_failures([failed(0), failed(1), lost]) == 1
+
+
+def test_spare_jobs_that_have_no_use() -> None:
+    submitted = {"kind": "run_submitted"}
+    hopeless = {**failed(0), "never_restart": True}
+    assert why_not_begin([], LIMITS) is None
+    assert why_not_begin([submitted, failed(0)], LIMITS) is None
+    assert "same way" in (why_not_begin([submitted, hopeless], LIMITS) or "")
+    assert "2 attempts in a row" in (why_not_begin([submitted, failed(0), failed(1)], LIMITS) or "")
+    assert why_not_begin([submitted, hopeless, failed(1), submitted], LIMITS) is None  # resubmitted since
+    stopped = {"kind": "attempt_finished", "state": "stopped", "attempt": 1}
+    assert why_not_begin([submitted, failed(0), stopped], LIMITS) is None
 
 
 def test_nodes_that_failed_twice_within_a_day() -> None:

@@ -132,6 +132,7 @@ def test_slurm_takes_the_golden_scripts(
         (["--partition=gpu", "--account=reserch"], "did you mean research"),
         (["--partition=gpu", "--time=3-0"], "at most 48 hours"),
         (["--partition=gpu", "--time=soon"], "no time limit"),
+        (["--partition=gpu", "--slurm.sbatch.cpus-per-task=2"], "cpus-per-task 2 is less than the 4 ranks.*task 4"),
         (["--partition=gpu", "--slurm.sbatch.nodes=3"], "follows from the plan.*--nodes"),
         (["--partition=gpu", "--slurm.srn.mpi=none"], "did you mean slurm.srun"),
         (["--partition=gpu", "--slurm.sbatch.comment=a\nb"], "control characters"),

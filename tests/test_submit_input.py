@@ -80,6 +80,8 @@ def test_dry_run_of_the_demo_writes_nothing(
 ) -> None:
     assert submit(monkeypatch, "--dry-run") == 0
     assert "rltrain.sglang.engine" in capsys.readouterr().out
+    assert submit(monkeypatch, "--dry-run", "--partition=gpu", "--nodes=2") == 0
+    assert capsys.readouterr().out.count("#!/bin/bash") == 2
     assert list(tmp_path.iterdir()) == []
 
 

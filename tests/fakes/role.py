@@ -69,6 +69,13 @@ def die_once(context: RoleContext, registry: Registry) -> int:
     return serve(context, registry)
 
 
+def never_again(context: RoleContext, registry: Registry) -> int:
+    """Say that running again would fail in the same way."""
+    registry.register("tcp://127.0.0.1:1")
+    print("error: the prompts are no prompts")
+    return 93
+
+
 def hang(context: RoleContext, registry: Registry) -> int:
     """Take no notice of anything."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
