@@ -33,6 +33,7 @@ def train(args: argparse.Namespace, actor: MegatronTrainActor, job: Job) -> int:
         last = rollout_id + 1 == args.num_rollout
         timers = Timers()
 
+        actor.offload.for_generating()
         job.status("generating", rollout_id)
         with timers("rollout"):
             batch = job.generate(rollout_id)

@@ -64,6 +64,7 @@ class FakeRun:
         self.start_rollout_id, self.evaluated, self._stop_at = first, evaluated, stop_at
         self.saved: list[int] = []
         self.rows: list[tuple[int, list[str]]] = []
+        self.offload = self
 
     def train(self, rollout_id: int, batch: object) -> dict[str, float]:
         return {"train/loss": 0.0}

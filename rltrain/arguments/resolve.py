@@ -133,6 +133,9 @@ def _schedule(args: argparse.Namespace) -> None:
 
 def _engines(args: argparse.Namespace) -> None:
     size = args.rollout_num_gpus_per_engine
+    for name in ("offload_train", "offload_rollout"):
+        if args.offload or getattr(args, name) is None:
+            setattr(args, name, args.offload or args.colocate)
     check_external(args)
     if args.sglang_config:
         _models(args)
@@ -185,9 +188,10 @@ def _staleness(args: argparse.Namespace) -> None:
         raise UserError(f"--max-staleness {args.max_staleness}: it must be at least 0, which is on-policy.")
     if not args.max_staleness:
         return
-    if args.colocate:
+    if args.colocate or args.offload_rollout:
+        flag = "--colocate" if args.colocate else "--offload-rollout"
         raise UserError(
-            f"--max-staleness {args.max_staleness} generates while the trainer trains, and with --colocate both"
+            f"--max-staleness {args.max_staleness} generates while the trainer trains, and with {flag} both"
             " take turns on the same GPUs. Leave one of them out."
         )
     if args.loss_type == "policy_loss" and not args.use_rollout_logprobs:

@@ -23,7 +23,7 @@ NOT_YET = frozenset(
     eval-max-prompt-len eval-min-new-tokens eval-tool-key fetch-trajectory-retry-times http-proxy
     log-correct-samples log-probs-chunk-size
     log-reward-category loss-mask-type memory-recorder memory-snapshot-dir memory-snapshot-num-steps
-    min-batch-collection-ratio multimodal-keys offload offload-rollout offload-train profile-target
+    min-batch-collection-ratio multimodal-keys profile-target
     recompute-loss-function record-memory-history release-train rollout-buffer-url
     rollout-task-type save-debug-train-data
     tb-experiment-name tb-project-name train-env-vars update-weight-buffer-size
@@ -62,6 +62,10 @@ def _cluster(group: argparse._ArgumentGroup) -> None:
         help="tensor parallel size of an engine (default: 1)")  # fmt: skip
     add("--num-gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
     add("--colocate", action="store_true", help="engines and trainer share the same GPUs")
+    for flag, who in (("--offload-train", "trainer"), ("--offload-rollout", "engines")):
+        add(flag, action=argparse.BooleanOptionalAction, default=None,
+            help=f"{who}: give GPU memory up while the others work (default: with --colocate)")  # fmt: skip
+    add("--offload", action="store_true", help="both of these")
     add("--distributed-backend", choices=["nccl", "gloo"], help="default: nccl with CUDA, else gloo")
     add(
         "--distributed-timeout-minutes",

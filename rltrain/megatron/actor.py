@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +23,7 @@ from rltrain.megatron.device import megatron_scope, reset_peak_memory
 from rltrain.megatron.forward_backward import forward_log_probs, token_loss
 from rltrain.megatron.hf_export import export_hf_weights
 from rltrain.megatron.model import build_model, read_shape
+from rltrain.megatron.offload import MemoryEngine, Offload
 from rltrain.megatron.other_policies import OtherPolicies
 from rltrain.megatron.policy_values import add_advantages, add_log_probs, check_rollout
 from rltrain.megatron.rank_share import RankShare
@@ -36,6 +38,10 @@ from rltrain.weights.disk import PushTarget, push_weights
 from rltrain.weights.hf_directory import write_hf_directory
 
 
+class Engine(PushTarget, MemoryEngine, Protocol):
+    """What is needed of an engine."""
+
+
 class MegatronTrainActor:
     """Model, optimizer and schedule of one rank. Every method is called by all ranks together.
 
@@ -44,6 +50,7 @@ class MegatronTrainActor:
         policy: The model that is trained.
         critic: PPO's second model, or None. With a GPU it is in host memory unless it is being used.
         others: The reference and other policies.
+        offload: Who has the memory of GPUs that trainer and engines share.
     """
 
     def __init__(self, args: argparse.Namespace, context: RoleContext, registry: Registry) -> None:
@@ -72,6 +79,7 @@ class MegatronTrainActor:
         )
         if self.critic is not None and args.swap_critic:
             self.critic.trained.swap.out()
+        self.offload = Offload(args, self._trained_models())
 
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
         """Train on one rollout: --num-steps-per-rollout optimizer steps over its samples, in order.
@@ -86,6 +94,7 @@ class MegatronTrainActor:
         """
         timers = Timers()
         metrics: dict[str, float] = {}
+        self.offload.for_training()
         reset_peak_memory()
         with timers("train_all"):
             share = RankShare(self.args, self.shape, batch)
@@ -123,14 +132,16 @@ class MegatronTrainActor:
         template = Path(self.args.hf_checkpoint)
         self._stream_weights(lambda tensors: write_hf_directory(directory, tensors, template))
 
-    def update_weights(self, find_engines: Callable[[], Sequence[PushTarget]], version: int) -> None:
+    def update_weights(self, find_engines: Callable[[], Sequence[Engine]], version: int) -> None:
         """Have every engine load the present weights; only rank 0 asks `find_engines` for them."""
         if self.others.past is not None:
             self.others.past.remember(version, self.models)
         if self.args.debug_train_only:
             return
         root, template = self._layout.weights, Path(self.args.hf_checkpoint)
+        self.offload.for_push(find_engines)
         self._stream_weights(lambda tensors: push_weights(root, version, tensors, template, find_engines))
+        self.offload.for_generating()
         self._event("weights_updated", version=version)
 
     def log_probs(self, share: RankShare, prefix: str = "") -> Flat:
@@ -148,6 +159,11 @@ class MegatronTrainActor:
                 self.policy.wrapped, each, self.shape, self.args.rollout_temperature
             )
         )
+
+    def _trained_models(self) -> list[TrainedModel]:
+        """Those that are in GPU memory while the policy is trained."""
+        critic = [self.critic.trained] if self.critic is not None and not self.args.swap_critic else []
+        return [self.policy, *critic]
 
     def _resume(self) -> int:
         """Go on from this run's newest checkpoint; returns how many rollouts it was trained on."""

@@ -90,6 +90,16 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def used_memory() -> int:
+    """Bytes in use now: on this rank's GPU, by whomever, or by this process on the CPU."""
+    if use_cuda():
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
 class HostSwap:
     """Moves the memory of tensors between GPU and host, in place: every view of it stays what it was.
 

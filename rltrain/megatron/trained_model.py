@@ -36,6 +36,8 @@ class TrainedModel:
         models: The bare chunks, which have the weights.
         wrapped: The same, each with Megatron-core's data parallelism round it, which is what runs.
         swap: Moves all of it to host memory and back, where there is a GPU.
+        weights_swap: The same for the weights alone.
+        state_swap: The same for all but the weights.
     """
 
     def __init__(self, models: list[GPTModel], args: argparse.Namespace) -> None:
@@ -47,6 +49,8 @@ class TrainedModel:
             self.optimizer = build_optimizer(self.wrapped, args)
             self.scheduler = build_scheduler(self.optimizer, args)
         self.swap = HostSwap(self._tensors)
+        self.weights_swap = HostSwap(self._weights)
+        self.state_swap = HostSwap(self._state)
 
     def state(self) -> TrainState:
         """What a checkpoint of it holds."""
@@ -105,13 +109,20 @@ class TrainedModel:
             buffer for chunk in self.wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
         ]
 
+    def _weights(self) -> Iterator[Tensor]:
+        """What is computed with."""
+        yield from (parameter.data for model in self.models for parameter in model.parameters())
+        yield from (buffer.param_data for buffer in self._buffers() if buffer.param_data is not None)
+
+    def _state(self) -> Iterator[Tensor]:
+        """The rest; where the optimizer works on the weights themselves, they are not part of it."""
+        weights = {tensor.untyped_storage().data_ptr() for tensor in self._weights()}
+        return (each for each in self._tensors() if each.untyped_storage().data_ptr() not in weights)
+
     def _tensors(self) -> Iterator[Tensor]:
         """Everything of it that takes memory on the device."""
-        yield from (parameter.data for model in self.models for parameter in model.parameters())
-        for buffer in self._buffers():
-            yield buffer.grad_data
-            if buffer.param_data is not None:
-                yield buffer.param_data
+        yield from self._weights()
+        yield from (buffer.grad_data for buffer in self._buffers())
         for each in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             yield from (parameter.data for group in each.param_groups for parameter in group["params"])
             for state in each.optimizer.state.values():

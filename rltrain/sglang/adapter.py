@@ -163,6 +163,14 @@ class HttpServerEngineAdapter:
         """Go on after `pause_generation`."""
         self._call("POST", "/continue_generation", {})
 
+    def release_memory(self, tag: str) -> None:
+        """Give the GPU memory of `weights` or `kv_cache` back, and lose what is in it; the engine must be idle."""
+        self._call("POST", "/release_memory_occupation", {"tags": [tag]}, _UPDATE_TIMEOUT)
+
+    def resume_memory(self, tag: str) -> None:
+        """Take that memory again; weights have to be sent anew."""
+        self._call("POST", "/resume_memory_occupation", {"tags": [tag]}, _UPDATE_TIMEOUT)
+
     def abort(self, request_id: str | None = None) -> None:
         """End one request, or all, with the tokens it has (finish reason `abort`)."""
         self._call("POST", "/abort_request", {"rid": request_id or "", "abort_all": request_id is None})

@@ -48,6 +48,10 @@ def engine_server_args(args: argparse.Namespace, index: int, weights: Path | Non
         decided["load_format"] = "dummy"  # there are no weights yet: the trainer sends them
     if args.debug_rollout_only:
         decided["weight_version"] = "0"  # as weights are called that no rollout has trained
+    if args.offload_rollout and model["update_weights"]:
+        decided["enable_memory_saver"] = True
+        # Released weights are lost, and not sent again after every step.
+        decided["enable_weights_cpu_backup"] = args.update_weights_interval > 1
     return {**decided, **args.sglang, **spec.overrides}
 
 

@@ -18,6 +18,8 @@ _POLL_SECONDS = 0.2
 class JobEngine(HttpServerEngineAdapter):
     """One engine of the job, at the address that it has now."""
 
+    is_ours = True
+
     def __init__(self, url: str, token: str, registry: Registry) -> None:
         super().__init__(url, token)
         self._registry = registry
@@ -34,6 +36,8 @@ class JobEngine(HttpServerEngineAdapter):
 
 class ExternalEngine(HttpServerEngineAdapter):
     """One that the job does not start."""
+
+    is_ours = False
 
     def has_died(self) -> bool:
         """Whether it is gone; `rltrain.sglang.external` gives it the weights when it comes back."""

@@ -30,11 +30,10 @@ CPU_DEFAULTS = {
     "sleep_on_idle": True,
 }
 # One thread a process is fastest for small models and leaves the cores to the trainer; compiled code would be
-# built for minutes; asked to generate, a paused engine would be taken for a dead one by the router.
+# built for minutes.
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
-    "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
 }
 _SECRET = re.compile(r"""(api_key['"]?\s*[=:]\s*)(['"])[^'"]+\2""")
 
@@ -43,6 +42,9 @@ def main() -> None:
     """Read the arguments, start the server, and serve until told to stop."""
     die_with_parent(int(sys.argv[1]))
     server_args = json.load(sys.stdin)
+    # Asked to generate, an engine without its memory would fail, and a paused one be taken for dead by the router:
+    # whether it makes progress is asked in another way (`rltrain/sglang/health.py`).
+    os.environ.setdefault("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION", "0")
     if cpu.has_accelerator():
         run_server(server_args)
     else:
@@ -55,6 +57,7 @@ def run_cpu_server(server_args: dict[str, Any]) -> None:
     SGLang's three processes spend nearly all of their start-up importing the same modules. Imported once,
     before any thread exists, and then forked, they are up in a third of the time and share the memory.
     """
+    server_args.pop("enable_memory_saver", None)  # there is no memory of a GPU to give back
     set_cpu_environment(server_args)
     cpu.install()
     if server_args.get("enable_deterministic_inference"):

@@ -1,0 +1,145 @@
+"""Trainer and engines that share GPUs: who gives up memory before whom, and what is moved."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.megatron import (
+    init_single_process,
+    make_actor,
+    make_args,
+    make_batch,
+    tiny_config,
+    write_hf_model,
+)
+
+from rltrain.megatron.device import restore, store
+from rltrain.megatron.offload import Offload
+
+
+class NotedSwap:
+    """Notes what is asked of it."""
+
+    def __init__(self, name: str, notes: list[str]) -> None:
+        self.name, self.notes, self.is_out = name, notes, False
+
+    def out(self) -> None:
+        self.is_out = True
+        self.notes.append(f"{self.name} out")
+
+    def back(self) -> None:
+        self.is_out = False
+        self.notes.append(f"{self.name} back")
+
+
+class NotedEngine:
+    """Notes what is asked of it."""
+
+    def __init__(self, url: str, notes: list[str], is_ours: bool = True) -> None:
+        self.url, self.notes, self.is_ours = url, notes, is_ours
+
+    def release_memory(self, tag: str) -> None:
+        self.notes.append(f"{self.url} releases {tag}")
+
+    def resume_memory(self, tag: str) -> None:
+        self.notes.append(f"{self.url} resumes {tag}")
+
+
+class Fleet:
+    """An `Offload` of one model with engines that can be exchanged, and what it has asked for."""
+
+    def __init__(self, **flags: bool) -> None:
+        init_single_process()
+        self.notes: list[str] = []
+        self.engines = [NotedEngine("a", self.notes), NotedEngine("external", self.notes, is_ours=False)]
+        model = Namespace(
+            weights_swap=NotedSwap("weights", self.notes), state_swap=NotedSwap("state", self.notes)
+        )
+        args = {"offload_train": True, "offload_rollout": True, "debug_train_only": False} | flags
+        self.offload = Offload(Namespace(**args), [model])
+
+    def find(self) -> Sequence[NotedEngine]:
+        return self.engines
+
+    def taken(self) -> list[str]:
+        taken, self.notes[:] = list(self.notes), []
+        return taken
+
+
+def test_whoever_gives_up_memory_goes_first() -> None:
+    fleet = Fleet()
+    fleet.offload.for_push(fleet.find)  # both have all of it at the start
+    assert fleet.taken() == ["state out"]
+    fleet.offload.for_generating()
+    assert fleet.taken() == ["weights out"]
+    for _ in range(2):
+        fleet.offload.for_training()
+        assert fleet.taken() == ["a releases kv_cache", "a releases weights", "weights back", "state back"]
+        fleet.offload.for_push(fleet.find)
+        assert fleet.taken() == ["state out", "a resumes weights"]
+        fleet.offload.for_generating()
+        assert fleet.taken() == ["weights out", "a resumes kv_cache"]
+        fleet.offload.for_generating()
+        assert fleet.taken() == []
+
+
+def test_generating_without_a_push_gives_the_engines_all() -> None:
+    fleet = Fleet()
+    fleet.offload.for_push(fleet.find)
+    fleet.offload.for_training()
+    fleet.taken()
+    fleet.offload.for_generating()
+    assert fleet.taken() == ["state out", "weights out", "a resumes weights", "a resumes kv_cache"]
+
+
+def test_an_engine_that_was_started_again_has_nothing_to_resume() -> None:
+    fleet = Fleet()
+    fleet.offload.for_push(fleet.find)
+    fleet.offload.for_training()
+    fleet.engines[0] = NotedEngine("a again", fleet.notes)
+    fleet.taken()
+    fleet.offload.for_push(fleet.find)
+    assert fleet.taken() == ["state out"]
+    fleet.offload.for_training()
+    assert "a again releases weights" in fleet.taken()
+
+
+@pytest.mark.parametrize(("flag", "left"), [("offload_train", "a "), ("offload_rollout", "state ")])
+def test_only_what_the_flags_name_is_moved(flag: str, left: str) -> None:
+    fleet = Fleet(**{flag: False})
+    fleet.offload.for_push(fleet.find)
+    fleet.offload.for_training()
+    fleet.offload.for_generating()
+    words = fleet.taken()
+    assert any(word.startswith(left) for word in words)
+    other = ("weights out", "state out") if flag == "offload_train" else ("a releases weights",)
+    assert not set(other) & set(words)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_weights_and_the_rest_are_all_and_share_no_memory(tmp_path: Path, distributed: bool) -> None:
+    init_single_process()
+    model = write_hf_model(tmp_path / "model", tiny_config())
+    actor = make_actor(make_args(model, use_distributed_optimizer=distributed, bf16=distributed), tmp_path)
+    actor.train(0, make_batch(8))
+    policy = actor.policy
+    weights, state, everything = (
+        {tensor.untyped_storage().data_ptr() for tensor in each()}
+        for each in (policy._weights, policy._state, policy._tensors)
+    )
+    assert weights | state == everything and not weights & state
+    assert {
+        parameter.data.untyped_storage().data_ptr() for parameter in policy.models[0].parameters()
+    } <= weights
+
+    before = [tensor.clone() for tensor in policy._tensors()]
+    stored = [store(policy._state()), store(policy._weights())]
+    assert all(not tensor.untyped_storage().nbytes() for tensor in policy._weights())
+    for each in reversed(stored):
+        restore(each)
+    assert all(torch.equal(old, new) for old, new in zip(before, policy._tensors(), strict=True))
+    assert actor.train(1, make_batch(8, seed=1))["train/grad_norm"] > 0
