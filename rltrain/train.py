@@ -119,12 +119,13 @@ def main() -> int:
     job = Job(args, context, registry)
     try:
         job.connect()
-        return train(args, actor, job)
+        exit_code = train(args, actor, job)
+        actor.finish()
+        return exit_code
     finally:
         job.finish()
 
 
-# megatron-core's checkpoint writer re-imports this module in a spawned process: keep the guard.
 if __name__ == "__main__":
     try:
         sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -68,41 +69,56 @@ def test_event_and_files(model_dir: Path, tmp_path: Path) -> None:
     assert (tmp_path / "c" / "latest_checkpointed_iteration.txt").read_text() == "40"
     files = json.loads((checkpoint / "manifest.json").read_text())["files"]
     on_disk = {
-        path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != "manifest.json"
+        path.name: {"size": path.stat().st_size, "crc32": zlib.crc32(path.read_bytes())}
+        for path in checkpoint.iterdir()
+        if path.name != "manifest.json"
     }
-    assert files == on_disk and sum(files.values()) > 1000
+    assert files == on_disk and sum(entry["size"] for entry in files.values()) > 1000
     assert actor._registry.events == [("checkpoint_saved", {"step": 40, "path": str(checkpoint)})]
     assert (tmp_path / "hf-39" / "model.safetensors").exists()
     assert not list((tmp_path / "c").glob(".*"))
 
 
-def test_half_written_checkpoints_are_passed_over(
+def test_half_written_and_damaged_checkpoints_are_passed_over(
     model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save = tmp_path / "checkpoints"
     args = make_args(model_dir, save=str(save))
     actor = make_actor(args, tmp_path)
     actor.train(0, make_batch(8))
-    for rollout_id in (0, 1, 2):
+    for rollout_id in range(5):
         actor.save(rollout_id)
-    (save / "iter_0000003" / "manifest.json").unlink()  # stopped between renaming and the manifest
-    with next((save / "iter_0000002").glob("*.distcp")).open("r+b") as file:
-        file.truncate(10)  # a disk that was full
-    shutil.copytree(save / "iter_0000001", save / ".iter_0000004.tmp")  # stopped while writing
+    shards = {number: next((save / f"iter_{number:07d}").glob("*.distcp")) for number in (2, 3, 4)}
+    with shards[2].open("r+b") as file:
+        file.truncate(10)
+    shards[3].unlink()
+    content = bytearray(shards[4].read_bytes())
+    content[len(content) // 2] ^= 1  # a bit that has turned over, in a file of the right size
+    shards[4].write_bytes(content)
+    (save / "iter_0000005" / "manifest.json").write_text("{")
+    shutil.copytree(save / "iter_0000001", save / ".iter_0000006.tmp")  # stopped while writing
     with caplog.at_level(logging.WARNING):
         assert make_actor(args, tmp_path).start_rollout_id == 1
-    assert "iter_0000002, iter_0000003" in caplog.text and "continuing from iter_0000001" in caplog.text
+    said = caplog.messages[-1]
+    for part in (
+        f"iter_0000002 ({shards[2].name} has 10 of ",
+        f"iter_0000003 ({shards[3].name} is missing)",
+        f"iter_0000004 ({shards[4].name} is damaged",
+        "iter_0000005 (manifest.json cannot be read)",
+        "continuing from iter_0000001",
+    ):
+        assert part in said
     resumed = make_actor(args, tmp_path)
     resumed.save(1)  # overwrites what was cut off
     assert make_actor(args, tmp_path).start_rollout_id == 2
 
 
-def test_another_runs_checkpoint_gives_weights_only(model_dir: Path, tmp_path: Path) -> None:
+def test_finetune_takes_the_weights_of_another_run_only(model_dir: Path, tmp_path: Path) -> None:
     sft = make_actor(make_args(model_dir, save=str(tmp_path / "sft"), loss_type="sft_loss"), tmp_path)
     for i in range(2):
         sft.train(i, make_batch(8, seed=i))
         sft.save(i)
-    args = make_args(model_dir, load=str(tmp_path / "sft"), save=str(tmp_path / "rl"))
+    args = make_args(model_dir, load=str(tmp_path / "sft"), save=str(tmp_path / "rl"), finetune=True)
     rl = make_actor(args, tmp_path)
     assert rl.start_rollout_id == 0
     assert torch.equal(weights_of(rl), weights_of(sft))
@@ -112,7 +128,9 @@ def test_another_runs_checkpoint_gives_weights_only(model_dir: Path, tmp_path: P
     resumed = make_actor(args, tmp_path)  # now the run's own checkpoint comes first
     assert resumed.start_rollout_id == 1
     assert torch.equal(weights_of(resumed), weights_of(rl))
-    earlier = make_actor(make_args(model_dir, load=str(tmp_path / "sft"), ckpt_step=1), tmp_path)
+    earlier = make_actor(
+        make_args(model_dir, load=str(tmp_path / "sft"), ckpt_step=1, finetune=True), tmp_path
+    )
     assert not torch.equal(weights_of(earlier), weights_of(sft))
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 
+from rltrain.arguments.errors import UserError
+
 
 def add_megatron_flags(parser: argparse.ArgumentParser) -> None:
     """Add parallelism, optimizer, schedule, precision and recomputation."""
@@ -91,3 +93,27 @@ def _memory(group: argparse._ArgumentGroup) -> None:
     )
     add("--recompute-method", choices=["uniform", "block"], help="with full recomputation")
     add("--recompute-num-layers", type=int, metavar="N", help="with full recomputation")
+
+
+def resolve_schedule(args: argparse.Namespace) -> None:
+    """Refuse schedules that can't be right.
+
+    Raises:
+        UserError: names the flags.
+    """
+    if args.lr_warmup_fraction is not None and args.lr_warmup_iters:
+        raise UserError("--lr-warmup-fraction and --lr-warmup-iters say the same thing: give one of them.")
+    if args.lr_warmup_fraction is not None and not 0 <= args.lr_warmup_fraction < 1:
+        raise UserError(f"--lr-warmup-fraction {args.lr_warmup_fraction}: it is between 0 and 1.")
+    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
+        raise UserError("--lr-decay-style WSD needs --lr-wsd-decay-iters: the steps of its last part.")
+    weight_decays = (args.start_weight_decay, args.end_weight_decay)
+    if args.weight_decay_incr_style != "constant" and None in weight_decays:
+        raise UserError(
+            f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay and"
+            " --end-weight-decay."
+        )
+    if args.weight_decay_incr_style == "constant" and weight_decays != (None, None):
+        raise UserError(
+            "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine."
+        )

@@ -19,7 +19,7 @@ _FOLDERS = ("demo", "models")
 
 # Options of `hpc.submit` itself, which a recipe may have too; who only wants the training flags passes over them.
 OF_SUBMIT = (
-    "account", "after", "detach", "dry-run", "gpu-type", "max-failures", "max-restarts", "name", "nodes", "partition",
+    "account", "after", "chain", "detach", "dry-run", "gpu-type", "max-engine-restarts", "max-failures", "max-restarts", "name", "nodes", "partition",
     "placement", "qos", "runs-dir", "template", "test-only", "time",
 )  # fmt: skip
 

@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 
 from rltrain.arguments.algorithm_flags import resolve_algorithm
+from rltrain.arguments.checkpoint_flags import resolve_checkpoints
 from rltrain.arguments.debug_flags import resolve_debug
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.eval_sets import resolve_eval_sets
 from rltrain.arguments.external import check_external, uses_external_engines
 from rltrain.arguments.fleet import read_models
+from rltrain.arguments.megatron_flags import resolve_schedule
 from rltrain.arguments.parallel import ParallelSizes, check_parallel
 
 _PATHS = (
@@ -30,7 +32,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     _batch(args)
     _micro_batch(args)
     _parallel(args)
-    _schedule(args)
+    resolve_schedule(args)
+    resolve_checkpoints(args)
     _engines(args)
     _health(args)
     _rollout(args)
@@ -56,7 +59,8 @@ def _require(args: argparse.Namespace) -> None:
         raise UserError("missing " + ", ".join(missing) + ".")
     for name in ("rollout_batch_size", "n_samples_per_prompt", "num_rollout", "micro_batch_size", "save_interval",
                  "global_batch_size", "num_steps_per_rollout", "max_tokens_per_gpu", "eval_interval",
-                 "rollout_max_response_len", "update_weights_interval", "max_skipped_steps"):  # fmt: skip
+                 "rollout_max_response_len", "update_weights_interval", "max_skipped_steps", "keep_last_k",
+                 "save_retain_interval"):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1.")
@@ -110,25 +114,6 @@ def _parallel(args: argparse.Namespace) -> None:
         args.sequence_parallel = False
     if args.recompute_granularity == "full" and not (args.recompute_method and args.recompute_num_layers):
         raise UserError("--recompute-granularity full needs --recompute-method and --recompute-num-layers.")
-
-
-def _schedule(args: argparse.Namespace) -> None:
-    if args.lr_warmup_fraction is not None and args.lr_warmup_iters:
-        raise UserError("--lr-warmup-fraction and --lr-warmup-iters say the same thing: give one of them.")
-    if args.lr_warmup_fraction is not None and not 0 <= args.lr_warmup_fraction < 1:
-        raise UserError(f"--lr-warmup-fraction {args.lr_warmup_fraction}: it is between 0 and 1.")
-    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
-        raise UserError("--lr-decay-style WSD needs --lr-wsd-decay-iters: the steps of its last part.")
-    weight_decays = (args.start_weight_decay, args.end_weight_decay)
-    if args.weight_decay_incr_style != "constant" and None in weight_decays:
-        raise UserError(
-            f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay and"
-            " --end-weight-decay."
-        )
-    if args.weight_decay_incr_style == "constant" and weight_decays != (None, None):
-        raise UserError(
-            "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine."
-        )
 
 
 def _engines(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import argparse
 import json
 
 from rltrain.arguments.algorithm_flags import add_algorithm_flags
+from rltrain.arguments.checkpoint_flags import add_checkpoint_flags
 from rltrain.arguments.critic_flags import add_critic_flags
 from rltrain.arguments.debug_flags import add_debug_flags
 from rltrain.arguments.extensions import add_extension_flags
@@ -16,7 +17,7 @@ from rltrain.arguments.extensions import add_extension_flags
 # Known to slime, not built here yet: better refused than silently ignored.
 NOT_YET = frozenset(
     """
-    allgather-cp async-save check-weight-update-equal ci-disable-kl-checker ci-load-grad-norm
+    allgather-cp check-weight-update-equal ci-disable-kl-checker ci-load-grad-norm
     ci-save-grad-norm ci-test ci-train-rollout-logprob-abs-diff-threshold
     custom-update-weight-post-write-path data-pad-size-multiplier
     disable-rollout-global-dataset disable-wandb-random-suffix dump-details eval-max-context-len
@@ -46,7 +47,7 @@ def add_slime_flags(parser: argparse.ArgumentParser) -> None:
     add_algorithm_flags(parser.add_argument_group("algorithm"))
     add_critic_flags(parser.add_argument_group("critic"))
     _training(parser.add_argument_group("training"))
-    _checkpoint(parser.add_argument_group("model and checkpoints"))
+    add_checkpoint_flags(parser.add_argument_group("model and checkpoints"))
     _tracking(parser.add_argument_group("tracking"))
     add_debug_flags(parser.add_argument_group("debug"))
 
@@ -231,21 +232,6 @@ def _training(group: argparse._ArgumentGroup) -> None:
         " (default: 10)")  # fmt: skip
     add("--no-save-trainer-tokens", action="store_false", dest="save_trainer_tokens",
         help="do not write the trainer's log-probs, entropies and advantages of every token")  # fmt: skip
-
-
-def _checkpoint(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--hf-checkpoint", metavar="DIR", help="Hugging Face directory: shape, tokenizer and first weights")
-    add("--random-init", action="store_true", help="start from random weights (seed: --seed)")
-    add("--load", metavar="DIR", help="checkpoints or Hugging Face directory to start from")
-    add("--ref-load", metavar="DIR", help="weights of the reference model (default: the first weights)")
-    add("--ref-ckpt-step", type=int, metavar="N", help="take this checkpoint of --ref-load, not the latest")
-    add("--save", metavar="DIR", help="where checkpoints go (default: checkpoints/ of the run)")
-    add("--save-interval", type=int, metavar="N", help="rollouts between two checkpoints")
-    add("--save-hf", metavar="DIR", help="also write Hugging Face weights at the end")
-    add("--no-save-optim", action="store_true", help="checkpoints without optimizer state")
-    add("--no-load-optim", action="store_true", help="ignore the optimizer state of --load")
-    add("--ckpt-step", type=int, metavar="N", help="take this checkpoint and not the latest")
 
 
 def _tracking(group: argparse._ArgumentGroup) -> None:

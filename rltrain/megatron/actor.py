@@ -16,7 +16,8 @@ from rltrain.arguments.critic_flags import use_critic
 from rltrain.data.batch import TrainBatch
 from rltrain.data.trainable import Flat
 from rltrain.functions import load_function
-from rltrain.megatron.checkpoint import save_checkpoint
+from rltrain.megatron.checkpoint_dir import iteration_of
+from rltrain.megatron.checkpoint_save import CheckpointWriter
 from rltrain.megatron.critic import Critic
 from rltrain.megatron.custom_loss import custom_loss
 from rltrain.megatron.device import megatron_scope, reset_peak_memory
@@ -28,7 +29,7 @@ from rltrain.megatron.other_policies import OtherPolicies
 from rltrain.megatron.policy_values import add_advantages, add_log_probs, check_rollout
 from rltrain.megatron.rank_share import RankShare
 from rltrain.megatron.speed import measure
-from rltrain.megatron.start import initial_source, load_source, newest_iteration, resume
+from rltrain.megatron.start import continued_checkpoint, initial_source, load_source, own_checkpoint, resume
 from rltrain.megatron.steps import SkippedSteps, prefixed, train_steps
 from rltrain.megatron.trained_model import TrainedModel
 from rltrain.megatron.trainer_tokens import SeenTokens, TokenWriter, token_columns
@@ -71,6 +72,8 @@ class MegatronTrainActor:
             if args.critic_load:  # it may have been read through the policy
                 load_source(self.models, self.shape, initial_source(args))
         self.policy = TrainedModel(self.models, args)
+        if args.save:
+            self._checkpoints = CheckpointWriter(args, self._checkpoint_saved, self._checkpoint_failed)
         done = self._resume()
         self.start_rollout_id = done if args.start_rollout_id is None else args.start_rollout_id
         self._skipped = SkippedSteps(args.max_skipped_steps, self._event, self.save)
@@ -96,6 +99,8 @@ class MegatronTrainActor:
         metrics: dict[str, float] = {}
         self.offload.for_training()
         reset_peak_memory()
+        if self.args.save:
+            self._checkpoints.poll()
         with timers("train_all"):
             share = RankShare(self.args, self.shape, batch)
             values = share.loss_values()
@@ -116,16 +121,28 @@ class MegatronTrainActor:
         args, checkpoint = self.args, None
         if args.save:
             # The policy's last: a run goes on from the newest of these, and then finds the others.
-            self.others.save(rollout_id + 1, self.models)
-            if self.critic is not None:
-                with self._swapped_in(self.critic):
-                    self.critic.save(rollout_id + 1)
-            checkpoint = save_checkpoint(Path(args.save), rollout_id + 1, self.policy.state())
-            self._event("checkpoint_saved", step=rollout_id + 1, path=str(checkpoint))
+            checkpoint = self._checkpoints.save(rollout_id + 1, self.policy.state(), self._save_companions)
         if args.save_hf:
             self.export(Path(args.save_hf.format(rollout_id=rollout_id)))
         self._tokens.wait()
         return checkpoint
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is still being written."""
+        if self.args.save:
+            self._checkpoints.wait()
+
+    def _save_companions(self, iteration: int) -> None:
+        self.others.save(iteration, self.models)
+        if self.critic is not None:
+            with self._swapped_in(self.critic):
+                self.critic.save(iteration)
+
+    def _checkpoint_saved(self, step: int, checkpoint: Path) -> None:
+        self._event("checkpoint_saved", step=step, path=str(checkpoint))
+
+    def _checkpoint_failed(self, step: int, reason: str) -> None:
+        self._event("checkpoint_failed", step=step, reason=reason)
 
     def export(self, directory: Path) -> None:
         """Write the present weights as a Hugging Face directory; done when rank 0 returns."""
@@ -167,11 +184,13 @@ class MegatronTrainActor:
 
     def _resume(self) -> int:
         """Go on from this run's newest checkpoint; returns how many rollouts it was trained on."""
-        iteration = newest_iteration(self.args)
+        own = own_checkpoint(self.args)
+        iteration = iteration_of(own) if own else 0
         self.others.resume(iteration, self.models)
         if self.critic is not None:
             self.critic.resume(iteration)
-        return resume(self.args, self.policy.full_state())  # last, because it restores the random numbers
+        checkpoint = own or continued_checkpoint(self.args)
+        return resume(self.args, self.policy.full_state(), checkpoint)  # last: it restores the random numbers
 
     def _prepare(
         self, rollout_id: int, share: RankShare, values: dict[str, Flat], timers: Timers

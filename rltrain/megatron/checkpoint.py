@@ -1,40 +1,26 @@
-"""Checkpoints of the trainer: `torch_dist` directories that are either complete or not there.
+"""What a checkpoint holds, and restoring it: on the same ranks, or on others.
 
-`<save>/iter_0000040/` is written under a temporary name, renamed, and then given a `manifest.json` with the
-size of every file. A directory without a manifest, or with a file of another size, was cut off and is passed
-over when the newest one is looked for. The iteration number is the number of rollouts trained on.
+Two formats are read: `torch_dist`, which fits any parallel layout, and Megatron's older `torch`
+(`checkpoint_torch.py`). Writing is in `checkpoint_save.py`, directories are in `checkpoint_dir.py`.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import random
-import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from rltrain.arguments.errors import UserError
-from rltrain.megatron.device import megatron_scope, use_cuda
+from rltrain.megatron.agreement import first_problem
+from rltrain.megatron.checkpoint_rng import restore_rng, sharded_rng_state
+from rltrain.megatron.device import megatron_scope
 
-logger = logging.getLogger(__name__)
-
-_ITERATION = re.compile(r"iter_(\d{7,})")
-_MANIFEST = "manifest.json"
-_LATEST = "latest_checkpointed_iteration.txt"
 _BY_LAYER = "non_homogeneous_layers"  # Megatron-core's name
 
 
@@ -54,95 +40,58 @@ class TrainState:
     partly_trained: bool = False
 
 
-def find_checkpoint(directory: Path, iteration: int | None = None) -> Path | None:
-    """The newest complete checkpoint below `directory`, or the one of `iteration`; None if there is none.
-
-    Raises:
-        UserError: the checkpoint of the wanted `iteration` is missing or incomplete.
-    """
-    found = {int(m[1]): path for path in directory.glob("iter_*") if (m := _ITERATION.fullmatch(path.name))}
-    complete = sorted(number for number, path in found.items() if is_complete(path))
-    if iteration is not None:
-        if iteration not in complete:
-            raise UserError(
-                f"--ckpt-step {iteration}: {directory} has no complete checkpoint of that step; complete are"
-                f" {', '.join(map(str, complete)) or 'none'}."
-            )
-        return found[iteration]
-    newest = complete[-1] if complete else None
-    cut_off = sorted(number for number in found if newest is None or number > newest)
-    if cut_off:
-        logger.warning(
-            "passed over incomplete checkpoints %s; %s",
-            ", ".join(found[number].name for number in cut_off),
-            "there is no complete one" if newest is None else f"continuing from {found[newest].name}",
-        )
-    return None if newest is None else found[newest]
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every file that the manifest lists is there with its full size."""
-    try:
-        sizes = json.loads((checkpoint / _MANIFEST).read_text())["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def save_checkpoint(directory: Path, iteration: int, state: TrainState) -> Path:
-    """Write a checkpoint; all ranks take part. Returns its directory."""
-    final = directory / f"iter_{iteration:07d}"
-    temporary = directory / f".{final.name}.tmp"
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    metadata = _metadata(state.partly_trained)
-    content = _state_dict(state, metadata, is_loading=False)
-    content["iteration"] = iteration
-    content["rng"] = _rng_state()
-    with megatron_scope():
-        dist_checkpointing.save(content, str(temporary), content_metadata=_stored(metadata))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        _publish(temporary, final)
-        _replace_text(directory / _LATEST, str(iteration))
-    dist.barrier()
-    return final
-
-
-def load_checkpoint(checkpoint: Path, state: TrainState) -> int:
+def load_checkpoint(checkpoint: Path, state: TrainState, *, load_rng: bool = True) -> int:
     """Restore `state` in place, on any number of ranks. Returns the iteration.
 
     Without an optimizer only the weights are read; with one also its state, the schedule and random numbers.
+
+    Raises:
+        UserError: the checkpoint is of another model, or its optimizer state does not fit; on every rank.
     """
+    if is_legacy(checkpoint):
+        from rltrain.megatron.checkpoint_torch import load_legacy
+
+        return load_legacy(checkpoint, state, load_rng=load_rng)
     stored = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
-    metadata = _metadata(stored.get(_BY_LAYER, False))
-    content = _state_dict(state, metadata, is_loading=True)
-    if state.optimizer is not None and _same_layout(checkpoint):
-        content["rng"] = _rng_state()
+    metadata = sharding(stored.get(_BY_LAYER, False))
+    _check_same_model(checkpoint, state, metadata)
+    if state.optimizer is not None:
+        _check_same_optimizer(checkpoint, stored.get("optimizer_kind"), _optimizer_kind(state.optimizer))
+    content = state_dict(state, metadata, is_loading=True)
+    if state.optimizer is not None and load_rng and stored.get("has_rng", True) and _same_layout(stored):
+        content["rng"] = sharded_rng_state()
     with megatron_scope():
         loaded = dist_checkpointing.load(content, str(checkpoint))
-        for key, model in _chunks(state):
+        for key, model in chunks(state):
             model.load_state_dict(loaded[key])
         if state.optimizer is not None:
             state.optimizer.load_state_dict(loaded["optimizer"])
     if state.scheduler is not None:
         state.scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in content:
-        _restore_rng(loaded["rng"])
+        restore_rng(loaded["rng"])
     return int(loaded["iteration"])
 
 
 def has_optimizer(checkpoint: Path) -> bool:
     """Whether the optimizer was saved too."""
+    if is_legacy(checkpoint):
+        from rltrain.megatron.checkpoint_torch import legacy_has_optimizer
+
+        return legacy_has_optimizer(checkpoint)
     return "scheduler" in dist_checkpointing.load_common_state_dict(str(checkpoint))
 
 
-def _state_dict(state: TrainState, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+def is_legacy(checkpoint: Path) -> bool:
+    """Whether it is in Megatron's `torch` format: one directory a model parallel rank."""
+    return any(checkpoint.glob("mp_rank_*"))
+
+
+def state_dict(state: TrainState, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    """This rank's part of `state`, described so that any other layout can read it."""
     with megatron_scope():
         content: dict[str, Any] = {
-            key: model.sharded_state_dict(metadata=metadata) for key, model in _chunks(state)
+            key: model.sharded_state_dict(metadata=metadata) for key, model in chunks(state)
         }
         if state.optimizer is not None:
             content["optimizer"] = state.optimizer.sharded_state_dict(
@@ -153,13 +102,31 @@ def _state_dict(state: TrainState, metadata: dict[str, Any], *, is_loading: bool
     return content
 
 
-def _chunks(state: TrainState) -> list[tuple[str, GPTModel]]:
+def chunks(state: TrainState) -> list[tuple[str, GPTModel]]:
     """Chunks and Megatron-LM's names for them. Stored tensors are named by the layer's place in the model."""
     models = state.models
     return [("model" if len(models) == 1 else f"model{i}", model) for i, model in enumerate(models)]
 
 
-def _metadata(by_layer: bool) -> dict[str, Any]:
+def stored_metadata(state: TrainState, metadata: dict[str, Any], *, has_rng: bool) -> dict[str, Any]:
+    """What is said of a checkpoint in itself."""
+    return {
+        **{key: value for key, value in metadata.items() if key != "dp_cp_group"},
+        **layout(),
+        "has_rng": has_rng,
+        "optimizer_kind": None if state.optimizer is None else _optimizer_kind(state.optimizer),
+    }
+
+
+def layout() -> dict[str, int]:
+    """The sizes that random states, and everything in the legacy format, belong to."""
+    return {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+    }
+
+
+def sharding(by_layer: bool) -> dict[str, Any]:
     """How tensors are laid out. Megatron-core's default for the distributed optimizer cannot be loaded."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -170,78 +137,58 @@ def _metadata(by_layer: bool) -> dict[str, Any]:
     }
 
 
-def _stored(metadata: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in metadata.items() if key != "dp_cp_group"} | _layout()
-
-
-def _layout() -> dict[str, int]:
-    return {
-        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
-    }
-
-
-def _same_layout(checkpoint: Path) -> bool:
+def _same_layout(stored: dict[str, Any]) -> bool:
     """Random states belong to ranks, so they are of use only for the same parallel sizes."""
-    stored = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
-    return all(stored.get(key) == value for key, value in _layout().items())
+    return all(stored.get(key) == value for key, value in layout().items())
 
 
-def _rng_state() -> ShardedObject:
-    """Every generator's state, one entry for each model parallel rank."""
-    state = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if use_cuda() else None,
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
-    layout = _layout()
-    return ShardedObject(
-        "rng",
-        state,
-        (layout["pipeline_model_parallel_size"], layout["tensor_model_parallel_size"]),
-        (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()),
-        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
-    )
+def _optimizer_kind(optimizer: MegatronOptimizer) -> str:
+    """States of the two kinds have other tensors, and cannot be turned into each other."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return "distributed" if type(chained[0]).__name__ == "DistributedOptimizer" else "plain"
 
 
-def _restore_rng(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if use_cuda() and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+def _check_same_optimizer(checkpoint: Path, stored: str | None, wanted: str) -> None:
+    if stored not in (None, wanted):
+        had, has = ("with", "without") if stored == "distributed" else ("without", "with")
+        raise UserError(
+            f"{checkpoint} was saved {had} --use-distributed-optimizer, and this run is {has} it: their states cannot"
+            f" be turned into each other. Start {had} the flag too, or give --no-load-optim to take the weights only."
+        )
 
 
-def _publish(temporary: Path, final: Path) -> None:
-    """Give a finished directory its name, then the manifest that makes it count."""
-    files = {
-        str(path.relative_to(temporary)): path.stat().st_size
-        for path in temporary.rglob("*")
-        if path.is_file()
-    }
-    shutil.rmtree(final, ignore_errors=True)  # cut off in an earlier attempt
-    temporary.rename(final)
-    _replace_text(final / _MANIFEST, json.dumps({"files": files}, indent=1))
-    _sync_directory(final.parent)
+def _check_same_model(checkpoint: Path, state: TrainState, metadata: dict[str, Any]) -> None:
+    """See that the checkpoint has every weight of the model, in its shape; on all ranks alike.
+
+    Raises:
+        UserError: names the first difference, with both shapes.
+    """
+    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    with megatron_scope():
+        wanted = {key: model.sharded_state_dict(metadata=metadata) for key, model in chunks(state)}
+    apply_factories(wanted)
+    tensors = sorted(sharded_tensors(wanted), key=lambda each: each.key)
+    problem = first_problem(_difference(tensors, stored))
+    if problem is not None:
+        raise UserError(f"{checkpoint} is of another model than --hf-checkpoint: {problem}.")
 
 
-def _replace_text(path: Path, text: str) -> None:
-    """Write a small file so that it is seen whole or not at all, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_directory(path.parent)
+def _difference(wanted: list[ShardedTensor], stored: dict[str, Any]) -> str | None:
+    for tensor in wanted:
+        found = stored.get(tensor.key)
+        if found is None:
+            return f"it has no {tensor.key}, which is {tuple(tensor.global_shape)} in the model"
+        if tuple(found.global_shape) != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch:
+            return (
+                f"{tensor.key} is {tuple(found.global_shape)} in the checkpoint and"
+                f" {tuple(tensor.global_shape)} in the model"
+            )
+    return None
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sharded_tensors(tree: Any) -> list[ShardedTensor]:
+    """Those in nested dicts and lists; a factory's tensor counts as one."""
+    if isinstance(tree, ShardedTensor | ShardedTensorFactory):
+        return [tree]
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return [tensor for child in children for tensor in sharded_tensors(child)]

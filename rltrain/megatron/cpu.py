@@ -12,7 +12,6 @@ Megatron-core names CUDA in three ways, and each has its answer here:
 from __future__ import annotations
 
 import contextlib
-import queue
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -78,7 +77,6 @@ def install() -> None:
     _replace_rng()
     _replace_rope()
     replace_dispatching()
-    _replace_checkpoint_queue()
     fix_checkpointing()
 
 
@@ -135,14 +133,3 @@ def _replace_rope() -> None:
         return rope_utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs[positions], **options).squeeze(1)
 
     rope_utils._apply_rotary_pos_emb_thd = apply_thd
-
-
-def _replace_checkpoint_queue() -> None:
-    """Writers of a checkpoint report through a queue that is read in this process.
-
-    The original starts a manager process for it: 3 s, a second import of the main module, and a process that
-    stays behind when this one is killed.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = queue.Queue()

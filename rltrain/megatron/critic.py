@@ -17,13 +17,14 @@ from rltrain.algorithms.value import clipped_value_loss, explained_variance
 from rltrain.arguments.critic_flags import critic_args
 from rltrain.arguments.hf_config import ModelShape
 from rltrain.data.trainable import Flat
-from rltrain.megatron.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from rltrain.megatron.checkpoint import TrainState, load_checkpoint
+from rltrain.megatron.checkpoint_save import SaveOptions, save_checkpoint
 from rltrain.megatron.device import device, megatron_scope
 from rltrain.megatron.forward_backward import forward_only, gather_own
 from rltrain.megatron.loss import Sums
 from rltrain.megatron.micro_batch import MicroBatch
 from rltrain.megatron.rank_share import RankShare
-from rltrain.megatron.start import load_source, resume, weight_source
+from rltrain.megatron.start import load_source, matching, resume, weight_source
 from rltrain.megatron.steps import train_steps
 from rltrain.megatron.trained_model import TrainedModel, Update
 from rltrain.megatron.value_head import build_critic, copy_layers
@@ -66,12 +67,14 @@ class Critic:
         Raises:
             UserError: there is none of that step.
         """
-        resume(self._args, self.trained.full_state(), iteration)
+        if self._args.save and iteration:
+            resume(self._args, self.trained.full_state(), matching(Path(self._args.save), iteration))
 
     def save(self, iteration: int) -> None:
         """Write a checkpoint, if the run has any."""
         if self._args.save:
-            save_checkpoint(Path(self._args.save), iteration, self.trained.state())
+            options = SaveOptions.of_companion(self._args)
+            save_checkpoint(Path(self._args.save), iteration, self.trained.state(), options)
 
     def values(self, share: RankShare) -> Flat:
         """V of the state before each trainable token of this rank's samples."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from megatron.core.models.gpt import GPTModel
 
 from rltrain.arguments.hf_config import ModelShape
-from rltrain.megatron.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from rltrain.megatron.checkpoint import TrainState, load_checkpoint
+from rltrain.megatron.checkpoint_save import SaveOptions, save_checkpoint
 from rltrain.megatron.saved_weights import PastPolicies, SavedWeights
 from rltrain.megatron.start import load_source, matching, reference_source, teacher_source
 
@@ -52,7 +53,8 @@ class OtherPolicies:
         directory = self._directory()
         if directory is not None and self.reference is not None:
             with self.reference.in_place_of(models):
-                save_checkpoint(directory, iteration, TrainState(models))
+                options = SaveOptions.of_companion(self._args)
+                save_checkpoint(directory, iteration, TrainState(models), options)
 
     def resume(self, iteration: int, models: list[GPTModel]) -> None:
         """Take up the reference that belongs to the policy's checkpoint.

@@ -6,17 +6,14 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.hf_config import ModelShape
-from rltrain.megatron.checkpoint import (
-    TrainState,
-    find_checkpoint,
-    has_optimizer,
-    is_complete,
-    load_checkpoint,
-)
+from rltrain.megatron.agreement import first_problem
+from rltrain.megatron.checkpoint import TrainState, has_optimizer, load_checkpoint
+from rltrain.megatron.checkpoint_dir import damaged_file, find_checkpoint, iteration_directory, problem
 from rltrain.megatron.hf_weights import load_hf_weights
 
 
@@ -29,7 +26,7 @@ class WeightSource:
 
 
 def initial_source(args: argparse.Namespace) -> WeightSource:
-    """What the run's first step starts from: --load, else random weights if asked for, else --hf-checkpoint.
+    """Where the run's first weights are from: --load, else random ones if asked for, else --hf-checkpoint.
 
     Raises:
         UserError: --load is neither a model directory nor one with checkpoints.
@@ -55,20 +52,39 @@ def teacher_source(args: argparse.Namespace) -> WeightSource:
 
 
 def weight_source(directory: Path, flag: str, step: int | None) -> WeightSource:
-    """Weights in a directory that a flag names.
+    """Weights in a directory that a flag names; all ranks look together.
 
     Raises:
         UserError: it is neither a Hugging Face directory nor one with a complete checkpoint.
     """
     if (directory / "config.json").exists():
         return WeightSource(hf_directory=directory)
-    checkpoint = find_checkpoint(directory, step)
+    checkpoint = usable_checkpoint(directory, step)
     if checkpoint is None:
         raise UserError(
             f"{flag} {directory} holds neither a Hugging Face model (config.json and safetensors) nor a complete"
             " checkpoint (iter_0000040/ with its manifest.json)."
         )
     return WeightSource(checkpoint=checkpoint)
+
+
+def usable_checkpoint(directory: Path, iteration: int | None = None) -> Path | None:
+    """The newest checkpoint whose files are what was written, or the one of `iteration`; None if there is none.
+
+    Every rank reads a share of the files.
+
+    Raises:
+        UserError: the checkpoint of the wanted `iteration` is missing, incomplete or damaged.
+    """
+    damaged: dict[Path, str] = {}
+    while True:
+        checkpoint = find_checkpoint(directory, iteration, damaged)
+        if checkpoint is None:
+            return None
+        file = first_problem(damaged_file(checkpoint, dist.get_rank(), dist.get_world_size()))
+        if file is None:
+            return checkpoint
+        damaged[checkpoint] = f"{file} is damaged: its checksum is another"
 
 
 def load_source(models: list[GPTModel], shape: ModelShape, source: WeightSource) -> None:
@@ -79,24 +95,26 @@ def load_source(models: list[GPTModel], shape: ModelShape, source: WeightSource)
         load_checkpoint(source.checkpoint, TrainState(models))
 
 
-def resume(args: argparse.Namespace, state: TrainState, iteration: int | None = None) -> int:
-    """Go on from the newest complete checkpoint of this run, if there is one.
+def own_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The newest usable checkpoint of this run, or None."""
+    return usable_checkpoint(Path(args.save)) if args.save else None
+
+
+def continued_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint of --load that a run which has none of its own goes on from; None with --finetune."""
+    if args.load is None or args.finetune:
+        return None
+    return initial_source(args).checkpoint
+
+
+def resume(args: argparse.Namespace, state: TrainState, checkpoint: Path | None) -> int:
+    """Go on from a checkpoint.
 
     With --no-load-optim, or when the checkpoint was saved with --no-save-optim, the optimizer starts afresh.
 
-    Args:
-        iteration: Take this checkpoint, not the newest: a critic's has to be as old as the policy's. 0: none.
-
     Returns:
-        The number of rollouts that have been trained on, 0 for a fresh run.
-
-    Raises:
-        UserError: there is no complete checkpoint of `iteration`.
+        The number of rollouts that have been trained on, 0 without a checkpoint.
     """
-    if not args.save or iteration == 0:
-        return 0
-    directory = Path(args.save)
-    checkpoint = find_checkpoint(directory) if iteration is None else matching(directory, iteration)
     if checkpoint is None:
         return 0
     if args.no_load_optim or not has_optimizer(checkpoint):
@@ -104,7 +122,7 @@ def resume(args: argparse.Namespace, state: TrainState, iteration: int | None = 
         if state.optimizer is not None:
             state.optimizer.reload_model_params()
         return iteration
-    return load_checkpoint(checkpoint, state)
+    return load_checkpoint(checkpoint, state, load_rng=not args.no_load_rng)
 
 
 def matching(directory: Path, iteration: int) -> Path:
@@ -113,16 +131,10 @@ def matching(directory: Path, iteration: int) -> Path:
     Raises:
         UserError: it is missing or incomplete.
     """
-    checkpoint = directory / f"iter_{iteration:07d}"
-    if not is_complete(checkpoint):
+    checkpoint = iteration_directory(directory, iteration)
+    if (why := problem(checkpoint)) is not None:
         raise UserError(
-            f"{checkpoint} is missing or incomplete, and the policy's checkpoint of that step needs it. Bring it"
-            " back, or remove the policy's too, so that the run goes on from an earlier one."
+            f"{checkpoint} is missing or incomplete ({why}), and the policy's checkpoint of that step needs it. Bring"
+            " it back, or remove the policy's too, so that the run goes on from an earlier one."
         )
     return checkpoint
-
-
-def newest_iteration(args: argparse.Namespace) -> int:
-    """The number of rollouts that this run's newest complete checkpoint was trained on, 0 if there is none."""
-    checkpoint = find_checkpoint(Path(args.save)) if args.save else None
-    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("iter_"))
