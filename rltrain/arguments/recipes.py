@@ -19,8 +19,8 @@ _FOLDERS = ("demo", "models")
 
 # Options of `hpc.submit` itself, which a recipe may have too; who only wants the training flags passes over them.
 OF_SUBMIT = (
-    "account", "after", "chain", "detach", "dry-run", "gpu-type", "max-engine-restarts", "max-failures", "max-restarts", "name", "nodes", "partition",
-    "placement", "qos", "runs-dir", "template", "test-only", "time",
+    "account", "after", "chain", "detach", "dry-run", "gpu-type", "max-engine-restarts", "max-failures", "max-restarts",
+    "name", "nodes", "partition", "placement", "qos", "runs-dir", "template", "test-only", "time",
 )  # fmt: skip
 
 
