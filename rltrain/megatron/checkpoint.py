@@ -20,6 +20,7 @@ from rltrain.arguments.errors import UserError
 from rltrain.megatron.agreement import first_problem
 from rltrain.megatron.checkpoint_rng import restore_rng, sharded_rng_state
 from rltrain.megatron.device import megatron_scope
+from rltrain.megatron.optimizer_chain import fit_chain
 
 _BY_LAYER = "non_homogeneous_layers"  # Megatron-core's name
 
@@ -65,7 +66,8 @@ def load_checkpoint(checkpoint: Path, state: TrainState, *, load_rng: bool = Tru
         for key, model in chunks(state):
             model.load_state_dict(loaded[key])
         if state.optimizer is not None:
-            state.optimizer.load_state_dict(loaded["optimizer"])
+            common = dist_checkpointing.load_common_state_dict(str(checkpoint))["optimizer"]
+            state.optimizer.load_state_dict(fit_chain(loaded["optimizer"], common, state.optimizer))
     if state.scheduler is not None:
         state.scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in content:
