@@ -92,6 +92,7 @@ def tokens_of(row: pd.Series) -> dict[str, Any]:
         "trainer": _rounded(trainer),
         "gap": _rounded(trainer - engine, significant=True) if both else None,  # type: ignore[operator]
         "entropy": _rounded(_floats(row["trainer_entropies"])),
+        "advantage": _rounded(_floats(row["advantages"])),
     }
 
 
@@ -113,6 +114,8 @@ def meta_of(run: Run, shown: int, total: int, *, overview: bool) -> dict[str, An
         "facts": facts,
         "findings": findings,
         "charts": list(_charts(run)) if overview else [],
+        "marks": _attempt_marks(run),
+        "overview": overview,
         "total": total,
         "left_out": total - shown,
     }
@@ -131,6 +134,12 @@ def _charts(run: Run) -> Iterator[list[Any]]:
         _series(steps, "rollout/response_length_max", "longest", "#E69F00"),
     ]
     yield ["Response length (tokens)", [series for series in length if series["x"]]]
+
+
+def _attempt_marks(run: Run) -> list[dict[str, Any]]:
+    """Where a later attempt of the job took over."""
+    first = run.steps[run.steps["step"] >= 0].groupby("attempt")["step"].min()
+    return [{"x": int(step), "label": f"attempt {attempt}"} for attempt, step in list(first.items())[1:]]
 
 
 def _series(steps: pd.DataFrame, name: str, label: str, colour: str, shift: int = 0) -> dict[str, Any]:

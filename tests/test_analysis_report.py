@@ -147,6 +147,27 @@ def test_a_browser_opens_filters_and_sorts(root: Path, tmp_path: Path, page: Pag
         "[...document.querySelectorAll('.tabs button')].find((b) => b.textContent === 'tokens').click()"
     )
     page.wait("document.querySelector('.tokens .masked')")
+    shown = page.evaluate("index.index[selected]"), page.evaluate("index.dataset[selected]")
+    row = load_run(root / "baseline").samples.set_index(["index", "dataset"]).loc[shown]
+    values = run.tokens(int(shown[0])).query("mask == 1")
+    facts = page.evaluate("[...document.querySelectorAll('.legend + .kv span')].map((e) => e.textContent)")
+    means = {text.rpartition(" ")[0]: float(text.rpartition(" ")[2].replace("−", "-")) for text in facts}
+    assert shown[1] == "train"
+    assert means["mean log-prob"] == pytest.approx(values["log_prob_engine"].mean(), rel=0.01)
+    assert means["mean entropy"] == pytest.approx(values["entropy"].mean(), rel=0.01)
+    page.evaluate("""document.querySelector('.tokens .t:not(.masked)').dispatchEvent(
+        new MouseEvent('mousemove', {bubbles: true, clientX: 9, clientY: 9}))""")
+    tip = page.evaluate("document.getElementById('tip').textContent").replace("−", "-")
+    first = values.iloc[0]
+    for line in (
+        f"id {first['id']}",
+        f"entropy: {first['entropy']:.5g}"[:13],
+        "advantage: ",
+        "trained on",
+        "log-prob, trainer: ",
+    ):
+        assert line in tip
+    assert f"advantage: {row['train_reward']:.4f}"[:16] in tip
     assert page.evaluate("document.querySelectorAll('#heat option').length") == 4
     page.evaluate(
         "[...document.querySelectorAll('.tabs button')].find((b) => b.textContent === 'group').click()"
@@ -185,7 +206,7 @@ def test_hostile_texts_stay_text(hostile: Path, tmp_path: Path, page: Page) -> N
 
 @needs_chromium
 @pytest.mark.slow
-def test_ten_thousand_samples_are_filtered_at_once(root: Path, tmp_path: Path, page: Page) -> None:
+def test_ten_thousand_samples_are_filtered(root: Path, tmp_path: Path, page: Page) -> None:
     run = load_run(root / "baseline")
     rows = run.read_samples("all", steps=0).drop(columns=["step"])
     layout = RunLayout(tmp_path / "large")
@@ -195,10 +216,7 @@ def test_ten_thousand_samples_are_filtered_at_once(root: Path, tmp_path: Path, p
         pq.write_table(table, layout.step_dir(step, 0) / "part-0.parquet")
     page.open(browse(load_run(layout.root)).save(tmp_path / "page.html").as_uri())
     assert page.evaluate("index.step.length") > 9900
-    milliseconds = page.evaluate(
-        "(async () => { const t = performance.now(); document.getElementById('low').value = '0.5';"
-        " await apply(); return performance.now() - t; })()"
-    )
+    page.evaluate("document.getElementById('low').value = '0.5'; apply()")
     assert page.evaluate("visible.every((i) => index.reward[i] >= 0.5)")
-    assert milliseconds < 1000  # a tenth of that on an idle machine
+    assert page.evaluate("document.querySelectorAll('#rows .row').length") < 60  # only those in sight
     assert page.errors == []

@@ -51,6 +51,6 @@ function textBlock(text) {
 
 function num(value, digits = 3) {
   if (value === null || value === undefined) return "–";
-  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return value.toExponential(1);
-  return String(Number(value.toPrecision(digits)));
+  const far = value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5);
+  return (far ? value.toExponential(1) : String(Number(value.toPrecision(digits)))).replaceAll("-", "−");
 }

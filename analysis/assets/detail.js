@@ -18,7 +18,7 @@ async function showSample(i) {
     button.onclick = () => { shownTab = name; remember(); showSample(i); };
     return button;
   }));
-  const failure = text.failure ? [el("div", "failure", ...safeText(text.failure))] : [];
+  const failure = text.failure ? [el("pre", "failure", ...safeText(text.failure))] : [];
   $("detail").replaceChildren(el("div", "kv", ...facts.map(([key, value]) => el("span", "", key + " ", el("b", "", String(value))))), ...failure, tabs, body);
   $("tip").hidden = true;
 }
@@ -31,7 +31,7 @@ function message(role, content, note) {
 async function conversation(i) {
   const text = await textOf(i);
   const parts = text.messages.map(([role, content, trained]) => message(role, content, role === "assistant" && !trained ? "not trained on" : ""));
-  for (const [name, value] of text.extra) parts.push(message(name, value));
+  for (const [name, value] of text.extra) parts.push(el("div", "extra", el("b", "", name), textBlock(value)));
   return el("div", "", ...parts);
 }
 
@@ -54,7 +54,7 @@ async function tokens(i) {
   const scale = SCALES[heat], ramp = el("span", "ramp");
   ramp.style.background = `linear-gradient(90deg, rgba(${scale.colour},0), rgba(${scale.colour},.75))`;
   const legend = el("div", "legend", choose, el("span", "", scale.ends[0], ramp, scale.ends[1]), el("span", "", "dim: not trained on (prompt, tools)"));
-  const field = el("div", "tokens");
+  const field = el("div", "tokens"), means = el("div", "kv", ...meansOf(data).map(([key, value]) => el("span", "", key + " ", el("b", "", num(value)))));
   const draw = (from, to) => { for (let p = from; p < to; p++) field.append(tokenSpan(data, vocabulary, p, there.length ? scale : null)); };
   draw(0, Math.min(FEW, data.ids.length));
   if (data.ids.length > FEW) {
@@ -64,7 +64,17 @@ async function tokens(i) {
   }
   field.onmousemove = (event) => tip(event, data, vocabulary);
   field.onmouseleave = () => { $("tip").hidden = true; };
-  return el("div", "", legend, field);
+  return el("div", "", legend, means, field);
+}
+
+// Means over the tokens that are trained on.
+function meansOf(data) {
+  const mean = (values, of) => {
+    const known = values.filter((v, at) => v !== null && data.mask[at]);
+    return known.length ? known.reduce((sum, v) => sum + of(v), 0) / known.length : null;
+  };
+  const rows = [["mean log-prob", "engine", (v) => v], ["mean |gap|", "gap", Math.abs], ["mean entropy", "entropy", (v) => v]];
+  return rows.filter(([, column]) => data[column]).map(([label, column, of]) => [label, mean(data[column], of)]);
 }
 
 function tokenSpan(data, vocabulary, p, scale) {
@@ -84,6 +94,7 @@ function tip(event, data, vocabulary) {
   const p = Number(span.dataset.p), at = p - data.start;
   const lines = [`token ${p}   id ${data.ids[p]}   ${JSON.stringify(vocabulary[data.ids[p]] ?? null)}`];
   for (const { label, column } of Object.values(SCALES)) if (at >= 0 && data[column]) lines.push(`${label}: ${num(data[column][at], 5)}`);
+  if (at >= 0 && data.advantage) lines.push(`advantage: ${num(data.advantage[at], 5)}`);
   lines.push(at < 0 ? "prompt" : data.mask[at] ? "trained on" : "not trained on");
   box.replaceChildren(...safeText(lines.join("\n")));
   box.hidden = false;
@@ -96,7 +107,7 @@ async function group(i) {
   same.sort((a, b) => (index.reward[b] ?? -Infinity) - (index.reward[a] ?? -Infinity));
   const cards = same.slice(0, 64).map(async (j) => {
     const text = await textOf(j), said = text.messages.slice(text.prompt).map(([role, content]) => (role === "assistant" ? "" : `[${role}] `) + content).join("\n");
-    const card = el("div", "card" + (j === i ? " on" : ""), el("b", "", `reward ${num(index.reward[j])} · advantage ${num(index.advantage[j])} · ${index.length[j]} tokens`), textBlock(said));
+    const card = el("div", "card" + (j === i ? " on" : ""), el("b", "", badge(index.reward[j]), el("span", "", `advantage ${num(index.advantage[j])} · ${index.length[j]} tokens`)), textBlock(said));
     card.onclick = () => { if (!String(getSelection())) select(j); };
     return card;
   });

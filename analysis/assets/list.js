@@ -51,6 +51,15 @@ async function apply() {
   remember();
 }
 
+// A reward on a ground that is the darker the nearer it is to the largest one of the page.
+let rewardEnds;
+function badge(reward) {
+  if (!rewardEnds) rewardEnds = index.reward.reduce(([low, high], r) => (r === null ? [low, high] : [Math.min(low, r), Math.max(high, r)]), [Infinity, -Infinity]);
+  const node = el("span", "badge", num(reward)), [low, high] = rewardEnds;
+  if (reward !== null && high > low) node.style.backgroundColor = `rgba(0,121,90,${(0.05 + (0.4 * (reward - low)) / (high - low)).toFixed(3)})`;
+  return node;
+}
+
 function drawRows() {
   const scroll = $("scroll"), first = Math.max(0, Math.floor(scroll.scrollTop / ROW) - 5);
   const last = Math.min(visible.length, Math.ceil((scroll.scrollTop + scroll.clientHeight) / ROW) + 5);
@@ -58,7 +67,7 @@ function drawRows() {
   for (let k = first; k < last; k++) {
     const i = visible[k];
     const row = el("div", "row" + (i === selected ? " on" : ""),
-      el("span", "n", String(index.step[i])), el("span", "n", String(index.group[i])), el("span", "n", num(index.reward[i])), el("span", "n", String(index.length[i])),
+      el("span", "n", String(index.step[i])), el("span", "n", String(index.group[i])), el("span", "n", badge(index.reward[i])), el("span", "n", String(index.length[i])),
       el("span", "pill " + index.status[i].replace(/[^a-z]/g, ""), index.status[i]), el("span", "preview", ...safeText(index.preview[i])));
     row.onclick = () => select(i);
     rows.push(row);

@@ -29,7 +29,7 @@ function drawTop() {
   $("facts").replaceChildren(...meta.facts.map(([key, value]) => el("span", "", key + " ", el("b", "", value))));
   const findings = meta.findings.map((f) => el("div", "finding " + f.severity, el("b", "", f.name), ": " + f.evidence, el("small", "", f.advice)));
   const box = meta.charts.length ? el("div", "findings", el("h2", "", findings.length ? `Findings (${findings.length})` : "Findings: none"), ...findings) : null;
-  $("top").replaceChildren(...[...meta.charts.map(([title, series]) => chart(title, series)), box].filter(Boolean));
+  $("top").replaceChildren(...[...meta.charts.map(([title, series]) => chart(title, series, meta.marks)), box].filter(Boolean));
 }
 
 function options(id, values) {
@@ -38,6 +38,7 @@ function options(id, values) {
 
 async function start() {
   [meta, index] = await Promise.all([block("meta"), block("index")]);
+  document.body.classList.toggle("single", !meta.overview);
   drawTop();
   options("dataset", index.dataset);
   options("status", index.status);
