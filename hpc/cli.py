@@ -6,6 +6,7 @@ A table is drawn with rich on a terminal; elsewhere it is plain columns, which `
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import shlex
@@ -14,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hpc.layout import RunLayout
 from rltrain.arguments.errors import UserError
@@ -23,11 +24,22 @@ EXIT_OK, EXIT_FAIL, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 EXIT_CODES = "exit codes: 0 done, 2 bad input, 130 interrupted"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest flag where one is mistyped."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized"):
+            typed = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+            near = {word: difflib.get_close_matches(word, self._option_string_actions, n=1) for word in typed}
+            message += "".join(f"; did you mean {found[0]}?" for found in near.values() if found)
+        super().error(message)
+
+
 def make_parser(
     module: str, doc: str | None, example: str, exit_codes: str = EXIT_CODES
 ) -> argparse.ArgumentParser:
     """A parser for `python -m MODULE` whose help shows the module's docstring, an example and the exit codes."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"python -m {module}",
         description=doc,
         epilog=f"example:\n  {example}\n\n{exit_codes}",

@@ -36,6 +36,23 @@ def test_help_and_list(helps: dict[str, str], verb: str) -> None:
     assert f"\n## {verb}\n" in DOCS.read_text()
 
 
+@pytest.mark.parametrize(
+    ("verb", "words", "near"),
+    [
+        ("status", ["--jsn"], "--json"),
+        ("logs", ["demo", "--rol=trainer"], "--role"),
+        ("accounting", ["demo", "--runs-dirr", "x"], "--runs-dir"),
+        ("cancel", ["demo", "--noww"], "--now"),
+        ("submit", ["--partiton=gpu"], "--partition"),
+        ("doctor", ["--nodess=4"], "--nodes"),
+    ],
+)
+def test_a_typo_names_the_nearest_flag(verb: str, words: list[str], near: str) -> None:
+    done = python("-m", f"hpc.{verb}", *words)
+    assert done.returncode in (1, 2)  # the doctor lists it among what would fail
+    assert f"did you mean {near}?" in " ".join((done.stdout + done.stderr).split())
+
+
 def test_the_list_is_complete() -> None:
     shown = python("-m", "hpc").stdout
     assert [line.split()[0] for line in shown.splitlines()[2:]] == list(VERBS)

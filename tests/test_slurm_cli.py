@@ -111,6 +111,16 @@ def test_spare_jobs_do_not_repeat_what_can_not_work(run: FakeRun) -> None:  # no
     assert (look(run).state, look(run).reason) == ("FAILED", "trainer-0 exited with code 93")
 
 
+def test_the_first_line_that_a_new_user_types(slurm_cluster: Sandbox, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hpc.submit", "--partition=gpu", "--nodes=4", "--test-only"]
+    env = {**slurm_cluster.env, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("to start at") == 2  # SFT, then GRPO
+    assert "4 nodes: 2 for training (1 rank each), 2 for rollout (1 engine each)" in done.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["demo-data"]
+
+
 def test_sweep(run: FakeRun) -> None:  # noqa: F811
     sweep = ("--sweep", "seed=1,2,3", "--sweep-parallel=2", "--nodes=2", "--colocate")
     code, _, err = run.finish(*sweep, steps=40)

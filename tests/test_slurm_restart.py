@@ -18,6 +18,7 @@ from hpc.restart import (
     why_not_begin,
 )
 from hpc.slurm.states import JobState
+from hpc.slurm_supervisor import choose_address
 from hpc.srun import Allocation, TaskExit, failed_nodes, parse_exits, srun_env
 from hpc.task import task_env
 
@@ -141,6 +142,20 @@ def test_allocation() -> None:
     assert Allocation.from_env(env) == Allocation((("n1", "n2"), ("m7",)), (None, "a100:2"), (8, None), True)
     plain = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "16"}
     assert Allocation.from_env(plain) == Allocation((("n1", "n2"),), ("4",), (16,), False)
+
+
+def test_address_that_other_nodes_reach() -> None:
+    def allocation(*nodes: str) -> Allocation:
+        return Allocation((nodes,), (None,), (None,), False)
+
+    assert choose_address(allocation("n1"), {"SLURMD_NODENAME": "n1"}) == "127.0.0.1"
+    # A node that calls itself by a loopback address: the way to the other one tells.
+    nodes = allocation("localhost", "127.44.0.2")
+    assert choose_address(nodes, {"SLURMD_NODENAME": "localhost"}).startswith("127.")
+    # Not by its own loopback name, where it has another.
+    assert (
+        choose_address(allocation("192.0.2.7", "192.0.2.8"), {"SLURMD_NODENAME": "192.0.2.7"}) == "192.0.2.7"
+    )
 
 
 def test_srun_takes_no_flags_from_the_environment() -> None:

@@ -34,6 +34,7 @@ CASES = {
     "plain": ["--partition=gpu", "--nodes=2", "--placement=plain", "--time=1:00:00"],
     "colocated": ["--partition=low", "--nodes=2", "--colocate", "--gpu-type=h100"],
     "one_node": ["--partition=gpu"],
+    "engine_on_two_nodes": ["--partition=gpu", "--nodes=4", "--rollout-num-gpus-per-engine=8"],
     "each_role_its_own": [
         *("--partition=gpu", "--nodes=3", "--account=research", "--time=2:00:00", "--after", "1", "2"),
         *("--slurm.trainer.gpu-type=h100", "--slurm.trainer.mem=32G", "--slurm.trainer.constraint=h100"),

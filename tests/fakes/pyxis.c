@@ -1,7 +1,7 @@
 /* A stand-in for pyxis, Slurm's plugin for containers: srun takes its flags, the task starts on the host and is told of
  * them in FAKE_PYXIS_IMAGE and FAKE_PYXIS_MOUNTS. Declares what it needs of <slurm/spank.h>, so that no header has to be
  * installed: `cc -shared -fPIC -DSLURM_VERSION=… -o pyxis.so pyxis.c`. */
-#include <stddef.h>
+#include <string.h>
 
 typedef struct spank_handle *spank_t;
 struct spank_option {
@@ -17,10 +17,10 @@ const char plugin_type[] = "spank";
 const unsigned int plugin_version = SLURM_VERSION;
 const unsigned int spank_plugin_version = 1;
 
-static const char *values[2];
+static char values[2][4096]; /* copies: the value is Slurm's, and gone when the task starts */
 
 static int take(int val, const char *value, int remote) {
-    values[val] = value;
+    strncpy(values[val], value, sizeof values[val] - 1);
     return 0;
 }
 
@@ -37,9 +37,9 @@ int slurm_spank_init(spank_t spank, int argc, char **argv) {
 }
 
 int slurm_spank_task_init(spank_t spank, int argc, char **argv) {
-    if (values[0])
+    if (values[0][0])
         spank_setenv(spank, "FAKE_PYXIS_IMAGE", values[0], 1);
-    if (values[1])
+    if (values[1][0])
         spank_setenv(spank, "FAKE_PYXIS_MOUNTS", values[1], 1);
     return 0;
 }

@@ -29,7 +29,10 @@ class FileRegistry:
         while not self._file.exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        return [RoleAddress(role, 0, self._file.read_text(), 0, "")]
+        return [RoleAddress(role, 0, self.read(), 0, "")]
+
+    def read(self) -> str:
+        return self._file.read_text()
 
 
 def main(work: Path, registry_url: str) -> None:
@@ -42,7 +45,10 @@ def main(work: Path, registry_url: str) -> None:
     context = RoleContext(work, 0, "trainer", rank, registry_url, "token")
     # A test of several layouts has the arguments of each; the ranks are split anew for all but the first.
     first = args if isinstance(args, argparse.Namespace) else next(iter(args.values()))
-    init_process_group(context, FileRegistry(work), first)
+    registry = FileRegistry(work)
+    init_process_group(context, registry, first)
+    # Code of the user's finds them as under torchrun.
+    assert registry.read() == f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     result = getattr(importlib.import_module(module), name)(args, work)
     (work / f"result-{rank}.pickle").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
