@@ -187,8 +187,11 @@ def test_int_saves_and_ends(run: FakeRun) -> None:
     assert wait_for(run.cluster, job.job_id).state is JobState.FAILED
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("partition", ["low", "lowgrace"])
+@pytest.mark.parametrize(
+    ("layout", "partition"),
+    # With a grace time the others are preempted in test_slurm_real.py.
+    [("het", "low"), ("plain", "low"), ("colocated", "low"), ("het", "lowgrace")],
+)
 def test_preempted_job_goes_on_without_gap_or_repeat(run: FakeRun, layout: str, partition: str) -> None:
     job = run.detach(*LAYOUTS[layout], steps=120, partition=partition)
     until(lambda: len(run.steps()) > 3, 30, "some steps")
