@@ -13,6 +13,7 @@ import pytest
 
 from hpc.layout import RunLayout
 from rltrain import job as job_module
+from rltrain import stop as stop_module
 from rltrain import train as train_module
 from rltrain.job import Job
 from rltrain.tracking import Tracker
@@ -20,7 +21,7 @@ from rltrain.tracking import Tracker
 
 @pytest.fixture
 def make_job(monkeypatch: pytest.MonkeyPatch) -> object:
-    monkeypatch.setattr(job_module, "_ASK_SECONDS", 0.05)
+    monkeypatch.setattr(stop_module, "_ASK_SECONDS", 0.05)
     monkeypatch.setattr(job_module, "on_rank_0", lambda call: call())
 
     def make(generate: object, stop: str | None = None) -> Job:
