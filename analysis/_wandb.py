@@ -32,18 +32,17 @@ class WandbSource:
         return []
 
 
-def load_wandb(path: str | Path, *, api: Any = None, run_id: str | None = None, strict: bool = False) -> Run:
+def load_wandb(path: str | Path, *, run_id: str | None = None, strict: bool = False) -> Run:
     """A run from W&B, with the frames of `load_run`; the samples are not in W&B, so those frames are empty.
 
     Args:
         path: of offline files (a `.wandb` file, a directory of one run, a `wandb` directory or what holds it), which
             are read without W&B and without a network; or `entity/project/run` on the server.
-        api: `wandb.Api()` to use; made when it is needed.
         run_id: which run, if the directory holds several. The attempts of one run are put together by its id.
         strict: a damaged file is an error, not a warning.
 
     Raises:
-        RunNotFoundError: nothing there, or several runs.
+        RunNotFoundError: nothing there, or several runs; or W&B does not give it out.
     """
     place = Path(path).expanduser()
     if place.exists():
@@ -52,11 +51,7 @@ def load_wandb(path: str | Path, *, api: Any = None, run_id: str | None = None, 
         raise RunNotFoundError(
             f"{path} does not exist, and does not read entity/project/run as W&B names its runs."
         )
-    if api is None:
-        import wandb
-
-        api = wandb.Api()
-    return Run(_online(str(path), api), strict=strict)
+    return Run(_online(str(path)), strict=strict)
 
 
 @dataclass(frozen=True)
@@ -125,10 +120,15 @@ def _rows(history: dict[str, Any] | pd.DataFrame, attempt: int) -> pd.DataFrame:
     return frame.astype({"step": "int64"})
 
 
-def _online(path: str, api: Any) -> WandbSource:
-    run = api.run(path)
-    # Without keys: with them, W&B leaves out every row that lacks one.
-    history: list[dict[str, Any]] = list(run.scan_history())
+def _online(path: str) -> WandbSource:
+    import wandb
+
+    try:
+        run = wandb.Api().run(path)
+        # Without keys: with them, W&B leaves out every row that lacks one.
+        history: list[dict[str, Any]] = list(run.scan_history())
+    except wandb.errors.Error as error:
+        raise RunNotFoundError(f"W&B does not give out {path}: {error}") from error
     info = {"wandb_run_id": run.id, "url": run.url, "state": run.state, "created": run.created_at}
     config = {key: value for key, value in dict(run.config).items() if not key.startswith("_")}
     return WandbSource(run.name or path, path, _sections(config), info, _rows(rows_frame(history), 0))

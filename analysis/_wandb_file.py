@@ -67,6 +67,10 @@ def _frames(data: bytes, *, end_at_damage: bool = False) -> Iterator[bytes]:
             position += left
             continue
         crc, length, kind = _HEADER.unpack_from(data, position)
+        if length > left - 7:  # no fragment goes beyond its block, however much is still to come
+            if end_at_damage:
+                return
+            raise ValueError(f"the record at byte {position} is longer than its block")
         body = data[position + 7 : position + 7 + length]
         if len(body) < length or not (crc or length or kind):  # being written, or space reserved for more
             return

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
+from fakes.wandb_server import STEPS, fake_wandb_server
 
 from analysis import DamagedFileError, DamagedFileWarning, RunNotFoundError, load_wandb
 from analysis._wandb_file import HISTORY, fields, read_history, read_records, record_kind
@@ -30,6 +30,15 @@ for first, end, offset in [(0, 150, 0.0), (140, 160, 100.0)]:
         run.log(row if step % 2 else {**row, "eval/sums": -step})
     run.finish()
 """
+
+
+def first_header_after(content: bytes, least: int) -> int:
+    """Where a record begins, at byte `least` or later."""
+    position = 7
+    while position < least:
+        left = 32768 - position % 32768
+        position += left if left < 7 else 7 + int.from_bytes(content[position + 4 : position + 6], "little")
+    return position
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +92,20 @@ def test_space_reserved_at_the_end_is_no_damage(offline: Path, tmp_path: Path) -
     assert len(load_wandb(tmp_path, strict=True).steps) == 150
 
 
-def test_a_damaged_file_is_named(offline: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("byte", range(8), ids=["crc"] * 4 + ["length"] * 2 + ["kind", "body"])
+def test_a_damaged_file_is_named(offline: Path, tmp_path: Path, byte: int) -> None:
     content = bytearray(files(offline)[0].read_bytes())
-    content[len(content) // 2] ^= 0xFF
+    content[first_header_after(content, 10_000) + byte] ^= 0xFF
     path = tmp_path / "run-abc.wandb"
     path.write_bytes(content)
-    with pytest.warns(DamagedFileWarning, match=r"run-abc\.wandb is damaged.*checksum"):
+    with pytest.warns(DamagedFileWarning, match=r"run-abc\.wandb is damaged.*(checksum|longer)"):
         assert 0 < len(load_wandb(path).steps) < 150
     with pytest.raises(DamagedFileError, match=r"run-abc\.wandb is damaged"):
         load_wandb(path, strict=True)
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run-abc.wandb"
     path.write_text("something else")
     with pytest.raises(DamagedFileError, match="does not begin"):
         load_wandb(path, strict=True)
@@ -147,27 +161,38 @@ def test_several_runs_ask_which(offline: Path, tmp_path: Path) -> None:
         load_wandb(tmp_path / "nothing")
 
 
-class FakeApi:
-    """Stands for `wandb.Api`, which needs a server: the few members that we use."""
+# In a process of its own, because W&B keeps its settings and its service for the life of one.
+ONLINE = """
+import json
+from analysis import RunNotFoundError, Runs, load_wandb
+run = load_wandb("team/project/abc")
+print(json.dumps([run.name, json.loads(run.steps.to_json(orient="split", date_format="iso"))]))
+print(Runs([run]).runs.to_json(orient="records", date_format="iso"))
+print(json.dumps([len(frame) for frame in (run.samples, run.evals, run.groups, run.events, run.attempts)]))
+try:
+    load_wandb("team/project/other")
+except RunNotFoundError as error:
+    print(json.dumps(str(error)))
+"""
 
-    def run(self, path: str) -> SimpleNamespace:
-        assert path == "team/project/abc"
-        rows: list[dict[str, Any]] = [
-            {"step": i, "_step": i, "_timestamp": 1e9 + i, "train/loss": float(i)} for i in range(5)
-        ]
-        rows[4]["eval/sums"] = 1.0
-        return SimpleNamespace(
-            id="abc", name="nice", url="https://wandb.ai/team/project/runs/abc", state="finished",
-            created_at="2026-01-01T00:00:00Z", config={"lr": 0.1, "_wandb": {}}, scan_history=lambda: iter(rows),
-        )  # fmt: skip
 
-
-def test_online_runs_come_through_the_public_api() -> None:
-    from analysis._runs import Runs
-
-    run = load_wandb("team/project/abc", api=FakeApi())
-    assert run.name == "nice"
-    assert run.steps["train/loss"].tolist() == [0, 1, 2, 3, 4]
-    assert run.steps["eval/sums"].notna().tolist() == [False] * 4 + [True]
-    row = Runs([run]).runs.iloc[0]
-    assert (row["state"], row["wandb_url"], row["config.lr"]) == ("finished", run.info["url"], 0.1)
+def test_online_runs_come_through_the_public_api(tmp_path: Path) -> None:
+    """The real `wandb.Api`, and a server that answers what it asks."""
+    with fake_wandb_server() as url:
+        env = {**os.environ, "WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40, "HOME": str(tmp_path),
+               "WANDB_DIR": str(tmp_path), "WANDB_CACHE_DIR": str(tmp_path)}  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", ONLINE], env=env, capture_output=True, text=True, timeout=120
+        )
+    assert done.returncode == 0, done.stderr
+    (name, split), [row], lengths, missing = map(json.loads, done.stdout.splitlines())
+    steps = dict(zip(split["columns"], zip(*split["data"], strict=True), strict=True))
+    assert name == "nice"
+    assert steps["step"] == tuple(range(STEPS))
+    assert steps["train/loss"] == tuple(step / 4 for step in range(STEPS))
+    assert steps["eval/sums"] == (None,) * (STEPS - 1) + (1.0,)
+    assert steps["attempt"] == (0,) * STEPS
+    assert (row["state"], row["config.lr"], row["config.nested.a"]) == ("finished", 0.1, 1)
+    assert row["wandb_url"] == f"{url}/team/project/runs/abc"
+    assert lengths == [0] * 5
+    assert "team/project/other" in missing
