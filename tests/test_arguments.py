@@ -9,6 +9,7 @@ import pytest
 
 from rltrain import arguments
 from rltrain.arguments import UserError
+from rltrain.arguments.slime_flags import NOT_YET
 
 BASE = [
     "--hf-checkpoint",
@@ -77,7 +78,7 @@ def test_batch_arithmetic_that_contradicts_itself_shows_all_numbers() -> None:
         (["--mask-offpolicy-in-partial-rollout"], "needs --partial-rollout"),
         (["--over-sampling-batch-size", "3"], "less than --rollout-batch-size 4"),
         (["--max-failed-fraction", "2"], "between 0 and 1"),
-        (["--async-save"], "a flag of slime that this version does not support yet"),
+        ([f"--{min(NOT_YET)}"], "a flag of slime that this version does not support yet"),
         (["--gamma", "0.9"], "grpo discounts nothing"),
         (["--gamma", "1.5", "--advantage-estimator", "reinforce_plus_plus"], "between 0 and 1"),
         (["--kl-coef", "0.1", "--advantage-estimator", "rloo"], "reinforce_plus_plus_baseline"),

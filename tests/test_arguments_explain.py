@@ -35,7 +35,7 @@ def lines(*argv: str) -> dict[str, str]:
 
 def test_every_value_says_where_it_comes_from(model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
-    recipe.write_text('lr = 1e-5\nseed = 7\nname = "x"\n[slurm]\nmem = "1G"')
+    recipe.write_text('lr = 1e-5\nseed = 7\n[slurm]\nmem = "1G"')
     found = lines(
         "@qwen3-0.6B.toml", f"@{recipe}", "--hf-checkpoint", str(model), *BASE, "--lr", "2e-6",
         "--sglang-mem-fraction-static", "0.5", "--moe-router-dtype", "fp32", "--seq-length", "1",
@@ -51,7 +51,6 @@ def test_every_value_says_where_it_comes_from(model: Path, tmp_path: Path) -> No
     assert found["sglang-mem-fraction-static"] == "0.5  # flag"
     assert found["moe-router-dtype"] == '"fp32"  # flag'
     assert found["apply-chat-template-kwargs"] == '"{\\"a\\": 1}"  # flag'
-    assert "name" not in found
 
 
 def test_the_output_is_a_recipe_for_the_same_configuration(model: Path) -> None:
@@ -83,9 +82,12 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
 
 
-def test_exit_codes_and_no_torch() -> None:
-    done = run("--hf-checkpoint", "/nowhere", *BASE)
+def test_exit_codes_and_no_torch(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('partition = "gpu"\nlr = 1e-5')  # how the job is started is not a matter of training
+    done = run(f"@{recipe}", "--hf-checkpoint", "/nowhere", *BASE)
     assert done.returncode == 0, done.stderr
+    assert f"lr = 1e-05  # recipe @{recipe}" in done.stdout and "partition" not in done.stdout
     assert "# --hf-checkpoint /nowhere is not on this machine" in done.stdout
     assert done.stdout.startswith("# Megatron's flags are those of megatron-core ")
     done = run("--hf-checkpoint", "/nowhere", *BASE, "--lrr", "1")
@@ -98,14 +100,3 @@ def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     argv = ["--hf-checkpoint", "/m", *BASE, "--sglang-admin-api-key", "s3cret", "--wandb-key", "s3cret"]
     found: Any = to_toml(configuration(argv))
     assert "s3cret" not in found and 'sglang-admin-api-key = "***"' in found
-
-
-def test_the_list_of_submits_own_options_is_complete() -> None:
-    import argparse
-
-    from hpc.config import add_submit_flags
-    from rltrain.arguments.recipes import OF_SUBMIT
-
-    parser = argparse.ArgumentParser(add_help=False)
-    add_submit_flags(parser)
-    assert {option.removeprefix("--") for option in parser._option_string_actions} == set(OF_SUBMIT)

@@ -165,7 +165,7 @@ def test_resuming_equals_going_on(model_dir: Path, tmp_path: Path) -> None:
     assert [second.train(i, batches[i]) for i in (2, 3)] == expected
     for ours, theirs in ((second.policy, first.policy), (second.critic.trained, first.critic.trained)):
         assert torch.equal(weights_of(ours), weights_of(theirs))
-    (tmp_path / "c" / "critic" / "iter_0000002" / "manifest.json").unlink()
+    next((tmp_path / "c" / "critic" / "iter_0000002").glob("*.distcp")).unlink()
     with pytest.raises(UserError, match=r"critic/iter_0000002 is missing"):
         make_actor(args, tmp_path)
 

@@ -26,12 +26,21 @@ def main(argv: list[str]) -> int:
         parser.print_help()
         return 0
     try:
-        found = configuration(argv)
+        found = configuration(argv, _options_of_submit())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(to_toml(found), end="")
     return 0
+
+
+def _options_of_submit() -> set[str]:
+    """What a recipe may also hold: where and how the job is started."""
+    from hpc.config import add_submit_flags
+
+    parser = argparse.ArgumentParser(add_help=False)
+    add_submit_flags(parser)
+    return {option.removeprefix("--") for option in parser._option_string_actions}
 
 
 if __name__ == "__main__":

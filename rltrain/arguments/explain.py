@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from rltrain.arguments.inputs import read_hf_config
 from rltrain.arguments.megatron_config import snapshot_version
 from rltrain.arguments.megatron_training import find_megatron_lm
 from rltrain.arguments.model_flags import check_model_flags, megatron_shape
-from rltrain.arguments.recipes import OF_SUBMIT, read_recipe
+from rltrain.arguments.recipes import read_recipe
 
 _HIDDEN = ("api-key", "wandb-key")
 
@@ -46,13 +46,17 @@ class Configuration:
     remarks: list[str]
 
 
-def configuration(argv: Sequence[str]) -> Configuration:
+def configuration(argv: Sequence[str], not_ours: Collection[str] = ()) -> Configuration:
     """Read `@recipe` words and flags, resolve them, and look where each value comes from.
+
+    Args:
+        argv: A command line.
+        not_ours: Options, without dashes, of the program that starts the job: passed over.
 
     Raises:
         UserError: they can't be right; the message says which, and why.
     """
-    flags, sources = _read(argv)
+    flags, sources = _read(argv, not_ours)
     words = flag_data.to_argv(flags)
     args = arguments.parse(words)
     parser = arguments.make_parser()
@@ -81,15 +85,15 @@ def to_toml(found: Configuration) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _read(argv: Sequence[str]) -> tuple[Flags, dict[str, str]]:
+def _read(argv: Sequence[str], not_ours: Collection[str]) -> tuple[Flags, dict[str, str]]:
     recipes, given = flag_data.split(list(argv))
-    known = [option.removeprefix("--") for option in arguments.known_flags()] + list(OF_SUBMIT)
+    known = [option.removeprefix("--") for option in arguments.known_flags()] + list(not_ours)
     layers = [(f"recipe @{name}", read_recipe(name, known)) for name in recipes] + [("flag", given)]
     merged: Flags = {}
     sources: dict[str, str] = {}
     for source, flags in layers:
         for name, values in flags.items():
-            if name in OF_SUBMIT or name.startswith("slurm."):
+            if name in not_ours or name.startswith("slurm."):
                 continue
             merged[name], sources[name] = values, source
     return merged, {name: source for name, source in sources.items() if merged[name] is not None}

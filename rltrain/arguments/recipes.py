@@ -17,12 +17,6 @@ from rltrain.arguments.flags import Flags
 
 _FOLDERS = ("demo", "models")
 
-# Options of `hpc.submit` itself, which a recipe may have too; who only wants the training flags passes over them.
-OF_SUBMIT = (
-    "account", "after", "chain", "detach", "dry-run", "gpu-type", "max-engine-restarts", "max-failures", "max-restarts",
-    "name", "nodes", "partition", "placement", "qos", "runs-dir", "template", "test-only", "time",
-)  # fmt: skip
-
 
 def builtin_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
