@@ -114,21 +114,22 @@ def step(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         Metrics, and the log-probs of this rank's samples; on rank 0 also, in Hugging Face's names, the first
         step's gradients and the weights after it.
     """
-    from rltrain.megatron.forward_backward import forward_backward, policy_loss
+    from rltrain.megatron.forward_backward import forward_backward, token_loss
     from rltrain.megatron.hf_export import export_hf_weights
     from rltrain.megatron.rank_share import RankShare
+    from rltrain.timing import Timers
 
     actor = make_actor(args, work)
     policy, shape = actor.policy, actor.shape
     share = RankShare(args, shape, make_batch(13, seed=0, masked=1))
     values = share.loss_values()
-    actor._add_policy_values(values, share)
+    actor._prepare(0, share, values, Timers())
     log_probs = {i: each for i, each in enumerate(actor.log_probs(share)) if len(each)}
-    forward_backward(policy.wrapped, share.micro_batches(0, values), policy_loss(shape, args))
+    sums = forward_backward(policy.wrapped, share.micro_batches(0, values), token_loss(shape, args))
     gather_gradients(policy.wrapped)
     gradients = export_hf_weights(policy.models, shape, lambda weight: weight.main_grad, bucket_bytes=5000)
     gradients = {name: tensor.clone().numpy() for name, tensor in gradients}
-    grad_norm = policy.step()[0]
+    grad_norm = policy.update(sums).grad_norm
     weights = {name: t.clone().numpy() for name, t in export_hf_weights(policy.models, shape)}
     metrics = {"first_grad_norm": grad_norm, **actor.train(1, share.batch)}
     return {"metrics": metrics, "log_probs": log_probs, "gradients": gradients, "weights": weights}

@@ -68,8 +68,9 @@ class MegatronTrainActor:
             self.models = build_model(self.shape, args)
             self.others = OtherPolicies(args, self.shape, self.models)
             load_source(self.models, self.shape, initial_source(args))
-            self.critic = Critic(args, self.shape, self.models) if use_critic(args) else None
-            if args.critic_load:  # it may have been read through the policy
+        self.critic = Critic(args, self.shape, self.models) if use_critic(args) else None
+        if args.critic_load:  # it may have been read through the policy
+            with megatron_scope():
                 load_source(self.models, self.shape, initial_source(args))
         self.policy = TrainedModel(self.models, args)
         if args.save:
