@@ -127,7 +127,7 @@ def preemption(directory: Path, cluster: Sandbox, flags: list[str]) -> None:
         next(row["time"] for row in rows if row["attempt"] == attempt) - at("attempt_started", attempt)
         for attempt in (0, 1)
     ]
-    step = statistics.median(row["perf/step_s"] for row in rows)
+    step = statistics.median(row["perf/step_s"] for row in rows if "perf/step_s" in row)
     print(f"preemption: saved {saved:.2f} s after the warning (a step takes {step:.2f} s)")
     print(f"  first step {first[1]:.1f} s after the requeued start, {first[0]:.1f} s after the cold one:"
           f" {first[1] / first[0]:.2f} ×")  # fmt: skip

@@ -37,7 +37,7 @@ _LISTS = ("setup",)
 _WORDS = ("python",)
 _PLANNED = {
     "nodes": "--nodes", "ntasks": "--nodes", "ntasks-per-node": "--actor-num-gpus-per-node",
-    "job-name": "--name", "dependency": "--after", "array": None, "wrap": None, "output": None, "error": None,
+    "job-name": "--name", "dependency": "--after", "array": "--sweep", "wrap": None, "output": None, "error": None,
     "signal": None, "requeue": None, "open-mode": None, "het-group": None,
 }  # fmt: skip
 _FLAG = re.compile(r"[a-z][a-z0-9-]*")

@@ -52,6 +52,8 @@ def test_default_names(tmp_path: Path) -> None:
         (["--name", ".hidden"], "--name '.hidden'"),
         (["--name", "a" * 101], "at most 100 characters"),
         (["--nodes", "0"], "--nodes is 0"),
+        (["--array=1-4"], "--sweep FLAG=A,B"),
+        (["--slurm.sbatch.array=1-4"], "Use --sweep"),
         (["--nodes", "two"], "--nodes: invalid int value: 'two'"),
         (["--dry-run", "yes"], "--dry-run: ignored explicit argument 'yes'"),
     ],
