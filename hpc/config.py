@@ -200,7 +200,9 @@ def read_request(argv: list[str], last_word: Flags | None = None) -> Request:
     merged = {name: values for name, values in merged.items() if name not in slurm}
     for name in merged:
         if name == "array":
-            raise UserError("--array: each run is a job of its own; --sweep FLAG=A,B submits one for every value.")
+            raise UserError(
+                "--array: each run is a job of its own; --sweep FLAG=A,B submits one for every value."
+            )
         if name not in known:
             raise UserError(arguments.explain_unknown(f"--{name}", sorted(f"--{flag}" for flag in known)))
     parsed = parser.parse_args(flag_data.to_argv({name: merged[name] for name in merged if name in own}))

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from hpc import config, run_dir
+from hpc.ask import Ask, read_ask
 from hpc.cluster import make_components, node_gpus
 from hpc.config import SubmitOptions
 from hpc.eventlog import append_event, replace_text
@@ -27,7 +28,7 @@ from hpc.shared_dir import check_run_dir
 from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.facts import ClusterFacts, read_facts
 from hpc.slurm_tables import Value
-from hpc.split import Ask, Split, read_ask, split_nodes
+from hpc.split import Split, split_nodes
 from rltrain import arguments
 from rltrain.arguments import UserError
 from rltrain.arguments import flags as flag_data

@@ -20,7 +20,8 @@ from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.records import JobDetail
 from hpc.slurm.states import JobState
 from hpc.slurm_tables import Value
-from hpc.srun import Allocation, SrunLauncher, failed_nodes
+from hpc.srun import Allocation, SrunLauncher
+from hpc.srun_output import failed_nodes
 from hpc.supervisor import JobFailedError, Supervisor
 from rltrain import arguments
 

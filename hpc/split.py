@@ -9,27 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from hpc.ask import Ask
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.flags import Flags
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What was asked for; None where nothing was.
-
-    Attributes:
-        engine_size: GPUs of one engine.
-        has_engines: False if the job only trains.
-    """
-
-    nodes: int | None
-    placement: str | None
-    colocate: bool
-    actor_nodes: int | None
-    actor_gpus: int | None
-    rollout_gpus: int | None
-    engine_size: int
-    has_engines: bool
 
 
 @dataclass(frozen=True)
@@ -91,24 +73,6 @@ class Split:
             f"{_nodes(self.nodes)}: {self.trainer_nodes} for training ({ranks}), {self.rollout_nodes} for rollout"
             f" ({engines}). --actor-num-nodes, --rollout-num-gpus and --colocate change that"
         )
-
-
-def read_ask(flags: Flags, nodes: int | None, placement: str | None, has_engines: bool) -> Ask:
-    """The ask from training flags; `nodes` and `placement` are flags of `submit`.
-
-    Raises:
-        UserError: a number that is none, or is not positive.
-    """
-    return Ask(
-        nodes=nodes,
-        placement=placement,
-        colocate=flags.get("colocate") is not None,
-        actor_nodes=_number(flags, "actor-num-nodes"),
-        actor_gpus=_number(flags, "actor-num-gpus-per-node"),
-        rollout_gpus=_number(flags, "rollout-num-gpus"),
-        engine_size=_number(flags, "rollout-num-gpus-per-engine") or 1,
-        has_engines=has_engines,
-    )
 
 
 def split_nodes(ask: Ask, trainer_gpus: int, rollout_gpus: int) -> Split:
@@ -256,19 +220,6 @@ def _agree(nodes: int | None, other: int | None, flag: str) -> int | None:
             f"--nodes {nodes} contradicts {flag} {other}, as all nodes train. Give one of them: --nodes {other}."
         )
     return nodes or other
-
-
-def _number(flags: Flags, name: str) -> int | None:
-    values = flags.get(name)
-    if values is None:
-        return None
-    try:
-        number = int(*values)
-    except (ValueError, TypeError):
-        raise UserError(f"--{name} {' '.join(values)}: a whole number is needed.") from None
-    if number < 1:
-        raise UserError(f"--{name} is {number}: it must be at least 1.")
-    return number
 
 
 def _nodes(count: int) -> str:

@@ -15,6 +15,7 @@ from hpc.launcher import Handle
 from hpc.plan import MAIN_ROLE, RoleProcess
 from hpc.slurm.nodelist import expand
 from hpc.slurm_tables import Value
+from hpc.srun_output import TaskExit, failed_nodes_in, parse_exits
 from hpc.task import make_spec
 
 CANARY = "canary"
@@ -26,13 +27,6 @@ _INPUTS = re.compile(
     r"|TRES_\w+|CPU_BIND\w*|DISTRIBUTION|EXPORT_ENV|EXCLUSIVE|OVERCOMMIT|THREADS_PER_CORE|HINT|CONSTRAINT|TIMELIMIT)"
     r"(_(HET|PACK)_GROUP_\d+)?"
 )
-# srun: error: node4: task 3: Exited with exit code 3 | node3: tasks 0-1: Killed | Node failure on node5
-_EXITED = re.compile(
-    r"^srun: error: (\S+): tasks? (\d+)[^:]*: (?:Exited with exit code (\d+)|(.+))", re.MULTILINE
-)
-_NODE_FAILED = re.compile(r"[Nn]ode failure on (\S+)")
-_SIGNALS = {"Killed": 9, "Terminated": 15, "Segmentation fault": 11, "Aborted": 6, "Bus error": 7,
-            "User defined signal 1": 10, "User defined signal 2": 12}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -176,31 +170,6 @@ def _start(command: Sequence[str], env: Mapping[str, str], log: Path, task_logs:
 
 
 @dataclass(frozen=True)
-class TaskExit:
-    """How a task of a step ended."""
-
-    node: str
-    task: int
-    code: int
-
-
-def parse_exits(text: str) -> list[TaskExit]:
-    """Tasks that srun says have failed, in order. The code of one that a signal ended is minus the signal."""
-    return [
-        TaskExit(
-            match[1], int(match[2]), int(match[3]) if match[3] else -_SIGNALS.get(match[4].split(" (")[0], 1)
-        )
-        for match in _EXITED.finditer(text)
-    ]
-
-
-def failed_nodes(log_dir: Path) -> list[str]:
-    """Nodes of which srun said that they failed."""
-    text = "".join(path.read_text(errors="replace") for path in log_dir.glob("srun-*.log"))
-    return list(dict.fromkeys(node.rstrip(".,") for node in _NODE_FAILED.findall(text)))
-
-
-@dataclass(frozen=True)
 class _StepHandle:
     process: subprocess.Popen[bytes]
     log: Path  # what srun says
@@ -226,7 +195,7 @@ class _StepHandle:
 
     def lost_a_node(self) -> bool:
         """Whether srun says so."""
-        return bool(_NODE_FAILED.search(self._said()))
+        return bool(failed_nodes_in(self._said()))
 
     def failed_log(self) -> Path:
         """Of the first task that failed, or srun's own if no task had begun."""

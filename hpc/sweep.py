@@ -49,15 +49,15 @@ def read_variants(words: Sequence[str], base: str) -> list[Variant]:
     Raises:
         UserError: a word that is neither, a file that can't be read, a flag that comes twice.
     """
-    axes = [_read_file(word) if word.endswith(".toml") else _read_axis(word) for word in words]
+    axes = [_read_axis(word) if "=" in word else _read_file(word) for word in words]
     combined = [_combine(parts) for parts in itertools.product(*axes)]
     return _with_names(combined, base)
 
 
 def _read_axis(word: str) -> list[Variant]:
-    flag, separator, values = word.removeprefix("--").partition("=")
-    if not separator or not flag or not all(values.split(",")):
-        raise UserError(f"--sweep {word}: FLAG=VALUE,VALUE or the name of a TOML file is needed.")
+    flag, _, values = word.removeprefix("--").partition("=")
+    if not flag or not all(values.split(",")):
+        raise UserError(f"--sweep {word}: FLAG=VALUE,VALUE is needed.")
     flag = flag if flag.startswith("slurm.env.") else flag.replace("_", "-")
     return [
         Variant(f"{flag.replace('_', '-')}-{value}", {flag: _value(value)}) for value in values.split(",")
@@ -74,7 +74,9 @@ def _read_file(name: str) -> list[Variant]:
     try:
         tables = tomllib.loads(path.read_text())["run"]
     except OSError as error:
-        raise UserError(f"--sweep {name}: {error.strerror}.") from None
+        raise UserError(
+            f"--sweep {name}: {error.strerror}. FLAG=VALUE,VALUE or the name of a TOML file is needed."
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"--sweep {name} is not valid TOML: {error}.") from None
     except KeyError:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc.ask import Ask, read_ask
 from hpc.plan import make_slurm_plan
-from hpc.split import Ask, Split, read_ask, split_nodes
+from hpc.split import Split, split_nodes
 from rltrain.arguments import UserError
 
 

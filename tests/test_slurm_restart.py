@@ -19,7 +19,8 @@ from hpc.restart import (
 )
 from hpc.slurm.states import JobState
 from hpc.slurm_supervisor import choose_address
-from hpc.srun import Allocation, TaskExit, failed_nodes, parse_exits, srun_env
+from hpc.srun import Allocation, srun_env
+from hpc.srun_output import TaskExit, failed_nodes, parse_exits
 from hpc.task import task_env
 
 RUNNING = JobView(JobState.RUNNING, restarts=2, may_requeue=True, is_preempted=False)
