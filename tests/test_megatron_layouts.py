@@ -88,7 +88,7 @@ CONFIGS = {
 }
 COMMON: dict[str, Any] = {
     "use_dynamic_batch_size": True,
-    "max_tokens_per_gpu": 30,
+    "max_tokens_per_gpu": 40,
     "log_probs_max_tokens_per_gpu": 40,
     "advantage_estimator": "reinforce_plus_plus",
     "kl_coef": 0.1,
@@ -121,7 +121,7 @@ def step(args: argparse.Namespace, work: Path) -> dict[str, Any]:
 
     actor = make_actor(args, work)
     policy, shape = actor.policy, actor.shape
-    share = RankShare(args, shape, make_batch(13, seed=0, masked=1))
+    share = RankShare(args, shape, make_batch(11, seed=0, masked=1))
     values = share.loss_values()
     actor._prepare(0, share, values, Timers())
     log_probs = {i: each for i, each in enumerate(actor.log_probs(share)) if len(each)}

@@ -12,6 +12,7 @@ Megatron-core names CUDA in three ways, and each has its answer here:
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,7 +39,8 @@ class CudaNamesMeanCpu(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch.Tensor.type and len(args) == 1:
             # The optimizers sort parameters by names such as "torch.cuda.FloatTensor".
-            return func(*args).replace("torch.", "torch.cuda.", 1)
+            # (With the mode entered twice, the name comes back translated already.)
+            return re.sub(r"^torch\.(?!cuda\.)", "torch.cuda.", func(*args))
         if func is torch.Tensor.cuda:
             return args[0]
         return func(*args)
