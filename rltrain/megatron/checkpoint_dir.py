@@ -22,6 +22,7 @@ from rltrain.arguments.errors import UserError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+RELEASE = "release"  # Megatron-LM's name for weights that begin a run
 _LATEST = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 _CHUNK = 1 << 22  # bytes
@@ -41,8 +42,8 @@ def iteration_of(checkpoint: Path) -> int:
 def checkpoints(directory: Path) -> dict[int, Path]:
     """All checkpoints below a directory, complete or not, by iteration."""
     found = {int(m[1]): path for path in directory.glob("iter_*") if (m := _ITERATION.fullmatch(path.name))}
-    if (directory / "release").is_dir():
-        found[0] = directory / "release"
+    if (directory / RELEASE).is_dir():
+        found[0] = directory / RELEASE
     return dict(sorted(found.items()))
 
 
@@ -59,7 +60,7 @@ def find_checkpoint(
     Raises:
         UserError: the checkpoint of the wanted `iteration` is missing or incomplete.
     """
-    if iteration is None and (_ITERATION.fullmatch(directory.name) or directory.name == "release"):
+    if iteration is None and (_ITERATION.fullmatch(directory.name) or directory.name == RELEASE):
         directory, iteration = directory.parent, iteration_of(directory)
     found = checkpoints(directory)
     problems = {number: (damaged or {}).get(path) or problem(path) for number, path in found.items()}
@@ -172,7 +173,7 @@ def prune(directory: Path, keep_last: int | None, retain_interval: int | None) -
 
     A directory loses its name first, so that one that is removed by halves is no checkpoint any more.
     """
-    found = {number: path for number, path in checkpoints(directory).items() if path.name != "release"}
+    found = {number: path for number, path in checkpoints(directory).items() if path.name != RELEASE}
     complete = [number for number, path in found.items() if is_complete(path)]
     removed = []
     for number in to_remove(complete, keep_last, retain_interval):

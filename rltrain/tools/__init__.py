@@ -1,1 +1,1 @@
-"""Commands for people who look into one sample of a run."""
+"""Commands beside a run: converting checkpoints, and looking into one sample."""

@@ -15,24 +15,27 @@ _SHARD_BYTES = 2 * 1024**3  # held in memory at a time
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
-def write_hf_directory(directory: Path, tensors: Iterable[tuple[str, Tensor]], template: Path) -> None:
+def write_hf_directory(
+    directory: Path, tensors: Iterable[tuple[str, Tensor]], template: Path, shard_bytes: int = _SHARD_BYTES
+) -> None:
     """Write weights as safetensors, with the configuration and tokenizer of another directory.
 
     Args:
         directory: Must not exist; appears under its name when it is complete.
         tensors: Hugging Face names and tensors on any device, all of one type; consumed one by one.
         template: The model directory that everything but the weights is copied from.
+        shard_bytes: About the size of a file, which is held in memory.
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    dtype = _write_weights(temporary, tensors)
+    dtype = _write_weights(temporary, tensors, shard_bytes)
     _copy_rest(temporary, template, dtype)
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
 
 
-def _write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> torch.dtype:
+def _write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> torch.dtype:
     shard: dict[str, Tensor] = {}
     held = total = 0
     file_of: dict[str, str] = {}
@@ -46,7 +49,7 @@ def _write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> to
 
     for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
-        if shard and held + size > _SHARD_BYTES:
+        if shard and held + size > shard_bytes:
             flush()
             held = 0
         # safetensors refuses tensors that share memory, as slices of a parameter do.

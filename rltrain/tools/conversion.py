@@ -1,0 +1,56 @@
+"""What both converters need: a model in one process, or in those that torchrun or srun started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from rltrain import arguments
+from rltrain.arguments.errors import UserError
+
+# A conversion has no rollouts, but these are flags that no run can do without.
+_UNUSED = ["--prompt-data=none", "--num-rollout=1", "--use-dynamic-batch-size", "--max-tokens-per-gpu=1"]
+
+
+def model_args(argv: list[str], directory: Path) -> argparse.Namespace:
+    """Flags of a model, as for training; the type of its weights is the one in `config.json`.
+
+    Raises:
+        UserError: they can't be right, or `directory` is no Hugging Face model.
+    """
+    ranks = world_size()
+    unused = [*_UNUSED, f"--rollout-batch-size={ranks}", f"--actor-num-gpus-per-node={ranks}"]
+    args = arguments.parse([*unused, *argv, f"--hf-checkpoint={directory}"])
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory}: no config.json in it, so it is no Hugging Face model.")
+    config = json.loads(path.read_text())
+    args.bf16 = args.bf16 or (config.get("dtype") or config.get("torch_dtype")) == "bfloat16"
+    return args
+
+
+def world_size() -> int:
+    """How many processes convert together."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def start(args: argparse.Namespace) -> None:
+    """Form the process group, unless there is one already."""
+    from rltrain.megatron import device
+
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID") or "0")
+    device.set_up()
+    import torch.distributed as dist
+
+    from rltrain.megatron import distributed
+
+    if dist.is_initialized():
+        distributed.split_ranks(args)
+    elif world_size() == 1:
+        distributed.join(args, dist.HashStore(), 0, 1)
+    else:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        distributed.join(args, dist.TCPStore(address, port, world_size(), rank == 0), rank, world_size())

@@ -1,0 +1,65 @@
+"""A Hugging Face model as a `torch_dist` checkpoint, for --load and --ref-load.
+
+    python -m rltrain.tools.convert_hf_to_torch_dist [MODEL FLAGS] --hf-checkpoint DIR --save DIR
+
+Takes the flags of slime's tool of that name: those of the model and of parallelism, and these two. One process on the
+CPU will do; under torchrun or srun several convert together. Runs also start from a Hugging Face directory itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rltrain.arguments.errors import UserError
+from rltrain.tools.conversion import model_args, start
+
+
+def main(argv: list[str]) -> Path:
+    """Convert; returns the checkpoint's directory.
+
+    Raises:
+        UserError: bad flags, or not a model that can be converted.
+    """
+    words = _joined(argv)
+    source = next((word.partition("=")[2] for word in words if word.startswith("--hf-checkpoint=")), None)
+    if source is None:
+        raise UserError("--hf-checkpoint: give the Hugging Face directory.")
+    args = model_args(words, Path(source).expanduser().absolute())
+    if args.save is None:
+        raise UserError("--save: give the directory for the checkpoint.")
+    start(args)
+    import torch.distributed as dist
+
+    from rltrain.megatron.checkpoint import TrainState
+    from rltrain.megatron.checkpoint_dir import RELEASE, replace_text
+    from rltrain.megatron.checkpoint_save import SaveOptions, save_checkpoint
+    from rltrain.megatron.hf_weights import load_hf_weights
+    from rltrain.megatron.model import build_model, read_shape
+
+    shape = read_shape(args)
+    models = build_model(shape, args)
+    load_hf_weights(models, shape, Path(args.hf_checkpoint))
+    saved = save_checkpoint(Path(args.save), 0, TrainState(models), SaveOptions(save_rng=False))
+    # As slime's tool leaves it: Megatron's name for weights that begin a run.
+    final = saved.with_name(RELEASE)
+    if dist.get_rank() == 0:
+        saved.rename(final)
+        replace_text(final.parent / "latest_checkpointed_iteration.txt", RELEASE)
+    dist.barrier()
+    return final
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--flag=value` for every flag with one value, so that one can be looked for."""
+    from rltrain.arguments import flags
+
+    return flags.to_argv(flags.split(argv)[1])
+
+
+if __name__ == "__main__":
+    try:
+        print(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,85 @@
+"""A checkpoint of a run, of slime or of Megatron-LM as a Hugging Face directory.
+
+    python -m rltrain.tools.convert_torch_dist_to_hf --input-dir DIR --output-dir DIR --origin-hf-dir DIR
+
+One process on the CPU will do, whatever layout the checkpoint was saved with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rltrain.arguments.errors import UserError
+from rltrain.tools.conversion import model_args, start
+
+
+def main(argv: list[str]) -> Path:
+    """Convert; returns the directory.
+
+    Raises:
+        UserError: there is no usable checkpoint, it is of another model, or the output directory is in the way.
+    """
+    given = _parser().parse_args(argv)
+    output, origin = given.output_dir.absolute(), given.origin_hf_dir.absolute()
+    if output.exists() and not given.force:
+        raise UserError(f"--output-dir {output} exists already: give --force to replace it.")
+    args = model_args([], origin)
+    start(args)
+    from megatron.core import dist_checkpointing
+
+    from rltrain.megatron.checkpoint import TrainState, is_legacy, load_checkpoint
+    from rltrain.megatron.hf_export import export_hf_weights
+    from rltrain.megatron.model import build_model, read_shape
+    from rltrain.megatron.start import usable_checkpoint
+    from rltrain.weights.hf_directory import write_hf_directory
+
+    checkpoint = usable_checkpoint(given.input_dir.absolute())
+    if checkpoint is None:
+        raise UserError(f"--input-dir {given.input_dir}: there is no complete checkpoint in it.")
+    shape = read_shape(args)
+    if given.vocab_size not in (None, shape.vocab_size):
+        raise UserError(
+            f"--vocab-size {given.vocab_size}: {origin}/config.json has a vocabulary of {shape.vocab_size}."
+        )
+    if not is_legacy(checkpoint):
+        stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+        args.bf16 = str(stored["decoder.final_layernorm.weight"].dtype) == "torch.bfloat16"
+    models = build_model(shape, args)
+    load_checkpoint(checkpoint, TrainState(models))
+    write_hf_directory(output, export_hf_weights(models, shape), origin, given.chunk_size)
+    return output
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rltrain.tools.convert_torch_dist_to_hf",
+        description="Write a checkpoint as a Hugging Face directory. Exit codes: 0, 2 bad input.",
+    )
+    add = parser.add_argument
+    add(
+        "--input-dir",
+        type=Path,
+        required=True,
+        help="checkpoint, or a directory of which the newest is taken",
+    )
+    add("--output-dir", type=Path, required=True, help="appears when it is complete")
+    add(
+        "--origin-hf-dir",
+        type=Path,
+        required=True,
+        help="model that config.json and tokenizer are taken from",
+    )
+    add("-f", "--force", action="store_true", help="replace --output-dir")
+    add("--chunk-size", type=int, default=2 * 1024**3, metavar="BYTES", help="of a file (default: 2 GiB)")
+    add("--vocab-size", type=int, metavar="N", help="must be the one in config.json, which is taken anyway")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        print(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
