@@ -140,6 +140,22 @@ def test_trying_again_ends() -> None:
     with_engine(use)
 
 
+def test_a_request_that_was_served_for_long_is_tried_again() -> None:
+    async def use(engine: FakeEngine, client: HttpClient) -> int:
+        engine.faults = ["drop"]  # the engine dies of it
+        slow = [0.5]
+
+        async def before_answer(body: dict[str, Any]) -> None:
+            await asyncio.sleep(slow.pop() if slow else 0.0)
+
+        engine.before_answer = before_answer  # type: ignore[method-assign]
+        body = {"input_ids": [7], "sampling_params": {"max_new_tokens": 2}}
+        await client.post(f"{engine.url}/generate", body, retry_seconds=0.3)
+        return len(engine.requests)
+
+    assert with_engine(use) == 2
+
+
 def test_a_rollout_fills_every_sample(make_args) -> None:
     engine, samples = run_rollout(make_args(), faults=[503])
     assert len(samples) == 8

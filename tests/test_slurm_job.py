@@ -42,9 +42,9 @@ class FakeRun:
         self.layout = RunLayout(directory / "runs" / "job")
 
     def start(
-        self, *flags: str, steps: int = 3, partition: str = "gpu", **roles: list[str]
+        self, *flags: str, steps: int = 3, partition: str = "gpu", engines: int = 2, **roles: list[str]
     ) -> subprocess.Popen[str]:
-        fake = {"FAKE_PLAN": json.dumps({**SERVICES, **roles}), "FAKE_ENGINES": "2"}
+        fake = {"FAKE_PLAN": json.dumps({**SERVICES, **roles}), "FAKE_ENGINES": str(engines)}
         hostile = {"SBATCH_PARTITION": "nowhere", "SLURM_NTASKS": "7", "SBATCH_EXPORT": "NONE"}
         return subprocess.Popen(
             [
@@ -146,6 +146,16 @@ def test_engine_that_dies_is_started_again_alone(run: FakeRun) -> None:
     ready = [e["host"] for e in run.events("role_ready") if (e["role"], e["index"]) == ("engine", 1)]
     assert len(ready) == 2 and ready[0] == ready[1]
     assert run.steps() == list(range(60)) and len(run.events("attempt_started")) == 1
+
+
+def test_engine_of_which_a_part_dies_is_started_again_as_a_whole(run: FakeRun) -> None:
+    size = ("--nodes=3", "--rollout-num-gpus-per-engine=2")
+    code, _, err = run.finish(*size, engine=["part_dies_once"], engines=1, steps=60)
+    assert code == 0, err + run.output()
+    assert [(e["role"], e["index"]) for e in run.events("role_died")] == [("engine", 0)]
+    logs = [(run.layout.log_dir(0) / f"engine-0{part}.log").read_text() for part in ("", ".node1")]
+    assert [log.count("part") for log in logs] == [2, 2]
+    assert run.steps() == list(range(60))
 
 
 def test_rank_that_dies_is_named(run: FakeRun) -> None:

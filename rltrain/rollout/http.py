@@ -22,6 +22,8 @@ except ImportError:
 
 # How long a request may find nobody who answers: an engine that died is replaced within minutes.
 RETRY_SECONDS = 300.0
+# A request that failed after so long was being served, and its patience begins anew; not more often than engines die.
+_SERVED_SECONDS, _MOST_SERVED = 60.0, 3
 _FIRST_DELAY, _LONGEST_DELAY = 0.05, 5.0
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -94,9 +96,11 @@ class HttpClient:
         origin = _origin(url)
         if origin in self._tokens:
             headers = {**(headers or {}), "Authorization": f"Bearer {self._tokens[origin]}"}
-        deadline = asyncio.get_running_loop().time() + retry_seconds
+        clock = asyncio.get_running_loop().time
+        deadline, served = clock() + retry_seconds, 0
         delay = _FIRST_DELAY
         while True:
+            began = clock()
             try:
                 async with self._session.request(method, url, data=body, headers=headers) as response:
                     content = await response.read()
@@ -111,7 +115,9 @@ class HttpClient:
                         raise GenerationError(problem)
             except (aiohttp.ClientError, _RefusedError) as error:
                 problem = f"{url}: {type(error).__name__}: {error}"
-            if asyncio.get_running_loop().time() + delay > deadline:
+            if clock() - began > min(_SERVED_SECONDS, retry_seconds) and served < _MOST_SERVED:
+                deadline, delay, served = clock() + retry_seconds, _FIRST_DELAY, served + 1
+            if clock() + delay > deadline:
                 raise GenerationError(f"{problem} (given up after {retry_seconds:.0f} s of trying)")
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # not all at once
             delay = min(2 * delay, _LONGEST_DELAY)

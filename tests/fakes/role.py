@@ -69,6 +69,18 @@ def die_once(context: RoleContext, registry: Registry) -> int:
     return serve(context, registry)
 
 
+def part_dies_once(context: RoleContext, registry: Registry) -> int:
+    """As an engine that spans nodes: only the first part serves; another fails in its first life."""
+    print(f"part {context.node_rank} of {context.nnodes}", flush=True)
+    if context.node_rank == 0:
+        return serve(context, registry)
+    if context.restarts:
+        signal.pause()
+    registry.wait_for("trainer")
+    registry.wait_for("engine")
+    return 3
+
+
 def never_again(context: RoleContext, registry: Registry) -> int:
     """Say that running again would fail in the same way."""
     registry.register("tcp://127.0.0.1:1")
