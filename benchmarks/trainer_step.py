@@ -1,9 +1,11 @@
-"""Our training step against a bare Megatron-core loop over the same packed micro-batches.
+"""Our training step against a bare Megatron-core loop over the same micro-batches, and against transformers.
 
     python benchmarks/trainer_step.py [--layers 2] [--hidden 64] [--samples 256] [--longest 32]
 
 The bare loop has the same model and optimizer, takes micro-batches that are already tensors, and computes
-Megatron-core's own cross entropy: no log-probs, no policy loss, no metrics, no packing.
+Megatron-core's own cross entropy: no log-probs, no policy loss, no metrics, no packing. transformers trains the same
+shape on the same tokens with the same loss and optimizer, in micro-batches padded to their longest sample, up to the
+same token budget.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from rltrain.runtime import Registry, RoleContext
 
 VOCAB_SIZE = 512
 WARM_UP, ROUNDS = 5, 25
+MAX_TOKENS = 8192
 
 
 def main() -> None:
@@ -42,10 +45,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         actor = make_actor(options, Path(directory))
         batch = make_batch(options)
-        ours, bare = race(lambda: actor.train(0, batch), bare_step(actor, batch))
+        ours, bare, padded = race(
+            lambda: actor.train(0, batch),
+            bare_step(actor, batch),
+            transformers_step(Path(directory), batch),
+        )
     print(
         f"trainer step: bare loop / ours = {bare / ours:.3f} (aim: 0.95); ours {ours * 1e3:.1f} ms, bare"
-        f" {bare * 1e3:.1f} ms, {batch.num_tokens / ours:,.0f} tokens/s"
+        f" {bare * 1e3:.1f} ms, {batch.num_tokens / ours:,.0f} tokens/s\n"
+        f"trainer step: transformers with padding / ours = {padded / ours:.3f} (aim: over 1); transformers"
+        f" {padded * 1e3:.1f} ms"
     )
 
 
@@ -80,7 +89,7 @@ def make_actor(options: argparse.Namespace, directory: Path) -> Any:
     (directory / "config.json").write_text(json.dumps(config))
     args = arguments.parse(
         f"--hf-checkpoint {directory} --random-init --prompt-data none --num-rollout 1 --lr 1e-5"
-        f" --rollout-batch-size {options.samples} --use-dynamic-batch-size --max-tokens-per-gpu 8192".split()
+        f" --rollout-batch-size {options.samples} --use-dynamic-batch-size --max-tokens-per-gpu {MAX_TOKENS}".split()
     )
     device.set_up()
     distributed.join(args, dist.HashStore(), 0, 1)
@@ -148,6 +157,59 @@ def bare_step(actor: Any, batch: TrainBatch) -> Callable[[], None]:
             policy.scheduler.step(increment=1)
 
     return step
+
+
+def transformers_step(model_dir: Path, batch: TrainBatch) -> Callable[[], None]:
+    """One optimizer step of a policy gradient with transformers, right-padded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3", **json.loads((model_dir / "config.json").read_text()))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)
+    padded = [_padded(batch, indices) for indices in _in_order(batch)]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for ids, attended, mask, advantages in padded:
+            logits = model(ids, attention_mask=attended).logits[:, :-1]
+            log_probs = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+            losses = -advantages * (log_probs - log_probs.detach()).exp() * mask
+            (losses.sum(1) / mask.sum(1) / len(batch)).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def _in_order(batch: TrainBatch) -> list[list[int]]:
+    """Samples in their order, in micro-batches that keep to the token budget with their padding."""
+    result: list[list[int]] = [[]]
+    longest = 0
+    for i, tokens in enumerate(batch.tokens):
+        longest = max(longest, len(tokens))
+        if result[-1] and longest * (len(result[-1]) + 1) > MAX_TOKENS:
+            result.append([])
+            longest = len(tokens)
+        result[-1].append(i)
+    return result
+
+
+def _padded(batch: TrainBatch, indices: list[int]) -> tuple[Any, Any, Any, Any]:
+    """Token ids and attention mask [samples, longest], loss mask [samples, longest - 1], advantages [samples, 1]."""
+    import torch
+
+    longest = max(len(batch.tokens[i]) for i in indices)
+    ids = torch.zeros((len(indices), longest), dtype=torch.int64)
+    attended, mask = torch.zeros_like(ids), torch.zeros((len(indices), longest - 1))
+    for row, i in enumerate(indices):
+        length, response = len(batch.tokens[i]), batch.response_lengths[i]
+        ids[row, :length] = torch.from_numpy(batch.tokens[i].astype(np.int64))
+        attended[row, :length] = 1
+        mask[row, length - response - 1 : length - 1] = 1.0
+    advantages = torch.from_numpy(batch.train_rewards[indices]).unsqueeze(1)
+    return ids, attended, mask, advantages
 
 
 if __name__ == "__main__":
