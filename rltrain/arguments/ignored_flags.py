@@ -15,6 +15,7 @@ _WHY = {
     "eval-iters": "evaluation sets are evaluated whole",
     "log-interval": "every step is logged",
     "num-workers": "prompts are read by the rollout process",
+    "loss-mask-type": "which turns are trained on is seen from the tokenizer's own chat template",
     "train-backend": "there is one backend, Megatron",
     "transformer-impl": "TransformerEngine is used where it and a GPU are",
     "=use-mcore-models": "there are no others",

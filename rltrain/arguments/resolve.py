@@ -14,6 +14,7 @@ from rltrain.arguments.external import check_external, uses_external_engines
 from rltrain.arguments.fleet import read_models
 from rltrain.arguments.megatron_flags import resolve_schedule
 from rltrain.arguments.parallel import ParallelSizes, check_parallel
+from rltrain.arguments.slime_defaults import DEFAULT_ROLLOUT_FUNCTION, SFT_ROLLOUT_FUNCTION
 
 _PATHS = (
     "hf_checkpoint", "load", "ref_load", "save", "save_hf", "wandb_dir", "critic_load", "critic_save",
@@ -28,6 +29,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         UserError: names the flags that contradict each other, with their values.
     """
     resolve_debug(args)
+    _fine_tuning(args)
     _require(args)
     _batch(args)
     _micro_batch(args)
@@ -42,6 +44,12 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     _algorithm(args)
     _absolute_paths(args)
     return args
+
+
+def _fine_tuning(args: argparse.Namespace) -> None:
+    """Nothing is generated for the loss on given responses, unless a rollout function is named that does so."""
+    if args.loss_type == "sft_loss" and args.rollout_function_path == DEFAULT_ROLLOUT_FUNCTION:
+        args.rollout_function_path, args.debug_train_only = SFT_ROLLOUT_FUNCTION, True
 
 
 def _require(args: argparse.Namespace) -> None:

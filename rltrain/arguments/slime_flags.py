@@ -23,7 +23,7 @@ NOT_YET = frozenset(
     disable-rollout-global-dataset disable-wandb-random-suffix dump-details eval-max-context-len
     eval-max-prompt-len eval-min-new-tokens eval-tool-key fetch-trajectory-retry-times http-proxy
     log-correct-samples log-probs-chunk-size
-    log-reward-category loss-mask-type memory-recorder memory-snapshot-dir memory-snapshot-num-steps
+    log-reward-category memory-recorder memory-snapshot-dir memory-snapshot-num-steps
     min-batch-collection-ratio multimodal-keys profile-target
     recompute-loss-function record-memory-history release-train rollout-buffer-url
     rollout-task-type save-debug-train-data

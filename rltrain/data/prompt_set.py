@@ -89,8 +89,9 @@ class PromptSet:
     def _tokenize(self, prompts: Sequence[Prompt]) -> tuple[list[str | list[Message]], list[list[int]]]:
         """What the samples' `prompt` is, and its token ids: none for messages that stay messages."""
         args = self._args
-        if args.custom_generate_function_path and not args.apply_chat_template:
-            shown = [prompt.prompt for prompt in prompts]  # a custom function may want the messages
+        takes_messages = args.custom_generate_function_path or args.loss_type == "sft_loss"
+        if takes_messages and not args.apply_chat_template:
+            shown = [prompt.prompt for prompt in prompts]
         else:
             kwargs = args.apply_chat_template_kwargs
             shown = [

@@ -1,14 +1,17 @@
-"""A rollout function that generates nothing: supervised fine-tuning on the labels.
+"""A rollout function that generates nothing: supervised fine-tuning.
 
-`--rollout-function-path rltrain.rollout.sft_rollout.generate_rollout --loss-type sft_loss`, without engines
-(`--debug-train-only`). The response of each prompt is its label, ended by the end-of-sequence token.
+`--loss-type sft_loss` takes it, without engines, unless `--rollout-function-path` names another one. A prompt is
+either a conversation (a list of messages without --apply-chat-template), of which the assistant's turns are trained
+on, or a text whose response is its label, ended by the end-of-sequence token.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from rltrain.arguments.errors import UserError
+from rltrain.data.conversation import tokens_and_mask
 from rltrain.data.source import RolloutDataSource
 from rltrain.data.tokenizer import encode, load_tokenizer
 from rltrain.rollout.base_types import RolloutFnTrainOutput
@@ -18,7 +21,7 @@ from rltrain.sample import Sample
 def generate_rollout(
     args: argparse.Namespace, rollout_id: int, data_source: RolloutDataSource, evaluation: bool = False
 ) -> RolloutFnTrainOutput:
-    """The next `--rollout-batch-size` prompts with their labels; all label tokens are trained on.
+    """The next `--rollout-batch-size` conversations, or prompts with their labels.
 
     Raises:
         UserError: a prompt has no label, the tokenizer no end-of-sequence token, or an evaluation was asked for.
@@ -26,12 +29,41 @@ def generate_rollout(
     if evaluation:
         raise UserError("fine-tuning has no engines that could be evaluated: leave --eval-interval out.")
     tokenizer = load_tokenizer(args.hf_checkpoint)
+    groups = data_source.get_samples(args.rollout_batch_size)
+    samples = [sample for group in groups for sample in group]
+    _add_labels([sample for sample in samples if isinstance(sample.prompt, str)], args, tokenizer)
+    for sample in samples:
+        if not isinstance(sample.prompt, str):
+            _add_turns(sample, args, tokenizer)
+        sample.status = Sample.Status.COMPLETED
+    return RolloutFnTrainOutput(groups)
+
+
+def _add_turns(sample: Sample, args: argparse.Namespace, tokenizer: Any) -> None:
+    """Tokens and mask of a conversation; the response begins with its first turn that is trained on."""
+    assert isinstance(sample.prompt, list)
+    kwargs = args.apply_chat_template_kwargs
+    tools = sample.metadata.get(args.tool_key)
+    tokens, mask = tokens_and_mask(sample.prompt, tokenizer, tools=tools, **kwargs)
+    if 1 not in mask:
+        raise UserError(
+            f"prompt {sample.group_index}: no message of the assistant in it that is trained on; the messages are"
+            f" of {', '.join(str(message['role']) for message in sample.prompt)}."
+        )
+    first = max(1, mask.index(1))
+    sample.tokens, sample.loss_mask = tokens, mask[first:]
+    sample.response_length = len(sample.loss_mask)
+    sample.response = tokenizer.decode(tokens[first:])
+
+
+def _add_labels(samples: list[Sample], args: argparse.Namespace, tokenizer: Any) -> None:
+    """The label, and the end-of-sequence token, as the response; all of it is trained on."""
+    if not samples:
+        return
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer in {args.hf_checkpoint} has no end-of-sequence token to end a label with."
         )
-    groups = data_source.get_samples(args.rollout_batch_size)
-    samples = [sample for group in groups for sample in group]
     unlabelled = next((sample for sample in samples if not isinstance(sample.label, str)), None)
     if unlabelled is not None:
         raise UserError(f"--label-key: fine-tuning needs a text as label, and got {unlabelled.label!r}.")
@@ -41,5 +73,3 @@ def generate_rollout(
         sample.tokens = sample.tokens + tokens
         sample.response, sample.response_length = str(sample.label), len(tokens)
         sample.loss_mask = [1] * len(tokens)
-        sample.status = Sample.Status.COMPLETED
-    return RolloutFnTrainOutput(groups)
