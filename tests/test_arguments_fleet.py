@@ -14,6 +14,7 @@ from rltrain import arguments
 from rltrain.arguments import UserError
 from rltrain.arguments.external import TOKEN_VARIABLE, external_token, external_urls
 from rltrain.arguments.fleet import engine_specs, is_disaggregated, models, trained_engines, trained_model
+from rltrain.rollout.shared import slot_count
 from rltrain.sglang.engine import engine_server_args
 from rltrain.sglang.router import router_args
 from rltrain.sglang.routers import RouterAddress, get_model_url, set_routers
@@ -197,3 +198,15 @@ def test_every_router_flag_is_an_argument_of_the_router() -> None:
 
     names = {flag.replace("-", "_") for flag in engine_flags()["router"]}
     assert names - set(RouterArgs.__dataclass_fields__) == {"prefill", "decode"}
+
+
+def test_requests_in_flight_follow_the_engines_that_make_samples(tmp_path: Path) -> None:
+    few = ["--sglang-server-concurrency", "8"]
+    assert slot_count(parse(*few, "--rollout-num-gpus", "3")) == 24
+    assert slot_count(parse(*few, *config(tmp_path, ACTOR, JUDGE))) == 24
+    assert slot_count(parse(*few, *config(tmp_path, APART))) == 8
+    file = tmp_path / "engines.txt"
+    args = parse(*few, "--rollout-external-engines-file", str(file))
+    assert slot_count(args) == 8  # nobody yet, who may come
+    file.write_text("a:1\nb:2\n")
+    assert slot_count(args) == 16

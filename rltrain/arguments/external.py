@@ -38,6 +38,14 @@ def external_urls(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(urls))
 
 
+def count_external(args: argparse.Namespace) -> int:
+    """How many external engines are named now; 0 while the file can't be read."""
+    try:
+        return len(external_urls(args))
+    except (OSError, UserError):
+        return 0
+
+
 def parse_engines_file(text: str, name: str) -> list[str]:
     """One address a line; empty lines and what follows a # are left out.
 

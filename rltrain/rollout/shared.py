@@ -6,6 +6,9 @@ import argparse
 import asyncio
 from weakref import WeakKeyDictionary
 
+from rltrain.arguments.external import count_external
+from rltrain.arguments.fleet import engine_specs, trained_model
+
 _slots: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, asyncio.Semaphore]] = WeakKeyDictionary()
 _locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
@@ -21,7 +24,9 @@ def training_slots(args: argparse.Namespace) -> asyncio.Semaphore:
 
 def slot_count(args: argparse.Namespace) -> int:
     """How many requests may be in flight."""
-    return args.sglang_server_concurrency * (args.rollout_num_gpus // args.rollout_num_gpus_per_engine)
+    served, trained = engine_specs(args), trained_model(args)
+    own = sum(spec.model == trained and spec.worker_type != "prefill" for spec in served)
+    return args.sglang_server_concurrency * max(1, own + count_external(args))
 
 
 def abort_lock() -> asyncio.Lock:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,12 +26,19 @@ def write_hf_directory(
         tensors: Hugging Face names and tensors on any device, all of one type; consumed one by one.
         template: The model directory that everything but the weights is copied from.
         shard_bytes: About the size of a file, which is held in memory.
+
+    Raises:
+        OSError: it can't be written; what was there under its name is untouched.
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    dtype = _write_weights(temporary, tensors, shard_bytes)
-    _copy_rest(temporary, template, dtype)
+    try:
+        dtype = _write_weights(temporary, tensors, shard_bytes)
+        _copy_rest(temporary, template, dtype)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
+        raise OSError(f"{directory} can't be written ({error}): is the disk full, or read-only?") from error
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
 

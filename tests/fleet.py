@@ -1,0 +1,174 @@
+"""A running fleet of real parts under a real supervisor, seen by its trainer; for tests and benchmarks.
+
+Two models are served: the actor, by two engines, and a judge that the reward asks. In place of the trainer there is a
+process that waits; batches are asked for and weights sent with the trainer's own functions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import tomli_w
+import yaml
+from safetensors.torch import load_file
+from tiny_model import make_model
+
+from hpc.layout import RunLayout
+from rltrain import arguments
+from rltrain.rollout.client import RolloutClient
+from rltrain.runtime import Registry, RoleContext
+from rltrain.sglang.engines import find_engines
+from rltrain.sglang.http import HttpError, call
+from rltrain.sglang.process import READY_TIMEOUT
+from rltrain.weights.disk import push_weights
+
+TESTS = Path(__file__).parent
+# In place of the trainer: leaves its environment where the test finds it, and waits to be ended.
+TRAINER = (
+    "import json, os, sys, time; open(sys.argv[1], 'w').write(json.dumps(dict(os.environ))); time.sleep(3600)"
+)
+SUPERVISOR = """
+import dataclasses, sys
+from pathlib import Path
+from hpc.plan import make_plan
+from hpc.supervisor import Supervisor
+from rltrain import arguments
+run_dir, env_file, code = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+plan = make_plan(arguments.load(run_dir))
+trainer = (sys.executable, "-c", code, env_file)
+processes = [dataclasses.replace(each, argv=trainer) if each.role == "trainer" else each for each in plan.processes]
+Supervisor(run_dir, dataclasses.replace(plan, processes=tuple(processes)), stop_grace=1.0)()
+"""
+FLAGS = """
+ --rollout-batch-size 4 --n-samples-per-prompt 4 --num-rollout 9 --rollout-max-response-len 200 --label-key label
+ --rollout-stop-token-ids 63 --custom-rm-path fleet_reward.ask_judge --max-failed-fraction 0
+ --rollout-health-check-interval 1 --rollout-health-check-timeout 6
+"""
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+class Fleet:
+    """The running job, seen by its trainer."""
+
+    def __init__(self, directory: Path, prompts: Path) -> None:
+        self.layout = RunLayout(directory / "run")
+        self.layout.root.mkdir()
+        self.models = [make_model(directory / f"model-{seed}", seed=seed) for seed in range(3)]
+        group = {"worker_type": "regular", "num_gpus": 1}
+        served = [
+            {"name": "actor", "server_groups": [group, group]},
+            {"name": "judge", "model_path": str(self.models[2]), "server_groups": [group]},
+        ]
+        (directory / "fleet.yaml").write_text(yaml.safe_dump({"sglang": served}))
+        files = ["--hf-checkpoint", str(self.models[0]), "--prompt-data", str(prompts)]
+        files += ["--sglang-config", str(directory / "fleet.yaml")]
+        self.args = arguments.parse([*files, *FLAGS.split()])
+        self.layout.config.write_text(tomli_w.dumps({"train": arguments.dump(self.args)}))
+        self._env_file = directory / "env.json"
+        self.supervisor = subprocess.Popen(
+            [sys.executable, "-c", SUPERVISOR, str(self.layout.root), str(self._env_file), TRAINER],
+            env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
+            stderr=subprocess.DEVNULL,
+        )
+
+    def connect(self) -> None:
+        """Wait until everything is up."""
+        wait_until(lambda: self._env_file.exists() and self._env_file.read_text().endswith("}"))
+        env = json.loads(self._env_file.read_text())
+        names = ("REGISTRY", "TOKEN")
+        self.url, self.token = (env[f"SLURMLIME_{name}"] for name in names)
+        context = RoleContext(self.layout.root, 0, "trainer", 0, self.url, self.token)
+        self.registry = Registry(context)
+        self.registry.wait_for("engine", 3, READY_TIMEOUT)
+        self.rollout = RolloutClient(self.registry.wait_for("rollout")[0].url, context.auth)
+        self.rollout.load(0)
+
+    def push(self, version: int) -> None:
+        """Send the weights of a model to the actor's engines, as the trainer does."""
+        self.registry.status("weights", version)
+        tensors = load_file(self.models[version % 2] / "model.safetensors").items()
+        try:
+            push_weights(self.layout.weights, version, tensors, self.models[0], self.find_engines)
+        finally:
+            self.registry.status("generating", version)
+
+    def find_engines(self) -> Any:
+        return find_engines(self.args, self.registry, self.token)
+
+    def generate(self, rollout_id: int, fault: Callable[[], object] = lambda: None) -> pa.Table:
+        """A batch; `fault` happens while it is generated."""
+        result: list[pa.Table] = []
+        thread = threading.Thread(target=lambda: result.append(self.rollout.generate(rollout_id)[0]))
+        thread.start()
+        wait_until(lambda: any(worker["load"] for worker in self.workers()) or not thread.is_alive())
+        fault()
+        thread.join(timeout=300)
+        assert result, "no batch"
+        return result[0]
+
+    def server(self, index: int) -> psutil.Process:
+        """The SGLang server of an engine."""
+        role = next(each for each in self.registry.find("engine") if each.index == index)
+        return psutil.Process(role.pid).children()[0]
+
+    def scheduler(self, index: int) -> psutil.Process:
+        children = self.server(index).children(recursive=True)
+        return next(child for child in children if "schedul" in child.name())
+
+    def router(self, model: int = 0) -> Any:
+        return next(each for each in self.registry.find("router") if each.index == model)
+
+    def workers(self, model: int = 0) -> list[dict[str, Any]]:
+        try:
+            return call("GET", f"{self.router(model).url}/workers", self.token)["workers"]
+        except (OSError, HttpError):
+            return []
+
+    def is_whole(self, version: int) -> bool:
+        """Whether both of the actor's engines are behind the router, with these weights."""
+        urls = [each.url for each in self.registry.find("engine") if each.index < 2]
+        healthy = [worker["url"] for worker in self.workers() if worker["is_healthy"]]
+        if len(urls) < 2 or sorted(urls) != sorted(healthy):
+            return False
+        engines = self.find_engines()
+        return len(engines) == 2 and {each.get_weight_version() for each in engines} == {str(version)}
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        found = [json.loads(line) for line in self.layout.events.read_text().splitlines()]
+        return [event for event in found if event["kind"] == kind]
+
+
+@contextmanager
+def running_fleet(directory: Path) -> Iterator[Fleet]:
+    """One in `directory`, whose engines have the weights of version 1."""
+    prompts = directory / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"input": f"{i}+{i}=", "label": "0"}) + "\n" for i in range(20)))
+    fleet = Fleet(directory, prompts)
+    try:
+        fleet.connect()
+        fleet.push(1)
+        yield fleet
+    finally:
+        fleet.supervisor.send_signal(signal.SIGTERM)
+        try:
+            fleet.supervisor.wait(timeout=60)
+        finally:
+            fleet.supervisor.kill()
