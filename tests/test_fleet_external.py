@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from tiny_model import make_model
 from hpc.layout import RunLayout
 from rltrain.arguments import UserError
 from rltrain.arguments.external import TOKEN_VARIABLE
-from rltrain.rollout.http import GenerationError, HttpClient, session_headers
+from rltrain.rollout.http import GenerationError, HttpClient
 from rltrain.sglang import workers
-from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.sglang.check import check_engine
 from rltrain.sglang.external import ExternalFleet
 from rltrain.sglang.http import HttpError, call
@@ -133,38 +131,6 @@ def test_no_endpoint_of_an_engine_answers_without_the_token(engine) -> None:
                     answered.append(path)
     assert answered == []
     assert {"/update_weights_from_disk", "/update_weights_from_tensor", "/weights_checker"} <= set(paths)
-
-
-@pytest.fixture(scope="module")
-def second_engine(tiny_model: Path) -> Iterator[HttpServerEngineAdapter]:
-    """Another one with the same model, which its answers can be known by."""
-    server_args = {"model_path": str(tiny_model), "weight_version": "second"}
-    with HttpServerEngineAdapter.launch(server_args, TOKEN) as engine:
-        yield engine
-
-
-@pytest.mark.parametrize("policy", ["round_robin", "consistent_hashing"])
-def test_requests_of_a_session_go_to_one_engine_if_the_policy_is_so(
-    engine, second_engine: HttpServerEngineAdapter, policy: str
-) -> None:
-    with Router({"policy": policy}, TOKEN) as router:
-        for each in (engine, second_engine):
-            each.register(router.url)
-
-        async def ask(session: str) -> set[str]:
-            client = HttpClient(TOKEN)
-            headers = session_headers(session)
-            try:
-                answers = [
-                    await client.post(f"{router.url}/generate", PROMPT, headers=headers) for _ in range(4)
-                ]
-            finally:
-                await client.close()
-            return {answer["meta_info"]["weight_version"] for answer in answers}
-
-        places = [asyncio.run(ask(f"session {i}")) for i in range(8)]
-    assert {len(each) for each in places} == ({2} if policy == "round_robin" else {1})
-    assert len(set.union(*places)) == 2
 
 
 def test_an_answer_of_unknown_weights_is_not_taken(engine) -> None:

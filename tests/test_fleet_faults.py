@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import signal
@@ -13,8 +14,10 @@ import pytest
 from fleet import Fleet, running_fleet, wait_until
 from fleet_reward import question, verdict
 
+from rltrain.rollout.http import HttpClient, session_headers
 from rltrain.sglang import workers
 from rltrain.sglang.http import HttpError, call
+from rltrain.sglang.router import Router
 from rltrain.weights.current import current_weights
 
 pytestmark = pytest.mark.slow
@@ -59,6 +62,38 @@ def test_every_part_asks_for_the_token(fleet: Fleet) -> None:
             codes.append(caught.value.status)
         refused.append(401 in codes and set(codes) <= {401, 404, 405})
     assert all(refused)
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "consistent_hashing"])
+def test_requests_of_a_session_go_to_one_engine_if_the_policy_is_so(fleet: Fleet, policy: str) -> None:
+    engines = fleet.find_engines()
+    with Router({"policy": policy}, fleet.token) as router:
+        for index, engine in enumerate(
+            engines
+        ):  # an engine's answers are known by the version of its weights
+            call("POST", f"{engine.url}/update_weight_version", fleet.token, {"new_version": str(index)})
+            engine.register(router.url)
+        try:
+            places = [asyncio.run(ask(router, fleet.token, f"session {i}")) for i in range(8)]
+        finally:
+            for engine in engines:
+                call("POST", f"{engine.url}/update_weight_version", fleet.token, {"new_version": "1"})
+    assert {len(each) for each in places} == ({2} if policy == "round_robin" else {1})
+    assert len(set.union(*places)) == 2
+
+
+async def ask(router: Router, token: str, session: str) -> set[str]:
+    """Versions of the weights that answer the requests of a session."""
+    client = HttpClient(token)
+    body = {"input_ids": [4, 13, 5, 16], "sampling_params": {"max_new_tokens": 2}}
+    try:
+        answers = [
+            await client.post(f"{router.url}/generate", body, headers=session_headers(session))
+            for _ in range(4)
+        ]
+    finally:
+        await client.close()
+    return {answer["meta_info"]["weight_version"] for answer in answers}
 
 
 def test_engine_and_router_are_killed_while_they_generate(fleet: Fleet) -> None:
