@@ -17,7 +17,7 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 
 
 def write_hf_directory(
-    directory: Path, tensors: Iterable[tuple[str, Tensor]], template: Path, shard_bytes: int = _SHARD_BYTES
+    directory: Path, tensors: Iterable[tuple[str, Tensor]], template: Path, shard_bytes: int | None = None
 ) -> None:
     """Write weights as safetensors, with the configuration and tokenizer of another directory.
 
@@ -25,7 +25,7 @@ def write_hf_directory(
         directory: Must not exist; appears under its name when it is complete.
         tensors: Hugging Face names and tensors on any device, all of one type; consumed one by one.
         template: The model directory that everything but the weights is copied from.
-        shard_bytes: About the size of a file, which is held in memory.
+        shard_bytes: About the size of a file, which is held in memory (default: 2 GiB).
 
     Raises:
         OSError: it can't be written; what was there under its name is untouched.
@@ -34,7 +34,7 @@ def write_hf_directory(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        dtype = _write_weights(temporary, tensors, shard_bytes)
+        dtype = _write_weights(temporary, tensors, shard_bytes or _SHARD_BYTES)
         _copy_rest(temporary, template, dtype)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
