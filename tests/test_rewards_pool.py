@@ -108,6 +108,18 @@ def test_a_hung_process_is_killed_and_replaced() -> None:
     assert not psutil.pid_exists(int(before.reward))
 
 
+def test_a_process_that_is_started_while_another_is_killed_stays() -> None:
+    """As when a reward hangs that shares its process, and more rewards come meanwhile."""
+
+    async def use(pool: RewardPool) -> list[Grade]:
+        (worker,) = pool._workers
+        for _ in range(3):
+            await asyncio.gather(worker.stop(), worker.ensure_running())
+        return await asyncio.gather(*(pool.grade(sample("42")) for _ in range(8)))
+
+    assert [grade.reward for grade in with_pool("reward_functions.graded_async", use)] == [1.0] * 8
+
+
 def test_coroutines_wait_side_by_side_and_are_cancelled_alone() -> None:
     grades = grade_all("reward_functions.graded_async", ["42"] * 40 + ["sleep"])
     assert [grade.reward for grade in grades[:-1]] == [1.0] * 40

@@ -239,7 +239,8 @@ def test_custom_functions_fill_samples_or_fail_them_alone(custom, make_args) -> 
 
 def test_where_the_time_of_a_rollout_went_is_recorded(custom, make_args, tmp_path: Path) -> None:
     (tmp_path / "custom_turns.py").write_text(TURNS)
-    args = make_args("--custom-generate-function-path", "custom_turns.generate")
+    policy = ("--router-policy", "consistent_hashing")
+    args = make_args("--custom-generate-function-path", "custom_turns.generate", *policy)
     engine, samples = run_rollout(args)
     for sample in samples:
         assert sample.decode_seconds >= 2 * 0.001 and sample.non_generation_time >= 0.02

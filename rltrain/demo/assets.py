@@ -58,12 +58,13 @@ def prompt_rows() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def model_config() -> dict[str, Any]:
+def model_config(characters: str = CHARACTERS) -> dict[str, Any]:
     """A Qwen3 of two layers of width 64: 90 thousand parameters."""
+    vocabulary = _vocabulary(characters)
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "vocab_size": len(_vocabulary()),
+        "vocab_size": len(vocabulary),
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
@@ -79,15 +80,15 @@ def model_config() -> dict[str, Any]:
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
         "torch_dtype": "float32",
-        "pad_token_id": _vocabulary()[PAD],
+        "pad_token_id": vocabulary[PAD],
         "bos_token_id": None,
-        "eos_token_id": _vocabulary()[EOS],
+        "eos_token_id": vocabulary[EOS],
     }
 
 
-def tokenizer_files() -> dict[str, dict[str, Any]]:
+def tokenizer_files(characters: str = CHARACTERS) -> dict[str, dict[str, Any]]:
     """`tokenizer.json` and its configuration: every character is a token, nothing is merged."""
-    vocabulary = _vocabulary()
+    vocabulary = _vocabulary(characters)
     special = [
         {"id": vocabulary[token], "content": token, "special": True, "single_word": False,
          "lstrip": False, "rstrip": False, "normalized": False}
@@ -119,8 +120,8 @@ def tokenizer_files() -> dict[str, dict[str, Any]]:
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
 
 
-def _vocabulary() -> dict[str, int]:
-    return {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
+def _vocabulary(characters: str) -> dict[str, int]:
+    return {token: i for i, token in enumerate([PAD, EOS, *characters])}
 
 
 def _graded(problem: tuple[int, int]) -> dict[str, Any]:

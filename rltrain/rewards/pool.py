@@ -30,9 +30,9 @@ _COROUTINES_PER_WORKER = 64
 class RewardPool:
     """Runs one reward function in `--reward-num-workers` processes."""
 
-    def __init__(self, args: argparse.Namespace, path: str, capacity: int) -> None:
+    def __init__(self, args: argparse.Namespace, path: str, capacity: int, grace: float) -> None:
         """Use `start`."""
-        self._args, self._path, self._capacity = args, path, capacity
+        self._args, self._path, self._capacity, self._grace = args, path, capacity, grace
         self._workers = [_Worker(args, path) for _ in range(args.reward_num_workers)]
         self._free: asyncio.Queue[_Worker] = asyncio.Queue()
         self._alone: RewardPool | None = None
@@ -45,7 +45,7 @@ class RewardPool:
             UserError: the function can't be loaded.
         """
         is_coroutine = inspect.iscoroutinefunction(load_function(path, flag="--custom-rm-path"))
-        pool = cls(args, path, _COROUTINES_PER_WORKER if is_coroutine else 1)
+        pool = cls(args, path, *((_COROUTINES_PER_WORKER, _KILL_GRACE) if is_coroutine else (1, 0.0)))
         await pool._start()
         return pool
 
@@ -61,14 +61,14 @@ class RewardPool:
         worker = await self._free.get()
         began = time.perf_counter()
         try:
-            return await worker.grade(subject, self._args.reward_timeout + _KILL_GRACE)
+            return await worker.grade(subject, self._args.reward_timeout + self._grace)
         except _NoAnswerError as error:
             if self._capacity == 1:
                 return [Grade(None, str(error), time.perf_counter() - began) for _ in samples]
         finally:
             self._free.put_nowait(worker)
         if self._alone is None:
-            self._alone = RewardPool(self._args, self._path, capacity=1)
+            self._alone = RewardPool(self._args, self._path, capacity=1, grace=self._grace)
             await self._alone._start()
         return await self._alone._grade(samples, subject)
 
@@ -100,7 +100,9 @@ class _Worker:
     def __init__(self, args: argparse.Namespace, path: str) -> None:
         self._args, self._path = args, path
         self._process: asyncio.subprocess.Process | None = None
-        self._pending: dict[int, asyncio.Future[list[Grade]]] = {}
+        self._pending: dict[
+            int, asyncio.Future[list[Grade]]
+        ] = {}  # of this process: the next one has its own
         self._count = 0
         self._starting = asyncio.Lock()
 
@@ -108,14 +110,16 @@ class _Worker:
         await self.ensure_running()
         self._count += 1
         number = self._count
-        future = self._pending[number] = asyncio.get_running_loop().create_future()
+        process, pending = self._process, self._pending
+        future = pending[number] = asyncio.get_running_loop().create_future()
         write_message(self._writer, (number, subject))
         try:
             done, _ = await asyncio.wait([future], timeout=timeout)
         finally:
-            self._pending.pop(number, None)
+            pending.pop(number, None)
         if not done:
-            await self.stop()
+            if self._process is process:  # else another reward has had it killed already
+                await self.stop()
             raise _NoAnswerError(
                 f"the reward took longer than --reward-timeout {self._args.reward_timeout:g} s"
             )
@@ -129,11 +133,11 @@ class _Worker:
     async def stop(self) -> None:
         process, self._process = self._process, None
         if process is not None:
+            reading = self._reading  # while this waits, the next process may be started
             if process.returncode is None:
                 process.kill()
             await process.wait()
-            await self._reading
-            self._writer.close()
+            await reading
 
     async def _start(self) -> None:
         ours, theirs = socket.socketpair()
@@ -146,8 +150,8 @@ class _Worker:
                 str(os.getpid()),
                 pass_fds=[theirs.fileno()],
             )
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        write_message(self._writer, (self._args, self._path))
+        reader, writer = await asyncio.open_connection(sock=ours)
+        write_message(writer, (self._args, self._path))
         try:
             problem = await asyncio.wait_for(read_message(reader), _START_TIMEOUT)
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
@@ -156,17 +160,25 @@ class _Worker:
             if process.returncode is None:
                 process.kill()
             raise UserError(problem)
-        self._process = process
-        self._reading = asyncio.create_task(self._read(reader))
+        self._process, self._writer, self._pending = process, writer, {}
+        self._reading = asyncio.create_task(self._read(reader, writer, process, self._pending))
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    async def _read(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        process: asyncio.subprocess.Process,
+        pending: dict[int, asyncio.Future[list[Grade]]],
+    ) -> None:
         try:
             while True:
                 number, grade = await read_message(reader)
-                if number in self._pending:
-                    self._pending[number].set_result(grade)
+                if number in pending and not pending[number].done():
+                    pending[number].set_result(grade)
         except (asyncio.IncompleteReadError, ConnectionError):
-            self._process = None
-            for future in self._pending.values():
+            writer.close()
+            if self._process is process:
+                self._process = None
+            for future in pending.values():
                 if not future.done():
                     future.set_exception(_NoAnswerError("the reward function ended its process"))

@@ -97,13 +97,11 @@ class GroupRunner:
                 samples = await self._generate_fresh(sample, time.perf_counter() - waits_since)
         self._generated = time.perf_counter()
         if not self._args.group_rm and not _is_aborted(samples):
-            await gather_or_cancel(
-                [
-                    asyncio.ensure_future(rewards.grade(self._args, each))
-                    for each in samples
-                    if _to_be_graded(each)
-                ]
-            )
+            to_grade = [rewards.grade(self._args, each) for each in samples if _to_be_graded(each)]
+            if len(to_grade) == 1:
+                await to_grade[0]
+            elif to_grade:
+                await gather_or_cancel([asyncio.ensure_future(each) for each in to_grade])
         return samples
 
     async def _generate_fresh(self, sample: Sample, waited: float) -> list[Sample]:
@@ -146,7 +144,7 @@ class GroupRunner:
         if sample.session_id is None:
             sample.session_id = f"{self._rollout_id}-{sample.index}"
         extra = accepted_keywords(function, {"evaluation": self._evaluation})
-        result = await function(self._args, sample, {**params, **(own or {})}, **extra)
+        result = await function(self._args, sample, {**params, **own} if own else dict(params), **extra)
         samples = as_rollout(self._args, result, sample, function)
         for hook in self._hooks:
             extra = accepted_keywords(hook, {"rollout_id": self._rollout_id, "evaluation": self._evaluation})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import copy
-import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,12 +163,12 @@ def _check_drops(args: argparse.Namespace, kept: int, dropped: Counter[str]) -> 
 
 def _unused(sample: Sample) -> Sample:
     """The sample as it is now, untouched by what is generated for the other."""
-    lists: dict[str, Any] = {
-        name: list(value)
-        for name in ("tokens", "loss_mask", "rollout_log_probs", "weight_versions", "weight_version_spans")
-        if (value := getattr(sample, name)) is not None
-    }
-    return dataclasses.replace(sample, metadata=copy.deepcopy(sample.metadata), **lists)
+    unused = copy.copy(sample)
+    for name in ("tokens", "loss_mask", "rollout_log_probs", "weight_versions", "weight_version_spans"):
+        if (value := getattr(sample, name)) is not None:
+            setattr(unused, name, list(value))
+    unused.metadata = copy.deepcopy(sample.metadata) if sample.metadata else {}
+    return unused
 
 
 def _first_index(group: list[Sample]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import random
@@ -169,12 +170,14 @@ async def post(
     return answer
 
 
-def session_headers(session_id: str | None) -> dict[str, str] | None:
+def session_headers(args: argparse.Namespace, session_id: str | None) -> dict[str, str] | None:
     """Headers that bring all requests of a session to the same engine, whose cache has what came before.
 
-    For routers with `--router-policy consistent_hashing` or `manual`; others take no notice.
+    For `--router-policy consistent_hashing` or `manual`; routers with another policy would take no notice.
     """
-    return None if session_id is None else {"X-SMG-Routing-Key": session_id}
+    if session_id is None or args.router.get("policy") not in ("consistent_hashing", "manual"):
+        return None
+    return {"X-SMG-Routing-Key": session_id}
 
 
 async def get(url: str) -> Any:

@@ -25,7 +25,7 @@ from rltrain.rollout.fleet_watch import FleetWatch
 from rltrain.rollout.http import HttpClient, set_client
 from rltrain.rollout.look_ahead import LookAhead
 from rltrain.rollout.manager import RolloutManager
-from rltrain.rollout.setup import prepare_args
+from rltrain.rollout.setup import collect_garbage_rarely, prepare_args
 from rltrain.runtime import Registry, RoleContext
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -119,6 +119,7 @@ async def serve(context: RoleContext) -> None:
     prepare_args(args, context.layout)
     registry = Registry(context)
     manager = RolloutManager(args, context.layout, context.attempt)
+    collect_garbage_rarely()
     client = HttpClient(context.token)
     set_client(client)
     watching = None

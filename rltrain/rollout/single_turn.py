@@ -38,7 +38,7 @@ async def generate(args: argparse.Namespace, sample: Sample, sampling_params: di
             "sampling_params": {**sampling_params, "max_new_tokens": room},
             "return_logprob": True,
         },
-        headers=session_headers(sample.session_id),
+        headers=session_headers(args, sample.session_id),
     )
     return update_sample(sample, output)
 
