@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch.distributed as dist
 
 from rltrain.arguments.fleet import engine_specs
-from rltrain.megatron.distributed import control_group
+from rltrain.megatron.distributed import on_rank_0
 from rltrain.rollout.client import RolloutClient
 from rltrain.runtime import Registry, RoleContext
 from rltrain.sglang.check import check_engine
@@ -123,12 +123,3 @@ def evaluated_steps(events: Path) -> set[int]:
     """Numbers of rollouts after which an evaluation was completed, from the run's `events.jsonl`."""
     lines = events.read_text().splitlines() if events.exists() else []
     return {json.loads(line)["step"] for line in lines if '"kind": "eval_finished"' in line}
-
-
-def on_rank_0(call: Callable[[], T]) -> T:
-    """Run `call` on rank 0 and give its result to every rank."""
-    group = control_group()
-    result: list[T | None] = [call() if dist.get_rank() == 0 else None]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(result, src=0, group=group)
-    return result[0]  # type: ignore[return-value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import TOKEN
+from helpers.megatron import init_single_process
 from safetensors.torch import load_file
 from tiny_model import make_model
 
 from rltrain.rollout.single_turn import update_sample
+from rltrain.runtime import RoleContext
 from rltrain.sample import Sample
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.sglang.http import call
-from rltrain.weights.disk import push_weights
+from rltrain.weights.proof import difference, forget_weights
+from rltrain.weights.transport import make_transport
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +35,27 @@ def other_model(tmp_path: Path, engine: HttpServerEngineAdapter, tiny_model: Pat
     """Weights of another seed; afterwards the engine has its own again."""
     yield make_model(tmp_path / "other", seed=1)
     engine.update_weights_from_disk(tiny_model, "restored")
+
+
+def trainer(run_dir: Path) -> RoleContext:
+    """Rank 0 of a job on this machine."""
+    return RoleContext(run_dir, 0, "trainer", 0, "http://127.0.0.1:9", TOKEN)
+
+
+@pytest.fixture
+def process_group() -> None:
+    """The trainer has one of its own."""
+    init_single_process()
+
+
+def transport_args(transport: str, model: Path, bucket_bytes: int = 20_000) -> Namespace:
+    """Flags of a transport, with buckets so small that the tiny model takes many."""
+    return Namespace(
+        update_weight_transport=transport,
+        update_weight_buffer_size=bucket_bytes,
+        hf_checkpoint=str(model),
+        distributed_backend="gloo",
+    )
 
 
 def generate(url: str, prompt: list[int], seed: int) -> Sample:
@@ -57,8 +82,10 @@ def log_probs(model_dir: Path, sample: Sample) -> torch.Tensor:
     return everything[:-1].gather(1, tokens[1:, None])[sample.prompt_length - 1 :, 0]
 
 
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("transport", ["disk", "tensor", "distributed"])
 def test_every_token_was_sampled_by_the_version_that_its_span_names(
-    engine: Any, router: Any, tiny_model: Path, other_model: Path, tmp_path: Path
+    transport: str, engine: Any, router: Any, tiny_model: Path, other_model: Path, tmp_path: Path
 ) -> None:
     engine.update_weights_from_disk(tiny_model, "1")
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
@@ -66,13 +93,8 @@ def test_every_token_was_sampled_by_the_version_that_its_span_names(
         deadline = time.monotonic() + 60
         while running_requests(engine) < len(PROMPTS):
             assert time.monotonic() < deadline
-        push_weights(
-            tmp_path / "weights",
-            2,
-            load_file(other_model / "model.safetensors").items(),
-            tiny_model,
-            lambda: [engine],
-        )
+        pushing = make_transport(transport_args(transport, tiny_model), trainer(tmp_path))
+        pushing.push(2, load_file(other_model / "model.safetensors").items(), lambda: [engine])
         samples = [answer.result(timeout=120) for answer in answers]
     for sample in samples:
         assert sample.response_length == NEW_TOKENS
@@ -85,3 +107,24 @@ def test_every_token_was_sampled_by_the_version_that_its_span_names(
         torch.testing.assert_close(given[:cut], before[:cut], atol=2e-5, rtol=0)
         torch.testing.assert_close(given[cut:], after[cut:], atol=2e-5, rtol=0)
         assert (after[:cut] - before[:cut]).abs().max() > 1e-2  # the two would be told apart
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("transport", ["disk", "tensor", "distributed"])
+def test_a_push_restores_every_tensor_and_one_that_lacks_some_is_found_out(
+    transport: str, engine: Any, tiny_model: Path, other_model: Path, tmp_path: Path
+) -> None:
+    weights = load_file(tiny_model / "model.safetensors")
+    pushing = make_transport(transport_args(transport, tiny_model), trainer(tmp_path))
+    engine.update_weights_from_disk(tiny_model, "0")
+    expected = forget_weights([engine])
+    assert "lm_head" in str(difference([engine], expected))
+    pushing.push(3, weights.items(), lambda: [engine])
+    assert difference([engine], expected) is None
+    assert engine.get_weight_version() == "3"
+
+    forget_weights([engine])
+    lacking = [(name, tensor) for name, tensor in weights.items() if "q_norm" not in name]
+    pushing.push(4, lacking, lambda: [engine])
+    problem = str(difference([engine], expected))
+    assert "layers.1.self_attn.q_norm" in problem and "k_norm" not in problem

@@ -67,7 +67,8 @@ def _require(args: argparse.Namespace) -> None:
         raise UserError("missing " + ", ".join(missing) + ".")
     for name in ("rollout_batch_size", "n_samples_per_prompt", "num_rollout", "micro_batch_size", "save_interval",
                  "global_batch_size", "num_steps_per_rollout", "max_tokens_per_gpu", "eval_interval",
-                 "rollout_max_response_len", "update_weights_interval", "max_skipped_steps", "keep_last_k",
+                 "rollout_max_response_len", "update_weights_interval", "update_weight_buffer_size",
+                 "max_skipped_steps", "keep_last_k",
                  "save_retain_interval"):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -134,6 +135,11 @@ def _engines(args: argparse.Namespace) -> None:
         _models(args)
         return
     external = uses_external_engines(args)
+    if external and args.update_weight_transport in ("tensor", "distributed"):
+        raise UserError(
+            f"--update-weight-transport {args.update_weight_transport}: engines that come and go find the weights on"
+            " disk; leave it out with external engines."
+        )
     if args.rollout_num_gpus is None:
         args.rollout_num_gpus = 0 if external else size
     if size < 1 or args.rollout_num_gpus < (not external) or args.rollout_num_gpus % size:

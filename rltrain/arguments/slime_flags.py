@@ -17,7 +17,7 @@ from rltrain.arguments.extensions import add_extension_flags
 # Known to slime, not built here yet: better refused than silently ignored.
 NOT_YET = frozenset(
     """
-    allgather-cp check-weight-update-equal ci-disable-kl-checker ci-load-grad-norm
+    allgather-cp ci-disable-kl-checker ci-load-grad-norm
     ci-save-grad-norm ci-test ci-train-rollout-logprob-abs-diff-threshold
     custom-update-weight-post-write-path data-pad-size-multiplier
     disable-rollout-global-dataset disable-wandb-random-suffix dump-details eval-max-context-len
@@ -27,7 +27,7 @@ NOT_YET = frozenset(
     min-batch-collection-ratio multimodal-keys profile-target
     recompute-loss-function record-memory-history release-train rollout-buffer-url
     rollout-task-type save-debug-train-data
-    tb-experiment-name tb-project-name train-env-vars update-weight-buffer-size
+    tb-experiment-name tb-project-name train-env-vars
     update-weight-delta-checksum update-weight-delta-encoding update-weight-disk-dir
     update-weight-disk-keep-files update-weight-local-checkpoint-dir update-weight-mode
     use-distributed-post use-fault-tolerance use-rollout-entropy use-rollout-routing-replay
@@ -154,7 +154,12 @@ def _weights(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--max-staleness", type=int, default=0, metavar="K",
         help="versions by which a sample may be behind: rollouts run that far ahead (default: 0)")  # fmt: skip
-    add("--update-weight-transport", choices=["disk"], default="disk", help="how weights reach the engines")
+    add("--update-weight-transport", choices=["auto", "disk", "tensor", "distributed"], default="auto",
+        help="how weights reach the engines: files, shared memory, process groups (default: disk)")  # fmt: skip
+    add("--update-weight-buffer-size", type=int, default=512 * 1024**2, metavar="BYTES",
+        help="of weights under way at a time, other than on disk (default: 512 MiB)")  # fmt: skip
+    add("--check-weight-update-equal", action="store_true",
+        help="see once that a push restores every tensor of engines that were given random ones")  # fmt: skip
     add("--update-weights-interval", type=int, default=1, metavar="N",
         help="rollouts between two pushes (default: 1)")  # fmt: skip
 

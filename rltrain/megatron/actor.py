@@ -33,13 +33,14 @@ from rltrain.megatron.start import continued_checkpoint, initial_source, load_so
 from rltrain.megatron.steps import SkippedSteps, prefixed, train_steps
 from rltrain.megatron.trained_model import TrainedModel
 from rltrain.megatron.trainer_tokens import SeenTokens, TokenWriter, token_columns
+from rltrain.megatron.weight_updates import WeightUpdates
 from rltrain.runtime import Registry, RoleContext
 from rltrain.timing import Timers
-from rltrain.weights.disk import PushTarget, push_weights
 from rltrain.weights.hf_directory import write_hf_directory
+from rltrain.weights.transport import Engine as WeightsEngine
 
 
-class Engine(PushTarget, MemoryEngine, Protocol):
+class Engine(WeightsEngine, MemoryEngine, Protocol):
     """What is needed of an engine."""
 
 
@@ -64,6 +65,7 @@ class MegatronTrainActor:
         if args.custom_megatron_init_path:
             load_function(args.custom_megatron_init_path, flag="--custom-megatron-init-path")(args)
         self.shape = read_shape(args)
+        self._updates = WeightUpdates(args, context, self._stream_weights, self._event)
         with megatron_scope():
             self.models = build_model(self.shape, args)
             self.others = OtherPolicies(args, self.shape, self.models)
@@ -156,9 +158,8 @@ class MegatronTrainActor:
             self.others.past.remember(version, self.models)
         if self.args.debug_train_only:
             return
-        root, template = self._layout.weights, Path(self.args.hf_checkpoint)
         self.offload.for_push(find_engines)
-        self._stream_weights(lambda tensors: push_weights(root, version, tensors, template, find_engines))
+        self._updates.push(find_engines, version)
         self.offload.for_generating()
         self._event("weights_updated", version=version)
 

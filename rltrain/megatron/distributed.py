@@ -112,6 +112,15 @@ def control_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
+def on_rank_0(call: Callable[[], T]) -> T:
+    """Run `call` on rank 0 and give its result to every rank."""
+    group = control_group()
+    result: list[T | None] = [call() if dist.get_rank() == 0 else None]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(result, src=0, group=group)
+    return result[0]  # type: ignore[return-value]
+
+
 def on_last_stage(call: Callable[[], T]) -> T:
     """What `call` returns on the last pipeline stage, which alone runs it, on all stages."""
     from megatron.core import parallel_state

@@ -6,16 +6,22 @@ and sends it what the router does not pass on: pause, abort, flush and weight up
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from rltrain.processes import reserve_port
 from rltrain.sglang import workers
 from rltrain.sglang.health import HealthLimits, watch
 from rltrain.sglang.http import HttpError, call, get_status
 from rltrain.sglang.process import READY_TIMEOUT, ServerProcess
+
+if TYPE_CHECKING:  # which would import torch
+    from rltrain.weights.buckets import Piece
+
+# Runs in the engine, for weights that come through shared memory.
+SHARED_MEMORY_LOADER = "rltrain.weights.receive.load_shared_memory"
 
 _UPDATE_TIMEOUT = 1800.0  # seconds; large models load slowly from a busy filesystem
 
@@ -28,6 +34,7 @@ class HttpServerEngineAdapter:
         self.url = url.rstrip("/")
         self._token = token
         self._process = process
+        self._tp_size: int | None = None
 
     @classmethod
     def launch(
@@ -54,6 +61,10 @@ class HttpServerEngineAdapter:
                 "log_level_http": "warning",
                 "enable_metrics": True,  # its answers then say how long they queued and were prefilled
                 **server_args,
+                "custom_weight_loader": [
+                    *(server_args.get("custom_weight_loader") or []),
+                    SHARED_MEMORY_LOADER,
+                ],
                 "host": host,
                 "port": port,
                 "api_key": token,
@@ -185,6 +196,83 @@ class HttpServerEngineAdapter:
         # An engine that was started without weights would else try to load these in the same way.
         body = {"model_path": str(path), "weight_version": weight_version, "load_format": "auto"}
         self._call("POST", "/update_weights_from_disk", body, timeout)
+
+    def begin_weight_update(self) -> None:
+        """Make ready for weights from tensors or from a process group; the engine is idle or paused."""
+        self._call("POST", "/begin_weight_update", {}, _UPDATE_TIMEOUT)
+
+    def end_weight_update(self) -> None:
+        """Put them into use."""
+        self._call("POST", "/end_weight_update", {}, _UPDATE_TIMEOUT)
+
+    def update_weights_from_tensor(
+        self, payloads: Sequence[str], load_format: str, weight_version: str | None = None
+    ) -> None:
+        """Load what the payloads hold, one for every rank of the engine.
+
+        Args:
+            payloads: Pairs of a name and a tensor, pickled, in base64.
+            load_format: A loader that the engine was started with, as an import path.
+            weight_version: The last call of an update names it; then the cache is flushed.
+        """
+        body = {
+            "serialized_named_tensors": list(payloads),
+            "load_format": load_format,
+            "weight_version": weight_version,
+            "flush_cache": weight_version is not None,
+        }
+        self._call("POST", "/update_weights_from_tensor", body, _UPDATE_TIMEOUT)
+
+    def init_weights_update_group(
+        self, host: str, port: int, world_size: int, name: str, backend: str
+    ) -> None:
+        """Join the process group `name` at `host`:`port` with ranks 1 and up; returns when all are there."""
+        body = {
+            "master_address": host,
+            "master_port": port,
+            "rank_offset": 1,
+            "world_size": world_size,
+            "group_name": name,
+            "backend": backend,
+        }
+        self._call("POST", "/init_weights_update_group", body, _UPDATE_TIMEOUT)
+
+    def update_weights_from_distributed(
+        self, pieces: Sequence[Piece], name: str, weight_version: str | None = None
+    ) -> None:
+        """Receive one broadcast of the group `name`, the pieces one after the other.
+
+        The last call of an update has no pieces and names the version; then the cache is flushed.
+        """
+        body = {
+            "names": [piece.name for piece in pieces],
+            "dtypes": [piece.dtype for piece in pieces],
+            "shapes": [piece.shape for piece in pieces],
+            "group_name": name,
+            "load_format": "flattened_bucket" if pieces else None,
+            "weight_version": weight_version,
+            "flush_cache": weight_version is not None,
+        }
+        self._call("POST", "/update_weights_from_distributed", body, _UPDATE_TIMEOUT)
+
+    def weight_checksums(self) -> dict[str, str]:
+        """A checksum of each of its tensors, by rank and name; the engine is idle."""
+        ranks = self._call("POST", "/weights_checker", {"action": "checksum"}, _UPDATE_TIMEOUT)["ranks"]
+        return {
+            f"{name} (rank {i})" if len(ranks) > 1 else name: checksum
+            for i, rank in enumerate(ranks)
+            for name, checksum in rank["checksums"].items()
+        }
+
+    def randomize_weights(self) -> None:
+        """Put random numbers in the place of all weights; the engine is idle."""
+        self._call("POST", "/weights_checker", {"action": "reset_tensors"}, _UPDATE_TIMEOUT)
+
+    def tensor_parallel_size(self) -> int:
+        """Number of its ranks."""
+        if self._tp_size is None:
+            self._tp_size = int(self._call("GET", "/server_info")["tp_size"])
+        return self._tp_size
 
     def _call(self, method: str, path: str, body: Any = None, timeout: float = 60.0) -> Any:
         return call(method, self.url + path, self._token, body, timeout)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -59,6 +60,9 @@ def main(context: RoleContext) -> None:
     """Start the engine, join the router, announce it, and watch it."""
     args = arguments.load(context.run_dir)
     registry = Registry(context)
+    if context.restarts and args.update_weight_transport not in ("auto", "disk"):
+        transport = f"--update-weight-transport {args.update_weight_transport}"
+        sys.exit(f"error: with {transport} no weights are on disk, which an engine could go on with alone")
     weights = _newest_weights(args, context) if context.restarts else None
     server_args = engine_server_args(args, context.index, weights)
     with ExitStack() as held:

@@ -1,0 +1,45 @@
+"""Proof that a push gives engines all weights: `--check-weight-update-equal`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from rltrain.weights.session import for_all
+
+Checksums = dict[str, dict[str, str]]  # of each tensor, by the engine's URL
+
+_MOST_NAMED = 5
+
+
+class CheckedEngine(Protocol):
+    """What is needed of `rltrain.sglang.adapter.HttpServerEngineAdapter`."""
+
+    url: str
+
+    def weight_checksums(self) -> dict[str, str]:
+        """A checksum of each of its tensors."""
+
+    def randomize_weights(self) -> object:
+        """Put random numbers in the place of all weights."""
+
+
+def forget_weights(engines: Sequence[CheckedEngine]) -> Checksums:
+    """Put random weights into idle engines; returns the checksums of those that they had."""
+    checksums: Checksums = {}
+    for_all(engines, lambda engine: checksums.update({engine.url: engine.weight_checksums()}))
+    for_all(engines, lambda engine: engine.randomize_weights())
+    return checksums
+
+
+def difference(engines: Sequence[CheckedEngine], expected: Mapping[str, Mapping[str, str]]) -> str | None:
+    """Which tensors of which engines are not those that were expected; None if all are."""
+    problems = []
+    for engine in engines:
+        found, wanted = engine.weight_checksums(), expected.get(engine.url, {})
+        names = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+        if names:
+            shown = ", ".join(sorted(names)[:_MOST_NAMED])
+            more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+            problems.append(f"{engine.url}: {shown}{more}")
+    return "; ".join(problems) or None
