@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -11,9 +10,9 @@ import torch
 from helpers.megatron import init_single_process, make_actor, make_args, tiny_config, write_hf_model
 from safetensors.torch import load_file
 
+from rltrain.weights import hf_directory
 from rltrain.weights.current import current_weights, weight_version
 from rltrain.weights.disk import push_weights
-from rltrain.weights.hf_directory import write_hf_directory
 
 
 class Engine:
@@ -96,8 +95,7 @@ def test_large_models_are_written_in_shards(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    small = partial(write_hf_directory, shard_bytes=10_000)
-    monkeypatch.setattr("rltrain.megatron.actor.write_hf_directory", small)
+    monkeypatch.setattr(hf_directory, "_SHARD_BYTES", 10_000)
     make_actor(make_args(model_dir), tmp_path).export(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
     ours, original = (
@@ -117,7 +115,7 @@ def test_an_unfinished_directory_has_another_name(tmp_path: Path, model_dir: Pat
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        write_hf_directory(tmp_path / "out", broken(), model_dir)
+        hf_directory.write_hf_directory(tmp_path / "out", broken(), model_dir)
     assert not (tmp_path / "out").exists()
-    write_hf_directory(tmp_path / "out", [("a", torch.ones(2))], model_dir)
+    hf_directory.write_hf_directory(tmp_path / "out", [("a", torch.ones(2))], model_dir)
     assert load_file(tmp_path / "out" / "model.safetensors")["a"].tolist() == [1.0, 1.0]
