@@ -65,6 +65,9 @@ def apply_role_overrides(args: argparse.Namespace, parser: argparse.ArgumentPars
     if overrides.get("critic") and not use_critic(args):
         raise UserError(f"{where}: it has a critic, but only --advantage-estimator ppo trains one.")
     vars(args).update(overrides.get("actor", {}))
+    for name in {"load", "save"} & overrides.get("critic", {}).keys():
+        if overrides["critic"][name] is not None:  # the job may run in another directory
+            overrides["critic"][name] = str(Path(overrides["critic"][name]).expanduser().absolute())
     # As text, because TOML, in which the job stores its flags, has no null.
     args.critic_overrides = json.dumps(overrides.get("critic", {}))
 
