@@ -106,7 +106,9 @@ class Supervisor:
     def _stop_all(self, roles: list[RunningRole], launcher: Launcher) -> None:
         for role in roles:
             role.handle.terminate()
-        deadline = time.monotonic() + self.kill_grace
+        # With a node gone Slurm ends the job too, and there may be little time to write down why.
+        grace = 0.0 if any(role.handle.lost_a_node() for role in roles) else self.kill_grace
+        deadline = time.monotonic() + grace
         while any(role.handle.poll() is None for role in roles) and time.monotonic() < deadline:
             time.sleep(0.02)
         for role in roles:
