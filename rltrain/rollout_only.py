@@ -9,8 +9,8 @@ import argparse
 import sys
 import time
 
-from hpc.plan import count_engines
 from rltrain.arguments import UserError, load
+from rltrain.arguments.fleet import engine_specs
 from rltrain.rollout.client import RolloutClient
 from rltrain.runtime import EXIT_NEVER_RESTART, EXIT_REQUEUE, Registry, RoleContext
 from rltrain.stop import unless_stopped
@@ -52,7 +52,7 @@ def main() -> int:
     registry = Registry(context)
     args = load(context.run_dir)
     registry.status("loading")
-    registry.wait_for("engine", count_engines(args))
+    registry.wait_for("engine", len(engine_specs(args)))
     client = RolloutClient(registry.wait_for("rollout")[0].url, context.auth)
     tracker = Tracker(args, context.layout, context.attempt)
     try:

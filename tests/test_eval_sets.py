@@ -108,6 +108,24 @@ def test_sets_are_generated_and_graded_in_their_own_way(
     assert [each["name"] for each in args.eval_datasets] == ["plain", "one", "two"]
 
 
+def test_limits_of_evaluations_are_their_own(make_args: Any, prompt_file: Path) -> None:
+    """Of the 20 prompts, the ten of five tokens are too long; the others have a context of 7, so 3 more tokens."""
+    args = make_args(
+        "--eval-prompt-data", "dev", str(prompt_file), "--eval-max-prompt-len", "4", "--eval-max-context-len", "7",
+        "--eval-min-new-tokens", "2", "--eval-tool-key", "instruments",
+    )  # fmt: skip
+    assert set_args(args, args.eval_datasets[0]).tool_key == "instruments" != args.tool_key
+
+    async def use(engine: FakeEngine, client: Any) -> list[dict[str, Any]]:
+        await RolloutManager(args, RunLayout(Path(args.rollout_state_dir).parents[1]), 0).evaluate(0)
+        return engine.requests
+
+    requests = with_engine(use, args)
+    assert len(requests) == 10 and {len(request["input_ids"]) for request in requests} == {4}
+    params = [request["sampling_params"] for request in requests]
+    assert {(each["max_new_tokens"], each["min_new_tokens"]) for each in params} == {(3, 2)}
+
+
 def test_a_set_with_its_own_reward_does_not_take_the_trainings_function(make_args: Any) -> None:
     args = make_args("--custom-rm-path", "a.b", "--eval-prompt-data", "dev", "p.jsonl")
     same, own = args.eval_datasets[0], {**args.eval_datasets[0], "rm_type": "math"}

@@ -20,10 +20,13 @@ SETTINGS = {
     "top_p": "eval_top_p",
     "top_k": "eval_top_k",
     "max_response_len": "eval_max_response_len",
+    "max_prompt_len": "eval_max_prompt_len",
+    "max_context_len": "eval_max_context_len",
+    "min_new_tokens": "eval_min_new_tokens",
     "input_key": "eval_input_key",
     "label_key": "eval_label_key",
     "metadata_key": "metadata_key",
-    "tool_key": "tool_key",
+    "tool_key": "eval_tool_key",
     "reward_key": "eval_reward_key",
     "rm_type": "rm_type",
     "custom_rm_path": "custom_rm_path",
@@ -60,12 +63,18 @@ def resolve_eval_sets(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def set_args(args: argparse.Namespace, settings: dict[str, Any]) -> argparse.Namespace:
-    """`args` as the evaluation of one set sees them: `reward_key`, the reward and the templates are the set's."""
+    """`args` as the evaluation of one set sees them: reward, templates, keys and limits are the set's."""
     changes = {
         SETTINGS[name]: settings.get(name)
         for name in SETTINGS
         if not SETTINGS[name].startswith("eval_") and name in settings
     }
+    changes["tool_key"] = settings.get("tool_key", args.tool_key)
+    if "max_prompt_len" in settings:
+        changes["rollout_max_prompt_len"] = settings["max_prompt_len"]
+    if "max_context_len" in settings:  # the engines' own limit, if it is known by now, holds as well
+        limit = args.rollout_max_context_len or settings["max_context_len"]
+        changes["rollout_max_context_len"] = min(limit, settings["max_context_len"])
     own = "rm_type" in settings and settings["rm_type"] != args.rm_type
     if own and settings.get("custom_rm_path") == args.custom_rm_path:
         changes["custom_rm_path"] = None  # the set's own --rm-type, and not the function of the training

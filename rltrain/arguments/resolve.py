@@ -216,7 +216,7 @@ def _prompt_mix(args: argparse.Namespace) -> None:
 
 
 def _evaluation(args: argparse.Namespace) -> None:
-    for name in ("input_key", "label_key", "reward_key"):
+    for name in ("input_key", "label_key", "reward_key", "tool_key"):
         if getattr(args, f"eval_{name}") is None:
             setattr(args, f"eval_{name}", getattr(args, name))
     for name in ("temperature", "top_p", "top_k", "max_response_len"):

@@ -20,8 +20,8 @@ NOT_YET = frozenset(
     allgather-cp ci-disable-kl-checker ci-load-grad-norm
     ci-save-grad-norm ci-test ci-train-rollout-logprob-abs-diff-threshold
     custom-update-weight-post-write-path data-pad-size-multiplier
-    disable-rollout-global-dataset disable-wandb-random-suffix dump-details eval-max-context-len
-    eval-max-prompt-len eval-min-new-tokens eval-tool-key fetch-trajectory-retry-times http-proxy
+    disable-rollout-global-dataset disable-wandb-random-suffix dump-details
+    fetch-trajectory-retry-times http-proxy
     log-correct-samples log-probs-chunk-size
     log-reward-category memory-recorder memory-snapshot-dir memory-snapshot-num-steps
     min-batch-collection-ratio multimodal-keys profile-target
@@ -215,11 +215,15 @@ def _eval(group: argparse._ArgumentGroup) -> None:
     add("--skip-eval-before-train", action="store_true", help="do not evaluate the untrained model")
     add("--eval-input-key", metavar="KEY", help="default: --input-key")
     add("--eval-label-key", metavar="KEY", help="default: --label-key")
+    add("--eval-tool-key", metavar="KEY", help="default: --tool-key")
     add("--n-samples-per-eval-prompt", type=int, default=1, metavar="N", help="default: 1")
     add("--eval-temperature", type=float, metavar="T", help="default: --rollout-temperature")
     add("--eval-top-p", type=float, metavar="P", help="default: --rollout-top-p")
     add("--eval-top-k", type=int, metavar="K", help="default: --rollout-top-k")
     add("--eval-max-response-len", type=int, metavar="N", help="default: --rollout-max-response-len")
+    add("--eval-max-prompt-len", type=int, metavar="N", help="default: --rollout-max-prompt-len")
+    add("--eval-max-context-len", type=int, metavar="N", help="default: --rollout-max-context-len")
+    add("--eval-min-new-tokens", type=int, metavar="N", help="no response ends before (default: 0)")
 
 
 def _training(group: argparse._ArgumentGroup) -> None:

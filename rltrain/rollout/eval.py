@@ -48,6 +48,7 @@ def eval_sampling_params(args: argparse.Namespace, settings: dict[str, Any]) -> 
         "top_p": settings["top_p"],
         "top_k": settings["top_k"],
         "max_new_tokens": settings["max_response_len"],
+        "min_new_tokens": settings.get("min_new_tokens", 0),
         "stop": settings.get("stop"),
         "stop_token_ids": settings.get("stop_token_ids"),
     }
