@@ -6,6 +6,7 @@ Every function takes a `Run` (or a frame of it) and returns a frame or a number;
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,9 +107,9 @@ def token_quantiles(run: Run, steps: int | list[int] | None = None) -> pd.DataFr
     return pd.DataFrame(rows, columns=None if rows else ["step", "tokens"]).set_index("step")
 
 
-def staleness(run: Run) -> pd.DataFrame:
+def staleness(run: Run, steps: int | Iterable[int] | None = None) -> pd.DataFrame:
     """By step, how many updates the weights that generated it were behind: mean, largest, share of mixed samples."""
-    samples = run.read_samples(["weight_versions"])
+    samples = run.read_samples(["weight_versions"], steps)
     # Versions that are no numbers, as of other tools, count as not recorded.
     exploded = pd.to_numeric(samples["weight_versions"].explode(), errors="coerce").astype("float64")
     age = (samples["step"].reindex(exploded.index) - exploded).groupby(level=0)

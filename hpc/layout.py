@@ -6,11 +6,13 @@ imports only the standard library.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 _STEP_DIR = re.compile(r"step=(\d{6,})")
+_ATTEMPT_DIR = re.compile(r"attempt=(\d+)")
 _ATTEMPT_LOGS = re.compile(r"attempt_(\d+)")
 
 
@@ -114,7 +116,8 @@ class RunLayout:
 
     def find_step(self, step: int) -> Path | None:
         """The newest attempt's finished directory of a step, or None."""
-        return _newest_attempt(self.rollouts / f"step={step:06d}")
+        files = _newest_attempt(self.rollouts / f"step={step:06d}")
+        return files[0].parent if files else None
 
     def steps(self) -> list[int]:
         """Steps that have at least a directory, ascending."""
@@ -126,14 +129,11 @@ class RunLayout:
         Of the training samples, or of the evaluation set `dataset`.
         """
         base = self.rollouts if dataset is None else self.rollouts / "eval" / dataset
-        newest = ((step, _newest_attempt(path)) for step, path in sorted(_step_dirs(base).items()))
-        return {step: _parquet_files(path) for step, path in newest if path is not None}
+        return _newest_files(base)
 
     def trainer_files(self) -> dict[int, list[Path]]:
         """Finished Parquet files of `trainer_dir` by step, ascending, of each step's newest attempt."""
-        steps = sorted(_step_dirs(self.root / "rollouts_trainer").items())
-        newest = ((step, _newest_attempt(path)) for step, path in steps)
-        return {step: _parquet_files(path) for step, path in newest if path is not None}
+        return _newest_files(self.root / "rollouts_trainer")
 
     def eval_datasets(self) -> list[str]:
         """Names of the evaluation sets that have samples, sorted."""
@@ -159,11 +159,25 @@ def _step_dirs(base: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in matches if match}
 
 
-def _newest_attempt(step_dir: Path) -> Path | None:
-    finished = [path for path in step_dir.glob("attempt=*") if _parquet_files(path)]
-    return max(finished, key=lambda path: int(path.name.partition("=")[2]), default=None)
+def _newest_files(base: Path) -> dict[int, list[Path]]:
+    newest = ((step, _newest_attempt(path)) for step, path in sorted(_step_dirs(base).items()))
+    return {step: files for step, files in newest if files}
 
 
-def _parquet_files(attempt_dir: Path) -> list[Path]:
-    # Files beginning with a dot are still being written; pathlib's glob matches them too.
-    return sorted(path for path in attempt_dir.glob("*.parquet") if not path.name.startswith("."))
+def _newest_attempt(step_dir: Path) -> list[Path]:
+    """Finished files of the newest attempt that has any."""
+    matches = (_ATTEMPT_DIR.fullmatch(name) for name in _names(step_dir))
+    for attempt in sorted((int(match[1]) for match in matches if match), reverse=True):
+        directory = step_dir / f"attempt={attempt}"
+        # Files beginning with a dot are still being written.
+        names = sorted(name for name in _names(directory) if name.endswith(".parquet") and name[0] != ".")
+        if names:
+            return [directory / name for name in names]
+    return []
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)  # noqa: PTH208 – several times as fast for ten thousand steps
+    except (FileNotFoundError, NotADirectoryError):
+        return []
