@@ -263,6 +263,24 @@ def _next_token_log_probs(actor: Any, prompts: np.ndarray) -> torch.Tensor:
     return logits[0, length - 1 :: length, :61].double().log_softmax(-1)
 
 
+def test_random_weights_stay_what_they_are_whatever_else_is_loaded(
+    model_dir: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    init_single_process()
+    expected = weights_of(make_actor(make_args(model_dir, random_init=True), tmp_path))
+    options = {
+        "use_opd": True,
+        "opd_type": "megatron",
+        "opd_teacher_load": str(teacher_dir),
+        "random_init": True,
+    }
+    for more in ({}, {"advantage_estimator": "ppo", "critic_load": str(teacher_dir)}):
+        init_single_process()
+        actor = make_actor(make_args(model_dir, **options, **more), tmp_path)
+        assert torch.equal(weights_of(actor), expected)
+        assert abs(actor.train(0, make_batch(4))["train/opd_reverse_kl"]) > 0.01
+
+
 # --- functions of the user
 
 

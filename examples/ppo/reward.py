@@ -1,9 +1,8 @@
-"""The example's task: write digits and commas in turn, as in `3,1,4,1,5`. Nothing has to be known for it."""
+"""The example's task: write even digits. A model without any training finds out by itself."""
 
 from __future__ import annotations
 
 import argparse
-from itertools import pairwise
 
 from rltrain.sample import Sample
 
@@ -11,10 +10,5 @@ LENGTH = 24  # characters that count
 
 
 async def reward(args: argparse.Namespace, sample: Sample) -> float:
-    """Share of the first 24 characters that follow well: a comma after a digit, a digit after a comma."""
-    text = sample.response[:LENGTH]
-    good = sum(
-        (first.isdigit() and second == ",") or (first == "," and second.isdigit())
-        for first, second in pairwise(text)
-    )
-    return good / (LENGTH - 1)
+    """Even digits among the first 24 characters, as a share of 24: ending early is no way out."""
+    return sum(character in "02468" for character in sample.response[:LENGTH]) / LENGTH

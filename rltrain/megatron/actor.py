@@ -28,8 +28,16 @@ from rltrain.megatron.offload import MemoryEngine, Offload
 from rltrain.megatron.other_policies import OtherPolicies
 from rltrain.megatron.policy_values import add_advantages, add_log_probs, check_rollout
 from rltrain.megatron.rank_share import RankShare
+from rltrain.megatron.saved_weights import SavedWeights
 from rltrain.megatron.speed import measure
-from rltrain.megatron.start import continued_checkpoint, initial_source, load_source, own_checkpoint, resume
+from rltrain.megatron.start import (
+    WeightSource,
+    continued_checkpoint,
+    initial_source,
+    load_source,
+    own_checkpoint,
+    resume,
+)
 from rltrain.megatron.steps import SkippedSteps, prefixed, train_steps
 from rltrain.megatron.trained_model import TrainedModel
 from rltrain.megatron.trainer_tokens import SeenTokens, TokenWriter, token_columns
@@ -68,12 +76,13 @@ class MegatronTrainActor:
         self._updates = WeightUpdates(args, context, self._stream_weights, self._event)
         with megatron_scope():
             self.models = build_model(self.shape, args)
+            first = self._first_weights()
             self.others = OtherPolicies(args, self.shape, self.models)
-            load_source(self.models, self.shape, initial_source(args))
+            first()
         self.critic = Critic(args, self.shape, self.models) if use_critic(args) else None
         if args.critic_load:  # it may have been read through the policy
             with megatron_scope():
-                load_source(self.models, self.shape, initial_source(args))
+                first()
         self.policy = TrainedModel(self.models, args)
         if args.save:
             self._checkpoints = CheckpointWriter(args, self._checkpoint_saved, self._checkpoint_failed)
@@ -183,6 +192,13 @@ class MegatronTrainActor:
         """Those that are in GPU memory while the policy is trained."""
         critic = [self.critic.trained] if self.critic is not None and not self.args.swap_critic else []
         return [self.policy, *critic]
+
+    def _first_weights(self) -> Callable[[], None]:
+        """What gives the model the weights that the run starts with, whatever is loaded into it before."""
+        source = initial_source(self.args)
+        if source == WeightSource():  # the random ones that it has now, and that nothing can load
+            return partial(SavedWeights(self.models).give, self.models)
+        return partial(load_source, self.models, self.shape, source)
 
     def _resume(self) -> int:
         """Go on from this run's newest checkpoint; returns how many rollouts it was trained on."""

@@ -21,6 +21,12 @@ class SavedWeights:
         for weight, kept in zip(_parameters(models), self._weights, strict=True):
             kept.copy_(weight)
 
+    @torch.no_grad()
+    def give(self, models: Sequence[torch.nn.Module]) -> None:
+        """Copy them into the model."""
+        for weight, kept in zip(_parameters(models), self._weights, strict=True):
+            weight.copy_(kept)
+
     @contextmanager
     def in_place_of(self, models: Sequence[torch.nn.Module]) -> Iterator[None]:
         """While entered, the model computes with these weights; its own are untouched and come back."""
