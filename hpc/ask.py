@@ -36,7 +36,8 @@ def read_ask(flags: Flags, nodes: int | None, placement: str | None, has_engines
     return Ask(
         nodes=nodes,
         placement=placement,
-        colocate=flags.get("colocate") is not None,
+        # Without a trainer the engines have every node, as if they shared all with it.
+        colocate=bool({"colocate", "debug-rollout-only"} & flags.keys()),
         actor_nodes=_number(flags, "actor-num-nodes"),
         actor_gpus=_number(flags, "actor-num-gpus-per-node"),
         rollout_gpus=_number(flags, "rollout-num-gpus"),

@@ -143,6 +143,18 @@ def test_every_split_holds_what_was_asked_for(ask: Ask, gpus: int) -> None:
     assert max(taken.values()) == 1 and len(taken) == s.rollout_num_gpus
 
 
+def test_without_a_trainer_engines_have_every_node() -> None:
+    s = split(nodes=2, gpus=4, rollout_num_gpus_per_engine=2, debug_rollout_only=True)
+    args = engine_args(s.rollout_num_gpus, 2)
+    args.debug_rollout_only = True
+    plan = make_slurm_plan(args, s, "py")
+    assert plan.roles == ("router+engine+rollout+trainer",)
+    assert sum(process.role == "engine" for process in plan.processes) == 4
+    (main,) = [process for process in plan.processes if process.role == "trainer"]
+    assert main.argv[-1] == "rltrain.rollout_only" and main.count == 1
+    assert main.placement is not None and main.placement.gpus is None
+
+
 def test_plan_of_a_heterogeneous_job() -> None:
     args = engine_args(4, 2)
     plan = make_slurm_plan(args, split(nodes=2, gpus=4, rollout_num_gpus_per_engine=2), "py")
