@@ -31,7 +31,7 @@ def mismatch_drift(run: Run) -> Finding | None:
     return Finding(
         "mismatch-drift", ERROR if late > 0.02 else WARNING,
         f"mean |trainer - engine| went from {early:.2g} to {late:.2g} nats" + "".join(seen),
-        "token_ratio" if seen else "logprob_gap",
+        "token_gap" if seen else "logprob_gap",
         "Compare precision and kernels of trainer and engine, and check that weights arrive whole; meanwhile correct "
         "with importance weights of the engine's log-probs.",
     )  # fmt: skip

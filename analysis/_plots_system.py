@@ -45,8 +45,8 @@ def logprob_gap(run: Run, ax: Axes | None = None) -> Axes:
     return dress(ax, "Log-prob gap between trainer and engine", "step", "|trainer − engine| (nats)")
 
 
-def token_ratio(run: Run, ax: Axes | None = None) -> Axes:
-    """How far the trainer's probability of a token is from the engine's, over the tokens of each step: quantiles.
+def token_gap(run: Run, ax: Axes | None = None) -> Axes:
+    """How far the trainer's log-prob of a token is from the engine's, over the tokens of each step: quantiles.
 
     Where the trainer has recorded its log-probs; at most 100 steps, evenly from the whole run.
     """
@@ -54,14 +54,15 @@ def token_ratio(run: Run, ax: Axes | None = None) -> Axes:
     table = metrics.token_quantiles(run, metrics.recorded_steps(run, most=100))
     if len(table):
         steps = table.index
-        ax.fill_between(steps, table["ratio_q01"], table["ratio_q99"], color=SKY, alpha=0.35, linewidth=0,
+        ax.fill_between(steps, table["gap_q01"], table["gap_q99"], color=SKY, alpha=0.35, linewidth=0,
                         label="1st to 99th percentile")  # fmt: skip
-        ax.fill_between(steps, table["ratio_q25"], table["ratio_q75"], color=BLUE, alpha=0.4, linewidth=0,
+        ax.fill_between(steps, table["gap_q25"], table["gap_q75"], color=BLUE, alpha=0.4, linewidth=0,
                         label="middle half")  # fmt: skip
-        ax.plot(steps, table["ratio_q50"], color=BLUE, linewidth=2, label="median")
-        ax.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+        ax.plot(steps, table["gap_q50"], color=BLUE, linewidth=2, label="median")
+        ax.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+        ax.yaxis.set_major_formatter("{x:.2g}")  # no factor of its own above the axis, where the legend is
     attempt_marks(ax, run.steps)
-    return dress(ax, "Trainer against engine, token by token", "step", "probability ratio, trainer / engine")
+    return dress(ax, "Trainer against engine, token by token", "step", "trainer − engine (nats)")
 
 
 def staleness(run: Run, ax: Axes | None = None) -> Axes:

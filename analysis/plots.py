@@ -21,7 +21,7 @@ from analysis._plots_policy import (
     reward_curve,
     zero_std,
 )
-from analysis._plots_system import gpu_hours, logprob_gap, staleness, time_breakdown, token_ratio
+from analysis._plots_system import gpu_hours, logprob_gap, staleness, time_breakdown, token_gap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +46,7 @@ __all__ = [
     "reward_curve",
     "staleness",
     "time_breakdown",
-    "token_ratio",
+    "token_gap",
     "zero_std",
 ]
 

@@ -197,7 +197,7 @@ def test_mismatch_is_shown_token_by_token(runs: Runs) -> None:
     [finding] = [finding for finding in run.doctor() if finding.name == "mismatch-drift"]
     last = metrics.token_quantiles(run, 23).loc[23]
     assert f"in step 23 one token in fifty has a ratio below {last['ratio_q01']:.3g}" in finding.evidence
-    assert finding.plot == "token_ratio"
+    assert finding.plot == "token_gap"
 
 
 def test_doctor_command_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,7 +246,7 @@ def test_align_by_tokens_compares_equal_work(tmp_path: Path) -> None:
     assert by_tokens.metrics.index[[0, -1]].tolist() == [200, 2000]
 
 
-VIEWS = ["reward_curve", "response_lengths", "logprob_gap", "token_ratio", "time_breakdown", "entropy", "policy_kl",
+VIEWS = ["reward_curve", "response_lengths", "logprob_gap", "token_gap", "time_breakdown", "entropy", "policy_kl",
          "grad_norm", "zero_std", "reward_bands", "pass_at_k", "staleness", "gpu_hours"]  # fmt: skip
 
 
