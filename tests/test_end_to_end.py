@@ -179,6 +179,26 @@ def test_a_stopped_run_continues_as_if_it_had_not_stopped(
     assert_same_curve(parts, whole)
 
 
+def test_a_model_split_over_pipeline_stages_and_context_agrees_with_the_engines(
+    demo: tuple[Run, str], tmp_path: Path
+) -> None:
+    layout = ["--actor-num-gpus-per-node", "4", "--pipeline-model-parallel-size", "2"]
+    finished = submit(
+        *small_run(demo, tmp_path),
+        "--num-rollout",
+        "3",
+        "--name",
+        "split",
+        *layout,
+        "--context-parallel-size",
+        "2",
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    steps = load_run(tmp_path / "split").steps
+    assert steps["step"].tolist() == [0, 1, 2]
+    assert (steps["train/logprob_abs_diff"] < 1e-4).all()  # also with weights that it has pushed itself
+
+
 def assert_same_curve(run: Run, whole: Run) -> None:
     """No gap, no repeat, the same numbers, and the same texts behind them."""
     assert run.steps["step"].tolist() == list(range(8))

@@ -47,9 +47,21 @@ ASK = TrainerAsk(
 )
 
 
+QWEN3_30B_A3B = shape(
+    architectures=["Qwen3MoeForCausalLM"], num_hidden_layers=48, hidden_size=2048, intermediate_size=6144,
+    num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936, num_experts=128,
+    num_experts_per_tok=8, moe_intermediate_size=768,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("model", "published"),
-    [(QWEN3_0_6B, 596_049_920), (QWEN2_5_0_5B, 494_032_768), (LLAMA_3_8B, 8_030_261_248)],
+    [
+        (QWEN3_0_6B, 596_049_920),
+        (QWEN2_5_0_5B, 494_032_768),
+        (LLAMA_3_8B, 8_030_261_248),
+        (QWEN3_30B_A3B, 30_532_122_624),
+    ],
 )
 def test_published_sizes(model: ModelShape, published: int) -> None:
     assert count_parameters(model).total == published
@@ -74,6 +86,14 @@ def test_share_of_a_tensor_parallel_rank() -> None:
     assert count_parameters(SMALL, 2).replicated == 16
     # the vocabulary of 10 is padded to 12
     assert count_parameters(SMALL, 4).split == (32 + 16 + 72 + 2 * 12 * 4) // 4
+
+
+def test_share_of_a_pipeline_stage_and_of_an_experts_rank() -> None:
+    whole = count_parameters(QWEN3_30B_A3B).total
+    embedding, experts = 151936 * 2048, 48 * 128 * 3 * 2048 * 768
+    assert count_parameters(QWEN3_30B_A3B, expert=8).total == whole - experts * 7 // 8
+    stage = count_parameters(QWEN3_30B_A3B, pipeline=4).total
+    assert stage == (whole - 2 * embedding - 2048) // 4 + embedding + 2048
 
 
 def test_bytes_of_a_parameter() -> None:

@@ -72,7 +72,11 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "cp2-ep2": CP2 | EP2,
     "pp2-tp2-ep2": PP2 | TP2 | SP | EP2 | ETP1,
 }
-LAYOUTS = {"dense": DENSE, "tied": TIED, "experts": EXPERTS}
+BALANCED: dict[str, dict[str, Any]] = {
+    "balanced-pp2-tp2-ep2": PP2 | TP2 | SP | EP2 | ETP1,
+    "balanced-tp2-cp2-ep4": TP2 | SP | CP2 | EP4 | ETP1,
+}
+LAYOUTS = {"dense": DENSE, "tied": TIED, "experts": EXPERTS, "balanced": BALANCED}
 CONFIGS = {
     "dense": tiny_config(num_hidden_layers=4),
     "tied": tiny_config(num_hidden_layers=4, tie_word_embeddings=True),
@@ -85,6 +89,11 @@ CONFIGS = {
         norm_topk_prob=True,
         mlp_only_layers=[1],
     ),
+}
+CONFIGS["balanced"] = CONFIGS["experts"]
+# The loss that balances experts is a mean over micro-batches, so it is the same only with the same ones.
+OF_KIND: dict[str, dict[str, Any]] = {
+    "balanced": {"moe_aux_loss_coeff": 0.5, "max_tokens_per_gpu": 1000},
 }
 COMMON: dict[str, Any] = {
     "use_dynamic_batch_size": True,
@@ -104,7 +113,8 @@ COMMON: dict[str, Any] = {
 
 
 def layout_args(models: Path, kind: str, changes: dict[str, Any]) -> argparse.Namespace:
-    return make_args(models / kind, ref_load=str(models / f"{kind}-reference"), **(COMMON | changes))
+    reference = str(models / f"{kind}-reference")
+    return make_args(models / kind, ref_load=reference, **(COMMON | OF_KIND.get(kind, {}) | changes))
 
 
 def step(args: argparse.Namespace, work: Path) -> dict[str, Any]:

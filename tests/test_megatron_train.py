@@ -198,3 +198,34 @@ def test_a_sample_without_reward_is_named(model_dir: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"samples \[2\] have no reward"):
         train_once(model_dir, tmp_path, batch)
     train_once(model_dir, tmp_path, batch, loss_type="sft_loss")
+
+
+def test_experts_are_balanced_as_transformers_says(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    init_single_process()
+    config = tiny_config(
+        "Qwen3MoeForCausalLM",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+    )
+    model_dir = write_hf_model(tmp_path / "model", config)
+    batch = dataclasses.replace(make_batch(5), train_rewards=np.zeros(5, np.float32))  # no other gradient
+    args = make_args(model_dir, micro_batch_size=5, moe_aux_loss_coeff=0.5, clip_grad=1e9)
+    norm = make_actor(args, tmp_path).train(0, batch)["train/grad_norm"]
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    per_sample = [
+        model(torch.from_numpy(tokens[None, :-1].astype(np.int64)), output_router_logits=True).router_logits
+        for tokens in batch.tokens
+    ]
+    loss = torch.zeros(())
+    for logits in zip(*per_sample, strict=True):  # of each layer
+        probs = torch.cat([each.reshape(-1, 4) for each in logits]).softmax(-1)
+        chosen = torch.nn.functional.one_hot(probs.topk(2).indices, 4).sum(1).float().mean(0) / 2
+        loss = loss + 0.5 * 4 * (chosen * probs.mean(0)).sum()
+    loss.backward()
+    gradients = [p.grad.square().sum() for p in model.parameters() if p.grad is not None]
+    assert norm == pytest.approx(torch.stack(gradients).sum().sqrt().item(), rel=1e-4)

@@ -32,7 +32,8 @@ class TrainerAsk:
     """What a trainer rank is asked to do.
 
     Attributes:
-        tensor, data: sizes of tensor and data parallelism.
+        tensor, data, pipeline: sizes of tensor, data and pipeline parallelism.
+        expert: ranks that share the experts, by expert and tensor parallelism.
         tokens: in the largest micro-batch.
         keeps_reference: whether reference weights visit the device (KL loss).
     """
@@ -45,6 +46,8 @@ class TrainerAsk:
     recompute: bool
     tokens: int
     keeps_reference: bool = False
+    pipeline: int = 1
+    expert: int = 1
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,30 @@ class EngineMemory:
         return max(0, int((memory - self.weights) // self.kv_per_token))
 
 
-def count_parameters(shape: ModelShape, tensor: int = 1) -> Parameters:
-    """Parameters on one of `tensor` ranks; the vocabulary is padded so that it divides."""
+def count_parameters(shape: ModelShape, tensor: int = 1, pipeline: int = 1, expert: int = 1) -> Parameters:
+    """Parameters on one rank; the vocabulary is padded so that it divides.
+
+    Args:
+        tensor: Ranks that share all but the experts.
+        pipeline: Stages; the one with most layers and an embedding counts.
+        expert: Ranks that share the experts, by expert and tensor parallelism.
+    """
     vocab = -(-shape.vocab_size // tensor) * tensor
+    layers = -(-shape.num_layers // pipeline)
     qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    layer = shape.hidden_size * qkv + shape.num_heads * shape.head_dim * shape.hidden_size
-    layer += 3 * shape.hidden_size * shape.ffn_hidden_size + (qkv if shape.qkv_bias else 0)
-    embeddings = vocab * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    attention = shape.hidden_size * qkv + shape.num_heads * shape.head_dim * shape.hidden_size
+    attention += qkv if shape.qkv_bias else 0
+    embeddings = vocab * shape.hidden_size * (1 if shape.tied_embeddings or pipeline > 1 else 2)
     norms = 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
+    with_experts, experts, routers = 0, 0, 0
+    if shape.experts is not None:
+        with_experts = min(layers, len(shape.experts.layers))
+        routers = with_experts * shape.experts.count * shape.hidden_size
+        experts = 3 * routers * shape.experts.ffn_hidden_size // expert
+    dense = (layers - with_experts) * 3 * shape.hidden_size * shape.ffn_hidden_size
     return Parameters(
-        split=(shape.num_layers * layer + embeddings) // tensor,
-        replicated=shape.num_layers * norms + shape.hidden_size,
+        split=(layers * attention + dense + embeddings) // tensor + experts,
+        replicated=layers * norms + shape.hidden_size + routers,
     )
 
 
@@ -96,7 +112,7 @@ def trainer_memory(shape: ModelShape, ask: TrainerAsk) -> TrainerMemory:
 
     The distributed optimizer splits Adam's two moments and the master weights over data parallel ranks.
     """
-    count = count_parameters(shape, ask.tensor).total
+    count = count_parameters(shape, ask.tensor, ask.pipeline, ask.expert).total
     width = BF16 if ask.bf16 else FP32
     state = 2 * FP32 + (FP32 if ask.bf16 else 0)
     owned = -(-count // ask.data) if ask.distributed_optimizer else count
@@ -116,10 +132,13 @@ def _activations(shape: ModelShape, ask: TrainerAsk) -> int:
 
     A layer keeps, of every token, the inputs and outputs of its two norms (4 h); queries, keys and values; the
     attention's output; gate and up projections and their product (3 ffn). Full recomputation keeps the input only,
-    and at one time one layer's.
+    and at one time one layer's. The first of several pipeline stages has fewer layers but keeps as many micro-batches
+    more, so their number does not matter.
     """
+    experts = shape.experts
+    ffn = max(shape.ffn_hidden_size, experts.top_k * experts.ffn_hidden_size if experts else 0)
     heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    split = (heads + 3 * shape.ffn_hidden_size) // ask.tensor
+    split = (heads + 3 * ffn) // ask.tensor
     hidden = shape.hidden_size // (ask.tensor if ask.sequence_parallel else 1)
     layer = 4 * hidden + split
     kept = layer + shape.num_layers * hidden if ask.recompute else shape.num_layers * layer

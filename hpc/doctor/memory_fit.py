@@ -10,6 +10,7 @@ from pathlib import Path
 from hpc.doctor.check import Check, fail, ok, warn
 from hpc.doctor.memory import EngineMemory, TrainerAsk, TrainerMemory, engine_memory, trainer_memory
 from rltrain.arguments.hf_config import ModelShape, read_model_shape
+from rltrain.arguments.parallel import ParallelSizes
 
 GIB = 1024**3
 # What CUDA, NCCL, a Python process and fragmentation take: of a GPU a tenth, of a machine 1.5 GiB a process.
@@ -39,16 +40,19 @@ def trainer_ask(args: argparse.Namespace) -> TrainerAsk:
     sample = args.rollout_max_context_len or args.rollout_max_response_len + (
         args.rollout_max_prompt_len or 0
     )
+    sample = -(-sample // args.context_parallel_size)
     # A sample that is longer than the token budget is a micro-batch of its own.
     tokens = (
         max(args.max_tokens_per_gpu, sample)
         if args.use_dynamic_batch_size
         else sample * args.micro_batch_size
     )
-    world = args.actor_num_nodes * args.actor_num_gpus_per_node
+    sizes = ParallelSizes.of(args)
     return TrainerAsk(
-        tensor=args.tensor_model_parallel_size,
-        data=max(1, world // args.tensor_model_parallel_size),
+        tensor=sizes.tensor,
+        data=sizes.data * sizes.context,  # the optimizer is split over both
+        pipeline=sizes.pipeline,
+        expert=sizes.expert * sizes.expert_tensor,
         bf16=args.bf16,
         distributed_optimizer=args.use_distributed_optimizer,
         sequence_parallel=args.sequence_parallel,
@@ -100,8 +104,8 @@ def _fit_gpus(
 
 
 _TRAINER_ADVICE = (
-    "more --tensor-model-parallel-size, --use-distributed-optimizer, --bf16, --recompute-granularity full, or fewer"
-    " tokens a micro-batch (--max-tokens-per-gpu)"
+    "more --tensor-model-parallel-size or --pipeline-model-parallel-size, --use-distributed-optimizer, --bf16,"
+    " --recompute-granularity full, or fewer tokens a micro-batch (--max-tokens-per-gpu)"
 )
 
 

@@ -160,6 +160,7 @@ def _run(
                 position_ids=None,
                 attention_mask=None,
                 packed_seq_params=micro_batch.sequences,
+                padding_mask=_unrouted(model.module, micro_batch.padding),
             )
         return output, partial(loss_func, micro_batch)
 
@@ -175,6 +176,18 @@ def _run(
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+
+def _unrouted(model: GPTModel, padding: Tensor) -> Tensor | None:
+    """The tokens that must not count where experts are balanced, or None where they are not."""
+    config = model.config
+    if not config.num_moe_experts or not (config.moe_aux_loss_coeff or config.moe_z_loss_coeff):
+        return None
+    if config.sequence_parallel and not model.pre_process:
+        # Megatron-core takes this rank's share on the first pipeline stage only.
+        group = parallel_state.get_tensor_model_parallel_group()
+        return padding.chunk(group.size(), dim=1)[group.rank()]
+    return padding
 
 
 @contextmanager

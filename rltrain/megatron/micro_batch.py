@@ -33,6 +33,7 @@ class MicroBatch:
 
     indices: tuple[int, ...]  # samples, in the order in which they are packed
     tokens: Tensor  # [1, own t] int64
+    padding: Tensor  # [1, own t] bool: tokens of no sample
     sequences: PackedSequences
     rows: Tensor  # [own n] int64: positions in `tokens` whose logits predict `targets`
     targets: Tensor  # [own n] int64
@@ -97,8 +98,10 @@ def build_micro_batch(
     total = split.padded_total(starts[-1])
     lengths += _padding(total - starts[-1], chunk_multiple(split.context_size))
     tokens = np.zeros(total, np.int64)
+    padding = np.ones(total, bool)
     for i, start in zip(order, starts[:-1], strict=True):
-        tokens[start : start + computed_length(batch.tokens[i])] = batch.tokens[i][:-1]
+        place_of = slice(start, start + computed_length(batch.tokens[i]))
+        tokens[place_of], padding[place_of] = batch.tokens[i][:-1], False
     rows = _join([trainable.positions[i] + start for i, start in zip(order, starts[:-1], strict=True)])
     targets = _join([batch.tokens[i][trainable.positions[i] + 1] for i in order])
     own_tokens = own_positions(lengths, split.context_size, split.context_rank)
@@ -112,6 +115,7 @@ def build_micro_batch(
     return MicroBatch(
         indices=order,
         tokens=tensor(tokens[own_tokens]).unsqueeze(0),
+        padding=tensor(padding[own_tokens]).unsqueeze(0),
         sequences=PackedSequences.from_lengths(lengths, device, split.context_size),
         rows=tensor(place[rows][own]),
         targets=tensor(targets[own]),
