@@ -19,6 +19,8 @@ def add_debug_flags(group: argparse._ArgumentGroup) -> None:
         help="no trainer: generate and grade with the weights of --hf-checkpoint")  # fmt: skip
     add("--save-debug-rollout-data", metavar="FILE",
         help="also write every rollout there; {rollout_id} in it stands for the rollout's number")  # fmt: skip
+    add("--save-debug-train-data", metavar="FILE",
+        help="write what each rank trained on, with all inputs of the loss; {rollout_id} and {rank} in it")  # fmt: skip
     add("--load-debug-rollout-data", metavar="FILE",
         help="no engines: train on rollouts that were recorded, from files named so")  # fmt: skip
     add("--load-debug-rollout-data-subsample", type=float, metavar="F", help="on this share of their groups")
@@ -35,6 +37,7 @@ def resolve_debug(args: argparse.Namespace) -> None:
         if template is not None:
             _check_template(f"--{name.replace('_', '-')}", template)
             setattr(args, name, str(Path(template).expanduser().absolute()))
+    _check_train_data(args)
     if args.load_debug_rollout_data:
         args.debug_train_only = True
         args.rollout_function_path = f"{_RECORDED}.generate_rollout"
@@ -47,6 +50,24 @@ def resolve_debug(args: argparse.Namespace) -> None:
         )
     if args.debug_rollout_only:
         _rollout_only(args)
+
+
+def _check_train_data(args: argparse.Namespace) -> None:
+    template = args.save_debug_train_data
+    if template is None:
+        return
+    try:
+        names = {template.format(rollout_id=i, rank=j) for i in (0, 1) for j in (0, 1)}
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"--save-debug-train-data {template}: only {{rollout_id}} and {{rank}} may stand in braces ({error})."
+        ) from None
+    if len(names) < 4 or not template.endswith(".parquet"):
+        raise UserError(
+            f"--save-debug-train-data {template}: the name must have {{rollout_id}} and {{rank}} in it, or one file"
+            " would replace another, and end in .parquet."
+        )
+    args.save_debug_train_data = str(Path(template).expanduser().absolute())
 
 
 def check_recorded(args: argparse.Namespace) -> None:

@@ -26,8 +26,7 @@ NOT_YET = frozenset(
     log-reward-category memory-recorder memory-snapshot-dir memory-snapshot-num-steps
     min-batch-collection-ratio multimodal-keys profile-target
     recompute-loss-function record-memory-history release-train rollout-buffer-url
-    rollout-task-type save-debug-train-data
-    tb-experiment-name tb-project-name train-env-vars
+    rollout-task-type tb-experiment-name tb-project-name train-env-vars
     update-weight-delta-checksum update-weight-delta-encoding update-weight-disk-dir
     update-weight-disk-keep-files update-weight-local-checkpoint-dir update-weight-mode
     use-distributed-post use-fault-tolerance use-rollout-entropy use-rollout-routing-replay

@@ -20,6 +20,7 @@ from rltrain.megatron.checkpoint_dir import iteration_of
 from rltrain.megatron.checkpoint_save import CheckpointWriter
 from rltrain.megatron.critic import Critic
 from rltrain.megatron.custom_loss import custom_loss
+from rltrain.megatron.debug_data import write_train_data
 from rltrain.megatron.device import megatron_scope, reset_peak_memory
 from rltrain.megatron.forward_backward import forward_log_probs, token_loss
 from rltrain.megatron.hf_export import export_hf_weights
@@ -118,6 +119,8 @@ class MegatronTrainActor:
             values = share.loss_values()
             if self.args.loss_type != "sft_loss":
                 metrics |= self._prepare(rollout_id, share, values, timers)
+            if self.args.save_debug_train_data:
+                write_train_data(self.args.save_debug_train_data, rollout_id, dist.get_rank(), share, values)
             if self.critic is None or rollout_id >= self.args.num_critic_only_steps:
                 with timers("actor_train"):
                     metrics |= self._train_policy(rollout_id, share, values)
