@@ -66,7 +66,7 @@ def page(
 ) -> Html:
     """Put a page together."""
     rows = data.read_all(run, chosen)
-    records = [row for _, row in rows.iterrows()]
+    records: list[dict[str, Any]] = rows.to_dict("records")  # type: ignore[assignment]
     blocks: dict[str, Any] = {
         "meta": data.meta_of(run, len(rows), total, overview=overview),
         "index": data.index_of(rows),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def index_of(rows: pd.DataFrame) -> dict[str, list[Any]]:
     }
 
 
-def texts_of(row: pd.Series, vocabulary: Vocabulary | None) -> dict[str, Any]:
+def texts_of(row: Mapping[str, Any], vocabulary: Vocabulary | None) -> dict[str, Any]:
     """The conversation and what belongs to it."""
     messages = message_rows(row, vocabulary)
     extra = [
@@ -79,7 +79,7 @@ def texts_of(row: pd.Series, vocabulary: Vocabulary | None) -> dict[str, Any]:
     }
 
 
-def tokens_of(row: pd.Series) -> dict[str, Any]:
+def tokens_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """Token ids of the sample, and the numbers of its response; a list that is not recorded is null."""
     ids, response = _list(row["tokens"]), int(row["response_length"])
     engine, trainer = _floats(row["rollout_log_probs"]), _floats(row["trainer_log_probs"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -68,7 +68,9 @@ def messages_frame(sample: pd.Series, vocabulary: Vocabulary | None = None) -> p
     return frame
 
 
-def message_rows(sample: pd.Series, vocabulary: Vocabulary | None) -> list[dict[str, Any]]:
+def message_rows(
+    sample: pd.Series | Mapping[str, Any], vocabulary: Vocabulary | None
+) -> list[dict[str, Any]]:
     """The rows of `messages_frame` without the keys."""
     prompt = [
         {"role": role, "content": content, "trained": False, "tokens": None}
@@ -106,7 +108,9 @@ def _content(message: dict[str, Any]) -> str:
     return f"{text}\n{json.dumps(calls, ensure_ascii=False)}".strip() if calls else text
 
 
-def _response_rows(sample: pd.Series, vocabulary: Vocabulary | None) -> list[dict[str, Any]]:
+def _response_rows(
+    sample: pd.Series | Mapping[str, Any], vocabulary: Vocabulary | None
+) -> list[dict[str, Any]]:
     length = int(sample["response_length"])
     mask = (_list(sample["loss_mask"]) or [1] * length)[:length]
     segments = mask_segments(mask)
