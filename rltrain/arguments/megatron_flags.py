@@ -43,8 +43,8 @@ def _parallel(group: argparse._ArgumentGroup) -> None:
 
 def _experts(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--moe-token-dispatcher-type", choices=["alltoall", "allgather"], default="alltoall",
-        help="how tokens reach their experts (default: alltoall)")  # fmt: skip
+    add("--moe-token-dispatcher-type", choices=["alltoall", "allgather", "flex"], default="alltoall",
+        help="how tokens reach their experts; flex needs GPUs and DeepEP (default: alltoall)")  # fmt: skip
     add("--moe-router-load-balancing-type", choices=["aux_loss", "seq_aux_loss", "global_aux_loss", "none"],
         default="aux_loss", help="default: aux_loss, with --moe-aux-loss-coeff")  # fmt: skip
     add("--moe-aux-loss-coeff", type=float, default=0.0, metavar="C", help="default: 0, off")
