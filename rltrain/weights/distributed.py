@@ -58,6 +58,7 @@ class DistributedTransport:
         """Meet engines at this machine's address `host`."""
         self._bucket_bytes, self._host, self._backend = bucket_bytes, host, backend
         self._groups: dict[str, Group] = {}
+        self._buffers: dict[int, Tensor] = {}
 
     def push(
         self,
@@ -81,13 +82,23 @@ class DistributedTransport:
             for_all(engines, lambda engine: self._broadcast(engine, *filled))
 
         with updating(engines):
-            stream(in_buckets(tensors, self._bucket_bytes), lambda _, bucket: _flatten(bucket), send)
+            stream(in_buckets(tensors, self._bucket_bytes), self._flatten, send)
             for_all(
                 engines,
                 lambda engine: engine.update_weights_from_distributed(
                     (), self._groups[engine.url].name, str(version)
                 ),
             )
+
+    def _flatten(self, number: int, bucket: Sequence[NamedTensor]) -> tuple[Tensor, tuple[Piece, ...]]:
+        """The bucket in one of two buffers, which are kept: fresh memory costs more than the copy."""
+        pieces = lay_out(bucket)
+        size, device = pieces[-1].end, bucket[0][1].device
+        kept = self._buffers.get(number)
+        if kept is None or len(kept) < size or kept.device != device:
+            kept = self._buffers[number] = torch.empty(size, dtype=torch.uint8, device=device)
+        write(bucket, pieces, kept)
+        return kept[:size], pieces
 
     def _meet(self, engine: DistributedEngine) -> None:
         """Form the group with an engine."""
@@ -118,13 +129,6 @@ class DistributedTransport:
             raise
         finally:
             pool.shutdown(wait=False)
-
-
-def _flatten(bucket: Sequence[NamedTensor]) -> tuple[Tensor, tuple[Piece, ...]]:
-    pieces = lay_out(bucket)
-    buffer = torch.empty(pieces[-1].end, dtype=torch.uint8, device=bucket[0][1].device)
-    write(bucket, pieces, buffer)
-    return buffer, pieces
 
 
 def _join(store: dist.Store, name: str, size: int, backend: str) -> dist.ProcessGroup:
