@@ -381,5 +381,6 @@ def test_flags(make_args: Any) -> None:
     assert not make_args("--max-staleness", "1", "--use-rollout-logprobs").use_tis
     with pytest.raises(UserError, match="--max-staleness -1"):
         make_args("--max-staleness", "-1")
+    assert make_args("--rollout-external-engine-addrs", "127.0.0.1:1").update_weight_transport == "disk"
     with pytest.raises(UserError, match="--colocate"):
         make_args("--max-staleness", "1", "--colocate")

@@ -130,16 +130,13 @@ def _engines(args: argparse.Namespace) -> None:
     for name in ("offload_train", "offload_rollout"):
         if args.offload or getattr(args, name) is None:
             setattr(args, name, args.offload or args.colocate)
+    if args.update_weight_transport == "auto":
+        args.update_weight_transport = "disk"  # the only one by which an engine that died can go on alone
     check_external(args)
     if args.sglang_config:
         _models(args)
         return
     external = uses_external_engines(args)
-    if external and args.update_weight_transport in ("tensor", "distributed"):
-        raise UserError(
-            f"--update-weight-transport {args.update_weight_transport}: engines that come and go find the weights on"
-            " disk; leave it out with external engines."
-        )
     if args.rollout_num_gpus is None:
         args.rollout_num_gpus = 0 if external else size
     if size < 1 or args.rollout_num_gpus < (not external) or args.rollout_num_gpus % size:

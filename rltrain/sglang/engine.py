@@ -60,7 +60,7 @@ def main(context: RoleContext) -> None:
     """Start the engine, join the router, announce it, and watch it."""
     args = arguments.load(context.run_dir)
     registry = Registry(context)
-    if context.restarts and args.update_weight_transport not in ("auto", "disk"):
+    if context.restarts and args.update_weight_transport != "disk":
         transport = f"--update-weight-transport {args.update_weight_transport}"
         sys.exit(f"error: with {transport} no weights are on disk, which an engine could go on with alone")
     weights = _newest_weights(args, context) if context.restarts else None
