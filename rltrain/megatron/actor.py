@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +14,7 @@ from torch import Tensor
 from rltrain.arguments.critic_flags import use_critic
 from rltrain.data.batch import TrainBatch
 from rltrain.data.trainable import Flat
-from rltrain.functions import load_function
+from rltrain.megatron import hooks
 from rltrain.megatron.checkpoint_dir import iteration_of
 from rltrain.megatron.checkpoint_save import CheckpointWriter
 from rltrain.megatron.critic import Critic
@@ -29,16 +28,8 @@ from rltrain.megatron.offload import MemoryEngine, Offload
 from rltrain.megatron.other_policies import OtherPolicies
 from rltrain.megatron.policy_values import add_advantages, add_log_probs, check_rollout
 from rltrain.megatron.rank_share import RankShare
-from rltrain.megatron.saved_weights import SavedWeights
 from rltrain.megatron.speed import measure
-from rltrain.megatron.start import (
-    WeightSource,
-    continued_checkpoint,
-    initial_source,
-    load_source,
-    own_checkpoint,
-    resume,
-)
+from rltrain.megatron.start import continued_checkpoint, first_weights, own_checkpoint, resume
 from rltrain.megatron.steps import SkippedSteps, prefixed, train_steps
 from rltrain.megatron.trained_model import TrainedModel
 from rltrain.megatron.trainer_tokens import SeenTokens, TokenWriter, token_columns
@@ -71,13 +62,12 @@ class MegatronTrainActor:
             UserError: the model, its weights or the flags cannot be used.
         """
         self.args, self._layout, self._registry = args, context.layout, registry
-        if args.custom_megatron_init_path:
-            load_function(args.custom_megatron_init_path, flag="--custom-megatron-init-path")(args)
+        hooks.at_start(args)
         self.shape = read_shape(args)
         self._updates = WeightUpdates(args, context, self._stream_weights, self._event)
         with megatron_scope():
             self.models = build_model(self.shape, args)
-            first = self._first_weights()
+            first = first_weights(args, self.shape, self.models)
             self.others = OtherPolicies(args, self.shape, self.models)
             first()
         self.critic = Critic(args, self.shape, self.models) if use_critic(args) else None
@@ -93,8 +83,6 @@ class MegatronTrainActor:
         self._tokens = TokenWriter(
             context, lambda reason: self._event("trainer_tokens_not_saved", reason=reason)
         )
-        if self.critic is not None and args.swap_critic:
-            self.critic.trained.swap.out()
         self.offload = Offload(args, self._trained_models())
 
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
@@ -150,7 +138,7 @@ class MegatronTrainActor:
     def _save_companions(self, iteration: int) -> None:
         self.others.save(iteration, self.models)
         if self.critic is not None:
-            with self._swapped_in(self.critic):
+            with self.critic.in_place_of(self.policy):
                 self.critic.save(iteration)
 
     def _checkpoint_saved(self, step: int, checkpoint: Path) -> None:
@@ -181,10 +169,7 @@ class MegatronTrainActor:
         Args:
             prefix: Whose weights they are, as slime's hook is told: `ref_`, `teacher_`, or nothing.
         """
-        path = self.args.custom_megatron_before_log_prob_hook_path
-        if path:
-            hook = load_function(path, flag="--custom-megatron-before-log-prob-hook-path")
-            hook(self.args, self.policy.wrapped, prefix)
+        hooks.before_log_probs(self.args, self.policy, prefix)
         return share.per_token(
             lambda each: forward_log_probs(
                 self.policy.wrapped, each, self.shape, self.args.rollout_temperature
@@ -195,13 +180,6 @@ class MegatronTrainActor:
         """Those that are in GPU memory while the policy is trained."""
         critic = [self.critic.trained] if self.critic is not None and not self.args.swap_critic else []
         return [self.policy, *critic]
-
-    def _first_weights(self) -> Callable[[], None]:
-        """What gives the model the weights that the run starts with, whatever is loaded into it before."""
-        source = initial_source(self.args)
-        if source == WeightSource():  # the random ones that it has now, and that nothing can load
-            return partial(SavedWeights(self.models).give, self.models)
-        return partial(load_source, self.models, self.shape, source)
 
     def _resume(self) -> int:
         """Go on from this run's newest checkpoint; returns how many rollouts it was trained on."""
@@ -224,7 +202,7 @@ class MegatronTrainActor:
             add_advantages(args, values, share)
             return {}
         after = partial(self._skipped.record, "critic", rollout_id)
-        with timers("critic_train"), self._swapped_in(critic):
+        with timers("critic_train"), critic.in_place_of(self.policy):
             values["old_values"] = critic.values(share)
             add_advantages(args, values, share)
             metrics = critic.train(share, values, after)
@@ -241,33 +219,12 @@ class MegatronTrainActor:
             share,
             values,
             loss,
-            before=partial(self._before_step, rollout_id),
+            before=partial(hooks.before_step, args, rollout_id, self.policy),
             after=partial(self._skipped.record, "actor", rollout_id),
         )
         if args.save_trainer_tokens:
             self._tokens.write(rollout_id, share, token_columns(args, seen.collect(share), values))
         return prefixed("train", metrics)
-
-    def _before_step(self, rollout_id: int, step: int) -> None:
-        path = self.args.custom_megatron_before_train_step_hook_path
-        if path:
-            hook = load_function(path, flag="--custom-megatron-before-train-step-hook-path")
-            policy = self.policy
-            hook(self.args, rollout_id, step, policy.wrapped, policy.optimizer, policy.scheduler)
-
-    @contextmanager
-    def _swapped_in(self, critic: Critic) -> Iterator[None]:
-        """While entered, the critic is on the GPU, in the policy's place."""
-        if not self.args.swap_critic:
-            yield
-            return
-        self.policy.swap.out()
-        critic.trained.swap.back()
-        try:
-            yield
-        finally:
-            critic.trained.swap.out()
-            self.policy.swap.back()
 
     def _stream_weights(self, consume: Callable[[Iterable[tuple[str, Tensor]]], object]) -> None:
         """Bring the weights to rank 0 bucket by bucket; it consumes them, the others take part."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,22 @@ class Critic:
                     load_source(policy, shape, source)
                     copy_layers(policy, models)
         self.trained = TrainedModel(models, self._args)
+        if self._args.swap_critic:
+            self.trained.swap.out()
+
+    @contextmanager
+    def in_place_of(self, policy: TrainedModel) -> Iterator[None]:
+        """While entered, the critic is on the GPU and the policy in host memory; otherwise the other way round."""
+        if not self._args.swap_critic:
+            yield
+            return
+        policy.swap.out()
+        self.trained.swap.back()
+        try:
+            yield
+        finally:
+            self.trained.swap.out()
+            policy.swap.back()
 
     def resume(self, iteration: int) -> None:
         """Go on from the checkpoint that belongs to the policy's.
@@ -68,7 +85,10 @@ class Critic:
             UserError: there is none of that step.
         """
         if self._args.save and iteration:
+            self.trained.swap.back()
             resume(self._args, self.trained.full_state(), matching(Path(self._args.save), iteration))
+            if self._args.swap_critic:
+                self.trained.swap.out()
 
     def save(self, iteration: int) -> None:
         """Write a checkpoint, if the run has any."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from rltrain.megatron.agreement import first_problem
 from rltrain.megatron.checkpoint import TrainState, has_optimizer, load_checkpoint
 from rltrain.megatron.checkpoint_dir import damaged_file, find_checkpoint, iteration_directory, problem
 from rltrain.megatron.hf_weights import load_hf_weights
+from rltrain.megatron.saved_weights import SavedWeights
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,17 @@ def load_source(models: list[GPTModel], shape: ModelShape, source: WeightSource)
         load_hf_weights(models, shape, source.hf_directory)
     elif source.checkpoint is not None:
         load_checkpoint(source.checkpoint, TrainState(models))
+
+
+def first_weights(args: argparse.Namespace, shape: ModelShape, models: list[GPTModel]) -> Callable[[], None]:
+    """What gives a model the weights that the run starts with, whatever is loaded into it before.
+
+    Called when the model is new: the random weights that it has then are nowhere else.
+    """
+    source = initial_source(args)
+    if source == WeightSource():
+        return partial(SavedWeights(models).give, models)
+    return partial(load_source, models, shape, source)
 
 
 def own_checkpoint(args: argparse.Namespace) -> Path | None:
