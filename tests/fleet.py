@@ -53,8 +53,8 @@ Supervisor(run_dir, dataclasses.replace(plan, processes=tuple(processes)), stop_
 """
 FLAGS = """
  --rollout-batch-size 4 --n-samples-per-prompt 4 --num-rollout 9 --rollout-max-response-len 200 --label-key label
- --rollout-stop-token-ids 63 --custom-rm-path fleet_reward.ask_judge --max-failed-fraction 0
- --rollout-health-check-interval 1 --rollout-health-check-timeout 6
+ --custom-rm-path fleet_reward.ask_judge --max-failed-fraction 0
+ --rollout-health-check-interval 1 --rollout-health-check-timeout 10
 """
 
 
@@ -118,11 +118,17 @@ class Fleet:
         result: list[pa.Table] = []
         thread = threading.Thread(target=lambda: result.append(self.rollout.generate(rollout_id)[0]))
         thread.start()
-        wait_until(lambda: any(worker["load"] for worker in self.workers()) or not thread.is_alive())
+        wait_until(self.is_generating)
         fault()
         thread.join(timeout=300)
         assert result, "no batch"
         return result[0]
+
+    def is_generating(self) -> bool:
+        """Whether an engine of the actor is at work."""
+        urls = [each.url for each in self.registry.find("engine") if each.index < 2]
+        loads = [load for url in urls for load in call("GET", f"{url}/v1/loads", self.token)["loads"]]
+        return any(load["num_running_reqs"] for load in loads)
 
     def server(self, index: int) -> psutil.Process:
         """The SGLang server of an engine."""
@@ -160,7 +166,10 @@ class Fleet:
 def running_fleet(directory: Path) -> Iterator[Fleet]:
     """One in `directory`, whose engines have the weights of version 1."""
     prompts = directory / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"input": f"{i}+{i}=", "label": "0"}) + "\n" for i in range(20)))
+    # Long enough for something to happen meanwhile.
+    params = {"sampling_params": {"ignore_eos": True}}
+    rows = [{"input": f"{i}+{i}=", "label": "0", "metadata": params} for i in range(20)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fleet = Fleet(directory, prompts)
     try:
         fleet.connect()

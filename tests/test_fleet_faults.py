@@ -142,7 +142,7 @@ def test_an_engine_with_other_weights_is_not_believed(fleet: Fleet) -> None:
     answers: list[pa.Table] = []
     thread = threading.Thread(target=lambda: answers.append(fleet.generate(4)))
     thread.start()
-    wait_until(lambda: any(worker["load"] for worker in fleet.workers()))
+    wait_until(fleet.is_generating)
     fleet.push(4)  # repairs it
     thread.join(timeout=120)
     check_batch(answers[0], {"4"})

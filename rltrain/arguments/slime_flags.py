@@ -29,7 +29,7 @@ NOT_YET = frozenset(
     rollout-task-type tb-experiment-name tb-project-name train-env-vars
     update-weight-delta-checksum update-weight-delta-encoding update-weight-disk-dir
     update-weight-disk-keep-files update-weight-local-checkpoint-dir update-weight-mode
-    use-distributed-post use-fault-tolerance use-rollout-entropy use-rollout-routing-replay
+    use-distributed-post use-rollout-entropy use-rollout-routing-replay
     use-routing-replay use-stateless-adam use-tensorboard wandb-always-use-train-step wandb-host
     """.split()  # noqa: SIM905 (a hundred quoted strings read worse)
 )
@@ -141,6 +141,7 @@ def _engines(group: argparse._ArgumentGroup) -> None:
 
 def _health(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
+    add("--use-fault-tolerance", action="store_true", help="for slime's sake: it is always so here")
     add("--rollout-health-check-interval", type=float, default=30.0, metavar="S",
         help="between two looks whether an engine makes progress (default: 30)")  # fmt: skip
     add("--rollout-health-check-timeout", type=float, default=30.0, metavar="S",
