@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from rltrain.sglang.health import HealthLimits, HungError, stopped_process, watch
+from rltrain.sglang.http import call
 
 LIMITS = HealthLimits(interval=0.01, timeout=0.1)
 
@@ -70,3 +73,19 @@ def test_the_first_look_can_wait(server: subprocess.Popen[bytes]) -> None:
 def test_an_engine_that_ends_is_not_hung(server: subprocess.Popen[bytes]) -> None:
     ended = count_down(1)
     watch(server.pid, lambda _: False, lambda: False, HealthLimits(0.01, 0.0), lambda: ended() or ended())
+
+
+def test_a_server_that_ends_while_it_answers_is_one_that_does_not_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer_half, args=(listener,))
+        thread.start()
+        with pytest.raises(ConnectionError, match="IncompleteRead"):
+            call("GET", f"http://127.0.0.1:{listener.getsockname()[1]}/", "token")
+        thread.join()
+
+
+def answer_half(listener: socket.socket) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(1000)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import copy
-from urllib.error import URLError
 
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.external import external_token, external_urls, uses_external_engines
@@ -46,7 +45,7 @@ class FleetWatch:
                 find_router(self._given, self._registry, self._context.token, i)
                 for i in range(len(self._routers))
             ]
-        except URLError:  # the supervisor is about to end, or busy
+        except OSError:  # the supervisor is about to end, or busy
             return
         if all(found) and found != self._routers:
             self._set([each for each in found if each])

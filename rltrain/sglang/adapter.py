@@ -7,7 +7,6 @@ and sends it what the router does not pass on: pause, abort, flush and weight up
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
@@ -143,7 +142,7 @@ class HttpServerEngineAdapter:
         """Whether the scheduler answers, which does the work and which `health` does not ask; never raises."""
         try:
             self.get_server_info(timeout)
-        except (OSError, HTTPException, HttpError):
+        except (OSError, HttpError):
             return False
         return True
 

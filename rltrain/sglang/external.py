@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from http.client import HTTPException
 from typing import Protocol
 
 from hpc.layout import RunLayout
@@ -18,7 +17,7 @@ from rltrain.weights.current import current_weights, load_weights, weight_versio
 
 _PROBE_SECONDS = 5.0
 _REGISTER_SECONDS = 20.0
-_TROUBLE = (OSError, HTTPException, HttpError, TimeoutError, UserError)
+_TROUBLE = (OSError, HttpError, TimeoutError, UserError)
 
 
 class EventSink(Protocol):

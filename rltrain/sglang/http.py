@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -38,6 +39,8 @@ def call(method: str, url: str, token: str, body: Any = None, timeout: float = 3
     except urllib.error.HTTPError as error:
         words = error.read().decode(errors="replace").strip()[:2000]
         raise HttpError(f"{method} {url}: {error.code} {words}", error.code) from None
+    except http.client.HTTPException as error:  # it ended while it answered
+        raise ConnectionError(f"{method} {url}: {type(error).__name__}: {error}") from error
 
 
 def get_status(url: str, timeout: float) -> int:
