@@ -307,3 +307,18 @@ def test_evaluation_has_sampling_parameters_of_its_own(make_args) -> None:
     params = eval_sampling_params(args, args.eval_datasets[0])
     assert (params["temperature"], params["max_new_tokens"], params["top_p"]) == (0.0, 99, 0.9)
     assert (sampling_params(args)["temperature"], sampling_params(args)["max_new_tokens"]) == (1.0, 16)
+
+
+@pytest.mark.parametrize(
+    ("spans", "last", "unknown"),
+    [(["3"], "3", None), (["3", "4"], "4", None), (["default"], "default", "default"),
+     (["default", "4"], "4", "default"), ([], "default", "default")],
+)  # fmt: skip
+def test_every_part_of_an_answer_has_to_come_from_known_weights(
+    spans: list[str], last: str, unknown: str | None
+) -> None:
+    from rltrain.rollout.http import _unknown_version
+
+    meta = {"weight_version": last, "weight_versions": [{"version": each} for each in spans]}
+    assert _unknown_version({"meta_info": meta}) == unknown
+    assert _unknown_version([{"text": ""}]) is None

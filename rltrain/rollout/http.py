@@ -133,10 +133,17 @@ def _origin(url: str) -> str:
 
 
 def _unknown_version(answer: Any) -> str | None:
-    """The version of the weights of an answer to /generate if it is none of ours, which are numbers."""
+    """A version of the weights of an answer to /generate that is none of ours, which are numbers.
+
+    The weights may have been changed meanwhile: then each part of the answer has its version.
+    """
     meta = answer.get("meta_info") if isinstance(answer, dict) else None
-    version = str(meta.get("weight_version", "0")) if isinstance(meta, dict) else "0"
-    return None if version.isdigit() else version
+    if not isinstance(meta, dict):
+        return None
+    versions = [str(span["version"]) for span in meta.get("weight_versions") or ()]
+    return next(
+        (each for each in [*versions, str(meta.get("weight_version", "0"))] if not each.isdigit()), None
+    )
 
 
 _client: HttpClient | None = None
