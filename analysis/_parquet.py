@@ -15,7 +15,7 @@ from analysis._progress import progress
 # As much is in memory twice while a thread puts the block's columns together.
 _BLOCK = 100  # files
 _THREADS = 2  # more of them mostly wait for the interpreter lock
-_SMALL = 1 << 20  # bytes: read as a whole, which is one request to the file system
+_SMALL = 1 << 17  # bytes: read as a whole, which is one request to the file system
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What reading a run costs, as ratios: `python benchmarks/analysis_reading.py [--steps 10000]`.
+"""What reading a run costs, as ratios: `python benchmarks/analysis_reading.py [--steps 10000]` (6 GB of files).
 
 - a run of `--steps` steps of 100 samples to the scalar frame: against pyarrow reading the same columns raw and against
   pandas reading the same rows as JSON lines; peak memory against the frame's own size
@@ -37,7 +37,8 @@ from analysis._samples import SCALARS
 from hpc.layout import RunLayout
 from rltrain.rollout.parquet import read_table
 
-GROUPS, GROUP_SIZE, RESPONSE = 10, 10, 128
+GROUPS, GROUP_SIZE = 10, 10
+RESPONSE = 512  # tokens
 WORDS = ["so", "the", "answer", "we", "carry", "add", "first", "then", "wait", "check", "let", "me", "think"]
 WANDB_ROWS = 100_000
 # Not ru_maxrss: a process inherits the one of the process that starts it.
@@ -91,7 +92,7 @@ def write_run(root: Path, steps: int) -> RunLayout:
 
 
 def with_long_responses(table: pa.Table) -> pa.Table:
-    """The same samples with responses of `RESPONSE` tokens, which is short for a reasoning model."""
+    """The same samples with responses of `RESPONSE` tokens, as short reasoning has them."""
     rng, rows = random.Random(0), len(table)
     words = [" ".join(rng.choices(WORDS, k=RESPONSE * 3 // 4)) for _ in range(rows)]
     columns = {
