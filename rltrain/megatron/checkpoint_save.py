@@ -37,7 +37,6 @@ from rltrain.megatron.distributed import control_group
 
 # Kept free while the ranks write, for what rank 0 writes last: a full disk is noticed before that.
 _RESERVE_BYTES = 16 << 20
-_RESERVE = ".reserve"
 
 
 class CheckpointError(Exception):
@@ -116,12 +115,11 @@ class PendingSave:
                 together(self.write, CheckpointError)
             else:
                 together(self._join, CheckpointError)
-            _on_rank_0(lambda: (self.temporary / _RESERVE).unlink())
+            _on_rank_0(lambda: _reserve(self.temporary).unlink())
             self._finalize()
             _on_rank_0(self._publish)
         except CheckpointError as error:
-            if dist.get_rank() == 0:
-                shutil.rmtree(self.temporary, ignore_errors=True)
+            _remove(self.temporary)
             raise CheckpointError(f"{self.final.name} was not saved: {error}") from error
         return self.final
 
@@ -166,8 +164,7 @@ def begin_save(directory: Path, iteration: int, state: TrainState, options: Save
             return PendingSave(final, temporary, options, write, lambda: None)
         return _begin_torch_dist(final, temporary, content, state, options)
     except CheckpointError as error:
-        if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         raise CheckpointError(f"{final.name} was not saved: {error}") from error
 
 
@@ -243,8 +240,19 @@ def _make_room(temporary: Path, needed: int) -> None:
         raise OSError(
             f"it takes {needed / 2**30:.2f} GiB, and {temporary.parent} has {free / 2**30:.2f} GiB free"
         )
-    with (temporary / _RESERVE).open("wb") as file:
+    with _reserve(temporary).open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
+
+
+def _reserve(temporary: Path) -> Path:
+    """Beside the directory, which Megatron-core wants to be empty."""
+    return temporary.with_name(f"{temporary.name}.reserve")
+
+
+def _remove(temporary: Path) -> None:
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _reserve(temporary).unlink(missing_ok=True)
 
 
 def _size(content: dict[str, Any]) -> int:
