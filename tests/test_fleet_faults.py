@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import threading
+from argparse import Namespace
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -85,12 +86,10 @@ def test_requests_of_a_session_go_to_one_engine_if_the_policy_is_so(fleet: Fleet
 async def ask(router: Router, token: str, session: str) -> set[str]:
     """Versions of the weights that answer the requests of a session."""
     client = HttpClient(token)
+    headers = session_headers(Namespace(router={"policy": "consistent_hashing"}), session)
     body = {"input_ids": [4, 13, 5, 16], "sampling_params": {"max_new_tokens": 2}}
     try:
-        answers = [
-            await client.post(f"{router.url}/generate", body, headers=session_headers(session))
-            for _ in range(4)
-        ]
+        answers = [await client.post(f"{router.url}/generate", body, headers=headers) for _ in range(4)]
     finally:
         await client.close()
     return {answer["meta_info"]["weight_version"] for answer in answers}

@@ -99,8 +99,9 @@ def check_external(args: argparse.Namespace) -> None:
         parse_address(address, "--rollout-external-engine-addrs")
     if (args.sglang_router_ip is None) != (args.sglang_router_port is None):
         raise UserError("--sglang-router-ip and --sglang-router-port belong together: give both or none.")
-    if args.sglang_router_ip is not None and args.router:
-        flag = next(iter(args.router)).replace("_", "-")
+    for_ours = [name for name in args.router if name != "policy"]  # which it has, we may be told
+    if args.sglang_router_ip is not None and for_ours:
+        flag = for_ours[0].replace("_", "-")
         raise UserError(
             f"--router-{flag}: the job starts no router where --sglang-router-ip names one. Leave it out."
         )
