@@ -170,7 +170,7 @@ def test_an_external_router_is_not_started() -> None:
     [
         (["--rollout-external-engine-addrs", "nowhere"], "'nowhere' is no address"),
         (["--sglang-router-ip", "gate"], "give both or none"),
-        (["--sglang-router-ip", "gate", "--sglang-router-port", "1", "--router-queue-size", "1"], "--router-queue-size"),
+        (["--sglang-router-ip", "gate", "--sglang-router-port", "1", "--router-queue-size", "1"], "queue-size:"),
     ],
 )  # fmt: skip
 def test_external_flags_that_make_no_sense_are_refused(flags: list[str], words: str) -> None:
