@@ -38,9 +38,6 @@ def test_a_dense_launch_script_parses_unchanged() -> None:
     assert given(args, "transformer") == {"attention_softmax_in_fp32": True, "attention_backend": "flash"}
 
 
-@pytest.mark.skipif(
-    "--expert-model-parallel-size" not in arguments.known_flags(), reason="no expert parallelism"
-)
 def test_a_mixture_of_experts_launch_script_parses_unchanged() -> None:
     args = arguments.parse(script_arguments("qwen3_30b_a3b.sh"))
     assert (args.num_experts, args.moe_layer_freq, args.expert_model_parallel_size) == (128, "([1]*48)", 8)
