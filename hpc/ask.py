@@ -37,7 +37,7 @@ def read_ask(flags: Flags, nodes: int | None, placement: str | None, has_engines
         nodes=nodes,
         placement=placement,
         # Without a trainer the engines have every node, as if they shared all with it.
-        colocate=bool({"colocate", "debug-rollout-only"} & flags.keys()),
+        colocate=any(flags.get(name) is not None for name in ("colocate", "debug-rollout-only")),
         actor_nodes=_number(flags, "actor-num-nodes"),
         actor_gpus=_number(flags, "actor-num-gpus-per-node"),
         rollout_gpus=_number(flags, "rollout-num-gpus"),

@@ -69,6 +69,12 @@ def test_trainer_and_engines_have_gpus_of_their_own_where_there_are_enough() -> 
     assert split(actor_num_gpus_per_node=4, rollout_num_gpus=4, colocate=True).first_rollout_gpu == 0
 
 
+def test_a_flag_that_is_taken_back_is_not_given() -> None:
+    taken_back = read_ask({"colocate": None}, 4, None, has_engines=True)
+    assert split_nodes(taken_back, 8, 8).layout == "het"
+    assert split(nodes=4, colocate=True).layout == "colocated"
+
+
 def test_a_run_without_engines() -> None:
     s = split_nodes(read_ask({}, 4, None, has_engines=False), 8, 8)
     assert (s.layout, s.nodes, s.rollout_nodes) == ("plain", 4, 0)
