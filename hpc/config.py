@@ -7,6 +7,7 @@ the flags of the command line.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import time
 import tomllib
@@ -215,10 +216,11 @@ def read_request(argv: list[str], last_word: Flags | None = None) -> Request:
         value = getattr(parsed, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}.")
-    return Request(
-        options=SubmitOptions(**vars(parsed), slurm=slurm_tables.read(slurm)),
-        train={name: values for name, values in merged.items() if name not in own},
-    )
+    train = {name: values for name, values in merged.items() if name not in own}
+    if key := train.get("wandb-key"):  # to where W&B looks for it: flags are stored with the run
+        os.environ["WANDB_API_KEY"] = key[-1]
+        del train["wandb-key"]
+    return Request(options=SubmitOptions(**vars(parsed), slurm=slurm_tables.read(slurm)), train=train)
 
 
 def _default_name(recipes: list[str], has_train_flags: bool) -> str:

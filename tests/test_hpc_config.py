@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,10 @@ def test_help_shows_both_kinds_of_flags_in_groups() -> None:
     text = config.full_parser().format_help()
     for expected in ("submit:", "--runs-dir DIR", "evaluation:", "--eval-interval N", "@demo-sft"):
         assert expected in text
+
+
+def test_a_wandb_key_is_not_among_the_flags_that_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "of-the-environment")
+    request = config.read_request(["--wandb-key", "secret-1234", "--lr", "1e-3"])
+    assert "secret-1234" not in repr(request)
+    assert os.environ["WANDB_API_KEY"] == "secret-1234"
