@@ -61,6 +61,7 @@ _REASONS = {
     JobState.OUT_OF_MEMORY: "out of memory",
     JobState.REQUEUED: "requeued",
 }
+_HAS_STARTED = {JobState.PREEMPTED, JobState.REQUEUED, JobState.NODE_FAIL, JobState.TIMEOUT}
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def to_frame(records: Iterable[JobRecord], jobs: Sequence[SubmittedJob]) -> pd.D
     for record in own:
         component = record.key.component or 0
         rows.append(_row(record, component, started[component], known[record.key.job].roles))
-        started[component] += record.started is not None
+        # Without the state one that was preempted at once would not count: the database may learn of its start late.
+        started[component] += record.started is not None or record.state in _HAS_STARTED
     # Not by time alone: components of one job may be requeued in different seconds, in any order.
     rows.sort(key=lambda row: (row["attempt"], int(row["job_id"]), row["component"]))
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)

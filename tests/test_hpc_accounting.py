@@ -15,6 +15,7 @@ from hpc.accounting import COLUMNS, SubmittedJob, submitted_jobs, to_frame
 from hpc.eventlog import append_event
 from hpc.slurm import parse
 from hpc.slurm.records import JobRecord
+from hpc.slurm.states import JobState
 from rltrain.arguments.errors import UserError
 
 
@@ -55,6 +56,14 @@ def test_a_second_job_continues_the_count(records: list[JobRecord]) -> None:
         ["12", 1, "a node failed"],  # … this one did
     ]
     assert pd.isna(table.started[1]) and pd.isna(table.wait_s[1]) and table.gpu_hours[1] == 0
+
+
+def test_an_attempt_whose_start_the_database_does_not_know_yet_counts(records: list[JobRecord]) -> None:
+    late = [
+        replace(record, started=None) if record.state is JobState.PREEMPTED else record for record in records
+    ]
+    table = to_frame(late, [SubmittedJob("7")])
+    assert table.attempt.tolist() == [0, 0, 1, 1]
 
 
 def test_waiting_again(records: list[JobRecord]) -> None:

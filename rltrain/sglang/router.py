@@ -53,13 +53,12 @@ class Router:
             program: `sglang-router` or `smg`.
         """
         with ExitStack() as ports:
-            port, metrics_port = (
-                ports.enter_context(reserve_port(host, wanted)).getsockname()[1]
-                for wanted in (wanted_port, 0)
-            )
+            port = ports.enter_context(reserve_port(host, wanted_port)).getsockname()[1]
+            metrics_port = ports.enter_context(reserve_port("127.0.0.1")).getsockname()[1]
             all_args = {
                 **DEFAULTS, **router_args, "host": host, "port": port, "api_key": token,
-                "prometheus_host": host, "prometheus_port": metrics_port,
+                # Its counters can neither be switched off nor ask for a key: they stay on this machine.
+                "prometheus_host": "127.0.0.1", "prometheus_port": metrics_port,
             }  # fmt: skip
             settings = {"program": program, "router_args": all_args}
             self._process = ServerProcess("rltrain.sglang.router_server", settings, f"http://{host}:{port}")
