@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +23,7 @@ from rltrain.rollout.client import RolloutClient
 from rltrain.runtime import Registry, RoleContext
 from rltrain.sglang.check import check_engine
 from rltrain.sglang.engines import ExternalEngine, JobEngine, find_engines
-from rltrain.stop import unless_stopped
+from rltrain.stop import answer_unless_stopped, ask, unless_stopped
 from rltrain.tracking import Tracker
 
 T = TypeVar("T")
@@ -37,6 +39,7 @@ class Job:
         self._args, self._context, self._registry = args, context, registry
         self._tracker = Tracker(args, context.layout, context.attempt) if dist.get_rank() == 0 else None
         self._rollout: RolloutClient | None = None
+        self._evaluation: Future[dict[str, float]] | None = None
 
     def connect(self) -> None:
         """Wait until rollout process and engines are ready."""
@@ -63,9 +66,25 @@ class Job:
         """The batch and the metrics of a rollout; None if the job is asked to stop before it is complete."""
         return on_rank_0(lambda: unless_stopped(self._registry, self._client.generate, rollout_id))
 
-    def evaluate(self, trained: int) -> dict[str, float] | None:
-        """Evaluate the engines' weights, after `trained` rollouts; None if asked to stop before it is complete."""
-        return on_rank_0(lambda: unless_stopped(self._registry, self._client.eval, trained))
+    def begin_evaluation(self, trained: int) -> None:
+        """Have the engines' weights evaluated, after `trained` rollouts, while the loop goes on."""
+        if dist.get_rank() == 0:
+            self._evaluation = ask(self._evaluate, trained)
+
+    def end_evaluation(self) -> dict[str, float] | None:
+        """Wait for the metrics of the evaluation that has begun; None if asked to stop before it is complete."""
+        return on_rank_0(self._end_evaluation)
+
+    def _end_evaluation(self) -> dict[str, float] | None:
+        assert self._evaluation is not None
+        began = time.perf_counter()
+        metrics = answer_unless_stopped(self._registry, self._evaluation)
+        return None if metrics is None else metrics | {"perf/eval_s": time.perf_counter() - began}
+
+    def _evaluate(self, trained: int) -> dict[str, float]:
+        began = time.perf_counter()
+        metrics = self._client.eval(trained)
+        return metrics | {"perf/eval_duration_s": time.perf_counter() - began}
 
     @property
     def _client(self) -> RolloutClient:

@@ -16,9 +16,19 @@ _ASK_SECONDS = 1.0  # between two looks whether to stop
 
 def unless_stopped(registry: Registry, call: Callable[[int], T], argument: int) -> T | None:
     """What `call(argument)` returns or raises; None if the job is asked to stop before that."""
+    return answer_unless_stopped(registry, ask(call, argument))
+
+
+def ask(call: Callable[[int], T], argument: int) -> Future[T]:
+    """Begin `call(argument)`, beside whatever this process does meanwhile."""
     answer: Future[T] = Future()
     # A daemon: a request that nobody waits for any more must not keep this process alive.
     Thread(target=_fulfil, args=(answer, call, argument), daemon=True).start()
+    return answer
+
+
+def answer_unless_stopped(registry: Registry, answer: Future[T]) -> T | None:
+    """The answer, or its error; None if the job is asked to stop before it is there."""
     while True:
         try:
             return answer.result(timeout=_ASK_SECONDS)

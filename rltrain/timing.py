@@ -23,8 +23,12 @@ class Timers:
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count time that has passed (waiting for an evaluation) as part of the step."""
+        self._began += seconds
+
     def stop_step(self) -> None:
-        """End the step: what follows (evaluation) does not count as part of it."""
+        """End the step: what follows does not count as part of it."""
         self._seconds["step"] = time.perf_counter() - self._began
 
     def metrics(self) -> dict[str, float]:

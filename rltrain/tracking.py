@@ -57,6 +57,8 @@ class Tracker:
             return
         last = last_step(self._wandb)
         missing = [row for step, row in sorted(self._past.items()) if last is None or step > last]
+        if last is not None and "perf/eval_s" in self._past.get(last, {}):
+            missing.insert(0, self._past[last])  # its evaluation was logged later, and may be lacking
         self._to_wandb(lambda run: [run.log(without_own_keys(row)) for row in missing])
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: generate → train → save → push weights → evaluate, once a rollout.
+"""The training loop: generate → train → save → push weights, once a rollout; evaluations go on beside it.
 
 Started once a trainer rank by the job's supervisor (`hpc/supervisor.py`). Every rank runs this same loop.
 """
@@ -23,11 +23,9 @@ def train(args: argparse.Namespace, actor: MegatronTrainActor, job: Job) -> int:
     job.catch_up(first)
     job.rollout(lambda client: client.load(first))
     push_weights(actor, job, version=first)
+    evaluation = Evaluation(job)
     if owes_evaluation(args, first) and not job.has_evaluated(first):
-        evaluation = evaluate(job, trained=first)
-        if evaluation is None:
-            return EXIT_REQUEUE
-        job.log(first - 1, evaluation)
+        evaluation.begin(trained=first)
 
     for rollout_id in range(first, args.num_rollout):
         last = rollout_id + 1 == args.num_rollout
@@ -37,8 +35,12 @@ def train(args: argparse.Namespace, actor: MegatronTrainActor, job: Job) -> int:
         job.status("generating", rollout_id)
         with timers("rollout"):
             batch = job.generate(rollout_id)
-        if batch is None:  # asked to stop: only an unfinished rollout is lost
-            if rollout_id > first and not is_due(args.save_interval, rollout_id - 1):
+        is_saved = rollout_id == first or is_due(args.save_interval, rollout_id - 1)
+        # Else: the next attempt could not go back to these weights; engines without memory evaluate nothing.
+        beside_training = batch is not None and is_saved and not args.offload_rollout
+        evaluated = beside_training or evaluation.end(timers)
+        if batch is None or not evaluated:  # asked to stop: the next attempt does what is unfinished
+            if not is_saved:
                 job.status("saving", rollout_id)
                 actor.save(rollout_id - 1)
             return EXIT_REQUEUE
@@ -49,6 +51,8 @@ def train(args: argparse.Namespace, actor: MegatronTrainActor, job: Job) -> int:
             metrics |= actor.train(rollout_id, TrainBatch.from_arrow(table))
         if rollout_id == first:
             job.check_logprobs(rollout_id, metrics)
+        if not evaluation.end(timers):  # asked to stop: the next attempt needs the weights from before
+            return EXIT_REQUEUE
 
         stop = job.stop_requested()
         save_due = stop or last or is_due(args.save_interval, rollout_id)
@@ -64,19 +68,41 @@ def train(args: argparse.Namespace, actor: MegatronTrainActor, job: Job) -> int:
         if eval_due or is_due(args.update_weights_interval, rollout_id):
             with timers("update_weights"):
                 push_weights(actor, job, version=rollout_id + 1)
-        timers.stop_step()
-
-        evaluation = {}
         if eval_due:
-            with timers("eval"):
-                evaluation = evaluate(job, trained=rollout_id + 1)
-        job.log(rollout_id, metrics | (evaluation or {}) | timers.metrics())
-        if evaluation is None:  # asked to stop: the next attempt evaluates
-            if not save_due:
-                job.status("saving", rollout_id)
-                actor.save(rollout_id)
-            return EXIT_REQUEUE
-    return 0
+            evaluation.begin(trained=rollout_id + 1)
+        timers.stop_step()
+        job.log(rollout_id, metrics | timers.metrics())
+    return 0 if evaluation.end(Timers()) else EXIT_REQUEUE
+
+
+class Evaluation:
+    """At most one evaluation, of the weights that the engines have: it must end before they get others."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._trained: int | None = None
+
+    def begin(self, trained: int) -> None:
+        """Evaluate the weights after `trained` rollouts while the loop goes on."""
+        self._trained = trained
+        self._job.begin_evaluation(trained)
+
+    def end(self, timers: Timers) -> bool:
+        """Log the evaluation that has begun, if any; False if asked to stop before it is complete.
+
+        The time that this takes is not part of the step that `timers` is of.
+        """
+        if self._trained is None:
+            return True
+        self._job.status("evaluating", self._trained)
+        metrics = self._job.end_evaluation()
+        if metrics is None:
+            return False
+        timers.leave_out(metrics["perf/eval_s"])
+        self._job.event("eval_finished", step=self._trained, **metrics)
+        self._job.log(self._trained - 1, metrics)
+        self._trained = None
+        return True
 
 
 def owes_evaluation(args: argparse.Namespace, first: int) -> bool:
@@ -98,15 +124,6 @@ def push_weights(actor: MegatronTrainActor, job: Job, version: int) -> None:
     job.status("weights", version)
     actor.update_weights(job.find_engines, version)
     job.rollout(lambda client: client.weights(version))
-
-
-def evaluate(job: Job, trained: int) -> dict[str, float] | None:
-    """Evaluate the weights that the engines hold, after `trained` rollouts; None if asked to stop meanwhile."""
-    job.status("evaluating", trained)
-    metrics = job.evaluate(trained)
-    if metrics is not None:
-        job.event("eval_finished", step=trained, **metrics)
-    return metrics
 
 
 def main() -> int:

@@ -23,6 +23,7 @@ from rltrain.tracking import Tracker
 def make_job(monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setattr(stop_module, "_ASK_SECONDS", 0.05)
     monkeypatch.setattr(job_module, "on_rank_0", lambda call: call())
+    monkeypatch.setattr(job_module.dist, "get_rank", lambda: 0)
 
     def make(generate: object, stop: str | None = None) -> Job:
         job = Job.__new__(Job)
@@ -41,7 +42,8 @@ def test_an_unfinished_one_is_dropped(make_job) -> None:
     never = threading.Event()
     begun = time.monotonic()
     job = make_job(lambda i: never.wait(60), stop="SIGTERM")
-    assert job.generate(0) is None and job.evaluate(0) is None
+    job.begin_evaluation(0)
+    assert job.generate(0) is None and job.end_evaluation() is None
     assert time.monotonic() - begun < 5
     never.set()
 
@@ -50,31 +52,64 @@ def test_without_a_stop_it_is_waited_for(make_job) -> None:
     assert make_job(lambda i: time.sleep(0.3) or "late").generate(0) == "late"
 
 
+def test_an_evaluation_goes_on_beside_a_rollout(make_job) -> None:
+    generated = threading.Event()
+    job = make_job(lambda i: generated.set() or "batch")
+    job._rollout.eval = lambda trained: {"eval/dev": float(generated.wait(60))}
+    job.begin_evaluation(0)
+    assert job.generate(0) == "batch"
+    metrics = job.end_evaluation()
+    assert metrics["eval/dev"] == 1.0
+    assert metrics.keys() == {"eval/dev", "perf/eval_s", "perf/eval_duration_s"}
+
+
 def test_errors_are_passed_on(make_job) -> None:
     def broken(rollout_id: int) -> None:
         raise RuntimeError("no prompts")
 
+    job = make_job(broken)
     with pytest.raises(RuntimeError, match="no prompts"):
-        make_job(broken).generate(0)
+        job.generate(0)
+    job.begin_evaluation(0)
+    with pytest.raises(RuntimeError, match="no prompts"):
+        job.end_evaluation()
 
 
 class FakeRun:
-    """An actor and a job in one, which note what the training loop does; evaluation number `stop_at` is interrupted."""
+    """An actor and a job in one, which note what the training loop does; evaluation number `stop_at` is interrupted.
 
-    def __init__(self, first: int, evaluated: set[int], stop_at: int | None) -> None:
+    The stop comes while the step after it is generated or trained (`during`): what is waited for then is not there.
+    """
+
+    def __init__(self, first: int, evaluated: set[int], stop_at: int | None, during: str = "train") -> None:
         self.start_rollout_id, self.evaluated, self._stop_at = first, evaluated, stop_at
+        self._during, self._under_way = during, -1
         self.saved: list[int] = []
         self.rows: list[tuple[int, list[str]]] = []
+        self.did: list[str] = []
         self.offload = self
 
+    def generate(self, rollout_id: int) -> tuple[None, dict[str, float]] | None:
+        self.did.append(f"generate {rollout_id}")
+        return None if self._during == "generate" and rollout_id == self._stop_at else (None, {})
+
     def train(self, rollout_id: int, batch: object) -> dict[str, float]:
+        self.did.append(f"train {rollout_id}")
         return {"train/loss": 0.0}
 
     def save(self, rollout_id: int) -> None:
         self.saved.append(rollout_id)
 
-    def evaluate(self, trained: int) -> dict[str, float] | None:
-        return None if trained == self._stop_at else {"eval/dev": 1.0}
+    def update_weights(self, find_engines: object, version: int) -> None:
+        self.did.append(f"push {version}")
+
+    def begin_evaluation(self, trained: int) -> None:
+        self.did.append(f"begin {trained}")
+        self._under_way = trained
+
+    def end_evaluation(self) -> dict[str, float] | None:
+        self.did.append(f"end {self._under_way}")
+        return None if self._under_way == self._stop_at else {"eval/dev": 1.0, "perf/eval_s": 0.0}
 
     def event(self, kind: str, step: int, **metrics: float) -> None:
         self.evaluated.add(step)
@@ -85,34 +120,62 @@ class FakeRun:
     def has_evaluated(self, trained: int) -> bool:
         return trained in self.evaluated
 
-    def generate(self, rollout_id: int) -> tuple[None, dict[str, float]]:
-        return None, {}
-
     def __getattr__(self, name: str) -> object:
         return lambda *args, **kwargs: None
 
 
-@pytest.mark.parametrize("stop_at", [None, 0, 2, 3, 4])
-def test_an_interrupted_evaluation_is_done_by_the_next_attempt(
-    monkeypatch: pytest.MonkeyPatch, stop_at: int | None
-) -> None:
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setattr(train_module.TrainBatch, "from_arrow", lambda table: table)
-    args = Namespace(num_rollout=4, eval_interval=1, save_interval=2, update_weights_interval=1)
-    args.skip_eval_before_train = False
+
+    def run(fake: FakeRun, **flags: object) -> int:
+        args = Namespace(num_rollout=4, eval_interval=1, save_interval=2, update_weights_interval=1)
+        args.skip_eval_before_train = args.offload_rollout = False
+        return train_module.train(Namespace(**vars(args) | flags), fake, fake)  # type: ignore[arg-type]
+
+    return run
+
+
+@pytest.mark.parametrize("during", ["generate", "train"])
+@pytest.mark.parametrize("stop_at", [None, 0, 1, 2, 3, 4])
+def test_an_interrupted_evaluation_is_done_by_the_next_attempt(
+    loop, stop_at: int | None, during: str
+) -> None:
     evaluated: set[int] = set()
-    runs = [FakeRun(0, evaluated, stop_at)]
-    code = train_module.train(args, runs[0], runs[0])  # type: ignore[arg-type]
+    runs = [FakeRun(0, evaluated, stop_at, during)]
+    code = loop(runs[0])
     assert code == (0 if stop_at is None else 75)
     if code:
         runs.append(FakeRun(max([0, *(i + 1 for i in runs[0].saved)]), evaluated, None))
         assert runs[1].start_rollout_id == stop_at  # saved there, whatever the interval
-        assert train_module.train(args, runs[1], runs[1]) == 0  # type: ignore[arg-type]
+        assert loop(runs[1]) == 0
 
     assert evaluated == {0, 1, 2, 3, 4}
     rows = [row for run in runs for row in run.rows]
     trained = [step for step, names in rows if "train/loss" in names]
     assert trained == [0, 1, 2, 3]
     assert [step for step, names in rows if "eval/dev" in names] == [-1, 0, 1, 2, 3]
+    assert [step for step, _ in rows] == [-1, 0, 0, 1, 1, 2, 2, 3, 3]  # W&B's steps never go back
+
+
+def test_an_evaluation_ends_before_the_engines_get_other_weights(loop) -> None:
+    run = FakeRun(0, set(), None)
+    assert loop(run, num_rollout=3, eval_interval=2) == 0
+    assert run.did == [
+        *("push 0", "begin 0", "generate 0", "train 0", "end 0", "push 1", "generate 1", "train 1"),
+        *("push 2", "begin 2", "generate 2", "train 2", "end 2", "push 3", "begin 3", "end 3"),
+    ]
+
+
+@pytest.mark.parametrize("flags", [{"offload_rollout": True}, {"save_interval": 5}])
+def test_it_ends_before_training_that_takes_the_engines_memory_or_weights_that_are_nowhere_else(
+    loop, flags: dict[str, object]
+) -> None:
+    run = FakeRun(0, set(), None)
+    assert loop(run, num_rollout=3, eval_interval=2, **flags) == 0
+    assert run.did[-8:] == [
+        *("push 2", "begin 2", "generate 2", "end 2", "train 2", "push 3", "begin 3", "end 3"),
+    ]
 
 
 def test_metrics_are_kept_when_wandb_has_died(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,3 +192,16 @@ def test_metrics_are_kept_when_wandb_has_died(tmp_path: Path, capsys: pytest.Cap
         2.0,
     ]
     assert capsys.readouterr().out.count("W&B takes no more metrics") == 1
+
+
+def test_wandb_gets_an_evaluation_that_came_after_its_row_again(tmp_path: Path) -> None:
+    lines = [{"step": 0, "a": 1.0}, {"step": 1, "a": 2.0}, {"step": 1, "eval/dev": 0.5, "perf/eval_s": 1.0}]
+    layout = RunLayout(tmp_path)
+    layout.metrics.write_text(
+        "".join(json.dumps({"attempt": 0, "time": 0.0} | line) + "\n" for line in lines)
+    )
+    tracker = Tracker(Namespace(wandb_mode="disabled"), layout, 1)
+    logged: list[dict[str, float]] = []
+    tracker._wandb = SimpleNamespace(log=logged.append, offline=False, summary={"step": 1})
+    tracker.catch_up(2)
+    assert logged == [{"step": 1, "a": 2.0, "eval/dev": 0.5, "perf/eval_s": 1.0}]

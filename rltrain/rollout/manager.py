@@ -77,7 +77,9 @@ class RolloutManager:
             table = samples_to_table(
                 samples, step=rollout_id, attempt=self._attempt, dataset=name, rewards=rewards, metrics=own
             )
-            write_table(table, self._layout.eval_dir(name, rollout_id, self._attempt))
+            await asyncio.to_thread(
+                write_table, table, self._layout.eval_dir(name, rollout_id, self._attempt)
+            )
             metrics |= own if ours else {}
         return metrics
 
