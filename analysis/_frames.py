@@ -22,14 +22,19 @@ def metric_rows(rows: pd.DataFrame) -> pd.DataFrame:
 def steps_frame(rows: pd.DataFrame, *, every_attempt: bool = False) -> pd.DataFrame:
     """One row a step, ascending; of a step that several attempts trained, the newest attempt's row (or all)."""
     others = [name for name in rows if name not in STEP_KEYS]
-    frame = rows.reindex(columns=[*STEP_KEYS, *others]).astype({"step": "int64", "attempt": "int64"})
+    frame = rows.reindex(columns=[*STEP_KEYS, *others])
+    frame = frame.assign(step=frame["step"].astype("int64"), attempt=frame["attempt"].astype("int64"))
     frame = frame.sort_values(["step", "attempt"], kind="stable")
-    if frame.duplicated(
-        ["step", "attempt"]
-    ).any():  # parts of one row; of a number twice, the one written last
+    if not frame["step"].is_unique:
+        frame = _newest_rows(frame, ["step", "attempt"] if every_attempt else ["step"])
+    return _with_time(frame.reset_index(drop=True))
+
+
+def _newest_rows(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Of sorted rows the last of each key; those of one step and attempt are parts of one row."""
+    if frame.duplicated(["step", "attempt"]).any():  # of a number twice, the one written last
         frame = frame.groupby(["step", "attempt"], as_index=False, sort=False).last()
-    keys = ["step", "attempt"] if every_attempt else ["step"]
-    return _with_time(frame.drop_duplicates(keys, keep="last").reset_index(drop=True))
+    return frame.drop_duplicates(keys, keep="last")
 
 
 def long_frame(steps: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:

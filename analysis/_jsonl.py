@@ -65,9 +65,10 @@ def rows_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 def _finished(path: Path) -> bytes:
     """The lines of a file that have their newline; nothing if there is no such file."""
     try:
-        return path.read_bytes().rpartition(b"\n")[0]
+        content = path.read_bytes()
     except FileNotFoundError:
         return b""
+    return content if content.endswith(b"\n") else content[: content.rfind(b"\n") + 1]
 
 
 def _read_numbers(lines: bytes) -> pd.DataFrame | None:
@@ -83,10 +84,23 @@ def _read_numbers(lines: bytes) -> pd.DataFrame | None:
         any(is_kind(field.type) for is_kind in kinds) for field in table.schema
     ):
         return None
-    if len(table) != sum(bool(line.strip()) for line in lines.split(b"\n")):  # several objects in one line
+    if not _has_one_a_line(lines, len(table)):
         return None
     nulls = [
         pa.field(field.name, pa.float64()) if pa.types.is_null(field.type) else field
         for field in table.schema
     ]
     return table.cast(pa.schema(nulls)).to_pandas()
+
+
+def _has_one_a_line(lines: bytes, objects: int) -> bool:
+    """Whether each of so many flat objects has a line of its own, and there is no other line.
+
+    pyarrow also takes several objects in a line, and one in several lines: `json` would call those damaged.
+    """
+    import numpy as np
+
+    text = np.frombuffer(lines, np.uint8)
+    breaks = np.flatnonzero(text[1:-1] == ord("\n")) + 1
+    are_between = (text[breaks - 1] == ord("}")) & (text[breaks + 1] == ord("{"))
+    return bool(are_between.all()) and len(breaks) + 1 == objects

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +51,22 @@ def test_the_newest_attempt_wins_whatever_the_order_of_lines(tmp_path: Path) -> 
         tmp_path / "run", {"step": 0, "attempt": 1, "rollout/reward": 1}, {"step": 0, "rollout/reward": 0}
     )
     assert list(load_run(path).steps["rollout/reward"]) == [1]
+
+
+def test_lines_of_the_same_step_and_attempt_are_parts_of_one_row(tmp_path: Path) -> None:
+    path = small_run(
+        tmp_path / "run",
+        {"step": 1, "attempt": 1, "a": 1, "b": 1},
+        {"step": 0, "attempt": 0, "a": 5, "b": 6},
+        {"step": 1, "attempt": 0, "a": 7, "c": 8},
+        {"step": 1, "attempt": 1, "b": 2, "d": 3},
+    )
+    steps = load_run(path).steps.drop(columns="time")
+    expected = pd.DataFrame(
+        {"step": [0, 1], "attempt": [0, 1], "a": [5, 1], "b": [6, 2], "c": np.nan, "d": [np.nan, 3]}
+    )
+    pd.testing.assert_frame_equal(steps, expected, check_dtype=False)
+    assert load_run(path).read_steps(every_attempt=True)["c"].tolist()[1] == 8
 
 
 def test_a_line_that_is_being_written_is_left_out_without_a_word(
@@ -95,11 +113,15 @@ def test_the_quick_way_to_read_metrics_gives_what_json_gives(rows: list[dict[str
 
 
 def test_the_quick_way_is_taken_for_numbers_and_nothing_else() -> None:
-    found = _read_numbers(b'{"a": 1, "b": NaN}\n\n{"a": -0.5, "c": null}\n{"a": Infinity}')
+    found = _read_numbers(b'{"a": 1, "b": NaN}\n{"a": -0.5, "c": null}\n{"a": Infinity}\n')
     assert found is not None
     np.testing.assert_equal(found["a"].tolist(), [1.0, -0.5, np.inf])
     assert found[["b", "c"]].isna().all(axis=None)
-    for other in [b'{"a": "x"}', b'{"a": {"b": 1}}', b"[1]", b'{"a": 1}{"a": 2}', b'{"a": 1}\n{"a', b""]:
+    for other in [b'{"a": "x"}', b'{"a": {"b": 1}}', b"[1]", b'{"a": 1}\n{"a', b""]:
+        assert _read_numbers(other) is None
+    # pyarrow takes these, but they are not one object a line.
+    for other in [b'{"a": 1}{"a": 2}', b'{"a":\n1}{"a": 2}', b'{"a": 1}{"a": 2}\n\n{"a": 3}', b'{"a":\n1}\n']:
+        assert len(pyarrow.json.read_json(pa.BufferReader(other)))
         assert _read_numbers(other) is None
 
 
