@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from threading import Thread
 from typing import TypeVar
 
@@ -29,12 +29,10 @@ def ask(call: Callable[[int], T], argument: int) -> Future[T]:
 
 def answer_unless_stopped(registry: Registry, answer: Future[T]) -> T | None:
     """The answer, or its error; None if the job is asked to stop before it is there."""
-    while True:
-        try:
-            return answer.result(timeout=_ASK_SECONDS)
-        except TimeoutError:
-            if not answer.done() and registry.stop_requested():
-                return None
+    while not wait([answer], timeout=_ASK_SECONDS).done:
+        if registry.stop_requested():
+            return None
+    return answer.result()
 
 
 def _fulfil(future: Future[T], call: Callable[[int], T], argument: int) -> None:

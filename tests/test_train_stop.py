@@ -205,3 +205,12 @@ def test_wandb_gets_an_evaluation_that_came_after_its_row_again(tmp_path: Path) 
     tracker._wandb = SimpleNamespace(log=logged.append, offline=False, summary={"step": 1})
     tracker.catch_up(2)
     assert logged == [{"step": 1, "a": 2.0, "eval/dev": 0.5, "perf/eval_s": 1.0}]
+
+
+def test_an_answer_that_timed_out_is_an_error_and_no_reason_to_wait_on() -> None:
+    def times_out(_: int) -> None:
+        raise TimeoutError("the rollout process's node is gone")
+
+    registry = SimpleNamespace(stop_requested=lambda: None)
+    with pytest.raises(TimeoutError, match="node is gone"):
+        stop_module.unless_stopped(registry, times_out, 0)  # type: ignore[arg-type]
