@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,13 +24,29 @@ from rltrain.rollout.client import RolloutClient
 from rltrain.runtime import Registry, RoleContext
 from rltrain.sglang.check import check_engine
 from rltrain.sglang.engines import ExternalEngine, JobEngine, find_engines
-from rltrain.stop import answer_unless_stopped, ask, unless_stopped
+from rltrain.stop import Interrupted, answer_unless_interrupted, ask
 from rltrain.tracking import Tracker
 
 T = TypeVar("T")
 
 # How far the log-probs of trainer and engine may be apart on the same tokens: they compute the same function.
 LOGPROB_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Newcomers:
+    """Engines that have been started again, and can't help before the trainer has given them its weights.
+
+    Attributes:
+        are_there: asked on rank 0.
+        give_weights: called by all ranks together.
+    """
+
+    are_there: Callable[[], bool]
+    give_weights: Callable[[], object]
+
+
+NOBODY = Newcomers(lambda: False, lambda: None)
 
 
 class Job:
@@ -62,24 +79,34 @@ class Job:
         """The result of one call to the rollout process."""
         return on_rank_0(lambda: call(self._rollout))  # type: ignore[arg-type]
 
-    def generate(self, rollout_id: int) -> tuple[pa.Table, dict[str, float]] | None:
+    def generate(
+        self, rollout_id: int, newcomers: Newcomers = NOBODY
+    ) -> tuple[pa.Table, dict[str, float]] | None:
         """The batch and the metrics of a rollout; None if the job is asked to stop before it is complete."""
-        return on_rank_0(lambda: unless_stopped(self._registry, self._client.generate, rollout_id))
+        answer = ask(self._client.generate, rollout_id) if dist.get_rank() == 0 else None
+        return self._await(answer, newcomers)
 
     def begin_evaluation(self, trained: int) -> None:
         """Have the engines' weights evaluated, after `trained` rollouts, while the loop goes on."""
         if dist.get_rank() == 0:
             self._evaluation = ask(self._evaluate, trained)
 
-    def end_evaluation(self) -> dict[str, float] | None:
+    def end_evaluation(self, newcomers: Newcomers = NOBODY) -> dict[str, float] | None:
         """Wait for the metrics of the evaluation that has begun; None if asked to stop before it is complete."""
-        return on_rank_0(self._end_evaluation)
-
-    def _end_evaluation(self) -> dict[str, float] | None:
-        assert self._evaluation is not None
         began = time.perf_counter()
-        metrics = answer_unless_stopped(self._registry, self._evaluation)
+        metrics = self._await(self._evaluation, newcomers)
         return None if metrics is None else metrics | {"perf/eval_s": time.perf_counter() - began}
+
+    def _await(self, answer: Future[T] | None, newcomers: Newcomers) -> T | None:
+        """What rank 0 waits for; None if the job is asked to stop before."""
+
+        def wait() -> T | Interrupted:
+            assert answer is not None
+            return answer_unless_interrupted(self._registry, answer, newcomers.are_there)
+
+        while (result := on_rank_0(wait)) is Interrupted.NEWCOMERS:
+            newcomers.give_weights()
+        return None if isinstance(result, Interrupted) else result
 
     def _evaluate(self, trained: int) -> dict[str, float]:
         began = time.perf_counter()

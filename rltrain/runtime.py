@@ -141,6 +141,10 @@ class Registry:
         """Leave a word for those that `await_offer`; one of this name is replaced."""
         self._call("POST", "/offers", {"name": name, "value": value})
 
+    def offered(self, name: str) -> str | None:
+        """The word that another process offers under `name` now."""
+        return self._call("GET", f"/offers/{name}?wait=0")["value"]
+
     def await_offer(self, name: str, timeout: float = 600.0) -> str:
         """The word that another process offers under `name`.
 

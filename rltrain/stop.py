@@ -1,9 +1,10 @@
-"""Waiting for an answer that takes long, unless the job is asked to stop."""
+"""Waiting for an answer that takes long, unless something comes up that can't wait for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from enum import Enum, auto
 from threading import Thread
 from typing import TypeVar
 
@@ -11,12 +12,20 @@ from rltrain.runtime import Registry
 
 T = TypeVar("T")
 
-_ASK_SECONDS = 1.0  # between two looks whether to stop
+_ASK_SECONDS = 1.0  # between two looks
+
+
+class Interrupted(Enum):
+    """What came up before the answer was there."""
+
+    STOP = auto()  # the job is asked to stop
+    NEWCOMERS = auto()  # engines have come back, and can't help without weights
 
 
 def unless_stopped(registry: Registry, call: Callable[[int], T], argument: int) -> T | None:
     """What `call(argument)` returns or raises; None if the job is asked to stop before that."""
-    return answer_unless_stopped(registry, ask(call, argument))
+    answer = answer_unless_interrupted(registry, ask(call, argument))
+    return None if isinstance(answer, Interrupted) else answer
 
 
 def ask(call: Callable[[int], T], argument: int) -> Future[T]:
@@ -27,11 +36,15 @@ def ask(call: Callable[[int], T], argument: int) -> Future[T]:
     return answer
 
 
-def answer_unless_stopped(registry: Registry, answer: Future[T]) -> T | None:
-    """The answer, or its error; None if the job is asked to stop before it is there."""
+def answer_unless_interrupted(
+    registry: Registry, answer: Future[T], newcomers: Callable[[], bool] = lambda: False
+) -> T | Interrupted:
+    """The answer, or its error; or what came up before, after which it may be waited for again."""
     while not wait([answer], timeout=_ASK_SECONDS).done:
         if registry.stop_requested():
-            return None
+            return Interrupted.STOP
+        if newcomers():
+            return Interrupted.NEWCOMERS
     return answer.result()
 
 

@@ -10,7 +10,7 @@ import sys
 
 from rltrain.arguments import UserError, load
 from rltrain.data.batch import TrainBatch
-from rltrain.job import Job
+from rltrain.job import NOBODY, Job, Newcomers
 from rltrain.megatron.actor import MegatronTrainActor
 from rltrain.megatron.distributed import init_process_group
 from rltrain.runtime import EXIT_NEVER_RESTART, EXIT_REQUEUE, Registry, RoleContext
@@ -33,12 +33,13 @@ def train(args: argparse.Namespace, actor: MegatronTrainActor, job: Job) -> int:
 
         actor.offload.for_generating()
         job.status("generating", rollout_id)
+        newcomers = find_newcomers(actor, job, rollout_id)
         with timers("rollout"):
-            batch = job.generate(rollout_id)
+            batch = job.generate(rollout_id, newcomers)
         is_saved = rollout_id == first or is_due(args.save_interval, rollout_id - 1)
         # Else: the next attempt could not go back to these weights; engines without memory evaluate nothing.
         beside_training = batch is not None and is_saved and not args.offload_rollout
-        evaluated = beside_training or evaluation.end(timers)
+        evaluated = beside_training or evaluation.end(timers, newcomers)
         if batch is None or not evaluated:  # asked to stop: the next attempt does what is unfinished
             if not is_saved:
                 job.status("saving", rollout_id)
@@ -87,15 +88,16 @@ class Evaluation:
         self._trained = trained
         self._job.begin_evaluation(trained)
 
-    def end(self, timers: Timers) -> bool:
+    def end(self, timers: Timers, newcomers: Newcomers = NOBODY) -> bool:
         """Log the evaluation that has begun, if any; False if asked to stop before it is complete.
 
-        The time that this takes is not part of the step that `timers` is of.
+        The time that this takes is not part of the step that `timers` is of. `newcomers` can be helped only as long as
+        the trainer has the weights that are evaluated.
         """
         if self._trained is None:
             return True
         self._job.status("evaluating", self._trained)
-        metrics = self._job.end_evaluation()
+        metrics = self._job.end_evaluation(newcomers)
         if metrics is None:
             return False
         timers.leave_out(metrics["perf/eval_s"])
@@ -124,6 +126,16 @@ def push_weights(actor: MegatronTrainActor, job: Job, version: int) -> None:
     job.status("weights", version)
     actor.update_weights(job.find_engines, version)
     job.rollout(lambda client: client.weights(version))
+
+
+def find_newcomers(actor: MegatronTrainActor, job: Job, rollout_id: int) -> Newcomers:
+    """Engines that come back while a rollout is waited for, and what they are given."""
+
+    def give_weights() -> None:
+        push_weights(actor, job, version=rollout_id)
+        job.status("generating", rollout_id)
+
+    return Newcomers(lambda: actor.lacks_weights(job.find_engines), give_weights)
 
 
 def main() -> int:

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,18 +20,20 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import tomli_w
+import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_model import make_model
 
 from hpc.layout import RunLayout
 from rltrain import arguments
+from rltrain.megatron.weight_updates import WeightUpdates
 from rltrain.rollout.client import RolloutClient
 from rltrain.runtime import Registry, RoleContext
 from rltrain.sglang.engines import find_engines
 from rltrain.sglang.http import HttpError, call
 from rltrain.sglang.process import READY_TIMEOUT
-from rltrain.weights.disk import push_weights
+from rltrain.stop import Interrupted, answer_unless_interrupted, ask
 
 TESTS = Path(__file__).parent
 # In place of the trainer: leaves its environment where the test finds it, and waits to be ended.
@@ -68,7 +69,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 240.0) -> None:
 class Fleet:
     """The running job, seen by its trainer."""
 
-    def __init__(self, directory: Path, prompts: Path) -> None:
+    def __init__(self, directory: Path, prompts: Path, flags: str = "") -> None:
         self.layout = RunLayout(directory / "run")
         self.layout.root.mkdir()
         self.models = [make_model(directory / f"model-{seed}", seed=seed) for seed in range(3)]
@@ -80,7 +81,7 @@ class Fleet:
         (directory / "fleet.yaml").write_text(yaml.safe_dump({"sglang": served}))
         files = ["--hf-checkpoint", str(self.models[0]), "--prompt-data", str(prompts)]
         files += ["--sglang-config", str(directory / "fleet.yaml")]
-        self.args = arguments.parse([*files, *FLAGS.split()])
+        self.args = arguments.parse([*files, *FLAGS.split(), *flags.split()])
         self.layout.config.write_text(tomli_w.dumps({"train": arguments.dump(self.args)}))
         self._env_file = directory / "env.json"
         self.supervisor = subprocess.Popen(
@@ -100,13 +101,24 @@ class Fleet:
         self.registry.wait_for("engine", 3, READY_TIMEOUT)
         self.rollout = RolloutClient(self.registry.wait_for("rollout")[0].url, context.auth)
         self.rollout.load(0)
+        self.updates = WeightUpdates(
+            self.args, context, lambda consume: consume(self._tensors), self.registry.event
+        )
 
-    def push(self, version: int) -> None:
-        """Send the weights of a model to the actor's engines, as the trainer does."""
+    def push(self, version: int, fault: Callable[[], object] = lambda: None) -> None:
+        """Send the weights of a model to the actor's engines, as the trainer does; `fault` happens half-way."""
+        self.version = version
         self.registry.status("weights", version)
-        tensors = load_file(self.models[version % 2] / "model.safetensors").items()
+        weights = list(load_file(self.models[version % 2] / "model.safetensors").items())
+
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            yield from weights[: len(weights) // 2]
+            fault()
+            yield from weights[len(weights) // 2 :]
+
+        self._tensors = tensors()
         try:
-            push_weights(self.layout.weights, version, tensors, self.models[0], self.find_engines)
+            self.updates.push(self.find_engines, version)
         finally:
             self.registry.status("generating", version)
 
@@ -114,15 +126,20 @@ class Fleet:
         return find_engines(self.args, self.registry, self.token)
 
     def generate(self, rollout_id: int, fault: Callable[[], object] = lambda: None) -> pa.Table:
-        """A batch; `fault` happens while it is generated."""
-        result: list[pa.Table] = []
-        thread = threading.Thread(target=lambda: result.append(self.rollout.generate(rollout_id)[0]))
-        thread.start()
+        """A batch; `fault` happens while it is generated. Engines that come back get the weights, as from the trainer."""
+        answer = ask(self.rollout.generate, rollout_id)
         wait_until(self.is_generating)
         fault()
-        thread.join(timeout=300)
-        assert result, "no batch"
-        return result[0]
+        deadline = time.monotonic() + 300
+        while isinstance(
+            batch := answer_unless_interrupted(
+                self.registry, answer, lambda: self.updates.are_lacked(self.find_engines)
+            ),
+            Interrupted,
+        ):
+            assert batch is Interrupted.NEWCOMERS and time.monotonic() < deadline
+            self.push(self.version)
+        return batch[0]
 
     def is_generating(self) -> bool:
         """Whether an engine of the actor is at work."""
@@ -163,14 +180,14 @@ class Fleet:
 
 
 @contextmanager
-def running_fleet(directory: Path) -> Iterator[Fleet]:
+def running_fleet(directory: Path, flags: str = "") -> Iterator[Fleet]:
     """One in `directory`, whose engines have the weights of version 1."""
     prompts = directory / "prompts.jsonl"
     # Long enough for something to happen meanwhile.
     params = {"sampling_params": {"ignore_eos": True}}
     rows = [{"input": f"{i}+{i}=", "label": "0", "metadata": params} for i in range(20)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fleet = Fleet(directory, prompts)
+    fleet = Fleet(directory, prompts, flags)
     try:
         fleet.connect()
         fleet.push(1)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with running_fleet(tmp_path_factory.mktemp("fleet")) as fleet:
+    with running_fleet(tmp_path_factory.mktemp("fleet"), "--update-weight-transport disk") as fleet:
         yield fleet
 
 

@@ -15,7 +15,7 @@ from hpc.layout import RunLayout
 from rltrain import job as job_module
 from rltrain import stop as stop_module
 from rltrain import train as train_module
-from rltrain.job import Job
+from rltrain.job import Job, Newcomers
 from rltrain.tracking import Tracker
 
 
@@ -63,6 +63,21 @@ def test_an_evaluation_goes_on_beside_a_rollout(make_job) -> None:
     assert metrics.keys() == {"eval/dev", "perf/eval_s", "perf/eval_duration_s"}
 
 
+def test_engines_that_come_back_meanwhile_are_given_the_weights(make_job) -> None:
+    there, given = threading.Event(), threading.Event()
+
+    def answer_when_given(_: int) -> dict[str, float]:
+        there.set()
+        return {"given": float(given.wait(60))}
+
+    newcomers = Newcomers(there.is_set, lambda: (there.clear(), given.set()))
+    job = make_job(answer_when_given)
+    assert job.generate(0, newcomers) == {"given": 1.0}
+    given.clear()
+    job.begin_evaluation(0)
+    assert job.end_evaluation(newcomers)["given"] == 1.0
+
+
 def test_errors_are_passed_on(make_job) -> None:
     def broken(rollout_id: int) -> None:
         raise RuntimeError("no prompts")
@@ -89,7 +104,7 @@ class FakeRun:
         self.did: list[str] = []
         self.offload = self
 
-    def generate(self, rollout_id: int) -> tuple[None, dict[str, float]] | None:
+    def generate(self, rollout_id: int, newcomers: object) -> tuple[None, dict[str, float]] | None:
         self.did.append(f"generate {rollout_id}")
         return None if self._during == "generate" and rollout_id == self._stop_at else (None, {})
 
@@ -107,7 +122,7 @@ class FakeRun:
         self.did.append(f"begin {trained}")
         self._under_way = trained
 
-    def end_evaluation(self) -> dict[str, float] | None:
+    def end_evaluation(self, newcomers: object) -> dict[str, float] | None:
         self.did.append(f"end {self._under_way}")
         return None if self._under_way == self._stop_at else {"eval/dev": 1.0, "perf/eval_s": 0.0}
 

@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from rltrain.sample import Sample
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.sglang.http import call
 from rltrain.weights.proof import difference, forget_weights
-from rltrain.weights.transport import make_transport
+from rltrain.weights.transport import make_updates
+from rltrain.weights.update import Update
 
 pytestmark = pytest.mark.slow
 
@@ -37,25 +39,23 @@ def other_model(tmp_path: Path, engine: HttpServerEngineAdapter, tiny_model: Pat
     engine.update_weights_from_disk(tiny_model, "restored")
 
 
-def trainer(run_dir: Path) -> RoleContext:
-    """Rank 0 of a job on this machine."""
-    return RoleContext(run_dir, 0, "trainer", 0, "http://127.0.0.1:9", TOKEN)
-
-
 @pytest.fixture
 def process_group() -> None:
     """The trainer has one of its own."""
     init_single_process()
 
 
-def transport_args(transport: str, model: Path, bucket_bytes: int = 20_000) -> Namespace:
-    """Flags of a transport, with buckets so small that the tiny model takes many."""
-    return Namespace(
+def pushing(transport: str, model: Path, run_dir: Path, mode: str = "full") -> Any:
+    """The trainer's updates by a transport, with buckets so small that the tiny model takes many."""
+    args = Namespace(
         update_weight_transport=transport,
-        update_weight_buffer_size=bucket_bytes,
+        update_weight_mode=mode,
+        update_weight_buffer_size=20_000,
         hf_checkpoint=str(model),
         distributed_backend="gloo",
+        colocate=False,
     )
+    return make_updates(args, RoleContext(run_dir, 0, "trainer", 0, "http://127.0.0.1:9", TOKEN))
 
 
 def generate(url: str, prompt: list[int], seed: int) -> Sample:
@@ -93,8 +93,8 @@ def test_every_token_was_sampled_by_the_version_that_its_span_names(
         deadline = time.monotonic() + 60
         while running_requests(engine) < len(PROMPTS):
             assert time.monotonic() < deadline
-        pushing = make_transport(transport_args(transport, tiny_model), trainer(tmp_path))
-        pushing.push(2, load_file(other_model / "model.safetensors").items(), lambda: [engine])
+        weights = load_file(other_model / "model.safetensors").items()
+        assert pushing(transport, tiny_model, tmp_path).push(2, weights, lambda: [engine]) == {}
         samples = [answer.result(timeout=120) for answer in answers]
     for sample in samples:
         assert sample.response_length == NEW_TOKENS
@@ -115,16 +115,70 @@ def test_a_push_restores_every_tensor_and_one_that_lacks_some_is_found_out(
     transport: str, engine: Any, tiny_model: Path, other_model: Path, tmp_path: Path
 ) -> None:
     weights = load_file(tiny_model / "model.safetensors")
-    pushing = make_transport(transport_args(transport, tiny_model), trainer(tmp_path))
+    updates = pushing(transport, tiny_model, tmp_path)
     engine.update_weights_from_disk(tiny_model, "0")
     expected = forget_weights([engine])
-    assert "lm_head" in str(difference([engine], expected))
-    pushing.push(3, weights.items(), lambda: [engine])
-    assert difference([engine], expected) is None
+    assert "lm_head" in difference([engine], expected)[engine.url]
+    assert updates.push(3, weights.items(), lambda: [engine]) == {}
+    assert difference([engine], expected) == {}
     assert engine.get_weight_version() == "3"
 
     forget_weights([engine])
     lacking = [(name, tensor) for name, tensor in weights.items() if "q_norm" not in name]
-    pushing.push(4, lacking, lambda: [engine])
-    problem = str(difference([engine], expected))
+    updates.push(4, lacking, lambda: [engine])
+    problem = difference([engine], expected)[engine.url]
     assert "layers.1.self_attn.q_norm" in problem and "k_norm" not in problem
+
+
+def sparsely_changed(weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """One element in fifty is another one, except in every third tensor; one tensor is new altogether."""
+    generator = torch.Generator().manual_seed(seed)
+    changed = {}
+    for i, (name, tensor) in enumerate(weights.items()):
+        share = (1.0, 0.02, 0.0)[min(i, 1 + i % 2)]
+        where = torch.rand(tensor.shape, generator=generator) < share
+        changed[name] = torch.where(where, torch.randn(tensor.shape, generator=generator), tensor)
+    return changed
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("transport", ["disk", "distributed"])
+def test_changes_alone_give_the_weights_that_all_would(
+    transport: str, engine: Any, tiny_model: Path, other_model: Path, tmp_path: Path
+) -> None:
+    versions = [load_file(other_model / "model.safetensors")]
+    for seed in (1, 2, 3):
+        versions.append(sparsely_changed(versions[-1], seed))
+    checksums = []
+    full = pushing("disk", tiny_model, tmp_path / "full")
+    for number, weights in enumerate(versions):
+        full.push(number, weights.items(), lambda: [engine])
+        checksums.append(engine.weight_checksums())
+    assert len({str(each) for each in checksums}) == 4
+
+    updates = pushing(transport, tiny_model, tmp_path / "delta", mode="delta")
+    sent = Spy(updates)
+    same_engine = HttpServerEngineAdapter(engine.url.replace("127.0.0.1", "localhost"), TOKEN)
+    for number, target in ((0, engine), (1, engine), (2, same_engine), (3, same_engine)):
+        assert updates.push(number, versions[number].items(), lambda: [target]) == {}  # noqa: B023 (called here)
+        assert engine.weight_checksums() == checksums[number]
+        assert engine.get_weight_version() == str(number)
+    everything = sum(tensor.nbytes for tensor in versions[0].values())
+    assert (sent.bytes[0], sent.bytes[2]) == (everything, everything)  # to an engine that is not known
+    first = next(iter(versions[0].values())).nbytes
+    assert all(first < few < first + 0.1 * everything for few in (sent.bytes[1], sent.bytes[3]))
+
+
+class Spy:
+    """Notes how much each push of a transport has."""
+
+    def __init__(self, updates: Any) -> None:
+        self.bytes: list[int] = []
+        push = updates._transport.push
+
+        def noted(update: Update, find_engines: Any) -> Any:
+            parts = list(update.parts)
+            self.bytes.append(sum(part.data.nbytes for part in parts))
+            return push(replace(update, parts=parts), find_engines)
+
+        updates._transport.push = noted

@@ -115,3 +115,8 @@ def check_external(args: argparse.Namespace) -> None:
             "external engines take their weights from the shared filesystem: --update-weight-transport disk is needed"
             f" and not {args.update_weight_transport}."
         )
+    if uses_external_engines(args) and args.update_weight_mode == "delta":
+        raise UserError(
+            "external engines can't be sent changes only, as they lack our loader: leave --update-weight-mode delta"
+            " out."
+        )

@@ -99,6 +99,11 @@ def trained_engines(args: argparse.Namespace) -> list[int]:
     return [i for i, spec in enumerate(engine_specs(args)) if served[spec.model]["update_weights"]]
 
 
+def engines_load_alone(args: argparse.Namespace) -> bool:
+    """Whether the current weights are on disk, so that an engine that has been started again can load them alone."""
+    return args.update_weight_transport == "disk" and args.update_weight_mode == "full"
+
+
 def is_disaggregated(args: argparse.Namespace, model: int) -> bool:
     """Whether prompts and responses of a model are computed by different engines."""
     return any(spec.worker_type == "prefill" for spec in engine_specs(args) if spec.model == model)

@@ -130,8 +130,15 @@ def _engines(args: argparse.Namespace) -> None:
     for name in ("offload_train", "offload_rollout"):
         if args.offload or getattr(args, name) is None:
             setattr(args, name, args.offload or args.colocate)
-    if args.update_weight_transport == "auto":
-        args.update_weight_transport = "disk"  # the only one by which an engine that died can go on alone
+    if args.update_weight_transport == "nccl":  # slime's word
+        args.update_weight_transport = "distributed"
+    if args.update_weight_transport == "auto" and uses_external_engines(args):
+        args.update_weight_transport = "disk"
+    if args.update_weight_mode == "delta" and args.update_weight_transport == "tensor":
+        raise UserError(
+            "--update-weight-mode delta saves nothing with --update-weight-transport tensor, which is for one machine:"
+            " leave one of them out."
+        )
     check_external(args)
     if args.sglang_config:
         _models(args)

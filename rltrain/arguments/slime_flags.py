@@ -27,8 +27,7 @@ NOT_YET = frozenset(
     min-batch-collection-ratio multimodal-keys profile-target
     recompute-loss-function record-memory-history release-train rollout-buffer-url
     rollout-task-type tb-experiment-name tb-project-name train-env-vars
-    update-weight-delta-checksum update-weight-delta-encoding update-weight-disk-dir
-    update-weight-disk-keep-files update-weight-local-checkpoint-dir update-weight-mode
+    update-weight-disk-dir update-weight-disk-keep-files
     use-distributed-post use-rollout-entropy use-rollout-routing-replay
     use-routing-replay use-stateless-adam use-tensorboard wandb-always-use-train-step wandb-host
     """.split()  # noqa: SIM905 (a hundred quoted strings read worse)
@@ -154,8 +153,11 @@ def _weights(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--max-staleness", type=int, default=0, metavar="K",
         help="versions by which a sample may be behind: rollouts run that far ahead (default: 0)")  # fmt: skip
-    add("--update-weight-transport", choices=["auto", "disk", "tensor", "distributed"], default="auto",
-        help="how weights reach the engines: files, shared memory, process groups (default: disk)")  # fmt: skip
+    add("--update-weight-transport", default="auto",
+        choices=["auto", "disk", "tensor", "distributed", "nccl"],
+        help="how weights reach the engines: files, shared memory, process groups (default: by layout)")  # fmt: skip
+    add("--update-weight-mode", choices=["full", "delta"], default="full",
+        help="delta: send only what has changed since the last push (default: full)")  # fmt: skip
     add("--update-weight-buffer-size", type=int, default=512 * 1024**2, metavar="BYTES",
         help="of weights under way at a time, other than on disk (default: 512 MiB)")  # fmt: skip
     add("--check-weight-update-equal", action="store_true",

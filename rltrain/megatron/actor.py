@@ -163,6 +163,10 @@ class MegatronTrainActor:
         self.offload.for_generating()
         self._event("weights_updated", version=version)
 
+    def lacks_weights(self, find_engines: Callable[[], Sequence[Engine]]) -> bool:
+        """Whether there is an engine that needs `update_weights`, as it did not get the last; for rank 0."""
+        return self._updates.are_lacked(find_engines)
+
     def log_probs(self, share: RankShare, prefix: str = "") -> Flat:
         """log π of this rank's samples, with the weights that the model has now; other samples' entries are empty.
 
@@ -231,9 +235,8 @@ class MegatronTrainActor:
         tensors = export_hf_weights(self.models, self.shape)
         if dist.get_rank() == 0:
             consume(tensors)
-        else:
-            for _ in tensors:
-                pass
+        for _ in tensors:  # to the end, also where no engine wants them: other ranks are sending
+            pass
 
     def _event(self, kind: str, **fields: object) -> None:
         if dist.get_rank() == 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 from rltrain.processes import reserve_port
 from rltrain.sglang import workers
@@ -16,17 +16,16 @@ from rltrain.sglang.health import HealthLimits, watch
 from rltrain.sglang.http import HttpError, call, get_status
 from rltrain.sglang.process import READY_TIMEOUT, ServerProcess
 
-if TYPE_CHECKING:  # which would import torch
-    from rltrain.weights.buckets import Piece
-
-# Runs in the engine, for weights that come through shared memory.
-SHARED_MEMORY_LOADER = "rltrain.weights.receive.load_shared_memory"
+# Runs in the engine.
+WEIGHT_LOADER = "rltrain.weights.receive.load_weights"
 
 _UPDATE_TIMEOUT = 1800.0  # seconds; large models load slowly from a busy filesystem
 
 
 class HttpServerEngineAdapter:
     """One engine. Methods block and raise `HttpError`, with the engine's own words, when it refuses."""
+
+    is_ours = True  # started by us, so that it has our loader
 
     def __init__(self, url: str, token: str, process: ServerProcess | None = None) -> None:
         """Speak to the engine at `url`; `process` is given when it is our own child."""
@@ -62,7 +61,7 @@ class HttpServerEngineAdapter:
                 **server_args,
                 "custom_weight_loader": [
                     *(server_args.get("custom_weight_loader") or []),
-                    SHARED_MEMORY_LOADER,
+                    WEIGHT_LOADER,
                 ],
                 "host": host,
                 "port": port,
@@ -197,7 +196,7 @@ class HttpServerEngineAdapter:
         self._call("POST", "/update_weights_from_disk", body, timeout)
 
     def begin_weight_update(self) -> None:
-        """Make ready for weights from tensors or from a process group; the engine is idle or paused."""
+        """Make ready for `update_weights_from_tensor`; the engine is idle or paused."""
         self._call("POST", "/begin_weight_update", {}, _UPDATE_TIMEOUT)
 
     def end_weight_update(self) -> None:
@@ -221,38 +220,6 @@ class HttpServerEngineAdapter:
             "flush_cache": weight_version is not None,
         }
         self._call("POST", "/update_weights_from_tensor", body, _UPDATE_TIMEOUT)
-
-    def init_weights_update_group(
-        self, host: str, port: int, world_size: int, name: str, backend: str
-    ) -> None:
-        """Join the process group `name` at `host`:`port` with ranks 1 and up; returns when all are there."""
-        body = {
-            "master_address": host,
-            "master_port": port,
-            "rank_offset": 1,
-            "world_size": world_size,
-            "group_name": name,
-            "backend": backend,
-        }
-        self._call("POST", "/init_weights_update_group", body, _UPDATE_TIMEOUT)
-
-    def update_weights_from_distributed(
-        self, pieces: Sequence[Piece], name: str, weight_version: str | None = None
-    ) -> None:
-        """Receive one broadcast of the group `name`, the pieces one after the other.
-
-        The last call of an update has no pieces and names the version; then the cache is flushed.
-        """
-        body = {
-            "names": [piece.name for piece in pieces],
-            "dtypes": [piece.dtype for piece in pieces],
-            "shapes": [piece.shape for piece in pieces],
-            "group_name": name,
-            "load_format": "flattened_bucket" if pieces else None,
-            "weight_version": weight_version,
-            "flush_cache": weight_version is not None,
-        }
-        self._call("POST", "/update_weights_from_distributed", body, _UPDATE_TIMEOUT)
 
     def weight_checksums(self) -> dict[str, str]:
         """A checksum of each of its tensors, by rank and name; the engine is idle."""

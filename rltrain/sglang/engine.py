@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import Any
 
 from hpc.layout import RunLayout
 from rltrain import arguments
-from rltrain.arguments.fleet import engine_specs, models
+from rltrain.arguments.fleet import engine_specs, engines_load_alone, models
 from rltrain.processes import reserve_port
 from rltrain.runtime import Registry, RoleContext
 from rltrain.sglang import workers
 from rltrain.sglang.adapter import HttpServerEngineAdapter
+from rltrain.sglang.engines import ExpelledError
 from rltrain.sglang.health import HealthLimits, HungError
 from rltrain.sglang.membership import Membership, Place
 from rltrain.sglang.process import ServerDiedError
@@ -60,9 +60,6 @@ def main(context: RoleContext) -> None:
     """Start the engine, join the router, announce it, and watch it."""
     args = arguments.load(context.run_dir)
     registry = Registry(context)
-    if context.restarts and args.update_weight_transport != "disk":
-        transport = f"--update-weight-transport {args.update_weight_transport}"
-        sys.exit(f"error: with {transport} no weights are on disk, which an engine could go on with alone")
     weights = _newest_weights(args, context) if context.restarts else None
     server_args = engine_server_args(args, context.index, weights)
     with ExitStack() as held:
@@ -78,14 +75,17 @@ def main(context: RoleContext) -> None:
         if context.node_rank:
             engine.wait()
         membership = Membership(engine, args, registry, place)
-        if context.restarts:
+        if context.restarts and _is_trained(args, context) and not engines_load_alone(args):
+            membership.join_after(engine.get_weight_version())
+            registry.register(engine.url)
+        elif context.restarts:
             _join_again(membership, engine, registry, weights, lambda: _newest_weights(args, context))
         else:
             membership.join()
             registry.register(engine.url)
         try:
-            engine.watch(health_limits(args), lambda: is_loading(context.layout), membership.follow_router)
-        except (HungError, ServerDiedError):
+            engine.watch(health_limits(args), lambda: is_loading(context.layout), membership.look)
+        except (HungError, ServerDiedError, ExpelledError):
             membership.leave()
             raise
 
@@ -96,8 +96,12 @@ def _newest_weights(args: argparse.Namespace, context: RoleContext) -> Path | No
     Only for an engine that is started again. The weights of an earlier attempt are none of ours: the trainer sends what
     it has resumed from.
     """
-    trained = models(args)[engine_specs(args)[context.index].model]["update_weights"]
-    return current_weights(context.layout.weights) if trained else None
+    is_there = _is_trained(args, context) and engines_load_alone(args)
+    return current_weights(context.layout.weights) if is_there else None
+
+
+def _is_trained(args: argparse.Namespace, context: RoleContext) -> bool:
+    return models(args)[engine_specs(args)[context.index].model]["update_weights"]
 
 
 def _meet(context: RoleContext, registry: Registry, held: ExitStack) -> dict[str, Any]:

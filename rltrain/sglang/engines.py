@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import socket
 import time
+from urllib.parse import urlsplit
 
 from rltrain.arguments.external import external_token, external_urls, uses_external_engines
 from rltrain.arguments.fleet import trained_engines
-from rltrain.runtime import Registry
+from rltrain.runtime import Registry, RoleAddress
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 
 # The supervisor sees a dead process within a second or two.
@@ -15,14 +17,17 @@ _DEATH_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 
 
+class ExpelledError(RuntimeError):
+    """The trainer could not give the engine its weights; the message says why."""
+
+
 class JobEngine(HttpServerEngineAdapter):
     """One engine of the job, at the address that it has now."""
 
-    is_ours = True
-
-    def __init__(self, url: str, token: str, registry: Registry) -> None:
-        super().__init__(url, token)
-        self._registry = registry
+    def __init__(self, address: RoleAddress, token: str, registry: Registry) -> None:
+        super().__init__(address.url, token)
+        self._registry, self._pid = registry, address.pid
+        self.is_here = address.host == socket.gethostname()
 
     def has_died(self) -> bool:
         """Whether the supervisor says so; waits for its word, as an engine that does not answer may be about to."""
@@ -33,15 +38,28 @@ class JobEngine(HttpServerEngineAdapter):
             time.sleep(_POLL_SECONDS)
         return True
 
+    def expel(self, reason: str) -> None:
+        """Have its own role end it, for which the supervisor starts another one."""
+        self._registry.offer(expulsion(self.url, self._pid), reason)
+
+
+def expulsion(url: str, pid: int) -> str:
+    """Name of the offer by which the role of this process id learns why it has to end the engine at `url`."""
+    return f"expelled-{pid}-{urlsplit(url).netloc}"
+
 
 class ExternalEngine(HttpServerEngineAdapter):
     """One that the job does not start."""
 
     is_ours = False
+    is_here = False
 
     def has_died(self) -> bool:
         """Whether it is gone; `rltrain.sglang.external` gives it the weights when it comes back."""
         return not self.makes_progress()
+
+    def expel(self, reason: str) -> None:
+        """Nothing: without the current weights `rltrain.sglang.external` takes it off the router."""
 
 
 def find_engines(
@@ -50,9 +68,7 @@ def find_engines(
     """The engines that are ready now and take the trainer's weights: the job's by index, then external ones."""
     trained = trained_engines(args)
     own = [
-        JobEngine(address.url, token, registry)
-        for address in registry.find("engine")
-        if address.index in trained
+        JobEngine(address, token, registry) for address in registry.find("engine") if address.index in trained
     ]
     return [*own, *(engine for engine in external_engines(args) if engine.makes_progress())]
 

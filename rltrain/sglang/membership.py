@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from rltrain.arguments.fleet import engine_specs
 from rltrain.processes import reserve_port
 from rltrain.runtime import Registry, RoleContext
 from rltrain.sglang.adapter import HttpServerEngineAdapter
+from rltrain.sglang.engines import ExpelledError, expulsion
 from rltrain.sglang.http import HttpError
 from rltrain.sglang.routers import RouterAddress, find_router, wait_for_router
 
@@ -60,20 +62,34 @@ class Membership:
     ) -> None:
         self._engine, self._args, self._registry, self._place = engine, args, registry, place
         self._router: RouterAddress | None = None
+        self._outdated: str | None = None
+
+    def join_after(self, version: str) -> None:
+        """Join as soon as the engine has other weights than those of this version, see `look`."""
+        self._outdated = version
 
     def join(self) -> None:
         """Join the router as soon as there is one."""
         place = self._place
         self._join(wait_for_router(self._args, self._registry, place.token, place.model))
 
-    def follow_router(self) -> None:
-        """Join the router that has taken the place of the one that we joined, if there is such a one."""
-        place = self._place
+    def look(self) -> None:
+        """Do what is due: join the router that has taken the place of the one that we joined; call once a second.
+
+        Raises:
+            ExpelledError: the trainer says that the engine has not got its weights.
+        """
+        place, engine = self._place, self._engine
         try:
+            if reason := self._registry.offered(expulsion(engine.url, os.getpid())):
+                raise ExpelledError(f"expelled by the trainer: {reason}")
+            if self._outdated is not None and engine.get_weight_version() == self._outdated:
+                return
+            self._outdated = None
             router = find_router(self._args, self._registry, place.token, place.model)
             if router not in (None, self._router):
                 self._join(router)
-                print(f"joined the new router {router.url}", flush=True)
+                print(f"joined the router {router.url}", flush=True)
         except (OSError, HttpError, TimeoutError) as error:  # it is not up yet, or has gone again
             print(f"the router can't be joined yet: {error}", flush=True)
 

@@ -9,6 +9,7 @@ from types import FrameType
 
 from rltrain.arguments.errors import UserError
 from rltrain.runtime import EXIT_NEVER_RESTART, RoleContext
+from rltrain.sglang.engines import ExpelledError
 from rltrain.sglang.health import HungError
 from rltrain.sglang.process import ServerDiedError
 
@@ -20,7 +21,7 @@ def run_server_role(main: Callable[[RoleContext], None]) -> None:
         main(RoleContext.from_env())
     except UserError as error:
         _fail(error, EXIT_NEVER_RESTART)
-    except (ServerDiedError, HungError, TimeoutError) as error:
+    except (ServerDiedError, HungError, ExpelledError, TimeoutError) as error:
         _fail(error, 1)
 
 

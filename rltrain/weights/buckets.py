@@ -12,63 +12,96 @@ from torch import Tensor
 
 NamedTensor = tuple[str, Tensor]
 
+_ALIGNMENT = 16  # bytes; of any type, and of what copies fast
 _SAMPLED_BYTES = 256  # at both ends and in the middle of a tensor
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Where a tensor lies in a flat buffer of bytes."""
+class Part:
+    """What is sent of one tensor.
+
+    Attributes:
+        data: the tensor; or, where only `changed` of its elements are sent, their values and places (uint8, flat;
+            see `rltrain.weights.delta`).
+        dtype: of the tensor, as in `torch.<dtype>`.
+    """
 
     name: str
-    dtype: str  # as in `torch.<dtype>`
+    data: Tensor
+    dtype: str
+    shape: tuple[int, ...]
+    changed: int | None = None
+
+    @classmethod
+    def whole(cls, name: str, tensor: Tensor) -> Part:
+        """All of a tensor."""
+        return cls(name, tensor, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a `Part` lies in a flat buffer of bytes."""
+
+    name: str
+    dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    changed: int | None = None
+
+    def bytes_of(self, buffer: Tensor) -> Tensor:
+        """Its bytes, as a view of the buffer (uint8, flat)."""
+        return buffer[self.start : self.end]
 
     def of(self, buffer: Tensor) -> Tensor:
-        """The tensor, as a view of the buffer (uint8, flat)."""
-        return buffer[self.start : self.end].view(getattr(torch, self.dtype)).view(self.shape)
+        """The whole tensor that it is, as a view of the buffer."""
+        return self.bytes_of(buffer).view(getattr(torch, self.dtype)).view(self.shape)
 
 
-def in_buckets(tensors: Iterable[NamedTensor], size: int) -> Iterator[list[NamedTensor]]:
-    """The tensors in their order, in buckets of at most `size` bytes and of one type; a larger tensor is one alone."""
-    bucket: list[NamedTensor] = []
+def in_buckets(parts: Iterable[Part], size: int) -> Iterator[list[Part]]:
+    """The parts in their order, in buckets of about `size` bytes; a larger one is alone."""
+    bucket: list[Part] = []
     held = 0
-    for name, tensor in tensors:
-        if bucket and (held + tensor.nbytes > size or tensor.dtype != bucket[0][1].dtype):
+    for part in parts:
+        if bucket and held + part.data.nbytes > size:
             yield bucket
             bucket, held = [], 0
-        bucket.append((name, tensor))
-        held += tensor.nbytes
+        bucket.append(part)
+        held += part.data.nbytes
     if bucket:
         yield bucket
 
 
-def lay_out(bucket: Sequence[NamedTensor], start: int = 0) -> tuple[Piece, ...]:
-    """The tensors one after the other, from byte `start` on."""
+def lay_out(bucket: Sequence[Part], start: int = 0) -> tuple[Piece, ...]:
+    """The parts one after the other, from byte `start` on."""
     pieces = []
-    for name, tensor in bucket:
-        end = start + tensor.nbytes
-        pieces.append(Piece(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start, end))
+    for part in bucket:
+        start = -(-start // _ALIGNMENT) * _ALIGNMENT
+        end = start + part.data.nbytes
+        pieces.append(Piece(part.name, part.dtype, part.shape, start, end, part.changed))
         start = end
     return tuple(pieces)
 
 
-def write(bucket: Sequence[NamedTensor], pieces: Sequence[Piece], buffer: Tensor) -> None:
-    """Copy the tensors, from whichever device, to their places."""
-    for (_, tensor), piece in zip(bucket, pieces, strict=True):
-        piece.of(buffer).copy_(tensor)
+def write(bucket: Sequence[Part], pieces: Sequence[Piece], buffer: Tensor) -> None:
+    """Copy the parts, from whichever device, to their places."""
+    for part, piece in zip(bucket, pieces, strict=True):
+        target = piece.bytes_of(buffer) if part.changed is not None else piece.of(buffer)
+        target.copy_(part.data)
 
 
-def sample_digest(piece: Piece, buffer: Tensor) -> int:
-    """A checksum of a few bytes of a tensor: enough to see one that is not the one that was meant."""
-    data = buffer[piece.start : piece.end].numpy()
-    middle = len(data) // 2
-    parts = (data[:_SAMPLED_BYTES], data[middle : middle + _SAMPLED_BYTES], data[-_SAMPLED_BYTES:])
-    digest = 0
-    for part in parts:
-        digest = zlib.crc32(part.tobytes(), digest)
-    return digest
+def sample_digests(pieces: Sequence[Piece], buffer: Tensor) -> list[int]:
+    """Of each piece a checksum of a few bytes: enough to see one that is not the one that was meant."""
+    if not pieces:
+        return []
+    sizes = torch.tensor([piece.end - piece.start for piece in pieces])
+    starts = torch.tensor([piece.start for piece in pieces])
+    within = torch.arange(_SAMPLED_BYTES)
+    places = torch.stack([torch.zeros_like(sizes), sizes // 2, (sizes - _SAMPLED_BYTES).clamp(min=0)], dim=1)
+    places = (places[:, :, None] + within).flatten(1).minimum(sizes[:, None] - 1) + starts[:, None]
+    # One gather for all, as a GPU would else be asked three times a tensor.
+    samples = buffer[places.to(buffer.device)].cpu().numpy()
+    return [zlib.crc32(sample.tobytes()) for sample in samples]
 
 
 def to_json(pieces: Sequence[Piece], digests: Sequence[int], **fields: object) -> str:

@@ -6,49 +6,59 @@ One group over several engines would hang for all of them when one dies.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
-from rltrain.weights.buckets import NamedTensor, Piece, in_buckets, lay_out, write
-from rltrain.weights.session import SessionEngine, for_all, stream, updating
+from rltrain.weights.buckets import Part, in_buckets, lay_out, sample_digests, write
+from rltrain.weights.session import Bucket, E, Session, give, stream, tell
+from rltrain.weights.sources import GROUP_TIMEOUT, REPORT_BYTES, Group, device_of, join_group
+from rltrain.weights.update import FindEngines, Update
 
-_TIMEOUT = timedelta(minutes=10)
-
-
-class DistributedEngine(SessionEngine, Protocol):
-    """What is needed of `rltrain.sglang.adapter.HttpServerEngineAdapter`."""
-
-    url: str
-
-    def tensor_parallel_size(self) -> int:
-        """Number of its ranks."""
-
-    def init_weights_update_group(
-        self, host: str, port: int, world_size: int, name: str, backend: str
-    ) -> object:
-        """Join a process group with ranks 1 and up; returns when all are there."""
-
-    def update_weights_from_distributed(
-        self, pieces: Sequence[Piece], name: str, weight_version: str | None = None
-    ) -> object:
-        """Receive one broadcast; with a version, forget the cache and report that version."""
+_UNSEEN = "it does not say whether it has got the weights"
 
 
 @dataclass(frozen=True)
-class Group:
-    """A process group of this rank and all ranks of one engine."""
+class Filled:
+    """A bucket, flat, where the group can send it from."""
 
-    name: str
-    handle: dist.ProcessGroup
-    store: dist.Store  # the group needs it as long as it lives
+    buffer: Tensor
+    bucket: Bucket
+
+
+class Meeting:
+    """The process group of this rank and all ranks of one engine, which join it when they are first told of it."""
+
+    def __init__(self, host: str, backend: str, engine_ranks: int) -> None:
+        """Meet at this machine's address `host`."""
+        self._name, self._size = f"weights-{uuid.uuid4().hex}", 1 + engine_ranks
+        self._host, self._backend = host, backend
+        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=GROUP_TIMEOUT)
+        self._group: dist.ProcessGroup | None = None
+
+    def sources(self, nbytes: int) -> list[Group]:
+        """What the engine's ranks are told of a broadcast."""
+        return [
+            Group(self._host, self._store.port, self._name, self._size, rank, self._backend, nbytes)
+            for rank in range(1, self._size)
+        ]
+
+    def broadcast(self, buffer: Tensor) -> list[str]:
+        """Send it to all ranks; what they report."""
+        if self._group is None:
+            self._group = join_group(self._store, self._name, 0, self._size, self._backend)
+        dist.broadcast(buffer, src=0, group=self._group)
+        report = torch.zeros(REPORT_BYTES, dtype=torch.uint8, device=buffer.device)
+        reports = []
+        for rank in range(1, self._size):
+            dist.recv(report, src=rank, group=self._group)
+            reports.append(bytes(report.cpu().numpy()).rstrip(b"\0").decode(errors="replace"))
+        return reports
 
 
 class DistributedTransport:
@@ -57,90 +67,58 @@ class DistributedTransport:
     def __init__(self, bucket_bytes: int, host: str, backend: str) -> None:
         """Meet engines at this machine's address `host`."""
         self._bucket_bytes, self._host, self._backend = bucket_bytes, host, backend
-        self._groups: dict[str, Group] = {}
+        self._meetings: dict[str, Meeting] = {}
         self._buffers: dict[int, Tensor] = {}
 
-    def push(
-        self,
-        version: int,
-        tensors: Iterable[NamedTensor],
-        find_engines: Callable[[], Sequence[DistributedEngine]],
-    ) -> None:
-        """Have every engine load the tensors and report `version`; requests that run go on with them.
+    def push(self, update: Update, find_engines: FindEngines[E]) -> dict[str, str]:
+        """See `rltrain.weights.update.Transport.push`."""
+        session = Session(find_engines())
+        if not session.engines:
+            return {}
+        session.each(self._meet)
 
-        Raises:
-            HttpError: an engine failed. It has some of the new weights by then and stays paused.
-        """
-        engines = find_engines()
-        if not engines:
-            return
-        for gone in self._groups.keys() - {engine.url for engine in engines}:
-            del self._groups[gone]
-        for_all([engine for engine in engines if engine.url not in self._groups], self._meet)
+        def fill(number: int, parts: Sequence[Part]) -> Filled:
+            pieces = lay_out(parts)
+            buffer = self._buffer(number % 2, pieces[-1].end)
+            write(parts, pieces, buffer)
+            keep = f"{update.keep}-{number}" if update.keep else None
+            return Filled(buffer, Bucket(pieces, sample_digests(pieces, buffer), keep))
 
-        def send(filled: tuple[Tensor, tuple[Piece, ...]]) -> None:
-            for_all(engines, lambda engine: self._broadcast(engine, *filled))
+        def send(filled: Filled) -> None:
+            session.each(lambda engine: give(engine, lambda: self._offer(engine, filled), _UNSEEN))
 
-        with updating(engines):
-            stream(in_buckets(tensors, self._bucket_bytes), self._flatten, send)
-            for_all(
-                engines,
-                lambda engine: engine.update_weights_from_distributed(
-                    (), self._groups[engine.url].name, str(version)
-                ),
-            )
+        with session.updating(update.version):
+            stream(in_buckets(update.parts, self._bucket_bytes), fill, send)
+        for url in session.failures:
+            self._meetings.pop(url, None)
+        return session.failures
 
-    def _flatten(self, number: int, bucket: Sequence[NamedTensor]) -> tuple[Tensor, tuple[Piece, ...]]:
-        """The bucket in one of two buffers, which are kept: fresh memory costs more than the copy."""
-        pieces = lay_out(bucket)
-        size, device = pieces[-1].end, bucket[0][1].device
+    def _meet(self, engine: E) -> None:
+        if engine.url not in self._meetings:
+            self._meetings[engine.url] = Meeting(self._host, self._backend, engine.tensor_parallel_size())
+
+    def _buffer(self, number: int, size: int) -> Tensor:
+        """One of two, which are kept: fresh memory costs more than the copy."""
         kept = self._buffers.get(number)
-        if kept is None or len(kept) < size or kept.device != device:
-            kept = self._buffers[number] = torch.empty(size, dtype=torch.uint8, device=device)
-        write(bucket, pieces, kept)
-        return kept[:size], pieces
+        if kept is None or len(kept) < size:
+            kept = torch.empty(size, dtype=torch.uint8, device=device_of(self._backend))
+            self._buffers[number] = kept
+        return kept[:size]
 
-    def _meet(self, engine: DistributedEngine) -> None:
-        """Form the group with an engine."""
-        name, size = f"weights-{uuid.uuid4().hex}", 1 + engine.tensor_parallel_size()
-        store = dist.TCPStore(self._host, 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
-        with ThreadPoolExecutor(1) as pool:
-            joined = pool.submit(
-                engine.init_weights_update_group, self._host, store.port, size, name, self._backend
-            )
-            handle = _join(store, name, size, self._backend)
-            joined.result()
-        self._groups[engine.url] = Group(name, handle, store)
-
-    def _broadcast(self, engine: DistributedEngine, buffer: Tensor, pieces: tuple[Piece, ...]) -> None:
-        """Send one bucket; an engine that refuses it must not leave us waiting in the broadcast."""
-        group = self._groups[engine.url]
-        pool = ThreadPoolExecutor(2)
-        try:
-            calls = [
-                pool.submit(engine.update_weights_from_distributed, pieces, group.name),
-                pool.submit(dist.broadcast, buffer, src=0, group=group.handle),
-            ]
-            done, _ = wait(calls, return_when=FIRST_EXCEPTION)
-            for call in done:
-                call.result()
-        except BaseException:
-            self._groups.pop(engine.url, None)
-            raise
-        finally:
-            pool.shutdown(wait=False)
+    def _offer(self, engine: E, filled: Filled) -> list[str]:
+        meeting = self._meetings[engine.url]
+        sources = meeting.sources(len(filled.buffer))
+        return both(lambda: tell(engine, filled.bucket, sources), lambda: meeting.broadcast(filled.buffer))
 
 
-def _join(store: dist.Store, name: str, size: int, backend: str) -> dist.ProcessGroup:
-    """Rank 0 of a group beside torch's default one, in the way in which SGLang makes the other ranks."""
-    group, _ = distributed_c10d._new_process_group_helper(
-        size,
-        0,
-        [],
-        backend,
-        dist.PrefixStore(name, store),
-        group_name=distributed_c10d.GroupName(name),
-        timeout=_TIMEOUT,
-    )
-    distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
-    return group
+def both(ask: Callable[[], object], send: Callable[[], list[str]]) -> list[str]:
+    """What `send` returns, when both are done; one that fails must not leave us waiting for the other."""
+    pool = ThreadPoolExecutor(2)
+    try:
+        sent = pool.submit(send)
+        calls: list[Future[Any]] = [pool.submit(ask), sent]
+        for call in wait(calls, return_when=FIRST_EXCEPTION).done:
+            call.result()
+        return sent.result()
+    finally:
+        pool.shutdown(wait=False)

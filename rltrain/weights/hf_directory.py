@@ -12,7 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rltrain.weights.buckets import Piece
+
 _SHARD_BYTES = 2 * 1024**3  # held in memory at a time
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
@@ -41,6 +44,23 @@ def write_hf_directory(
         raise OSError(f"{directory} can't be written ({error}): is the disk full, or read-only?") from error
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
+
+
+def pieces_of(shard: Path) -> tuple[Piece, ...]:
+    """Where the tensors of a safetensors file lie in it: it begins with the length of a JSON text, and that text."""
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        described = json.loads(file.read(length))
+    described.pop("__metadata__", None)
+    return tuple(
+        Piece(
+            name,
+            _DTYPES[each["dtype"]],
+            tuple(each["shape"]),
+            *(8 + length + at for at in each["data_offsets"]),
+        )
+        for name, each in described.items()
+    )
 
 
 def _write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> torch.dtype:

@@ -32,14 +32,16 @@ def forget_weights(engines: Sequence[CheckedEngine]) -> Checksums:
     return checksums
 
 
-def difference(engines: Sequence[CheckedEngine], expected: Mapping[str, Mapping[str, str]]) -> str | None:
-    """Which tensors of which engines are not those that were expected; None if all are."""
-    problems = []
+def difference(engines: Sequence[CheckedEngine], expected: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """By URL, which tensors of an engine are not those that were expected; only of engines that have such."""
+    problems = {}
     for engine in engines:
         found, wanted = engine.weight_checksums(), expected.get(engine.url, {})
         names = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
         if names:
             shown = ", ".join(sorted(names)[:_MOST_NAMED])
             more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-            problems.append(f"{engine.url}: {shown}{more}")
-    return "; ".join(problems) or None
+            problems[engine.url] = (
+                f"--check-weight-update-equal: {engine.url} lacks weights of the trainer: {shown}{more}"
+            )
+    return problems

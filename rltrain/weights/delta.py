@@ -1,0 +1,85 @@
+"""Only what has changed: the elements of a tensor that differ from what was sent before, and where they are.
+
+After an optimizer step with the learning rates of reinforcement learning about one in a hundred bf16 weights has
+another value, anywhere in its tensor. So changes are kept by element: its value, and in one byte how far it is from the
+one before. Where the next is more than 255 away, an element in between is sent again as it is. What is sent replaces
+what was there, so sending it twice does no harm, and the result is bit for bit what sending all would have given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from rltrain.weights.buckets import NamedTensor, Part, Piece
+
+_MOST = 255  # a gap in one byte
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Sent:
+    """What the engines hold: every tensor as it was sent last, in host memory."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    def whole(self, tensors: Iterable[NamedTensor]) -> Iterator[Part]:
+        """All of them, to be remembered as sent."""
+        self._tensors.clear()
+        for name, tensor in tensors:
+            self._tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            yield Part.whole(name, tensor)
+
+    def changes(self, tensors: Iterable[NamedTensor]) -> Iterator[Part]:
+        """Those that have changed since they were sent, by element or, where that is not less, whole."""
+        for name, tensor in tensors:
+            before = self._tensors[name]
+            part = change(name, before.to(tensor.device), tensor.contiguous())
+            if part is not None:
+                before.copy_(tensor)
+                yield part
+
+
+def change(name: str, before: Tensor, after: Tensor) -> Part | None:
+    """What turns one contiguous tensor into another of its shape and type; None if they are bit for bit the same."""
+    places = torch.nonzero(_as_integers(after) != _as_integers(before)).flatten()
+    if not len(places):
+        return None
+    whole = Part.whole(name, after)
+    if len(places) * (after.element_size() + 1) >= after.nbytes:
+        return whole
+    gaps = _gaps(places)
+    size = len(gaps) * (after.element_size() + 1)
+    if size >= after.nbytes:
+        return whole
+    values = after.flatten()[gaps.cumsum(0) - 1]
+    data = torch.cat([values.view(torch.uint8), gaps.to(torch.uint8)])
+    return Part(name, data, whole.dtype, whole.shape, changed=len(gaps))
+
+
+def apply(piece: Piece, buffer: Tensor, target: Tensor) -> None:
+    """Make the changes that lie in `buffer` to a contiguous tensor."""
+    assert piece.changed is not None, "it is a whole tensor"
+    data = piece.bytes_of(buffer)
+    values = data[: piece.changed * target.element_size()].view(target.dtype)
+    places = data[-piece.changed :].long().cumsum(0) - 1
+    target.view(-1)[places] = values
+
+
+def _gaps(places: Tensor) -> Tensor:
+    """Distances (1 to 255) between ascending places, from -1 on, with as many in between as that takes."""
+    gaps = torch.diff(places, prepend=places.new_tensor([-1]))
+    more = (gaps - 1) // _MOST
+    if not more.any():
+        return gaps
+    ends = (more + 1).cumsum(0) - 1
+    filled = gaps.new_full((int(ends[-1]) + 1,), _MOST)
+    filled[ends] = gaps - more * _MOST
+    return filled
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    """Bits, flat: -0.0 is not 0.0, and NaN is itself."""
+    return tensor.flatten().view(_INTEGERS[tensor.element_size()])
