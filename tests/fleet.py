@@ -66,6 +66,13 @@ def wait_until(condition: Callable[[], object], seconds: float = 240.0) -> None:
         time.sleep(0.05)
 
 
+def check_batch(table: pa.Table, versions: set[str]) -> None:
+    """No sample is missing or failed, and all were generated with known weights."""
+    assert table.num_rows == 16
+    assert set(table["status"].to_pylist()) <= {"completed", "truncated"}
+    assert {version for each in table["weight_versions"].to_pylist() for version in each} == versions
+
+
 class Fleet:
     """The running job, seen by its trainer."""
 
@@ -126,7 +133,7 @@ class Fleet:
         return find_engines(self.args, self.registry, self.token)
 
     def generate(self, rollout_id: int, fault: Callable[[], object] = lambda: None) -> pa.Table:
-        """A batch; `fault` happens while it is generated. Engines that come back get the weights, as from the trainer."""
+        """A batch; `fault` happens while it is generated. Engines that come back are given the weights meanwhile."""
         answer = ask(self.rollout.generate, rollout_id)
         wait_until(self.is_generating)
         fault()
@@ -143,9 +150,14 @@ class Fleet:
 
     def is_generating(self) -> bool:
         """Whether an engine of the actor is at work."""
-        urls = [each.url for each in self.registry.find("engine") if each.index < 2]
-        loads = [load for url in urls for load in call("GET", f"{url}/v1/loads", self.token)["loads"]]
-        return any(load["num_running_reqs"] for load in loads)
+        return any(self._running(each.url) for each in self.registry.find("engine") if each.index < 2)
+
+    def _running(self, url: str) -> int:
+        try:
+            loads = call("GET", f"{url}/v1/loads", self.token)["loads"]
+        except OSError:  # it has just died
+            return 0
+        return sum(load["num_running_reqs"] for load in loads)
 
     def server(self, index: int) -> psutil.Process:
         """The SGLang server of an engine."""
@@ -173,6 +185,16 @@ class Fleet:
             return False
         engines = self.find_engines()
         return len(engines) == 2 and {each.get_weight_version() for each in engines} == {str(version)}
+
+    def wait_until_whole(self, version: int) -> None:
+        """Go on as the trainer does while it waits, until both of the actor's engines are back."""
+
+        def look() -> bool:
+            if self.updates.are_lacked(self.find_engines):
+                self.push(version)
+            return self.is_whole(version)
+
+        wait_until(look)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         found = [json.loads(line) for line in self.layout.events.read_text().splitlines()]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 import pytest
-from fleet import Fleet, running_fleet, wait_until
+from fleet import Fleet, check_batch, running_fleet, wait_until
 from fleet_reward import question, verdict
 
 from rltrain.rollout.http import HttpClient, session_headers
@@ -28,13 +28,6 @@ pytestmark = pytest.mark.slow
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     with running_fleet(tmp_path_factory.mktemp("fleet"), "--update-weight-transport disk") as fleet:
         yield fleet
-
-
-def check_batch(table: pa.Table, versions: set[str]) -> None:
-    """No sample is missing or failed, and all were generated with known weights."""
-    assert table.num_rows == 16
-    assert set(table["status"].to_pylist()) <= {"completed", "truncated"}
-    assert {version for each in table["weight_versions"].to_pylist() for version in each} == versions
 
 
 def test_a_reward_asks_a_second_model(fleet: Fleet) -> None:

@@ -72,7 +72,7 @@ class WeightUpdates:
             raise RuntimeError(f"no engine could take the weights: {'; '.join(failures.values())}")
         for engine in failed:
             engine.expel(failures[engine.url])
-            self._event("engine_expelled", url=engine.url, reason=failures[engine.url])
+            self._event("weights_not_taken", url=engine.url, reason=failures[engine.url])
 
     def _prove(self, find_engines: FindEngines, version: int) -> None:
         """Push over random weights, and see that all tensors come back."""
