@@ -30,7 +30,7 @@ from tiny_model import make_tokenizer
 from rltrain.runtime import RoleContext
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.sglang.http import call
-from rltrain.weights.transport import make_transport
+from rltrain.weights.transport import make_updates
 
 TOKEN = "benchmark"
 ROUNDS = 5
@@ -120,13 +120,14 @@ def measure(millions: int, root: Path) -> None:
     with HttpServerEngineAdapter.launch(server_args, TOKEN) as engine:
         for name in TRANSPORTS:
             args = argparse.Namespace(
-                update_weight_transport=name, update_weight_buffer_size=64 * 1024**2,
+                update_weight_transport=name, update_weight_mode="full", update_weight_buffer_size=64 * 1024**2,
                 hf_checkpoint=str(root / "model"), distributed_backend="gloo",
             )  # fmt: skip
-            transport = make_transport(args, context)
+            updates = make_updates(args, context)
 
-            def push(version: int, transport: object = transport) -> None:
-                transport.push(version, iter(weights.items()), lambda: [engine])  # type: ignore[attr-defined]
+            def push(version: int, updates: FullUpdates | DeltaUpdates = updates) -> None:
+                failures = updates.push(version, weights.items(), lambda: [engine])  # type: ignore[list-item]
+                assert not failures, failures
 
             times = [seconds(lambda: push(1)) for _ in range(ROUNDS + 1)][1:]
             ours, baseline = statistics.median(times), statistics.median(bare[name][1:])

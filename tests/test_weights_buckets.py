@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import pickle
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+import pytest
 import torch
 
+from rltrain.weights import session
 from rltrain.weights.buckets import (
+    Bucket,
     Part,
     Piece,
     from_json,
@@ -18,9 +27,10 @@ from rltrain.weights.buckets import (
     write,
 )
 from rltrain.weights.delta import change
+from rltrain.weights.line import call_trainer, receive_text, send_text
 from rltrain.weights.receive import LOADED, load_weights
 from rltrain.weights.sources import Memory, describe
-from rltrain.weights.tensor import SharedMemory, TensorTransport, read_report
+from rltrain.weights.tensor import SharedMemory, TensorTransport
 from rltrain.weights.update import Update
 
 
@@ -55,10 +65,10 @@ def test_tensors_of_all_types_survive_the_flat_buffer() -> None:
         [*tensors(3, torch.bfloat16), ("odd", odd), *tensors(2), ("sliced", torch.arange(9.0)[::2])]
     )
     pieces, buffer = filled(bucket, start=512)
-    digests = sample_digests(pieces, buffer)
-    again, same, fields = from_json(to_json(pieces, digests, path="p"))
-    assert (again, same, fields) == (list(pieces), digests, {"path": "p"})
-    for part, piece in zip(bucket, again, strict=True):
+    described = Bucket(pieces, sample_digests(pieces, buffer), keep="name")
+    again, source = from_json(to_json(described, {"path": "p"}))
+    assert (again, source) == (described, {"path": "p"})
+    for part, piece in zip(bucket, again.pieces, strict=True):
         assert piece.name == part.name and torch.equal(piece.of(buffer), part.data)
 
 
@@ -83,7 +93,7 @@ def test_shared_memory_grows_and_is_seen_by_another_process() -> None:
     memory.grow(100)
     memory.grow(10_000)
     memory.buffer[9_999] = 42
-    read = f"print(open({memory.path!r}, 'rb').read()[-1])"
+    read = f"print(open({memory.source.path!r}, 'rb').read()[-1])"
     assert subprocess.run([sys.executable, "-c", read], capture_output=True, text=True).stdout == "42\n"
     memory.close()
 
@@ -101,12 +111,10 @@ class Model:
 
 
 class Engine:
-    """Stands in for an engine of two ranks in this process; so many digests do not match, or calls succeed."""
+    """Stands in for an engine of two ranks in this process, which do as they do inside of SGLang."""
 
-    def __init__(
-        self, url: str, expected: list[tuple[str, torch.Tensor]], lost: int = 0, calls_left: int = 999
-    ) -> None:
-        self.url, self.calls, self.lost, self.calls_left = url, list[str](), lost, calls_left
+    def __init__(self, url: str, expected: list[tuple[str, torch.Tensor]], dies: bool = False) -> None:
+        self.url, self.calls, self._dies = url, list[str](), dies
         self.ranks = [Model({name: tensor.shape for name, tensor in expected}) for _ in range(2)]
 
     def __getattr__(self, name: str) -> object:
@@ -116,77 +124,125 @@ class Engine:
         return 2
 
     def update_weights_from_tensor(self, payloads, load_format, weight_version=None) -> None:
-        import base64
-        import json
-        import pickle
-
         self.calls.append(f"update {weight_version}")
-        self.calls_left -= 1
-        if self.calls_left < 0:
+        named = [pickle.loads(base64.b64decode(payload)) for payload in payloads]
+        if self._dies:
+            for ((text, _),) in named:
+                call_trainer(**json.loads(text)).close()
             raise ConnectionResetError("it has died")
-        for model, payload in zip(self.ranks, payloads, strict=True):
-            ((text, empty),) = pickle.loads(base64.b64decode(payload))
-            fields = json.loads(text)
-            if self.lost and fields["pieces"] and model is self.ranks[1]:
-                self.lost -= 1
-                fields["digests"][-1] += 1
-            load_weights(model, [(json.dumps(fields), empty)])
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(load_weights, self.ranks, named))
+
+
+def push(update: Update, *engines: Engine, bucket_bytes: int = 300) -> dict[str, str]:
+    transport = TensorTransport(bucket_bytes, "127.0.0.1")
+    try:
+        return transport.push(update, lambda: engines)  # type: ignore[type-var]
+    finally:
+        transport.close()
 
 
 def test_all_ranks_of_all_engines_get_every_tensor_and_then_the_version() -> None:
     named = tensors()
-    engines = [Engine("http://a", named), Engine("http://b", named, lost=1)]
-    transport = TensorTransport(300)
+    engines = [Engine("http://a", named), Engine("http://b", named)]
     for version in (1, 2):
-        assert transport.push(Update.of(version, named), lambda: engines) == {}
-    transport.close()
+        assert push(Update.of(version, named), *engines) == {}
     for engine in engines:
-        assert engine.calls[:2] == ["pause_generation", "begin_weight_update"]
-        assert engine.calls[-3:] == ["update 2", "end_weight_update", "continue_generation"]
+        once = [
+            "pause_generation",
+            "begin_weight_update",
+            "update 1",
+            "end_weight_update",
+            "continue_generation",
+        ]
+        assert engine.calls == [*once, *(call.replace("1", "2") for call in once)]
         for model in engine.ranks:
             assert model.loaded.keys() == {name for name, _ in named}
             assert all(torch.equal(model.loaded[name], tensor) for name, tensor in named)
-    # One bucket came twice to the engine that had found a wrong checksum.
-    assert engines[1].calls.count("update None") == engines[0].calls.count("update None") + 1
 
 
 def test_an_engine_that_fails_is_named_and_stays_paused_and_the_others_go_on() -> None:
     named = tensors()
+    other_shape = [*named[:5], ("layer.5", torch.ones(1)), *named[6:]]
     engines = [
-        Engine("http://wrong", named, lost=99),
+        Engine("http://other", other_shape),
         Engine("http://good", named),
-        Engine("http://dead", named, calls_left=1),
+        Engine("http://dead", named, True),
     ]
-    transport = TensorTransport(300)
-    failures = transport.push(Update.of(1, named), lambda: engines)
-    transport.close()
-    assert failures.keys() == {"http://wrong", "http://dead"}
-    assert "http://wrong: layer.2 has another checksum" in failures["http://wrong"]
-    assert failures["http://dead"] == "it has died"
-    assert [engine.calls[-1] for engine in engines] == ["update None", "continue_generation", "update None"]
+    failures = push(Update.of(1, named), *engines)
+    assert failures.keys() == {"http://other", "http://dead"}
+    assert (
+        "http://other: layer.5 to layer.5 can't be loaded: AssertionError: layer.5 has"
+        in failures["http://other"]
+    )
+    assert "hung up" in failures["http://dead"] or "died" in failures["http://dead"]
+    # One that is there can be asked again; it does not generate with what it has.
+    assert [engine.calls[-1] for engine in engines] == [
+        "end_weight_update",
+        "continue_generation",
+        "update 1",
+    ]
     assert engines[1].ranks[0].loaded.keys() == {name for name, _ in named}
 
 
-def test_another_model_and_another_machine_are_told_apart() -> None:
+def test_a_line_is_opened_anew_when_it_has_held_the_engine_up_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "_LINE_SECONDS", 0.0)
+    engine = Engine("http://a", tensors())
+    assert push(Update.of(1, tensors()), engine) == {}
+    assert engine.calls.count("update 1") > 3
+    assert engine.ranks[1].loaded.keys() == {name for name, _ in tensors()}
+
+
+def test_strangers_are_not_told_anything() -> None:
+    """Whoever calls without the key is sent away, and the engine's ranks are waited for."""
+
+    class Beset(Engine):
+        def update_weights_from_tensor(self, payloads, load_format, weight_version=None) -> None:
+            ((text, _),) = pickle.loads(base64.b64decode(payloads[0]))
+            stranger = call_trainer(**(json.loads(text) | {"key": "wrong"}))
+            assert receive_text(stranger) is None
+            super().update_weights_from_tensor(payloads, load_format, weight_version)
+
+    engine = Beset("http://a", tensors())
+    assert push(Update.of(1, tensors()), engine) == {}
+    assert engine.ranks[0].loaded
+
+
+def report(model: Model, bucket: Bucket, source: Memory) -> str | None:
+    """What a rank says that is told of one bucket."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        call = {"host": "127.0.0.1", "port": server.getsockname()[1], "key": "", "rank": 0}
+        loading = pool.submit(load_weights, model, [(json.dumps(call), torch.empty(0))])
+        line, _ = server.accept()
+        with line:
+            receive_text(line)
+            send_text(line, to_json(bucket, describe(source)))
+            line.shutdown(socket.SHUT_WR)
+            words = receive_text(line)
+        loading.result()
+    return words
+
+
+def test_what_is_wrong_is_said() -> None:
     named = tensors()
     memory = SharedMemory()
     memory.grow(10_000)
     pieces = lay_out(parts(named), start=512)
     write(parts(named), pieces, memory.buffer)
-    digests = sample_digests(pieces, memory.buffer)
+    bucket = Bucket(pieces, sample_digests(pieces, memory.buffer))
     model = Model({name: torch.Size([1]) for name, _ in named})
-
-    def report(path: str = memory.path, name: str = memory.name) -> str:
-        memory.buffer[:512] = 0
-        source = describe(Memory(path, name, 10_000, reader=0))
-        load_weights(model, [(to_json(pieces, digests, source=source, keep=None), torch.empty(0))])
-        return read_report(memory, 0)
-
-    assert "layer.0 to layer.6 can't be loaded: AssertionError: layer.0 has shape (5, 4)" in report()
-    assert report(name="slurmlime-weights-of-another-machine") == ""
-    assert report(path="/proc/1/fd/999999") == ""
+    wrong = "layer.0 to layer.6 can't be loaded: AssertionError: layer.0 has shape (5, 4)"
+    assert wrong in str(report(model, bucket, memory.source))
+    unseen = "shared memory is not to be seen from here"
+    assert unseen in str(report(model, bucket, replace(memory.source, name="of-another-machine")))
+    assert unseen in str(report(model, bucket, replace(memory.source, path="/proc/1/fd/999999")))
     model.shapes = {name: tensor.shape for name, tensor in named}
-    assert report() == LOADED
+    other = replace(bucket, digests=[*bucket.digests[:-1], 7])
+    assert report(model, other, memory.source) == "layer.6 has another checksum than the trainer's"
+    assert not model.loaded
+    assert report(model, bucket, memory.source) == LOADED
     memory.close()
 
 
@@ -195,8 +251,6 @@ def test_changes_to_what_is_not_known_are_refused() -> None:
     part = change("w", torch.zeros(100), torch.arange(100) // 99 * 1.0)
     assert part is not None and part.changed is not None
     engine = Engine("http://a", [("w", torch.zeros(100))])
-    transport = TensorTransport(1000)
-    failures = transport.push(Update(2, [part], is_whole=False), lambda: [engine])
-    transport.close()
+    failures = push(Update(2, [part], is_whole=False), engine)
     assert "only changes of w came, and what they were made to is not known" in failures["http://a"]
     assert not engine.ranks[0].loaded

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
 from rltrain.arguments.fleet import engines_load_alone
 from rltrain.megatron.distributed import on_rank_0
 from rltrain.runtime import RoleContext
-from rltrain.weights.proof import difference, forget_weights
+from rltrain.weights.proof import Checksums, difference, forget_weights
 from rltrain.weights.transport import Engine, make_updates
 
 Stream = Callable[[Callable[[Iterable[tuple[str, Tensor]]], object]], None]
 FindEngines = Callable[[], Sequence[Engine]]
+
+_TRIES = 2  # of an engine that can't take the weights
 
 
 class WeightUpdates:
@@ -27,7 +29,8 @@ class WeightUpdates:
         self._args, self._stream, self._event = args, stream, event
         self._updates = make_updates(args, context)
         self._to_be_proven = args.check_weight_update_equal
-        self._held: dict[str, int] = {}  # version that an engine has got, by its URL
+        self._held: dict[str, int] = {}  # version that an engine has got, by its URL; on rank 0
+        self._failures: dict[Engine, str] = {}  # why it has not; on rank 0
 
     def push(self, find_engines: FindEngines, version: int) -> None:
         """Have every engine that lacks them load the present weights; the first time with proof, if asked for.
@@ -50,7 +53,11 @@ class WeightUpdates:
         return any(engine.url not in self._held for engine in find_engines())
 
     def _push(self, find_engines: FindEngines, version: int) -> None:
-        self._stream(lambda tensors: self._hand_out(tensors, find_engines, version))
+        for _ in range(_TRIES):
+            self._stream(lambda tensors: self._hand_out(tensors, find_engines, version))
+            if not on_rank_0(lambda: bool(self._failures)):
+                return
+        on_rank_0(self._expel)
 
     def _hand_out(
         self, tensors: Iterable[tuple[str, Tensor]], find_engines: FindEngines, version: int
@@ -64,27 +71,32 @@ class WeightUpdates:
         failures = self._updates.push(version, tensors, find_lacking)
         self._held = {url: held for url, held in self._held.items() if held == version}
         self._held |= {each.url: version for each in engines if each.url not in failures}
-        self._expel(engines, failures)
+        self._failures = {engine: failures[engine.url] for engine in engines if engine.url in failures}
 
-    def _expel(self, engines: Sequence[Engine], failures: Mapping[str, str]) -> None:
-        failed = [engine for engine in engines if engine.url in failures]
-        if failed and len(failed) == len(engines) and not any(engine.has_died() for engine in failed):
-            raise RuntimeError(f"no engine could take the weights: {'; '.join(failures.values())}")
-        for engine in failed:
-            engine.expel(failures[engine.url])
-            self._event("weights_not_taken", url=engine.url, reason=failures[engine.url])
+    def _expel(self) -> None:
+        """End the engines that have failed."""
+        reasons = "; ".join(self._failures.values())
+        if not self._held and not any(engine.has_died() for engine in self._failures):
+            raise RuntimeError(f"no engine could take the weights: {reasons}")
+        for engine, reason in self._failures.items():
+            engine.expel(reason)
+            self._event("weights_not_taken", url=engine.url, reason=reason)
 
     def _prove(self, find_engines: FindEngines, version: int) -> None:
         """Push over random weights, and see that all tensors come back."""
         if self._args.random_init or self._args.load or version > 0:  # engines have others than the trainer
             self._push(find_engines, version)
         expected = on_rank_0(lambda: forget_weights(find_engines()))
-        for _ in range(2):
+        for _ in range(_TRIES):
             self._held.clear()
             self._push(find_engines, version)
-            wrong = on_rank_0(lambda: difference(find_engines(), expected))
-            if not wrong:
-                break
+            on_rank_0(lambda: self._compare(find_engines(), expected))
+            if not on_rank_0(lambda: bool(self._failures)):
+                self._event("weights_proven", version=version)
+                return
+        on_rank_0(self._expel)
+
+    def _compare(self, engines: Sequence[Engine], expected: Checksums) -> None:
+        wrong = difference(engines, expected)
         self._held = {url: held for url, held in self._held.items() if url not in wrong}
-        on_rank_0(lambda: self._expel(list(find_engines()), wrong))
-        self._event("weights_proven", version=version)
+        self._failures = {engine: wrong[engine.url] for engine in engines if engine.url in wrong}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,20 @@ class Piece:
         return self.bytes_of(buffer).view(getattr(torch, self.dtype)).view(self.shape)
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """What lies in a flat buffer of bytes.
+
+    Attributes:
+        digests: of the pieces, see `sample_digests`.
+        keep: name of the file in which the engines keep it, because changes to it will be sent; or None.
+    """
+
+    pieces: tuple[Piece, ...]
+    digests: list[int]
+    keep: str | None = None
+
+
 def in_buckets(parts: Iterable[Part], size: int) -> Iterator[list[Part]]:
     """The parts in their order, in buckets of about `size` bytes; a larger one is alone."""
     bucket: list[Part] = []
@@ -104,13 +119,13 @@ def sample_digests(pieces: Sequence[Piece], buffer: Tensor) -> list[int]:
     return [zlib.crc32(sample.tobytes()) for sample in samples]
 
 
-def to_json(pieces: Sequence[Piece], digests: Sequence[int], **fields: object) -> str:
-    """Pieces and digests as text."""
-    return json.dumps({"pieces": [asdict(piece) for piece in pieces], "digests": list(digests), **fields})
+def to_json(bucket: Bucket, source: Mapping[str, Any]) -> str:
+    """A bucket, and where its bytes are, as text."""
+    return json.dumps({**asdict(bucket), "source": source})
 
 
-def from_json(text: str) -> tuple[list[Piece], list[int], dict[str, object]]:
+def from_json(text: str) -> tuple[Bucket, dict[str, Any]]:
     """The inverse of `to_json`."""
     fields = json.loads(text)
-    pieces = [Piece(**{**piece, "shape": tuple(piece["shape"])}) for piece in fields.pop("pieces")]
-    return pieces, fields.pop("digests"), fields
+    pieces = tuple(Piece(**{**piece, "shape": tuple(piece["shape"])}) for piece in fields["pieces"])
+    return Bucket(pieces, fields["digests"], fields["keep"]), fields["source"]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from rltrain.weights.buckets import Part, in_buckets, lay_out, sample_digests, write
+from rltrain.weights.buckets import Bucket, Part, in_buckets, lay_out, sample_digests, write
 from rltrain.weights.current import EngineClient, current_weights, load_weights, set_current
 from rltrain.weights.hf_directory import pieces_of, write_hf_directory
-from rltrain.weights.session import Bucket, Session, SessionEngine, give, tell
+from rltrain.weights.session import Session, SessionEngine
 from rltrain.weights.sources import File
 from rltrain.weights.update import FindEngines, Update
 
@@ -29,33 +29,17 @@ class DiskEngine(EngineClient, SessionEngine, Protocol):
 class Filled:
     """A bucket in a file."""
 
-    path: Path
+    source: File
     bucket: Bucket
-
-    def load_into(self, engine: SessionEngine) -> None:
-        """Have an engine load it; see `session.give`."""
-        unseen = f"it does not see {self.path}: is it on a file system that engines and trainer share?"
-        give(engine, lambda: self._offer(engine), unseen)
-
-    def _offer(self, engine: SessionEngine) -> list[str]:
-        size, name = self.path.stat().st_size, uuid.uuid4().hex
-        reports = [
-            self.path.with_name(f".{name}-{rank}.report") for rank in range(engine.tensor_parallel_size())
-        ]
-        try:
-            tell(engine, self.bucket, [File(str(self.path), size, str(report)) for report in reports])
-            return [report.read_text() if report.exists() else "" for report in reports]
-        finally:
-            for report in reports:
-                report.unlink(missing_ok=True)
 
 
 class DiskTransport:
     """Through `root/v000012`: a Hugging Face directory that a restarted engine finds too, or files with changes."""
 
-    def __init__(self, root: Path, template: Path, bucket_bytes: int) -> None:
-        """Take all but the weights from the model directory `template`."""
-        self._root, self._template, self._bucket_bytes = root, template, bucket_bytes
+    def __init__(self, root: Path, template: Path, bucket_bytes: int, host: str) -> None:
+        """Take all but the weights from the model directory `template`; engines reach us at the address `host`."""
+        self._root, self._template = root, template
+        self._bucket_bytes, self._host = bucket_bytes, host
 
     def push(self, update: Update, find_engines: FindEngines[DiskEngine]) -> dict[str, str]:
         """See `rltrain.weights.transport.Transport.push`.
@@ -77,13 +61,13 @@ class DiskTransport:
             files = list(_shards(directory, update.keep))
         else:
             files = list(self._write_changes(directory, update.parts))
-        session = Session(find_engines())
-        external = Session([engine for engine in session.engines if not engine.is_ours])
+        engines = find_engines()
+        external = Session([each for each in engines if not each.is_ours], update.version, self._host)
         external.each(lambda engine: load_weights(engine, directory))
-        session.engines = [engine for engine in session.engines if engine.is_ours]
-        with session.updating(update.version):
+        session = Session([each for each in engines if each.is_ours], update.version, self._host)
+        with session.updating():
             for filled in files:
-                session.each(filled.load_into)
+                session.each(partial(_load, session, filled))
         return external.failures | session.failures
 
     def _write_changes(self, directory: Path, parts: Iterable[Part]) -> Iterator[Filled]:
@@ -98,12 +82,17 @@ class DiskTransport:
             ) from error
 
 
+def _load(session: Session[DiskEngine], filled: Filled, engine: DiskEngine) -> None:
+    session.tell(engine, filled.bucket, lambda rank: filled.source)
+    session.await_reports(engine)
+
+
 def _write_bucket(path: Path, bucket: Sequence[Part]) -> Filled:
     pieces = lay_out(bucket)
     buffer = torch.zeros(pieces[-1].end, dtype=torch.uint8)
     write(bucket, pieces, buffer)
     path.write_bytes(buffer.numpy().data)
-    return Filled(path, Bucket(pieces, sample_digests(pieces, buffer)))
+    return Filled(File(str(path), len(buffer)), Bucket(pieces, sample_digests(pieces, buffer)))
 
 
 def _shards(directory: Path, keep: str | None) -> Iterator[Filled]:
@@ -111,7 +100,7 @@ def _shards(directory: Path, keep: str | None) -> Iterator[Filled]:
         pieces = pieces_of(path)
         buffer = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
         kept = f"{keep}-{number}" if keep else None
-        yield Filled(path, Bucket(pieces, sample_digests(pieces, buffer), kept))
+        yield Filled(File(str(path), len(buffer)), Bucket(pieces, sample_digests(pieces, buffer), kept))
 
 
 def _remove_all_but(kept: Path | None, root: Path) -> None:

@@ -1,23 +1,29 @@
 """Runs inside an SGLang engine: loads weights that the trainer offers, and says whether they are those it meant.
 
 SGLang calls it on every rank, because it is one of the engine's `--custom-weight-loader` (`rltrain.sglang.adapter`).
-What comes over HTTP is only which tensors there are, their checksums, and where to read them. Everything that goes
-wrong is reported there: an exception in a loader would end the engine.
+What comes over HTTP is only where to call the trainer, who then says bucket by bucket which tensors there are, their
+checksums, and where to read them. Everything that goes wrong is reported there: an exception in a loader would end the
+engine.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rltrain.weights.buckets import Piece, from_json, sample_digests
+from rltrain.weights.buckets import Bucket, Piece, from_json, sample_digests
 from rltrain.weights.delta import apply
+from rltrain.weights.line import call_trainer, receive_text, send_text
 from rltrain.weights.sources import source_of
 
 LOADED = "loaded"
@@ -30,35 +36,47 @@ _base: dict[str, Tensor] = {}
 
 
 def load_weights(model: Any, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Load one bucket; the name of the only entry is `buckets.to_json` of it, and its tensor is empty.
+    """Load buckets until the trainer hangs up; reports `LOADED` for each, or what went wrong.
 
-    Beside the pieces this has `source` (see `rltrain.weights.sources`) and `keep`: the name of a file to keep the
-    bucket in, so that changes can be made to it; or none. Reports `LOADED`, or what went wrong; nothing where the
-    source can't be seen. Without pieces it does nothing: such a call only tells SGLang the version.
+    The name of the only entry is JSON: the arguments of `rltrain.weights.line.call_trainer`. Its tensor is empty.
     """
     ((text, _),) = named_tensors
-    pieces, digests, fields = from_json(text)
-    if not pieces:
-        return
     try:
-        source = source_of(fields["source"])  # type: ignore[arg-type]
-        buffer = source.read()
-        if buffer is not None:
-            keep = fields["keep"]
-            source.report(_load(model, pieces, digests, buffer, None if keep is None else str(keep)))
+        with closing(call_trainer(**json.loads(text))) as line:
+            for bucket, buffer in _received(line):
+                send_text(line, buffer if isinstance(buffer, str) else _load(model, bucket, buffer))
     except Exception:
         logger.exception("weights can't be received")
 
 
-def _load(
-    model: Any, pieces: Sequence[Piece], digests: Sequence[int], buffer: Tensor, keep: str | None
-) -> str:
-    for piece, digest, found in zip(pieces, digests, sample_digests(pieces, buffer), strict=True):
+def _received(line: socket.socket) -> Iterator[tuple[Bucket, Tensor | str]]:
+    """Every bucket and its bytes, or why they can't be read; the next is received while one is loaded."""
+
+    def receive() -> tuple[Bucket, Tensor | str] | None:
+        message = receive_text(line)
+        if message is None:
+            return None
+        bucket, source = from_json(message)
+        try:
+            return bucket, source_of(source).read()
+        except Exception as error:
+            return bucket, f"{error}"
+
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(receive)
+        while (received := coming.result()) is not None:
+            coming = ahead.submit(receive)
+            yield received
+
+
+def _load(model: Any, bucket: Bucket, buffer: Tensor) -> str:
+    pieces = bucket.pieces
+    for piece, digest, found in zip(pieces, bucket.digests, sample_digests(pieces, buffer), strict=True):
         if found != digest:
             return f"{piece.name} has another checksum than the trainer's"
     try:
-        if keep is not None:
-            _keep(keep, pieces, buffer)
+        if bucket.keep is not None:
+            _keep(bucket.keep, pieces, buffer)
         model.load_weights([(piece.name, _tensor(piece, buffer)) for piece in pieces])
     except Exception as error:
         return f"{pieces[0].name} to {pieces[-1].name} can't be loaded: {type(error).__name__}: {error}"

@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
-import pickle
-from base64 import b64encode
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from torch import Tensor
-
-from rltrain.sglang.adapter import WEIGHT_LOADER
-from rltrain.weights.buckets import Piece, to_json
+from rltrain.weights.buckets import Bucket, to_json
+from rltrain.weights.line import Line, LineEngine
 from rltrain.weights.receive import LOADED
-from rltrain.weights.sources import File, Group, Memory, describe
+from rltrain.weights.sources import Source, describe
 
 B = TypeVar("B")
 T = TypeVar("T")
 
-_TRIES = 2  # of a bucket that an engine finds wrong
+# A line holds the engine's scheduler up, which would be taken for hung if it never answered in between.
+_LINE_SECONDS = 10.0
 
 
-class SessionEngine(Protocol):
+class SessionEngine(LineEngine, Protocol):
     """What is needed of `rltrain.sglang.adapter.HttpServerEngineAdapter`."""
 
     url: str
-
-    def tensor_parallel_size(self) -> int:
-        """Number of its ranks."""
 
     def pause_generation(self) -> object:
         """Hold requests back; those that run keep their tokens and nothing that the old weights computed."""
 
     def begin_weight_update(self) -> object:
         """Make ready for new weights."""
-
-    def update_weights_from_tensor(
-        self, payloads: Sequence[str], load_format: str, weight_version: str | None = None
-    ) -> object:
-        """Load what the payloads, one a rank, describe; with a version, forget the cache and report it."""
 
     def end_weight_update(self) -> object:
         """Put the new weights into use."""
@@ -52,85 +41,75 @@ class SessionEngine(Protocol):
 E = TypeVar("E", bound=SessionEngine)
 
 
-class WeightsRefusedError(RuntimeError):
-    """An engine could not take the weights, or has others after a second try; names the tensor."""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Weights that are ready to be read by engines.
-
-    Attributes:
-        keep: name of the file in which the engines keep it, because changes to it will be sent; or None.
-    """
-
-    pieces: tuple[Piece, ...]
-    digests: list[int]
-    keep: str | None = None
-
-
 class Session(Generic[E]):
     """The engines of one push.
 
     Attributes:
-        failures: by URL, what went wrong with the engines that were left out. Their weights may be mixed, so they stay
-            paused.
+        engines: those that take part still.
+        failures: by URL, what went wrong with those that do not. They stay paused, as some of their weights may be new
+            and some old.
     """
 
-    def __init__(self, engines: Sequence[E]) -> None:
+    def __init__(self, engines: Sequence[E], version: int, host: str) -> None:
+        """For weights of this version; engines reach the trainer at this machine's address `host`."""
         self.engines = list(engines)
         self.failures: dict[str, str] = {}
+        self._version, self._host = version, host
+        self._lines: dict[str, Line] = {}
+        self._refused: dict[str, str] = {}
 
     def each(self, call: Callable[[E], object]) -> None:
         """Call for every engine at the same time, and wait for all; one that fails is left out from then on."""
         for engine, error in outcomes(self.engines, call):
             # No answer; a refusal, or torch's word for a lost connection.
             if isinstance(error, OSError | RuntimeError):
-                self.failures[engine.url] = f"{error}"
-                self.engines.remove(engine)
+                self._leave_out(engine, f"{engine.url}: {error}")
             elif error is not None:
                 raise error
 
     @contextmanager
-    def updating(self, version: int) -> Iterator[None]:
-        """Hold the engines still for the length of the block, after which they report `version`."""
+    def updating(self) -> Iterator[None]:
+        """Hold the engines still for the length of the block, after which they report the version."""
         self.each(lambda engine: engine.pause_generation())
         self.each(lambda engine: engine.begin_weight_update())
-        yield
-        done = _payload(to_json((), ()))
-        self.each(
-            lambda engine: engine.update_weights_from_tensor(
-                [done] * engine.tensor_parallel_size(), WEIGHT_LOADER, str(version)
-            )
-        )
+        self.each(self._open_line)
+        try:
+            yield
+            self.each(lambda engine: self.await_reports(engine))
+            self.each(lambda engine: self._lines[engine.url].hang_up())
+        finally:
+            for line in self._lines.values():
+                line.drop()
         self.each(lambda engine: engine.end_weight_update())
+        for engine in [engine for engine in self.engines if engine.url in self._refused]:
+            self._leave_out(engine, self._refused[engine.url])
         self.each(lambda engine: engine.continue_generation())
 
+    def tell(self, engine: E, bucket: Bucket, source: Callable[[int], Source]) -> None:
+        """Tell the ranks of an engine where to read a bucket: `source` of the rank's number."""
+        line = self._lines[engine.url]
+        if time.monotonic() - line.opened > _LINE_SECONDS:
+            self.await_reports(engine)
+            line.hang_up()
+            line = self._open_line(engine)
+        ranks = range(engine.tensor_parallel_size())
+        line.tell([to_json(bucket, describe(source(rank))) for rank in ranks])
 
-def give(engine: SessionEngine, offer: Callable[[], Sequence[str]], unseen: str) -> None:
-    """Have an engine load a bucket; if a rank finds something wrong, once more.
+    def await_reports(self, engine: E, left: int = 0) -> None:
+        """Wait until an engine has loaded, or can't load, all but `left` of the buckets that it was told of."""
+        line = self._lines[engine.url]
+        while line.pending > left:
+            problem = next((report for report in line.reports() if report != LOADED), None)
+            if problem is not None:
+                self._refused.setdefault(engine.url, f"{engine.url}: {problem}")
 
-    Args:
-        offer: does it, and returns what the ranks report.
-        unseen: what it means if one reports nothing.
+    def _open_line(self, engine: E) -> Line:
+        line = self._lines[engine.url] = Line(engine, self._host, self._version)
+        return line
 
-    Raises:
-        WeightsRefusedError: it is wrong again; names the tensor.
-    """
-    for _ in range(_TRIES):
-        problem = next((report for report in offer() if report != LOADED), None)
-        if problem is None:
-            return
-    raise WeightsRefusedError(f"{engine.url}: {problem or unseen}")
-
-
-def tell(engine: SessionEngine, bucket: Bucket, sources: Sequence[Memory | Group | File]) -> None:
-    """Tell each rank of an engine where to read a bucket; returns when they have."""
-    payloads = [
-        _payload(to_json(bucket.pieces, bucket.digests, source=describe(source), keep=bucket.keep))
-        for source in sources
-    ]
-    engine.update_weights_from_tensor(payloads, WEIGHT_LOADER)
+    def _leave_out(self, engine: E, why: str) -> None:
+        self.failures[engine.url] = why
+        self.engines.remove(engine)
 
 
 def stream(buckets: Iterable[B], fill: Callable[[int, B], T], send: Callable[[T], None]) -> None:
@@ -158,8 +137,3 @@ def for_all(engines: Sequence[T], call: Callable[[T], object]) -> None:
     for _, error in outcomes(engines, call):
         if error is not None:
             raise error
-
-
-def _payload(text: str) -> str:
-    # SGLang wants pickled pairs of a name and a tensor.
-    return b64encode(pickle.dumps([(text, Tensor())])).decode()

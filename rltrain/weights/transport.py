@@ -117,9 +117,9 @@ def make_transport(name: str, args: argparse.Namespace, context: RoleContext) ->
         backend = args.distributed_backend or ("nccl" if torch.cuda.is_available() else "gloo")
         return DistributedTransport(size, context.host, backend)
     if name == "tensor":
-        return TensorTransport(size)
+        return TensorTransport(size, context.host)
     if name == "disk":
-        return DiskTransport(context.layout.weights, Path(args.hf_checkpoint), size)
+        return DiskTransport(context.layout.weights, Path(args.hf_checkpoint), size, context.host)
     return ChosenByLayout(args, context)
 
 

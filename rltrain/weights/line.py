@@ -1,0 +1,162 @@
+"""The line between the trainer and the ranks of one engine during a push: what is in a bucket, and what became of it.
+
+The ranks call the trainer, from within one request to the engine (`rltrain.weights.receive`). So a bucket costs a
+message and no request, of which each takes an engine some milliseconds. The weights themselves go another way.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import pickle
+import secrets
+import socket
+import time
+from base64 import b64encode
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rltrain.sglang.adapter import WEIGHT_LOADER
+
+_POLL_SECONDS = 0.2
+_LENGTH_BYTES = 8
+
+
+class LineEngine(Protocol):
+    """What is needed of `rltrain.sglang.adapter.HttpServerEngineAdapter`."""
+
+    def tensor_parallel_size(self) -> int:
+        """Number of its ranks."""
+
+    def update_weights_from_tensor(
+        self, payloads: Sequence[str], load_format: str, weight_version: str | None = None
+    ) -> object:
+        """Give each rank its payload; returns when the loader has returned on all of them."""
+
+
+class Line:
+    """Open for the length of one request, in which the engine does nothing but load weights.
+
+    Attributes:
+        opened: when, by the monotonic clock.
+        pending: messages on which the engine has not reported yet.
+    """
+
+    def __init__(self, engine: LineEngine, host: str, version: int) -> None:
+        """Have the engine's ranks call us at this machine's address `host`; it reports `version` when we hang up.
+
+        Raises:
+            OSError, HttpError: they do not, as the engine has died or refuses.
+        """
+        self.opened, self.pending = time.monotonic(), 0
+        self._ranks: list[socket.socket] = []
+        size, key = engine.tensor_parallel_size(), secrets.token_hex()
+        self._pool = ThreadPoolExecutor(1)
+        with socket.create_server((host, 0), backlog=size) as server:
+            port = server.getsockname()[1]
+            calls = [_payload({"host": host, "port": port, "key": key, "rank": rank}) for rank in range(size)]
+            self._request: Future[object] = self._pool.submit(
+                engine.update_weights_from_tensor, calls, WEIGHT_LOADER, str(version)
+            )
+            try:
+                self._ranks = self._accept(server, size, key)
+            except BaseException:
+                self.drop()
+                raise
+
+    def tell(self, messages: Sequence[str]) -> None:
+        """Send each rank its message."""
+        self.pending += 1
+        for rank, message in zip(self._ranks, messages, strict=True):
+            send_text(rank, message)
+
+    def reports(self) -> list[str]:
+        """The next report of each rank.
+
+        Raises:
+            ConnectionError: the engine has died.
+        """
+        reports = [receive_text(rank) for rank in self._ranks]
+        if None in reports:
+            raise ConnectionError("the engine has hung up while it loaded weights")
+        self.pending -= 1
+        return [str(report) for report in reports]
+
+    def hang_up(self) -> None:
+        """Have the request come to its end, and wait for it.
+
+        Raises:
+            OSError, HttpError: it fails.
+        """
+        for rank in self._ranks:
+            rank.shutdown(socket.SHUT_WR)
+        self._request.result()
+        self.drop()
+
+    def drop(self) -> None:
+        """Close the line, whatever the engine does."""
+        for rank in self._ranks:
+            rank.close()
+        self._pool.shutdown(wait=False)
+
+    def _accept(self, server: socket.socket, size: int, key: str) -> list[socket.socket]:
+        """The calls of all ranks, in their order; strangers are sent away."""
+        server.settimeout(_POLL_SECONDS)
+        ranks: dict[int, socket.socket] = {}
+        while len(ranks) < size:
+            if self._request.done():
+                self._request.result()  # raises, if it says why
+                raise ConnectionError("the engine's ranks have not called: they can't reach the trainer")
+            try:
+                call, _ = server.accept()
+            except TimeoutError:
+                continue
+            call.settimeout(None)
+            call.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            hello = json.loads(receive_text(call) or "{}")
+            if not hmac.compare_digest(str(hello.get("key")), key):
+                call.close()
+                continue
+            ranks[hello["rank"]] = call
+        return [ranks[rank] for rank in range(size)]
+
+
+def call_trainer(host: str, port: int, key: str, rank: int) -> socket.socket:
+    """The other end, for a rank of the engine."""
+    line = socket.create_connection((host, port))
+    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    send_text(line, json.dumps({"key": key, "rank": rank}))
+    return line
+
+
+def send_text(line: socket.socket, text: str) -> None:
+    """One message."""
+    data = text.encode()
+    line.sendall(len(data).to_bytes(_LENGTH_BYTES, "little") + data)
+
+
+def receive_text(line: socket.socket) -> str | None:
+    """The next message; None when the other end has hung up."""
+    length = _receive(line, _LENGTH_BYTES)
+    if length is None:
+        return None
+    data = _receive(line, int.from_bytes(length, "little"))
+    return None if data is None else data.decode()
+
+
+def _receive(line: socket.socket, count: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < count:
+        more = line.recv(count - len(data))
+        if not more:
+            return None
+        data += more
+    return bytes(data)
+
+
+def _payload(call: dict[str, Any]) -> str:
+    # SGLang wants pickled pairs of a name and a tensor.
+    return b64encode(pickle.dumps([(json.dumps(call), Tensor())])).decode()
