@@ -72,14 +72,19 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "cp2-ep2": CP2 | EP2,
     "pp2-tp2-ep2": PP2 | TP2 | SP | EP2 | ETP1,
 }
+GLM4: dict[str, dict[str, Any]] = {
+    "glm4-tp2-pp2": TP2 | PP2,
+    "glm4-tp2-cp2-sp-sharded": TP2 | CP2 | SP | SHARDED,
+}
 BALANCED: dict[str, dict[str, Any]] = {
     "balanced-pp2-tp2-ep2": PP2 | TP2 | SP | EP2 | ETP1,
     "balanced-tp2-cp2-ep4": TP2 | SP | CP2 | EP4 | ETP1,
 }
-LAYOUTS = {"dense": DENSE, "tied": TIED, "experts": EXPERTS, "balanced": BALANCED}
+LAYOUTS = {"dense": DENSE, "tied": TIED, "experts": EXPERTS, "balanced": BALANCED, "glm4": GLM4}
 CONFIGS = {
     "dense": tiny_config(num_hidden_layers=4),
     "tied": tiny_config(num_hidden_layers=4, tie_word_embeddings=True),
+    "glm4": tiny_config("Glm4ForCausalLM", pad_token_id=None),
     "experts": tiny_config(
         "Qwen3MoeForCausalLM",
         num_hidden_layers=4,

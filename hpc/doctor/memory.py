@@ -92,9 +92,10 @@ def count_parameters(shape: ModelShape, tensor: int = 1, pipeline: int = 1, expe
     layers = -(-shape.num_layers // pipeline)
     qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     attention = shape.hidden_size * qkv + shape.num_heads * shape.head_dim * shape.hidden_size
-    attention += qkv if shape.qkv_bias else 0
+    attention += qkv if shape.family.qkv_bias else 0
     embeddings = vocab * shape.hidden_size * (1 if shape.tied_embeddings or pipeline > 1 else 2)
-    norms = 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
+    norms = (4 if shape.family.post_norms else 2) * shape.hidden_size
+    norms += 2 * shape.head_dim if shape.family.qk_norm else 0
     with_experts, experts, routers = 0, 0, 0
     if shape.experts is not None:
         with_experts = min(layers, len(shape.experts.layers))
