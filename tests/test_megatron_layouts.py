@@ -92,6 +92,11 @@ BALANCED: dict[str, dict[str, Any]] = {
     "balanced-pp2-tp2-ep2": PP2 | TP2 | SP | EP2 | ETP1,
     "balanced-tp2-cp2-ep4": TP2 | SP | CP2 | EP4 | ETP1,
 }
+CUSTOM: dict[str, dict[str, Any]] = {
+    "custom-cp2": CP2,
+    "custom-tp2-cp2-sp": TP2 | CP2 | SP,
+    "custom-pp2-cp2": PP2 | CP2,
+}
 # With the layout that it has to equal, bit by bit.
 RECOMPUTED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tp2-sp-sharded-full": ("dense", "tp2-sp-sharded", FULL),
@@ -117,6 +122,7 @@ LAYOUTS = {
     "glm4": GLM4,
     "bf16": BF16,
     "bf16-experts": BF16_EXPERTS,
+    "custom": CUSTOM,
 }
 CONFIGS = {
     "dense": tiny_config(num_hidden_layers=4),
@@ -132,13 +138,23 @@ CONFIGS = {
         mlp_only_layers=[1],
     ),
 }
-CONFIGS |= {"balanced": CONFIGS["experts"], "bf16": CONFIGS["dense"], "bf16-experts": CONFIGS["experts"]}
+CONFIGS |= {
+    "balanced": CONFIGS["experts"],
+    "bf16": CONFIGS["dense"],
+    "custom": CONFIGS["dense"],
+    "bf16-experts": CONFIGS["experts"],
+}
 BF16_FLAGS: dict[str, Any] = {"bf16": True, "lr": 1e-2}
 # The loss that balances experts is a mean over micro-batches, so it is the same only with the same ones.
 OF_KIND: dict[str, dict[str, Any]] = {
     "balanced": {"moe_aux_loss_coeff": 0.5, "max_tokens_per_gpu": 1000},
     "bf16": BF16_FLAGS,
     "bf16-experts": BF16_FLAGS,
+    "custom": {
+        "loss_type": "custom_loss",
+        "custom_loss_function_path": f"{__name__}.loss_of_whole_responses",
+        "use_tis": False,
+    },
 }
 COMMON: dict[str, Any] = {
     "use_dynamic_batch_size": True,
@@ -162,6 +178,20 @@ def layout_args(models: Path, kind: str, changes: dict[str, Any]) -> argparse.Na
     return make_args(models / kind, ref_load=reference, **(COMMON | OF_KIND.get(kind, {}) | changes))
 
 
+def loss_of_whole_responses(
+    args: argparse.Namespace, batch: dict[str, Any], logits: torch.Tensor, sum_of_sample_mean: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """With slime's signature; it cannot be computed from parts of a response, nor without the tokens before it."""
+    from rltrain.megatron.custom_loss import response_log_probs
+
+    log_probs, entropies = response_log_probs(args, batch, logits)
+    means = torch.cat([each.mean().exp().expand_as(each) for each in log_probs])
+    loss = sum_of_sample_mean(-torch.cat(batch["advantages"]) * means)
+    entropy = sum_of_sample_mean(torch.cat(entropies))
+    assert [len(tokens) for tokens in batch["unconcat_tokens"]] == batch["total_lengths"]
+    return loss - 0.1 * entropy, {"entropy": entropy.detach()}
+
+
 def step(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """One optimizer step, taken apart, and a second one.
 
@@ -169,6 +199,7 @@ def step(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         Metrics, the log-probs of this rank's samples, and how often its first attention ran; on rank 0 also, in
         Hugging Face's names, the first step's gradients and the weights after it.
     """
+    from rltrain.megatron.custom_loss import custom_loss
     from rltrain.megatron.forward_backward import forward_backward, token_loss
     from rltrain.megatron.hf_export import export_hf_weights
     from rltrain.megatron.rank_share import RankShare
@@ -182,7 +213,8 @@ def step(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     log_probs = {i: each for i, each in enumerate(actor.log_probs(share)) if len(each)}
     attention, calls = policy.models[0].decoder.layers[0].self_attention.core_attention, []
     hook = attention.register_forward_pre_hook(lambda *inputs: calls.append(1))
-    sums = forward_backward(policy.wrapped, share.micro_batches(0, values), token_loss(shape, args))
+    loss = custom_loss if args.loss_type == "custom_loss" else token_loss
+    sums = forward_backward(policy.wrapped, share.micro_batches(0, values), loss(shape, args))
     hook.remove()
     gather_gradients(policy.wrapped)
     gradients = export_hf_weights(policy.models, shape, lambda weight: weight.main_grad, bucket_bytes=5000)
