@@ -14,7 +14,7 @@ from rltrain.arguments.errors import UserError
 from rltrain.tools import convert_hf_to_torch_dist, convert_torch_dist_to_hf
 
 MODELS: dict[str, dict[str, Any]] = {
-    "qwen3": tiny_config(),
+    "glm4": tiny_config("Glm4ForCausalLM", pad_token_id=None),
     "tied": tiny_config("Qwen2ForCausalLM", tie_word_embeddings=True),
     "experts": tiny_config(
         "Qwen3MoeForCausalLM",
