@@ -1,9 +1,10 @@
 """Saving and loading a checkpoint against a plain write and read of the same bytes, on the same disk.
 
-    python benchmarks/checkpoint_bandwidth.py [--layers 4] [--hidden 512]
+    python benchmarks/checkpoint_bandwidth.py [--layers 8] [--hidden 1024]
 
 One rank, fp32 weights with Adam's state. The plain write is one file, written and synced; the plain read reads the
-checkpoint's own files once. Both of ours include the checksums. With --async-save what counts is how long training
+checkpoint's own files once. Both of ours include the checksums. Nothing is written over; what was written is removed
+between the rounds. With --async-save what counts is how long training
 stands still.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -31,8 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024)
     parser.set_defaults(samples=8, longest=16)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -52,13 +54,18 @@ def main() -> None:
         def stand_still() -> None:
             pending.append(begin_save(directory / "d", 1, state, SaveOptions()).in_background())
 
+        def remove() -> None:
+            (directory / "plain").unlink(missing_ok=True)
+            shutil.rmtree(directory / "d", ignore_errors=True)
+
         pending: list[Any] = []
         write, save = race(
             lambda: plain_write(directory / "plain", content),
-            lambda: save_checkpoint(directory / "c", 1, state),
+            lambda: save_checkpoint(directory / "d", 1, state),
+            after=remove,
         )
         read, loaded = race(lambda: [path.read_bytes() for path in files], load)
-        still = race(stand_still, after=lambda: pending.pop().finish())[0]
+        still = race(stand_still, after=lambda: (pending.pop().finish(), remove()))[0]
     mebibytes = size / 2**20
     print(
         f"checkpoint of {mebibytes:.0f} MiB: saving / plain write = {write / save:.2f} of its speed; ours"

@@ -13,6 +13,7 @@ from rltrain.arguments import UserError, flags
 from rltrain.arguments.model_flags import check_model_flags, layer_pattern, megatron_shape, moe_layers
 from rltrain.arguments.recipes import builtin_recipes, read_recipe
 
+# `found_in`: public repositories, and the files in them, that have these values.
 PUBLISHED: dict[str, dict[str, Any]] = json.loads(
     Path(__file__).with_name("published_configs.json").read_text()
 )
@@ -50,6 +51,20 @@ def test_every_model_has_a_published_config() -> None:
     assert set(builtin_recipes()) - demos >= PUBLISHED.keys()
     models = Path(arguments.__file__).parents[1] / "models"
     assert {path.name.removesuffix(".toml") for path in models.glob("*.toml")} == PUBLISHED.keys()
+    assert all(config["found_in"] for config in PUBLISHED.values())
+
+
+def test_the_launch_script_of_a_glm4_parses_unchanged() -> None:
+    script = """--spec slime_plugins.models.glm4 get_glm_spec --swiglu --num-layers 40 --hidden-size 4096
+        --ffn-hidden-size 13696 --num-attention-heads 32 --group-query-attention --num-query-groups 2
+        --use-rotary-position-embeddings --disable-bias-linear --add-qkv-bias --normalization RMSNorm
+        --norm-epsilon 1e-5 --rotary-base 10000 --vocab-size 151552 --post-self-attn-layernorm --post-mlp-layernorm
+        --rotary-interleaved --rotary-percent 0.5 --no-rope-fusion --untie-embeddings-and-output-weights"""
+    args = parse(*script.split())
+    check_model_flags(args, PUBLISHED["glm4-9B"])
+    assert args.ignored_flags == ["spec"]
+    with pytest.raises(UserError, match=r"--rotary-percent 1\.0 .* partial_rotary_factor makes it 0\.5"):
+        check_model_flags(parse("--rotary-percent", "1"), PUBLISHED["glm4-9B"])
 
 
 @pytest.mark.parametrize("name", ["qwen3-4B", "qwen2.5-7B", "llama3.2-1B", "qwen3-30B-A3B"])

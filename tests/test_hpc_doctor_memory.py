@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from hpc.doctor.memory import TrainerAsk, checkpoint_bytes, count_parameters, engine_memory, trainer_memory
+from hpc.doctor.memory import (
+    TrainerAsk,
+    both_memory,
+    checkpoint_bytes,
+    count_parameters,
+    critic_memory,
+    engine_memory,
+    trainer_memory,
+)
 from hpc.doctor.memory_fit import GIB, Memory, check_memory, trainer_ask
 from rltrain import arguments
 from rltrain.arguments.hf_config import ModelShape, read_model_shape
@@ -110,6 +118,18 @@ def test_bytes_of_a_parameter() -> None:
     assert checkpoint_bytes(LLAMA_3_8B, bf16=False) == 12 * count
 
 
+def test_a_critic_has_one_number_where_the_policy_has_logits() -> None:
+    count = 8_030_261_248 - 128256 * 4096 + 4096 + 1
+    policy, critic = trainer_memory(LLAMA_3_8B, ASK), critic_memory(LLAMA_3_8B, ASK)
+    assert (critic.weights, critic.gradients, critic.optimizer) == (2 * count, 4 * count, 12 * count)
+    assert (critic.activations, critic.logits) == (policy.activations, 3 * 4 * ASK.tokens)
+    assert critic_memory(LLAMA_3_8B, replace(ASK, keeps_reference=True)).reference == 0
+    assert both_memory(policy, critic, in_turn=True) == policy.total
+    assert both_memory(policy, critic, in_turn=False) == policy.total + 18 * count
+    assert both_memory(policy, None, in_turn=False) == policy.total
+    assert checkpoint_bytes(LLAMA_3_8B, bf16=True, critic=True) == 14 * (8_030_261_248 + count)
+
+
 def test_activations() -> None:
     # a token and layer: 4·4 hidden + (2·2 + 2·1)·2 heads + 3·6 MLP = 46 numbers
     assert trainer_memory(SMALL, ASK).activations == 100 * 46 * 2
@@ -188,6 +208,19 @@ def test_colocated_the_trainer_has_what_the_engine_leaves(args_of) -> None:
     assert trainer.level == "fail" and "of 12.0 GiB usable" in trainer.message
     trainer, _ = check_memory(args_of(*split, "--sglang-mem-fraction-static=0.5"), GPU)
     assert trainer.level == "ok" and "of 40.0 GiB usable" in trainer.message
+
+
+def test_ppo_needs_memory_for_its_critic(args_of) -> None:
+    """34 GiB of state of each on a quarter: in turn they fit on a GPU; together, and on a machine, both count."""
+    flags = ("--tensor-model-parallel-size=4", "--recompute-granularity=full", "--recompute-method=uniform",
+             "--recompute-num-layers=1", "--advantage-estimator=ppo")  # fmt: skip
+    trainer, _ = check_memory(args_of(*flags), GPU)
+    assert trainer.level == "ok" and "critic 3" in trainer.message
+    trainer, _ = check_memory(args_of(*flags, "--no-swap-critic"), GPU)
+    assert trainer.level == "warn"
+    machine = Memory(450 * GIB, False, "this machine")
+    assert check_memory(args_of(*flags[:-1]), machine)[0].level == "ok"
+    assert check_memory(args_of(*flags), machine)[0].level == "fail"
 
 
 def test_engine_that_has_no_room_for_a_sample(args_of) -> None:

@@ -38,6 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": tiny_config("Qwen2ForCausalLM"),
     "qwen3-moe": tiny_config("Qwen3MoeForCausalLM", **EXPERTS, norm_topk_prob=True, mlp_only_layers=[1]),
     "qwen3-moe-plain": tiny_config("Qwen3MoeForCausalLM", **EXPERTS, norm_topk_prob=False),
+    "glm4": tiny_config("Glm4ForCausalLM", pad_token_id=None, partial_rotary_factor=0.5),
     "llama": tiny_config("LlamaForCausalLM", num_key_value_heads=4),
     "llama3-rope": tiny_config("LlamaForCausalLM", rope_theta=5e5, rope_scaling=LLAMA3_ROPE),
     "llama3-rope-v5": tiny_config("LlamaForCausalLM", rope_parameters={"rope_theta": 5e5, **LLAMA3_ROPE}),

@@ -33,6 +33,8 @@ def check(config: dict[str, Any], tensor_parallel: int = 1, **changes: Any) -> N
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM, which the trainer does not support"),
         ({"architectures": None, "model_type": "mamba"}, "model_type 'mamba'"),
         ({"attention_bias": True}, "sets attention_bias"),
+        ({"architectures": ["Glm4ForCausalLM"], "attention_bias": False}, "attention_bias to false"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"quantization_config": {"bits": 4}}, "sets quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
@@ -69,7 +71,12 @@ def test_defaults_of_sparse_configurations() -> None:
     shape = read_model_shape(config)
     assert (shape.head_dim, shape.num_kv_heads) == (8, 4)
     assert (shape.rope_theta, shape.rope_factor, shape.tied_embeddings) == (10000.0, None, False)
-    assert (shape.qkv_bias, shape.qk_norm) == (False, False)
+    assert (shape.family.qkv_bias, shape.rotary_percent) == (False, 1.0)
+
+
+def test_the_share_that_is_rotated_of_both_transformers_generations() -> None:
+    for more in ({}, {"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}):
+        assert read_model_shape(tiny_config("Glm4ForCausalLM", **more)).rotary_percent == 0.5
 
 
 def test_rope_of_both_transformers_generations() -> None:

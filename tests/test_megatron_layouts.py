@@ -1,6 +1,7 @@
 """Every way to split a model over four ranks against one process: loss, log-probs, each gradient, the step.
 
-Tolerances: everything is fp32, so what differs is the order of sums. Gradients are up to about 0.1.
+Tolerances: in fp32 what differs is the order of sums; gradients are up to about 0.1. In bf16 sums over tensor
+parallel ranks are rounded too; what is compared is then the size of the difference, of all numbers together.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.megatron import (
     in_each_layout,
     init_single_process,
@@ -21,10 +23,14 @@ from helpers.megatron import (
     tiny_config,
     write_hf_model,
 )
+from safetensors.torch import load_file
+
+from rltrain.data.trainable import TrainableTokens
 
 pytestmark = pytest.mark.slow
 
 LOG_PROB_TOLERANCE, GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 1e-6, 1e-5
+BF16_LOG_PROB_TOLERANCE, BF16_GRADIENT_TOLERANCE, BF16_UPDATE_TOLERANCE = 0.03, 0.04, 0.1
 
 TP2, SP = {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}
 PP2, PP4 = {"pipeline_model_parallel_size": 2}, {"pipeline_model_parallel_size": 4}
@@ -34,6 +40,12 @@ EP2, EP4 = {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}
 ETP1, ETP2 = {"expert_tensor_parallel_size": 1}, {"expert_tensor_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True}
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def selective(*modules: str) -> dict[str, Any]:
+    return {"recompute_granularity": "selective", "megatron": {"transformer": {"recompute_modules": modules}}}
+
 
 # Ranks that are not named are data parallel.
 DENSE: dict[str, dict[str, Any]] = {
@@ -72,14 +84,50 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "cp2-ep2": CP2 | EP2,
     "pp2-tp2-ep2": PP2 | TP2 | SP | EP2 | ETP1,
 }
+GLM4: dict[str, dict[str, Any]] = {
+    "glm4-tp2-pp2": TP2 | PP2,
+    "glm4-tp2-cp2-sp-sharded": TP2 | CP2 | SP | SHARDED,
+}
 BALANCED: dict[str, dict[str, Any]] = {
     "balanced-pp2-tp2-ep2": PP2 | TP2 | SP | EP2 | ETP1,
     "balanced-tp2-cp2-ep4": TP2 | SP | CP2 | EP4 | ETP1,
 }
-LAYOUTS = {"dense": DENSE, "tied": TIED, "experts": EXPERTS, "balanced": BALANCED}
+CUSTOM: dict[str, dict[str, Any]] = {
+    "custom-cp2": CP2,
+    "custom-tp2-cp2-sp": TP2 | CP2 | SP,
+    "custom-pp2-cp2": PP2 | CP2,
+}
+# With the layout that it has to equal, bit by bit.
+RECOMPUTED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tp2-sp-sharded-full": ("dense", "tp2-sp-sharded", FULL),
+    "tp2-sp-sharded-selective": ("dense", "tp2-sp-sharded", selective("core_attn")),
+    "pp2-full": ("dense", "pp2", FULL),
+    "cp2-full": ("dense", "cp2", FULL),
+    "dp4-sharded-full": ("dense", "dp4-sharded", FULL),
+    "ep2-full": ("experts", "ep2", FULL),
+    "ep2-selective": ("experts", "ep2", selective("core_attn", "moe")),
+}
+BF16: dict[str, dict[str, Any]] = {
+    "bf16-tp2-sp-sharded": TP2 | SP | SHARDED,
+    "bf16-pp2": PP2,
+    "bf16-cp2": CP2,
+    "bf16-dp4-sharded": SHARDED,
+}
+BF16_EXPERTS: dict[str, dict[str, Any]] = {"bf16-ep2": EP2}
+LAYOUTS = {
+    "dense": DENSE,
+    "tied": TIED,
+    "experts": EXPERTS,
+    "balanced": BALANCED,
+    "glm4": GLM4,
+    "bf16": BF16,
+    "bf16-experts": BF16_EXPERTS,
+    "custom": CUSTOM,
+}
 CONFIGS = {
     "dense": tiny_config(num_hidden_layers=4),
     "tied": tiny_config(num_hidden_layers=4, tie_word_embeddings=True),
+    "glm4": tiny_config("Glm4ForCausalLM", pad_token_id=None),
     "experts": tiny_config(
         "Qwen3MoeForCausalLM",
         num_hidden_layers=4,
@@ -90,10 +138,23 @@ CONFIGS = {
         mlp_only_layers=[1],
     ),
 }
-CONFIGS["balanced"] = CONFIGS["experts"]
+CONFIGS |= {
+    "balanced": CONFIGS["experts"],
+    "bf16": CONFIGS["dense"],
+    "custom": CONFIGS["dense"],
+    "bf16-experts": CONFIGS["experts"],
+}
+BF16_FLAGS: dict[str, Any] = {"bf16": True, "lr": 1e-2}
 # The loss that balances experts is a mean over micro-batches, so it is the same only with the same ones.
 OF_KIND: dict[str, dict[str, Any]] = {
     "balanced": {"moe_aux_loss_coeff": 0.5, "max_tokens_per_gpu": 1000},
+    "bf16": BF16_FLAGS,
+    "bf16-experts": BF16_FLAGS,
+    "custom": {
+        "loss_type": "custom_loss",
+        "custom_loss_function_path": f"{__name__}.loss_of_whole_responses",
+        "use_tis": False,
+    },
 }
 COMMON: dict[str, Any] = {
     "use_dynamic_batch_size": True,
@@ -117,13 +178,28 @@ def layout_args(models: Path, kind: str, changes: dict[str, Any]) -> argparse.Na
     return make_args(models / kind, ref_load=reference, **(COMMON | OF_KIND.get(kind, {}) | changes))
 
 
+def loss_of_whole_responses(
+    args: argparse.Namespace, batch: dict[str, Any], logits: torch.Tensor, sum_of_sample_mean: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """With slime's signature; it cannot be computed from parts of a response, nor without the tokens before it."""
+    from rltrain.megatron.custom_loss import response_log_probs
+
+    log_probs, entropies = response_log_probs(args, batch, logits)
+    means = torch.cat([each.mean().exp().expand_as(each) for each in log_probs])
+    loss = sum_of_sample_mean(-torch.cat(batch["advantages"]) * means)
+    entropy = sum_of_sample_mean(torch.cat(entropies))
+    assert [len(tokens) for tokens in batch["unconcat_tokens"]] == batch["total_lengths"]
+    return loss - 0.1 * entropy, {"entropy": entropy.detach()}
+
+
 def step(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """One optimizer step, taken apart, and a second one.
 
     Returns:
-        Metrics, and the log-probs of this rank's samples; on rank 0 also, in Hugging Face's names, the first
-        step's gradients and the weights after it.
+        Metrics, the log-probs of this rank's samples, and how often its first attention ran; on rank 0 also, in
+        Hugging Face's names, the first step's gradients and the weights after it.
     """
+    from rltrain.megatron.custom_loss import custom_loss
     from rltrain.megatron.forward_backward import forward_backward, token_loss
     from rltrain.megatron.hf_export import export_hf_weights
     from rltrain.megatron.rank_share import RankShare
@@ -135,14 +211,19 @@ def step(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     values = share.loss_values()
     actor._prepare(0, share, values, Timers())
     log_probs = {i: each for i, each in enumerate(actor.log_probs(share)) if len(each)}
-    sums = forward_backward(policy.wrapped, share.micro_batches(0, values), token_loss(shape, args))
+    attention, calls = policy.models[0].decoder.layers[0].self_attention.core_attention, []
+    hook = attention.register_forward_pre_hook(lambda *inputs: calls.append(1))
+    loss = custom_loss if args.loss_type == "custom_loss" else token_loss
+    sums = forward_backward(policy.wrapped, share.micro_batches(0, values), loss(shape, args))
+    hook.remove()
     gather_gradients(policy.wrapped)
     gradients = export_hf_weights(policy.models, shape, lambda weight: weight.main_grad, bucket_bytes=5000)
-    gradients = {name: tensor.clone().numpy() for name, tensor in gradients}
+    gradients = {name: tensor.float().clone().numpy() for name, tensor in gradients}
     grad_norm = policy.update(sums).grad_norm
-    weights = {name: t.clone().numpy() for name, t in export_hf_weights(policy.models, shape)}
+    weights = {name: t.float().clone().numpy() for name, t in export_hf_weights(policy.models, shape)}
     metrics = {"first_grad_norm": grad_norm, **actor.train(1, share.batch)}
-    return {"metrics": metrics, "log_probs": log_probs, "gradients": gradients, "weights": weights}
+    return {"metrics": metrics, "log_probs": log_probs, "gradients": gradients, "weights": weights,
+            "attention_calls": len(calls)}  # fmt: skip
 
 
 def gather_gradients(chunks: list[Any]) -> None:
@@ -185,19 +266,26 @@ def on_four(
     models: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> list[dict[str, dict[str, Any]]]:
     """What every rank of four makes of each layout that a selected test asks for."""
-    wanted = {item.callspec.params["layout"] for item in request.session.items if item.path == Path(__file__)}
+    here = [
+        item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")
+    ]
+    wanted = {item.callspec.params["layout"] for item in here}
+    wanted |= {RECOMPUTED[name][1] for name in wanted & RECOMPUTED.keys()}
+    every = [(name, kind, changes) for kind, layouts in LAYOUTS.items() for name, changes in layouts.items()]
+    every += [(name, kind, LAYOUTS[kind][plain] | more) for name, (kind, plain, more) in RECOMPUTED.items()]
     args = {
         name: layout_args(models, kind, {"actor_num_gpus_per_node": 4, **changes})
-        for kind, layouts in LAYOUTS.items()
-        for name, changes in layouts.items()
+        for name, kind, changes in every
         if name in wanted
     }
     return run_ranks(steps, args, tmp_path_factory.mktemp("four"), world_size=4)
 
 
-@pytest.mark.parametrize(
-    ("kind", "layout"), [(kind, layout) for kind, layouts in LAYOUTS.items() for layout in layouts]
-)
+EXACT = [(kind, layout) for kind in LAYOUTS if not kind.startswith("bf16") for layout in LAYOUTS[kind]]
+ROUNDED = [(kind, layout) for kind in LAYOUTS if kind.startswith("bf16") for layout in LAYOUTS[kind]]
+
+
+@pytest.mark.parametrize(("kind", "layout"), EXACT)
 def test_four_ranks_equal_one(
     kind: str,
     layout: str,
@@ -216,3 +304,93 @@ def test_four_ranks_equal_one(
         assert ours[what].keys() == expected[what].keys()
         for name, values in ours[what].items():
             np.testing.assert_allclose(values, expected[what][name], atol=tolerance, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("layout", RECOMPUTED)
+def test_recomputing_activations_changes_no_bit(
+    layout: str, on_four: list[dict[str, dict[str, Any]]]
+) -> None:
+    for rank in on_four:
+        ours, plain = rank[layout], rank[RECOMPUTED[layout][1]]
+        assert ours["attention_calls"] == 2 * plain["attention_calls"] > 0
+        assert ours["metrics"] == plain["metrics"]
+        for what in ("gradients", "weights", "log_probs"):
+            assert ours[what].keys() == plain[what].keys()
+            assert all(np.array_equal(values, plain[what][key]) for key, values in ours[what].items())
+
+
+def joined(tensors: dict[str, Any]) -> np.ndarray:
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+
+
+def difference(ours: np.ndarray, expected: np.ndarray, size_of: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - expected) / np.linalg.norm(size_of))
+
+
+def first_weights(models: Path, kind: str, names: Any) -> dict[str, torch.Tensor]:
+    weights = load_file(models / kind / "model.safetensors")
+    return {name: weights[name].bfloat16() for name in names}
+
+
+@pytest.mark.parametrize(("kind", "layout"), ROUNDED)
+def test_bf16_on_four_ranks_is_bf16_on_one(
+    kind: str,
+    layout: str,
+    models: Path,
+    single: dict[str, dict[str, Any]],
+    on_four: list[dict[str, dict[str, Any]]],
+) -> None:
+    expected, ranks = single[kind], [rank[layout] for rank in on_four]
+    ours = ranks[0]
+    assert all(rank["metrics"] == ours["metrics"] for rank in ranks)
+    for name in ("first_grad_norm", "train/loss", "train/grad_norm"):
+        assert ours["metrics"][name] == pytest.approx(expected["metrics"][name], rel=0.03, abs=3e-3)
+    log_probs = {i: values for rank in ranks for i, values in rank["log_probs"].items()}
+    assert log_probs.keys() == expected["log_probs"].keys()
+    for i, values in log_probs.items():
+        np.testing.assert_allclose(values, expected["log_probs"][i], atol=BF16_LOG_PROB_TOLERANCE, rtol=0)
+    gradients = joined(ours["gradients"]), joined(expected["gradients"])
+    assert difference(*gradients, gradients[1]) < BF16_GRADIENT_TOLERANCE
+    before = first_weights(models, kind, expected["weights"])
+    weights = joined(ours["weights"]), joined(expected["weights"])
+    update = weights[1] - joined({name: weight.float().numpy() for name, weight in before.items()})
+    assert difference(*weights, update) < BF16_UPDATE_TOLERANCE
+
+
+def test_bf16_is_that_of_transformers_and_of_adamw_on_fp32_weights(
+    models: Path, single: dict[str, dict[str, Any]]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ours, args = single["bf16"], layout_args(models, "bf16", {})
+    model = AutoModelForCausalLM.from_pretrained(models / "bf16", dtype=torch.bfloat16)
+    batch = make_batch(11, seed=0, masked=1)
+    trainable = TrainableTokens.of(batch)
+    for i, values in ours["log_probs"].items():
+        ids = torch.from_numpy(batch.tokens[i].astype(np.int64))
+        with torch.no_grad():
+            logits = model(ids.unsqueeze(0)).logits[0, :-1].float()
+        expected = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)[trainable.positions[i]]
+        np.testing.assert_allclose(values, expected, atol=BF16_LOG_PROB_TOLERANCE, rtol=0)
+    exact = joined(single["dense"]["gradients"])
+    assert difference(joined(ours["gradients"]), exact, exact) < BF16_GRADIENT_TOLERANCE
+    expected_weights = adamw_step(first_weights(models, "bf16", ours["weights"]), ours["gradients"], args)
+    for name, weight in expected_weights.items():
+        np.testing.assert_array_equal(ours["weights"][name], weight.float().numpy(), err_msg=name)
+
+
+def adamw_step(
+    weights: dict[str, torch.Tensor], gradients: dict[str, Any], args: argparse.Namespace
+) -> dict[str, torch.Tensor]:
+    """One step of torch's AdamW on fp32 copies of bf16 weights, after clipping; in bf16 again."""
+    copies = {name: torch.nn.Parameter(weight.float()) for name, weight in weights.items()}
+    for name, copy in copies.items():
+        copy.grad = torch.from_numpy(gradients[name]).clone()
+    torch.nn.utils.clip_grad_norm_(copies.values(), args.clip_grad)
+    groups = [  # neither norms nor biases decay
+        {"params": [p for p in copies.values() if (p.ndim == 1) == flat], "weight_decay": decay}
+        for flat, decay in ((False, args.weight_decay), (True, 0.0))
+    ]
+    betas = (args.adam_beta1, args.adam_beta2)
+    torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.adam_eps).step()
+    return {name: copy.detach().bfloat16() for name, copy in copies.items()}

@@ -14,8 +14,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from conftest import TOKEN
+from helpers.megatron import init_single_process, log_probs_of, make_actor, tiny_config, write_hf_model
+from helpers.megatron import make_args as trainer_args
 from tiny_model import make_model
 
+from rltrain.data.batch import TrainBatch
 from rltrain.data.source import RolloutDataSource
 from rltrain.rewards import service as rewards
 from rltrain.rollout.http import HttpClient, set_client
@@ -240,3 +243,25 @@ def test_a_tensor_parallel_engine_without_weights_of_its_own_computes_the_same(
         before = greedy(parallel.url)
         parallel.update_weights_from_disk(tiny_model, "1")
         assert greedy(parallel.url) == greedy(engine.url) != before
+
+
+def test_a_glm4_engine_samples_with_the_trainers_log_probs(tmp_path: Path) -> None:
+    config = tiny_config("Glm4ForCausalLM", pad_token_id=None, head_dim=16, vocab_size=64)
+    actor_args = trainer_args(write_hf_model(tmp_path / "model", config))
+    init_single_process()
+    actor = make_actor(actor_args, tmp_path)
+    actor.export(tmp_path / "exported")
+    server_args = {"model_path": str(tmp_path / "exported"), "skip_tokenizer_init": True}
+    with HttpServerEngineAdapter.launch(server_args, TOKEN) as engine:
+        answer = generate(engine.url, max_new_tokens=24, temperature=1.0, ignore_eos=True)
+    response = answer["output_ids"]
+    sampled = np.array([entry[0] for entry in answer["meta_info"]["output_token_logprobs"]], np.float32)
+    batch = TrainBatch(
+        tokens=[np.array(PROMPT + response, np.int32)],
+        response_lengths=[len(response)],
+        loss_masks=[np.ones(len(response), np.int8)],
+        train_rewards=np.zeros(1, np.float32),
+        rollout_log_probs=[sampled],
+    )
+    assert len(response) == 24
+    np.testing.assert_allclose(sampled, log_probs_of(actor, batch)[0], atol=1e-5)

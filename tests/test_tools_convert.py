@@ -14,7 +14,7 @@ from rltrain.arguments.errors import UserError
 from rltrain.tools import convert_hf_to_torch_dist, convert_torch_dist_to_hf
 
 MODELS: dict[str, dict[str, Any]] = {
-    "qwen3": tiny_config(),
+    "glm4": tiny_config("Glm4ForCausalLM", pad_token_id=None),
     "tied": tiny_config("Qwen2ForCausalLM", tie_word_embeddings=True),
     "experts": tiny_config(
         "Qwen3MoeForCausalLM",
@@ -62,7 +62,7 @@ def test_there_and_back_gives_the_same_bits(tmp_path: Path, model: str) -> None:
 
 def test_a_checkpoint_without_our_manifest_is_read_and_a_missing_shard_is_named(tmp_path: Path) -> None:
     init_single_process()
-    origin = write_hf_model(tmp_path / "origin", MODELS["qwen3"])
+    origin = write_hf_model(tmp_path / "origin", MODELS["tied"])
     release = convert_hf_to_torch_dist.main(
         ["--hf-checkpoint", str(origin), "--save", str(tmp_path / "dist")]
     )
@@ -80,7 +80,7 @@ def test_a_checkpoint_without_our_manifest_is_read_and_a_missing_shard_is_named(
 
 def test_bad_input_is_refused(tmp_path: Path) -> None:
     init_single_process()
-    origin = write_hf_model(tmp_path / "origin", MODELS["qwen3"])
+    origin = write_hf_model(tmp_path / "origin", MODELS["tied"])
     with pytest.raises(UserError, match="contradicts"):
         convert_hf_to_torch_dist.main(
             ["--hf-checkpoint", str(origin), "--save", str(tmp_path / "x"), "--num-layers", "3"]

@@ -16,6 +16,7 @@ from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.facts import ClusterFacts
 from rltrain import arguments
 from rltrain.arguments import flags as flag_data
+from rltrain.arguments.critic_flags import use_critic
 from rltrain.arguments.errors import UserError
 from rltrain.arguments.flags import Flags
 
@@ -163,4 +164,7 @@ def _count_nodes(args: argparse.Namespace | None) -> int:
 
 
 def _checkpoint_bytes(args: argparse.Namespace | None) -> float:
-    return 0.0 if args is None else float(memory.checkpoint_bytes(memory_fit.read_shape(args), args.bf16))
+    if args is None:
+        return 0.0
+    shape = memory_fit.read_shape(args)
+    return float(memory.checkpoint_bytes(shape, args.bf16, critic=use_critic(args)))

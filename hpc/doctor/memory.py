@@ -7,7 +7,7 @@ All sizes are in bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rltrain.arguments.hf_config import ModelShape
 
@@ -62,10 +62,19 @@ class TrainerMemory:
     logits: int
 
     @property
+    def state(self) -> int:
+        """What stays between steps."""
+        return self.weights + self.gradients + self.optimizer + self.reference
+
+    @property
+    def working(self) -> int:
+        """What a forward and backward pass takes."""
+        return self.activations + self.logits
+
+    @property
     def total(self) -> int:
         """Bytes in all."""
-        state = self.weights + self.gradients + self.optimizer
-        return state + self.reference + self.activations + self.logits
+        return self.state + self.working
 
 
 @dataclass(frozen=True)
@@ -92,9 +101,10 @@ def count_parameters(shape: ModelShape, tensor: int = 1, pipeline: int = 1, expe
     layers = -(-shape.num_layers // pipeline)
     qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     attention = shape.hidden_size * qkv + shape.num_heads * shape.head_dim * shape.hidden_size
-    attention += qkv if shape.qkv_bias else 0
+    attention += qkv if shape.family.qkv_bias else 0
     embeddings = vocab * shape.hidden_size * (1 if shape.tied_embeddings or pipeline > 1 else 2)
-    norms = 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
+    norms = (4 if shape.family.post_norms else 2) * shape.hidden_size
+    norms += 2 * shape.head_dim if shape.family.qk_norm else 0
     with_experts, experts, routers = 0, 0, 0
     if shape.experts is not None:
         with_experts = min(layers, len(shape.experts.layers))
@@ -113,6 +123,30 @@ def trainer_memory(shape: ModelShape, ask: TrainerAsk) -> TrainerMemory:
     The distributed optimizer splits Adam's two moments and the master weights over data parallel ranks.
     """
     count = count_parameters(shape, ask.tensor, ask.pipeline, ask.expert).total
+    # logits, their shifted copy and the probabilities that the backward pass needs, in fp32
+    return _memory(shape, ask, count, outputs=-(-shape.vocab_size // ask.tensor))
+
+
+def critic_memory(shape: ModelShape, ask: TrainerAsk) -> TrainerMemory:
+    """The same for PPO's critic, which has a linear layer to one number where the policy has its output layer."""
+    count = _critic_parameters(shape, ask.tensor, ask.pipeline, ask.expert)
+    return _memory(shape, replace(ask, keeps_reference=False), count, outputs=1)
+
+
+def both_memory(policy: TrainerMemory, critic: TrainerMemory | None, *, in_turn: bool) -> int:
+    """Bytes of a rank that trains both, `in_turn` or with both in its memory all the time."""
+    if critic is None:
+        return policy.total
+    if in_turn:
+        return max(policy.total, critic.total)
+    return policy.state + critic.state + max(policy.working, critic.working)
+
+
+def _critic_parameters(shape: ModelShape, *sizes: int) -> int:
+    return count_parameters(replace(shape, tied_embeddings=True), *sizes).total + shape.hidden_size + 1
+
+
+def _memory(shape: ModelShape, ask: TrainerAsk, count: int, outputs: int) -> TrainerMemory:
     width = BF16 if ask.bf16 else FP32
     state = 2 * FP32 + (FP32 if ask.bf16 else 0)
     owned = -(-count // ask.data) if ask.distributed_optimizer else count
@@ -122,8 +156,7 @@ def trainer_memory(shape: ModelShape, ask: TrainerAsk) -> TrainerMemory:
         optimizer=owned * state,
         reference=count * width if ask.keeps_reference else 0,
         activations=_activations(shape, ask) * width,
-        # logits, their shifted copy and the probabilities that the backward pass needs, in fp32
-        logits=3 * FP32 * ask.tokens * -(-shape.vocab_size // ask.tensor),
+        logits=3 * FP32 * ask.tokens * outputs,
     )
 
 
@@ -155,6 +188,11 @@ def engine_memory(shape: ModelShape, tensor: int, bf16: bool) -> EngineMemory:
     )
 
 
-def checkpoint_bytes(shape: ModelShape, bf16: bool) -> int:
-    """Size of a checkpoint of all ranks: weights, Adam's moments and, with bf16 weights, the fp32 master weights."""
-    return count_parameters(shape).total * ((BF16 + FP32 if bf16 else FP32) + 2 * FP32)
+def checkpoint_bytes(shape: ModelShape, bf16: bool, *, critic: bool = False) -> int:
+    """Size of a checkpoint of all ranks: weights, Adam's moments and, with bf16 weights, the fp32 master weights.
+
+    Args:
+        critic: With the critic's, which is saved beside it.
+    """
+    count = count_parameters(shape).total + (_critic_parameters(shape) if critic else 0)
+    return count * ((BF16 + FP32 if bf16 else FP32) + 2 * FP32)

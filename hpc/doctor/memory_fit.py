@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc.doctor.check import Check, fail, ok, warn
-from hpc.doctor.memory import EngineMemory, TrainerAsk, TrainerMemory, engine_memory, trainer_memory
+from hpc.doctor.memory import (
+    EngineMemory,
+    TrainerAsk,
+    TrainerMemory,
+    both_memory,
+    critic_memory,
+    engine_memory,
+    trainer_memory,
+)
+from rltrain.arguments.critic_flags import critic_args, use_critic
 from rltrain.arguments.hf_config import ModelShape, read_model_shape
 from rltrain.arguments.parallel import ParallelSizes
 
@@ -62,10 +71,36 @@ def trainer_ask(args: argparse.Namespace) -> TrainerAsk:
     )
 
 
+@dataclass(frozen=True)
+class Trainer:
+    """One trainer rank: its policy, and PPO's critic."""
+
+    policy: TrainerMemory
+    critic: TrainerMemory | None
+    swap_critic: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, shape: ModelShape) -> Trainer:
+        """What the flags ask for."""
+        critic = critic_memory(shape, trainer_ask(critic_args(args))) if use_critic(args) else None
+        return cls(trainer_memory(shape, trainer_ask(args)), critic, args.swap_critic)
+
+    def needed(self, *, gpu: bool) -> int:
+        """Bytes at one time; only a GPU's memory can be swapped."""
+        return both_memory(self.policy, self.critic, in_turn=gpu and self.swap_critic)
+
+    @property
+    def text(self) -> str:
+        """Its parts, in words."""
+        if self.critic is None:
+            return describe_trainer(self.policy)
+        return f"{describe_trainer(self.policy)}; critic {gib(self.critic.total)}"
+
+
 def check_memory(args: argparse.Namespace, memory: Memory | None) -> list[Check]:
     """Checks of trainer and engines against `memory`; None if it is not known."""
-    shape, ask = read_shape(args), trainer_ask(args)
-    trainer = trainer_memory(shape, ask)
+    shape = read_shape(args)
+    trainer = Trainer.of(args, shape)
     engine = None
     if not args.debug_train_only:
         # An engine takes the weights' own type, which is bf16 for nearly every model; on a CPU it is fp32.
@@ -74,7 +109,7 @@ def check_memory(args: argparse.Namespace, memory: Memory | None) -> list[Check]
         return [
             ok(
                 "memory",
-                f"{describe_trainer(trainer)}; {describe_engine(engine)}; the GPUs' size is not known",
+                f"{trainer.text}; {describe_engine(engine)}; the GPUs' size is not known",
             )
         ]
     if memory.gpu:
@@ -83,14 +118,12 @@ def check_memory(args: argparse.Namespace, memory: Memory | None) -> list[Check]
 
 
 def _fit_gpus(
-    args: argparse.Namespace, trainer: TrainerMemory, engine: EngineMemory | None, memory: Memory
+    args: argparse.Namespace, trainer: Trainer, engine: EngineMemory | None, memory: Memory
 ) -> list[Check]:
     share = args.sglang.get("mem_fraction_static", _ENGINE_SHARE)
     free = memory.size * (1 - share if args.colocate and engine else _USABLE)
     checks = [
-        _judge(
-            "trainer memory", trainer.total, free, describe_trainer(trainer), memory.where, _TRAINER_ADVICE
-        )
+        _judge("trainer memory", trainer.needed(gpu=True), free, trainer.text, memory.where, _TRAINER_ADVICE)
     ]
     if engine is None:
         return checks
@@ -110,11 +143,11 @@ _TRAINER_ADVICE = (
 
 
 def _fit_machine(
-    args: argparse.Namespace, trainer: TrainerMemory, engine: EngineMemory | None, memory: Memory
+    args: argparse.Namespace, trainer: Trainer, engine: EngineMemory | None, memory: Memory
 ) -> Check:
     ranks = args.actor_num_gpus_per_node
-    needed = ranks * (trainer.total + _PROCESS_BYTES) + 2 * _PROCESS_BYTES
-    text = f"{ranks} × {describe_trainer(trainer)}"
+    needed = ranks * (trainer.needed(gpu=False) + _PROCESS_BYTES) + 2 * _PROCESS_BYTES
+    text = f"{ranks} × {trainer.text}"
     if engine is not None:
         gpus = args.rollout_num_gpus
         tokens = args.sglang.get("max_total_tokens", _CPU_KV_TOKENS)

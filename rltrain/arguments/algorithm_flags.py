@@ -138,8 +138,6 @@ def _resolve_loss(args: argparse.Namespace) -> None:
     custom = args.loss_type == "custom_loss"
     if custom != bool(args.custom_loss_function_path):
         raise UserError("--loss-type custom_loss and --custom-loss-function-path belong together.")
-    if custom and getattr(args, "context_parallel_size", 1) > 1:
-        raise UserError("--loss-type custom_loss: it needs whole sequences, so not --context-parallel-size.")
     if not args.compute_advantages_and_returns and not custom:
         raise UserError("--disable-compute-advantages-and-returns: only a custom loss can do without.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,10 @@ class Family:
     qkv_bias: bool = False  # on the query, key and value projections
     qk_norm: bool = False  # RMSNorm on each head's query and key
     experts: bool = False
+    post_norms: bool = False  # RMSNorm also on the outputs of attention and MLP, before they are added
+    fused_gate_up: bool = False  # the MLP's gate and up projections are one tensor
+    rotary_interleaved: bool = False  # neighbours are rotated with each other, not halves
+    rotary_percent: float = 1.0  # share of a head that is rotated, where config.json does not say
 
 
 FAMILIES = {
@@ -24,6 +29,9 @@ FAMILIES = {
     "Qwen2ForCausalLM": Family(qkv_bias=True),
     "Qwen3ForCausalLM": Family(qk_norm=True),
     "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=True),
+    "Glm4ForCausalLM": Family(
+        qkv_bias=True, post_norms=True, fused_gate_up=True, rotary_interleaved=True, rotary_percent=0.5
+    ),
 }
 SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
 
@@ -68,17 +76,13 @@ class ModelShape:
     tied_embeddings: bool
     max_positions: int
     init_std: float
+    rotary_percent: float = 1.0  # share of a head's dimensions that is rotated
     experts: Experts | None = None
 
     @property
-    def qkv_bias(self) -> bool:
-        """Biases on the query, key and value projections."""
-        return FAMILIES[self.architecture].qkv_bias
-
-    @property
-    def qk_norm(self) -> bool:
-        """RMSNorm on each head's query and key."""
-        return FAMILIES[self.architecture].qk_norm
+    def family(self) -> Family:
+        """What it has in common with every model of its architecture."""
+        return FAMILIES[self.architecture]
 
 
 def check_hf_config(config: dict[str, Any], args: argparse.Namespace) -> None:
@@ -158,8 +162,17 @@ def read_model_shape(config: dict[str, Any]) -> ModelShape:
         tied_embeddings=config.get("tie_word_embeddings", False),
         max_positions=config.get("max_position_embeddings", 32768),
         init_std=config.get("initializer_range", 0.02),
+        rotary_percent=rotary_percent(config),
         experts=_experts(config) if FAMILIES[architecture].experts else None,
     )
+
+
+def rotary_percent(config: Mapping[str, Any]) -> float:
+    """The share of each head's dimensions that rotary embeddings rotate."""
+    architecture = (config.get("architectures") or [""])[0]
+    usual = FAMILIES.get(architecture, Family()).rotary_percent
+    rope = config.get("rope_parameters") or {}
+    return rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or usual
 
 
 def _experts(config: dict[str, Any]) -> Experts:
@@ -190,9 +203,19 @@ def _architecture(config: dict[str, Any]) -> str:
 
 
 def _refuse_features(config: dict[str, Any], architecture: str) -> None:
+    family = FAMILIES[architecture]
     for key in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
-        if config.get(key):
+        if config.get(key) and not (key == "attention_bias" and family.qkv_bias):
             raise UserError(f"the model's config.json sets {key}, which the trainer does not support.")
+    if architecture == "Glm4ForCausalLM" and config.get("attention_bias") is False:
+        raise UserError(
+            "the model's config.json sets attention_bias to false: the trainer gives a GLM-4 biases."
+        )
+    if family.rotary_percent == 1.0 and rotary_percent(config) != 1.0:
+        raise UserError(
+            f"the model's config.json sets partial_rotary_factor {rotary_percent(config)}, which the trainer does"
+            f" not support for {architecture}."
+        )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise UserError(

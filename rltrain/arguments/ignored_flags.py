@@ -17,6 +17,8 @@ _WHY = {
     "num-workers": "prompts are read by the rollout process",
     "loss-mask-type": "which turns are trained on is seen from the tokenizer's own chat template",
     "train-backend": "there is one backend, Megatron",
+    "rotary-scaling-factor": "only multi-latent attention has it; Llama 3's factor is config.json's",
+    "spec": "layers are those of config.json's architecture; --custom-model-provider-path builds others",
     "transformer-impl": "TransformerEngine is used where it and a GPU are",
     "update-weight-delta-encoding": "changes replace what was there, element by element",
     "update-weight-delta-checksum": "a sample of every tensor is always checked",
@@ -35,6 +37,7 @@ _WHY = {
 }
 IGNORED = {name.removeprefix("="): why for name, why in _WHY.items()}
 _SWITCHES = {name[1:] for name in _WHY if name.startswith("=")}
+_SEVERAL = {"spec"}
 
 
 class _Ignore(argparse.Action):
@@ -57,7 +60,7 @@ def add_ignored_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(
                 f"--{name}",
                 action=_Ignore,
-                nargs=0 if name in _SWITCHES else None,
+                nargs=0 if name in _SWITCHES else "+" if name in _SEVERAL else None,
                 default=argparse.SUPPRESS,
                 help=argparse.SUPPRESS,
             )

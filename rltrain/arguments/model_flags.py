@@ -11,16 +11,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rltrain.arguments.errors import UserError
-
-_QK_NORM = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
-_QKV_BIAS = ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "GlmForCausalLM", "Glm4ForCausalLM")
+from rltrain.arguments.hf_config import FAMILIES, Family, rotary_percent
 
 # flag → kind of its value, None for a switch that means True
 _FLAGS: dict[str, Callable[[str], Any] | None] = {
     "num-layers": int, "hidden-size": int, "ffn-hidden-size": int, "num-attention-heads": int,
     "group-query-attention": None, "num-query-groups": int, "kv-channels": int, "vocab-size": int,
     "normalization": str, "norm-epsilon": float, "swiglu": None, "disable-bias-linear": None, "add-qkv-bias": None,
-    "qk-layernorm": None, "position-embedding-type": str, "use-rotary-position-embeddings": None,
+    "qk-layernorm": None, "post-self-attn-layernorm": None, "post-mlp-layernorm": None,
+    "position-embedding-type": str, "use-rotary-position-embeddings": None,
     "rotary-base": float, "rotary-percent": float, "rotary-interleaved": None, "use-rope-scaling": None,
     "rope-scaling-factor": float, "untie-embeddings-and-output-weights": None, "attention-dropout": float,
     "hidden-dropout": float, "num-experts": int, "moe-ffn-hidden-size": int, "moe-router-topk": int,
@@ -51,7 +50,7 @@ def megatron_shape(config: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     Returns:
         Flag without dashes → its value, and where in `config.json` it comes from. A switch that is off is False.
     """
-    architecture = (config.get("architectures") or [""])[0]
+    family = FAMILIES.get((config.get("architectures") or [""])[0], Family())
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     groups = config.get("num_key_value_heads") or heads
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
@@ -70,13 +69,15 @@ def megatron_shape(config: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         "norm-epsilon": (config.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
         "swiglu": (config.get("hidden_act", "silu") == "silu", "hidden_act"),
         "disable-bias-linear": (not config.get("mlp_bias", False), "mlp_bias"),
-        "add-qkv-bias": (architecture in _QKV_BIAS or bool(config.get("attention_bias")), "architectures"),
-        "qk-layernorm": (architecture in _QK_NORM, "architectures"),
+        "add-qkv-bias": (family.qkv_bias or bool(config.get("attention_bias")), "architectures"),
+        "qk-layernorm": (family.qk_norm, "architectures"),
+        "post-self-attn-layernorm": (family.post_norms, "architectures"),
+        "post-mlp-layernorm": (family.post_norms, "architectures"),
         "position-embedding-type": ("rope", "architectures"),
         "use-rotary-position-embeddings": (True, "architectures"),
         "rotary-base": (rope.get("rope_theta") or config.get("rope_theta") or 10000.0, "rope_theta"),
-        "rotary-percent": (config.get("partial_rotary_factor") or 1.0, "partial_rotary_factor"),
-        "rotary-interleaved": (False, "architectures"),
+        "rotary-percent": (rotary_percent(config), "partial_rotary_factor"),
+        "rotary-interleaved": (family.rotary_interleaved, "architectures"),
         "use-rope-scaling": (scaled, "rope_scaling"),
         "untie-embeddings-and-output-weights": (not tied, "tie_word_embeddings"),
         "attention-dropout": (0.0, "engines have no dropout"),

@@ -20,6 +20,7 @@ from rltrain.arguments.errors import UserError
 from rltrain.megatron.agreement import first_problem
 from rltrain.megatron.checkpoint_rng import restore_rng, sharded_rng_state
 from rltrain.megatron.device import megatron_scope
+from rltrain.megatron.optimizer_buckets import padding_counted
 from rltrain.megatron.optimizer_chain import fit_chain
 
 _BY_LAYER = "non_homogeneous_layers"  # Megatron-core's name
@@ -96,9 +97,10 @@ def state_dict(state: TrainState, metadata: dict[str, Any], *, is_loading: bool)
             key: model.sharded_state_dict(metadata=metadata) for key, model in chunks(state)
         }
         if state.optimizer is not None:
-            content["optimizer"] = state.optimizer.sharded_state_dict(
-                dict(content), is_loading=is_loading, metadata=metadata
-            )
+            with padding_counted(state.optimizer):
+                content["optimizer"] = state.optimizer.sharded_state_dict(
+                    dict(content), is_loading=is_loading, metadata=metadata
+                )
     if state.scheduler is not None:
         content["scheduler"] = state.scheduler.state_dict()
     return content

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint import CheckpointException  # a BaseException
 
 from rltrain.megatron.agreement import first_problem, together
 from rltrain.megatron.checkpoint import TrainState, sharded_tensors, sharding, state_dict, stored_metadata
-from rltrain.megatron.checkpoint_dir import checksum, iteration_directory, iteration_of, prune, publish
+from rltrain.megatron.checkpoint_dir import checksums_of, iteration_directory, iteration_of, prune, publish
 from rltrain.megatron.checkpoint_rng import sharded_rng_state
 from rltrain.megatron.checkpoint_torch import write_legacy
 from rltrain.megatron.device import megatron_scope
@@ -196,8 +196,8 @@ def _begin_torch_dist(
         if request.async_fn is None:
             return
         request.async_fn(*arguments)
-        files = [Path(path) for path, _, _ in arguments[1]]
-        sums = {path.name: checksum(path) for path in files if path.exists()}
+        files = [path for path in (Path(path) for path, _, _ in arguments[1]) if path.exists()]
+        sums = dict(zip((path.name for path in files), checksums_of(files), strict=True))
         (temporary / f".sums-{dist.get_rank()}.json").write_text(json.dumps(sums))
 
     def finalize() -> None:

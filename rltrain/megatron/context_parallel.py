@@ -87,6 +87,27 @@ def gather_tokens(own: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tenso
     return _GatherTokens.apply(own, group).index_select(0, order)
 
 
+class _GatherOutputs(torch.autograd.Function):
+    """The whole sequences from every rank's tokens. Each rank's gradient goes to its own tokens alone."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.save_for_backward(order.argsort().chunk(group.size())[group.rank()])
+        result = own.new_empty((group.size() * own.shape[0], *own.shape[1:]))
+        dist.all_gather_into_tensor(result, own.contiguous(), group=group)
+        return result.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (places,) = ctx.saved_tensors
+        return grad.index_select(0, places), None, None
+
+
+def gather_outputs(own: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """As `gather_tokens`, where every rank computes the same loss from the result."""
+    return _GatherOutputs.apply(own, order, group)
+
+
 class _GatherValues(torch.autograd.Function):
     """Rows of values from all ranks in one message. Each rank's gradient goes to its own values alone."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rltrain.arguments.hf_config import ModelShape
 from rltrain.functions import load_function
+from rltrain.megatron.context_parallel import gather_outputs
 from rltrain.megatron.log_probs import log_probs_and_entropy
 from rltrain.megatron.loss import Sums
 from rltrain.megatron.micro_batch import MicroBatch
@@ -57,7 +58,8 @@ def slime_batch(micro_batch: MicroBatch, logits: Tensor, shape: ModelShape) -> t
     """A micro-batch and its logits as slime lays them out.
 
     Args:
-        logits: [1, t, vocabulary / ranks], of all tokens but each sequence's last.
+        logits: [1, own t, vocabulary / ranks], of all of this rank's tokens; context parallel ranks bring theirs
+            together.
 
     Returns:
         Lists with one tensor a response, and fp32 logits [1, Σ total_lengths, vocabulary / ranks], zeros for the
@@ -72,10 +74,11 @@ def slime_batch(micro_batch: MicroBatch, logits: Tensor, shape: ModelShape) -> t
     computed = torch.ones(int(ends[-1]), dtype=torch.bool, device=logits.device)
     computed[ends - 1] = False
     positions = computed.nonzero().squeeze(1)
-    given = logits[0, : len(positions)].float()
+    kept = _places(micro_batch, lengths).to(logits.device)
+    given = _whole(logits[0], micro_batch).index_select(0, kept).float()
     all_logits = given.new_zeros(len(computed), given.shape[-1]).index_copy(0, positions, given)
     batch: dict[str, Any] = {
-        "unconcat_tokens": _tokens(micro_batch, lengths, responses),
+        "unconcat_tokens": _tokens(micro_batch, kept, lengths),
         "total_lengths": lengths,
         "response_lengths": responses.response_lengths,
         "loss_masks": responses.loss_masks,
@@ -125,11 +128,27 @@ def sum_of_sample_mean(weights: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda values: values @ weights.to(values.dtype)
 
 
-def _tokens(micro_batch: MicroBatch, lengths: list[int], responses: Responses) -> list[Tensor]:
+def _whole(own: Tensor, micro_batch: MicroBatch) -> Tensor:
+    """Something of all tokens, [t, …], from what context parallel ranks have of theirs, [own t, …]."""
+    order = micro_batch.sequences.order
+    if order is None:
+        return own
+    return gather_outputs(own, order, parallel_state.get_context_parallel_group())
+
+
+def _places(micro_batch: MicroBatch, lengths: list[int]) -> Tensor:
+    """Where the tokens of `lengths` are, each sequence without its last: sequences may be followed by padding."""
+    starts = torch.tensor([0, *micro_batch.sequences.lengths]).cumsum(0).tolist()
+    parts = [torch.arange(start, start + length - 1) for start, length in zip(starts, lengths, strict=False)]
+    return torch.cat(parts)
+
+
+def _tokens(micro_batch: MicroBatch, kept: Tensor, lengths: list[int]) -> list[Tensor]:
     """Prompt and response of each sample; the last token of a sequence is only a target."""
+    tokens = _whole(micro_batch.tokens[0], micro_batch).index_select(0, kept)
     if not micro_batch.indices:
-        return [micro_batch.tokens.new_zeros(2)]
-    packed = micro_batch.tokens[0, : sum(lengths) - len(lengths)].split([length - 1 for length in lengths])
+        return [tokens.new_zeros(2)]
+    packed = tokens.split([length - 1 for length in lengths])
     last = micro_batch.last_tokens
     return [torch.cat([each, last[i : i + 1]]) for i, each in enumerate(packed)]
 

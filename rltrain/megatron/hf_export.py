@@ -18,7 +18,7 @@ from torch import Tensor
 from rltrain.arguments.hf_config import ModelShape
 from rltrain.megatron.device import device
 from rltrain.megatron.distributed import control_group
-from rltrain.megatron.hf_names import split
+from rltrain.megatron.hf_names import join, split
 from rltrain.megatron.hf_weights import LocalParameter, local_parameters
 
 BUCKET_BYTES = 512 * 1024**2
@@ -59,7 +59,7 @@ def export_hf_weights(
             if experts
             else parallel_state.get_tensor_model_parallel_group()
         )
-        own = [p for p in local_parameters(models) if p.entry.is_expert == experts and not p.is_copy]
+        own = [p for p in local_parameters(models, shape) if p.entry.is_expert == experts and not p.is_copy]
         tensors = _gathered(own, shape, group, value, bucket_bytes) if replica == 0 else iter(())
         yield from _on_rank_0(tensors, sends=replica == 0 and group.rank() == 0)
 
@@ -116,7 +116,7 @@ def _whole(parameter: LocalParameter, shards: list[Tensor], shape: ModelShape) -
     per_rank = [split(shard, entry.layout, shape, groups) for shard in shards]
     named: Named = []
     for hf_name, parts in zip(entry.hf_names, zip(*per_rank, strict=True), strict=True):
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=entry.split_dim or 0)
+        tensor = join(list(parts), entry.layout, entry.split_dim or 0)
         named.append((hf_name, tensor[: shape.vocab_size] if entry.layout == "vocab" else tensor))
     return named
 

@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rltrain.arguments.hf_config import ModelShape
+from rltrain.arguments.hf_config import Family, ModelShape
 
-Layout = Literal["plain", "qkv", "stacked", "vocab"]
+Layout = Literal["plain", "qkv", "stacked", "halves", "vocab"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Parameter:
     Attributes:
         hf_names: The Hugging Face tensors that it holds.
         layout: `plain`: one tensor. `qkv`: query, key and value rows interleaved by key-value group.
-            `stacked`: tensors below one another. `vocab`: one tensor, padded with rows of zeros.
+            `stacked`: tensors below one another. `halves`: the same, but Hugging Face has them as one tensor,
+            of which a rank holds a share of each half. `vocab`: one tensor, padded with rows of zeros.
         split_dim: The dimension that tensor parallelism splits in the Hugging Face tensors; None: replicated.
         is_expert: Held by the ranks of its expert alone, and split by expert tensor parallelism.
     """
@@ -57,7 +58,10 @@ _IN_LAYER = {
     "mlp.linear_fc2.weight": Parameter(("mlp.down_proj.weight",), "plain", 1),
     "pre_mlp_layernorm.weight": Parameter(("post_attention_layernorm.weight",), "plain", None),
     "mlp.router.weight": Parameter(("mlp.gate.weight",), "plain", None),
+    "post_self_attn_layernorm.weight": Parameter(("post_self_attn_layernorm.weight",), "plain", None),
+    "post_mlp_layernorm.weight": Parameter(("post_mlp_layernorm.weight",), "plain", None),
 }
+_FUSED_GATE_UP = {"mlp.linear_fc1.weight": Parameter(("mlp.gate_up_proj.weight",), "halves", 0)}
 _EXPERT = re.compile(r"mlp\.experts\.linear_fc([12])\.weight(\d+)")
 _IN_EXPERT = {
     "1": Parameter(("gate_proj.weight", "up_proj.weight"), "stacked", 0, is_expert=True),
@@ -65,7 +69,7 @@ _IN_EXPERT = {
 }
 
 
-def parameter(name: str) -> Parameter:
+def parameter(name: str, family: Family) -> Parameter:
     """The entry of a Megatron-core parameter, by its name in an unsplit model.
 
     Raises:
@@ -80,6 +84,8 @@ def parameter(name: str) -> Parameter:
     if expert := _EXPERT.fullmatch(match[2]):
         entry = _IN_EXPERT[expert[1]]
         prefix += f"mlp.experts.{expert[2]}."
+    elif family.fused_gate_up and match[2] in _FUSED_GATE_UP:
+        entry = _FUSED_GATE_UP[match[2]]
     elif match[2] in _IN_LAYER:
         entry = _IN_LAYER[match[2]]
     else:
@@ -128,3 +134,13 @@ def split(weight: Tensor, layout: Layout, shape: ModelShape, groups: int) -> lis
             return list(weight.chunk(2))
         case _:
             return [weight]
+
+
+def join(shards: list[Tensor], layout: Layout, dim: int) -> Tensor:
+    """A whole Hugging Face tensor from the ranks' shares of it."""
+    if len(shards) == 1:
+        return shards[0]
+    if layout == "halves":
+        halves = [shard.chunk(2, dim) for shard in shards]
+        shards = [rank[half] for half in (0, 1) for rank in halves]
+    return torch.cat(shards, dim)

@@ -52,10 +52,10 @@ def load_hf_weights(models: list[GPTModel], shape: ModelShape, directory: Path) 
         UserError: no safetensors, a tensor is missing, or one has another shape than `config.json` says.
     """
     source = SafetensorsDirectory(directory)
-    for each in local_parameters(models):
+    for each in local_parameters(models, shape):
         entry, weight = each.entry, each.weight
         size, rank = each.group.size(), each.group.rank()
-        parts = [_read(source, hf_name, entry.split_dim, size, rank) for hf_name in entry.hf_names]
+        parts = [_read(source, hf_name, entry, size, rank) for hf_name in entry.hf_names]
         merged = merge(parts, entry.layout, shape.num_kv_heads // size)
         if entry.layout == "vocab":
             padding = weight.shape[0] - merged.shape[0]
@@ -68,12 +68,16 @@ def load_hf_weights(models: list[GPTModel], shape: ModelShape, directory: Path) 
         weight.copy_(merged)
 
 
-def _read(source: SafetensorsDirectory, name: str, dim: int | None, size: int, rank: int) -> Tensor:
-    """This rank's share of a tensor that is split along `dim`; the last ranks of a vocabulary may get less."""
-    tensor = source[name]
+def _read(source: SafetensorsDirectory, name: str, entry: Parameter, size: int, rank: int) -> Tensor:
+    """This rank's share of a tensor; the last ranks of a vocabulary may get less."""
+    tensor, dim = source[name], entry.split_dim
     if dim is None:
         return tensor[:]
     length = tensor.get_shape()[dim]
+    if entry.layout == "halves":
+        share = length // 2 // size
+        starts = (rank * share, length // 2 + rank * share)
+        return torch.cat([tensor[start : start + share] for start in starts])
     share = -(-length // size)
     start, stop = min(rank * share, length), min((rank + 1) * share, length)
     return tensor[start:stop] if dim == 0 else tensor[:, start:stop]
@@ -99,7 +103,7 @@ class LocalParameter:
         return parallel_state.get_tensor_model_parallel_group()
 
 
-def local_parameters(models: list[GPTModel]) -> Iterator[LocalParameter]:
+def local_parameters(models: list[GPTModel], shape: ModelShape) -> Iterator[LocalParameter]:
     """All parameters of this rank's chunks of a model, with their place in the whole model."""
     for model in models:
         config, layers = model.config, model.decoder.layers
@@ -109,7 +113,7 @@ def local_parameters(models: list[GPTModel]) -> Iterator[LocalParameter]:
         for name, weight in model.named_parameters():
             is_copy = name == "output_layer.weight" and model.share_embeddings_and_output_weights
             whole = "embedding.word_embeddings.weight" if is_copy else name
-            entry = parameter(global_name(whole, first_layer, first_expert))
+            entry = parameter(global_name(whole, first_layer, first_expert), shape.family)
             yield LocalParameter(weight, entry, is_copy)
 
 

@@ -70,8 +70,9 @@ def transformer_config(shape: ModelShape, args: argparse.Namespace) -> Transform
         num_query_groups=shape.num_kv_heads,
         kv_channels=shape.head_dim,
         layernorm_epsilon=shape.norm_eps,
-        qk_layernorm=shape.qk_norm,
-        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.family.qk_norm,
+        add_qkv_bias=shape.family.qkv_bias,
+        rotary_interleaved=shape.family.rotary_interleaved,
         add_bias_linear=False,
         normalization="RMSNorm",
         gated_linear_unit=True,
@@ -107,7 +108,8 @@ def transformer_config(shape: ModelShape, args: argparse.Namespace) -> Transform
         # Fused kernels: TransformerEngine has them; without it they cost a torch.compile in the first step.
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
-        apply_rope_fusion=fused,
+        # TransformerEngine's kernel for packed sequences rotates halves only.
+        apply_rope_fusion=fused and not shape.family.rotary_interleaved,
         masked_softmax_fusion=False,
         persist_layer_norm=fused,
         gradient_accumulation_fusion=False,  # needs Apex
@@ -162,7 +164,7 @@ def _build_chunk(
         return own.to(device())
     model = GPTModel(
         config=config,
-        transformer_layer_spec=decoder_spec(config, stage),
+        transformer_layer_spec=decoder_spec(config, stage, post_norms=shape.family.post_norms),
         vocab_size=padded_vocab_size(shape, args),
         max_sequence_length=shape.max_positions,
         pre_process=first,
@@ -170,6 +172,7 @@ def _build_chunk(
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
+        rotary_percent=shape.rotary_percent,
         rope_scaling=shape.rope_factor is not None,
         rope_scaling_factor=shape.rope_factor or 1.0,
         vp_stage=stage,

@@ -35,6 +35,7 @@ from torch import Tensor
 from rltrain.megatron.attention import PackedAttention
 from rltrain.megatron.device import use_cuda
 from rltrain.megatron.grouped_linear import ColumnGroupedLinear, RowGroupedLinear
+from rltrain.megatron.post_norms import with_post_norms
 
 
 def use_transformer_engine() -> bool:
@@ -42,10 +43,22 @@ def use_transformer_engine() -> bool:
     return HAVE_TE and use_cuda()
 
 
-def decoder_spec(config: TransformerConfig, stage: int | None = None) -> TransformerBlockSubmodules:
-    """The decoder's layers on this pipeline rank, of one virtual stage if there are several."""
+def decoder_spec(
+    config: TransformerConfig, stage: int | None = None, *, post_norms: bool = False
+) -> TransformerBlockSubmodules:
+    """The decoder's layers on this pipeline rank, of one virtual stage if there are several.
+
+    Args:
+        post_norms: See `rltrain.megatron.post_norms`.
+    """
     if use_transformer_engine():
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
+    else:
+        spec = _torch_block_spec(config, stage)
+    return with_post_norms(spec) if post_norms else spec
+
+
+def _torch_block_spec(config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
     first = get_transformer_layer_offset(config, vp_stage=stage)
     count = get_num_layers_to_build(config, vp_stage=stage)
     frequency = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [1] * config.num_layers
