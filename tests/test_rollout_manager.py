@@ -20,6 +20,7 @@ from rltrain.arguments.errors import UserError
 from rltrain.data.batch import TrainBatch
 from rltrain.rollout.client import RolloutClient, RolloutError
 from rltrain.rollout.manager import RolloutManager
+from rltrain.rollout.metrics import reward_latency
 from rltrain.rollout.parquet import read_table, write_table
 from rltrain.rollout.server import make_app
 from rltrain.sample import Sample
@@ -123,6 +124,13 @@ def test_metrics_of_a_batch(custom, make_args) -> None:
     assert metrics["rollout/truncated_ratio"] == 2 / 8
     assert metrics["rollout/zero_std_ratio"] == 1 / 3  # of the three groups with two graded samples
     assert (metrics["rollout/response_length"], metrics["rollout/tokens"]) == (3.0, 24.0)
+
+
+def test_reward_latency_leaves_samples_out_that_were_not_graded() -> None:
+    samples = [Sample(reward_seconds=float(seconds)) for seconds in range(201)]
+    metrics = reward_latency(samples)  # 200 of them took 1 to 200 seconds
+    assert metrics == {"perf/reward_latency_mean": 100.5, "perf/reward_latency_p99": 199.0}
+    assert reward_latency(samples[:1]) == {}
 
 
 def test_without_normalisation_the_rewards_are_trained_on_as_they_are(custom, make_args) -> None:

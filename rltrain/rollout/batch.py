@@ -141,6 +141,8 @@ class GroupRunner:
         function = generation_function(self._args, sample)
         params = with_seed(self._args, self._params, self._rollout_id, sample)
         own = sample.metadata.get("sampling_params")
+        if own is not None and not isinstance(own, dict):
+            raise GenerationError(f"metadata sampling_params is {own!r:.200}, where a dict is wanted")
         if sample.session_id is None:
             sample.session_id = f"{self._rollout_id}-{sample.index}"
         extra = accepted_keywords(function, {"evaluation": self._evaluation})

@@ -21,14 +21,17 @@ async def generate(args: argparse.Namespace, sample: Sample, sampling_params: di
     A sample that was aborted goes on where it stopped: its tokens count against the limit of the response.
 
     Raises:
-        GenerationError: the tokens can't be sent, or the engine refused them.
+        GenerationError: the tokens can't be sent, the prompt fills the context, or the engine refused them.
     """
     check_input_ids(sample.tokens, args.vocab_size)
-    room = min(
-        sampling_params["max_new_tokens"] - sample.response_length,
-        args.rollout_max_context_len - len(sample.tokens),
-    )
+    context = args.rollout_max_context_len - len(sample.tokens)
+    room = min(sampling_params["max_new_tokens"] - sample.response_length, context)
     if room <= 0:
+        if context <= 0 and not sample.response_length:
+            raise GenerationError(
+                f"the prompt has {len(sample.tokens)} tokens, which leaves no room for a response in a context of"
+                f" {args.rollout_max_context_len}: leave such prompts out with --rollout-max-prompt-len"
+            )
         sample.status = Sample.Status.TRUNCATED
         return sample
     output = await post(
