@@ -326,6 +326,10 @@ def test_an_answer_without_log_probs_is_refused() -> None:
     del output["meta_info"]["output_token_logprobs"]
     with pytest.raises(GenerationError, match="no log-probs"):
         update_sample(Sample(tokens=[5]), output)
+    for broken in (None, float("nan"), float("-inf")):
+        output["meta_info"]["output_token_logprobs"] = [[-0.5, 5, None], [broken, 5, None]]
+        with pytest.raises(GenerationError, match="no finite numbers"):
+            update_sample(Sample(tokens=[5]), output)
 
 
 def test_evaluation_has_sampling_parameters_of_its_own(make_args) -> None:
