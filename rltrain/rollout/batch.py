@@ -76,7 +76,7 @@ class GroupRunner:
 
     async def run(self, group: list[Sample]) -> list[Sample]:
         """Fill the samples of a group; returns them, or those that a rollout became in the place of its sample."""
-        tasks = [asyncio.ensure_future(self._fill(sample)) for sample in group]
+        tasks = [asyncio.create_task(self._fill(sample)) for sample in group]
         filled = [sample for rollout in await gather_or_cancel(tasks) for sample in rollout]
         if self._args.group_rm and not _is_aborted(filled):
             await rewards.grade_group(self._args, [sample for sample in filled if _to_be_graded(sample)])
@@ -186,9 +186,10 @@ async def gather_or_cancel(tasks: list[asyncio.Task[T]]) -> list[T]:
     """The results of all tasks; after an error, or when cancelled, nobody waits for the others: cancel them."""
     try:
         return await asyncio.gather(*tasks)
-    finally:
+    except BaseException:
         for task in tasks:
             task.cancel()
+        raise
 
 
 def check_failures(args: argparse.Namespace, samples: list[Sample]) -> None:

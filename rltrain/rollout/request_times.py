@@ -19,6 +19,8 @@ _current: ContextVar[RequestTimes | None] = ContextVar("request_times", default=
 class RequestTimes:
     """Seconds that add up over the requests of one rollout, also of those sent side by side."""
 
+    __slots__ = ("_began", "_busy", "_since", "_under_way", "decode", "prefill", "queue")
+
     def __init__(self) -> None:
         self._began = time.perf_counter()
         self.queue = self.prefill = self.decode = 0.0
