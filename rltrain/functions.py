@@ -21,7 +21,7 @@ def check_function(
     positional: Sequence[str] | None = None,
     keywords: Sequence[str] = (),
     optional: Sequence[str] = (),
-    coroutine: bool = False,
+    coroutine: bool | None = None,
 ) -> None:
     """Check, without running the module, that `path` names something that can be called as it will be.
 
@@ -33,11 +33,11 @@ def check_function(
         positional: What it is called with, in order; None checks the name only.
         keywords: What it is given by name beside that.
         optional: What it is given by name if it has such a parameter.
-        coroutine: It is awaited.
+        coroutine: Whether what it returns is awaited; None if that depends on the function.
 
     Raises:
         UserError: no such module, or nothing of that name in it (names the nearest), or it takes other
-            arguments, or it is no `async def`.
+            arguments, or it is an `async def` where none will do, or the other way round.
     """
     module_name, name = _split(path, flag)
     try:
@@ -68,8 +68,11 @@ def check_function(
             )
             if problem:
                 raise UserError(f"{where}: it is called as {name}({', '.join(call)}), and {problem}.")
-            if coroutine and not isinstance(node, ast.AsyncFunctionDef):
+            is_coroutine = isinstance(node, ast.AsyncFunctionDef)
+            if coroutine and not is_coroutine:
                 raise UserError(f"{where}: it is awaited, so it must be an `async def`.")
+            if coroutine is False and is_coroutine:
+                raise UserError(f"{where}: it is not awaited, so it must be a plain `def`.")
 
 
 def load_function(path: str, *, flag: str) -> Callable[..., Any]:

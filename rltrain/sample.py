@@ -74,18 +74,25 @@ class Sample:
         log-probs may be None and count as 0.
 
         Raises:
-            ValueError: the number of log-probs differs from the number of tokens.
+            ValueError: the number of log-probs differs from the number of tokens, or the response's mask or
+                log-probs from its length; nothing is appended then.
         """
         if log_probs is not None and len(log_probs) != len(tokens):
             raise ValueError(f"{len(tokens)} tokens but {len(log_probs)} log-probs")
         if log_probs is None and trainable:
             raise ValueError("tokens that are trained on need log-probs")
+        before = self.response_length
         if self.loss_mask is None:
-            self.loss_mask = [1] * self.response_length
+            self.loss_mask = [1] * before
         if self.rollout_log_probs is None:
-            if self.response_length:
+            if before:
                 raise ValueError("the response has tokens without log-probs")
             self.rollout_log_probs = []
+        if len(self.loss_mask) != before or len(self.rollout_log_probs) != before:
+            raise ValueError(
+                f"the response has {before} tokens, {len(self.loss_mask)} mask entries and"
+                f" {len(self.rollout_log_probs)} log-probs: append tokens with this method only"
+            )
         self.tokens += tokens
         self.rollout_log_probs += log_probs if log_probs is not None else [0.0] * len(tokens)
         self.loss_mask += [int(trainable)] * len(tokens)

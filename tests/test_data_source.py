@@ -115,6 +115,13 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(make_args) -> None:
         RolloutDataSource(make_args("--rollout-max-prompt-len", "2"))
 
 
+def test_too_few_prompts_that_are_short_enough_are_refused(make_args) -> None:
+    with pytest.raises(
+        UserError, match=r"10 prompts are longer .* and the 10 others .* --rollout-batch-size 11"
+    ):
+        RolloutDataSource(make_args("--rollout-max-prompt-len", "4", "--rollout-batch-size", "11"))
+
+
 def test_chat_template_is_applied_and_text_becomes_the_users_message(make_args) -> None:
     source = RolloutDataSource(make_args("--apply-chat-template"))
     (sample, _), *_ = source.get_samples(1)

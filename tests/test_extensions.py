@@ -147,6 +147,22 @@ def no_rollout_id(args):
 
 def sync_generate(args, sample, sampling_params):
     ...
+
+async def async_filter(args, groups):
+    remove_first(args, groups)
+
+def breaks_a_mask(args, samples):
+    samples[1][0].loss_mask = [1]
+
+def evaluate(args, rollout_id, data_source, evaluation=False):
+    assert evaluation
+    sample = Sample(index=0, tokens=[1, 2], response_length=1, reward=1.0, status=Sample.Status.COMPLETED)
+    return {"own": {"rewards": [1.0] * (1 + rollout_id % 2), "samples": [sample], "truncated": [False]}}
+
+def evaluate_ragged(args, rollout_id, data_source, evaluation=False):
+    result = evaluate(args, rollout_id, data_source, evaluation)
+    result["own"]["samples"][0].rollout_log_probs = [-1.0, -1.0]
+    return result
 '''
 GENERATE = ("--custom-generate-function-path", "custom_extensions.generate")
 
@@ -273,6 +289,26 @@ def test_finished_groups_can_be_changed(custom: Any, make_args: Any) -> None:
     assert table["loss_mask"].to_pylist() == [[1, 1], [0, 1]] * 4
 
 
+def test_a_function_that_breaks_a_sample_is_named(custom: Any, make_args: Any) -> None:
+    flag = "--rollout-data-postprocess-path"
+    words = f"{flag} {path('breaks_a_mask')}: sample 2: loss_mask has 1 entries for 2 response tokens"
+    with pytest.raises(UserError, match=words):
+        batch(make_args, flag, path("breaks_a_mask"))
+
+
+def test_another_evaluation(custom: Any, make_args: Any) -> None:
+    def evaluate(name: str, rollout_id: int) -> dict[str, float]:
+        args = make_args("--eval-function-path", path(name))
+        layout = RunLayout(Path(args.rollout_state_dir).parents[1])
+        return asyncio.run(RolloutManager(args, layout, 0).evaluate(rollout_id))
+
+    assert evaluate("evaluate", 0)["eval/own"] == 1.0
+    with pytest.raises(UserError, match="set 'own' has 2 rewards for 1 samples"):
+        evaluate("evaluate", 1)
+    with pytest.raises(UserError, match="evaluate_ragged: sample 0: rollout_log_probs has 2 entries for 1"):
+        evaluate("evaluate_ragged", 0)
+
+
 def test_rewards_can_be_processed(custom: Any, make_args: Any) -> None:
     table = batch(make_args, "--custom-reward-post-process-path", path("double"))
     assert table["reward"].to_pylist() == [0, 1] * 4 and table["train_reward"].to_pylist() == [0, 2] * 4
@@ -350,19 +386,27 @@ def test_prompts_may_bring_their_own_sampling_parameters(make_args: Any, tmp_pat
     row = {
         "input": "1+1=",
         "label": "2",
-        "metadata": {"sampling_params": {"temperature": 0.25, "max_new_tokens": 3}},
+        "metadata": {"sampling_params": {"temperature": 0.25, "max_new_tokens": 3, "sampling_seed": 5}},
     }
     (tmp_path / "wishes.jsonl").write_text((json.dumps(row) + "\n") * 4)
-    args = make_args("--prompt-data", str(tmp_path / "wishes.jsonl"))
+    args = make_args(
+        "--prompt-data", str(tmp_path / "wishes.jsonl"), "--sglang-enable-deterministic-inference"
+    )
     source = RolloutDataSource(args)
 
     async def use(engine: FakeEngine, client: Any) -> list[dict[str, Any]]:
         await collect(args, 0, source)
         return [request["sampling_params"] for request in engine.requests]
 
-    assert {(each["temperature"], each["max_new_tokens"], each["top_p"]) for each in with_engine(use, args)} == {
-        (0.25, 3, 1.0)
-    }  # fmt: skip
+    names = ("temperature", "max_new_tokens", "sampling_seed", "top_p")
+    assert {tuple(each[name] for name in names) for each in with_engine(use, args)} == {(0.25, 3, 5, 1.0)}
+    source.add_samples([[Sample(index=9, tokens=[5], metadata={"sampling_params": "greedy"})]])
+    args.rollout_batch_size = args.over_sampling_batch_size = 1
+
+    async def failure(engine: FakeEngine, client: Any) -> Any:
+        return (await collect(args, 0, source)).kept[0][0].failure
+
+    assert with_engine(failure, args) == "metadata sampling_params is 'greedy', where a dict is wanted"
 
 
 @pytest.mark.parametrize(
@@ -390,10 +434,16 @@ def test_every_flag_refuses_a_function_that_is_not_there(custom: Any, make_args:
         check_extensions(args)
 
 
-def test_a_generate_function_that_cannot_be_awaited_is_refused(custom: Any, make_args: Any) -> None:
-    args = make_args("--custom-generate-function-path", path("sync_generate"))
-    with pytest.raises(UserError, match="async def"):
-        check_extensions(args)
+@pytest.mark.parametrize(
+    ("flag", "name", "words"),
+    [("--custom-generate-function-path", "sync_generate", "it is awaited, so it must be an `async def`"),
+     ("--rollout-sample-filter-path", "async_filter", "it is not awaited, so it must be a plain `def`")],
+)  # fmt: skip
+def test_what_is_awaited_and_what_is_not_may_not_be_mixed_up(
+    custom: Any, make_args: Any, flag: str, name: str, words: str
+) -> None:
+    with pytest.raises(UserError, match=f"{flag} {path(name)}.*{words}"):
+        check_extensions(make_args(flag, path(name)))
 
 
 def test_every_function_above_passes_the_check(custom: Any, make_args: Any) -> None:

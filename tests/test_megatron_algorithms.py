@@ -170,6 +170,25 @@ def test_tis_weighs_each_token_with_its_clamped_ratio(model_dir: Path, tmp_path:
     assert metrics["train/ois"] == pytest.approx(1.0)
 
 
+def test_the_engines_log_probs_can_be_the_old_ones(model_dir: Path, tmp_path: Path) -> None:
+    """`--use-rollout-logprobs`: the ratio is that of trainer and engine, and it is clipped."""
+    batch = make_batch(6)
+    args = make_args(model_dir, use_rollout_logprobs=True, eps_clip=0.2, eps_clip_high=0.3)
+    actor = make_actor(args, tmp_path)
+    own = log_probs_of(actor, batch)
+    engine = TrainableTokens.of(batch).select(batch.rollout_log_probs)
+    expected, clipped = [], []
+    for x, y, advantage in zip(own, engine, batch.train_rewards, strict=True):
+        ratio = np.exp(x - y)
+        free, bounded = -advantage * ratio, -advantage * np.clip(ratio, 0.8, 1.3)
+        expected.append(np.maximum(free, bounded).mean())
+        clipped.append((bounded > free).mean())
+    metrics = actor.train(0, batch)
+    assert metrics["train/pg_loss"] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert metrics["train/pg_clipfrac"] == pytest.approx(np.mean(clipped), rel=1e-5)
+    assert 0 < metrics["train/pg_clipfrac"] < 1
+
+
 def test_dr_grpo_loss_is_the_sum_over_a_constant(model_dir: Path, tmp_path: Path) -> None:
     batch = make_batch(6, masked=1)
     path = ALGORITHMS["dr-grpo"]

@@ -48,6 +48,8 @@ async def graded_async(args, sample):
 @pytest.fixture(autouse=True)
 def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "reward_functions.py").write_text(FUNCTIONS)
+    thread = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+    (tmp_path / "threaded_functions.py").write_text(thread + FUNCTIONS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
@@ -106,6 +108,39 @@ def test_a_hung_process_is_killed_and_replaced() -> None:
     assert hung.failure is not None
     assert before.reward != after.reward
     assert not psutil.pid_exists(int(before.reward))
+
+
+@pytest.mark.parametrize("module", ["reward_functions", "threaded_functions"])
+def test_rewards_that_hang_do_not_hold_up_others(module: str) -> None:
+    """Also where the module has started a thread, so that its processes can't be forked."""
+
+    async def use(pool: RewardPool) -> set[int]:
+        first = await pool.grade(sample("pid"))  # so that it is known what a reward takes
+        hung = [asyncio.ensure_future(pool.grade(sample("hang"))) for _ in range(3)]
+        await asyncio.sleep(0)
+        later = [await pool.grade(sample("pid")) for _ in range(3)]
+        assert not any(each.done() for each in hung)
+        running = {int(grade.reward) for grade in (first, *later)}
+        for each in hung:
+            each.cancel()
+        await asyncio.wait(hung)
+        assert len(pool._workers) == 1 and not psutil.pid_exists(int(first.reward))
+        return running
+
+    pids = with_pool(f"{module}.graded", use, reward_timeout=60.0)
+    assert len(pids) == 2 and not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_the_process_that_others_are_forked_from_is_replaced_too() -> None:
+    async def use(pool: RewardPool) -> list[Grade]:
+        before = await pool.grade(sample("pid"))
+        psutil.Process(int(before.reward)).parent().kill()
+        psutil.wait_procs([psutil.Process(int(before.reward))], timeout=10)
+        return [before, await pool.grade(sample("42")), await pool.grade(sample("pid"))]
+
+    before, lost, after = with_pool("reward_functions.graded", use)
+    assert lost.failure in (None, "the reward function ended its process")
+    assert before.reward != after.reward and after.failure is None
 
 
 def test_a_process_that_is_started_while_another_is_killed_stays() -> None:

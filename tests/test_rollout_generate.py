@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from rltrain.rollout.batch import generate_and_grade, sampling_params, with_seed
 from rltrain.rollout.eval import eval_sampling_params
 from rltrain.rollout.http import GenerationError, HttpClient, set_client
 from rltrain.rollout.sglang_rollout import generate_rollout
-from rltrain.rollout.single_turn import update_sample
+from rltrain.rollout.single_turn import generate, update_sample
 from rltrain.sample import Sample
 
 TOKEN = "test-token"
@@ -177,8 +178,15 @@ def test_requests_in_flight_are_bounded(make_args) -> None:
 def test_limits_on_the_context_shorten_the_response(make_args) -> None:
     engine, _ = run_rollout(make_args("--rollout-max-context-len", "9"))
     assert {request["sampling_params"]["max_new_tokens"] for request in engine.requests} == {5}
-    engine, samples = run_rollout(make_args("--rollout-max-context-len", "4"))
-    assert engine.requests == [] and {sample.status for sample in samples} == {Sample.Status.TRUNCATED}
+    args = make_args("--rollout-max-context-len", "4")
+    with pytest.raises(
+        RuntimeError, match=r"all 8 samples failed.*the prompt has 4 tokens, which leaves no room"
+    ):
+        run_rollout(args)
+    later_turn = Sample(
+        tokens=[5, 6, 7, 8], response_length=2
+    )  # that is how a response of several turns ends
+    assert asyncio.run(generate(args, later_turn, {"max_new_tokens": 9})).status is Sample.Status.TRUNCATED
 
 
 def test_a_request_that_the_engine_refuses_fails_its_sample_only(make_args) -> None:
@@ -294,11 +302,34 @@ def test_versions_of_a_response_that_saw_an_update_are_all_kept() -> None:
     assert update_sample(Sample(tokens=[5]), output).weight_versions == ["1", "2"]
 
 
+def test_tokens_mask_and_log_probs_cannot_drift_apart() -> None:
+    sample = Sample(tokens=[1, 2])
+    sample.append_response_tokens([5, 6], [-1.0, -2.0])
+    sample.append_response_tokens([7], None, trainable=False)
+    good = copy.deepcopy(sample)
+    assert (sample.tokens, sample.prompt_length, sample.loss_mask) == ([1, 2, 5, 6, 7], 2, [1, 1, 0])
+    assert (sample.rollout_log_probs, sample.effective_response_length) == ([-1.0, -2.0, 0.0], 2)
+    with pytest.raises(ValueError, match="2 tokens but 1 log-probs"):
+        sample.append_response_tokens([8, 9], [-1.0])
+    with pytest.raises(ValueError, match="trained on need log-probs"):
+        sample.append_response_tokens([8], None)
+    assert sample == good
+    sample.tokens, sample.response_length = [*sample.tokens, 8], 4
+    with pytest.raises(ValueError, match="4 tokens, 3 mask entries and 3 log-probs"):
+        sample.append_response_tokens([9], [-1.0])
+    with pytest.raises(ValueError, match="tokens without log-probs"):
+        Sample(tokens=[1, 2], response_length=1).append_response_tokens([9], [-1.0])
+
+
 def test_an_answer_without_log_probs_is_refused() -> None:
     output = answer({"sampling_params": {"max_new_tokens": 3}, "input_ids": [5]})
     del output["meta_info"]["output_token_logprobs"]
     with pytest.raises(GenerationError, match="no log-probs"):
         update_sample(Sample(tokens=[5]), output)
+    for broken in (None, float("nan"), float("-inf")):
+        output["meta_info"]["output_token_logprobs"] = [[-0.5, 5, None], [broken, 5, None]]
+        with pytest.raises(GenerationError, match="no finite numbers"):
+            update_sample(Sample(tokens=[5]), output)
 
 
 def test_evaluation_has_sampling_parameters_of_its_own(make_args) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import urllib.error
 import urllib.request
@@ -20,6 +21,7 @@ from rltrain.arguments.errors import UserError
 from rltrain.data.batch import TrainBatch
 from rltrain.rollout.client import RolloutClient, RolloutError
 from rltrain.rollout.manager import RolloutManager
+from rltrain.rollout.metrics import reward_latency
 from rltrain.rollout.parquet import read_table, write_table
 from rltrain.rollout.server import make_app
 from rltrain.sample import Sample
@@ -123,6 +125,13 @@ def test_metrics_of_a_batch(custom, make_args) -> None:
     assert metrics["rollout/truncated_ratio"] == 2 / 8
     assert metrics["rollout/zero_std_ratio"] == 1 / 3  # of the three groups with two graded samples
     assert (metrics["rollout/response_length"], metrics["rollout/tokens"]) == (3.0, 24.0)
+
+
+def test_reward_latency_leaves_samples_out_that_were_not_graded() -> None:
+    samples = [Sample(reward_seconds=float(seconds)) for seconds in range(201)]
+    metrics = reward_latency(samples)  # 200 of them took 1 to 200 seconds
+    assert metrics == {"perf/reward_latency_mean": 100.5, "perf/reward_latency_p99": 199.0}
+    assert reward_latency(samples[:1]) == {}
 
 
 def test_without_normalisation_the_rewards_are_trained_on_as_they_are(custom, make_args) -> None:
@@ -262,14 +271,15 @@ def test_errors_come_back_in_words(custom, make_args) -> None:
     asyncio.run(serve(batch_args(make_args, function="fails"), use))
 
 
-@pytest.mark.parametrize("header", [None, "Bearer wrong", TOKEN])
-@pytest.mark.parametrize("path", ["/load", "/generate", "/eval"])
-def test_without_the_token_everything_is_refused(custom, make_args, path: str, header: str | None) -> None:
+def test_without_the_token_everything_is_refused(custom, make_args) -> None:
     def use(url: str) -> None:
-        headers = {} if header is None else {"Authorization": header}
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            urllib.request.urlopen(urllib.request.Request(url + path, b'{"rollout_id": 0}', headers))
-        assert caught.value.code == 401
+        for path, header in itertools.product(
+            ("/load", "/weights", "/generate", "/eval"), (None, "Bearer wrong", TOKEN)
+        ):
+            headers = {} if header is None else {"Authorization": header}
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(urllib.request.Request(url + path, b'{"rollout_id": 0}', headers))
+            assert caught.value.code == 401, (path, header)
 
     asyncio.run(serve(batch_args(make_args), use))
     assert custom.calls == []

@@ -13,14 +13,16 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from conftest import TOKEN
-from tiny_model import make_model
 
 from analysis import load_run
 from hpc.layout import RunLayout
+from rltrain.arguments.errors import UserError
 from rltrain.rollout.parquet import write_table
+from rltrain.sample import Sample
 from rltrain.schema import samples_to_table, table_to_samples
 from rltrain.tools.compare import Scored, compare, first_turn
-from rltrain.tools.replay import main
+from rltrain.tools.replay import load_args, main
+from rltrain.tools.replay_weights import find_weights
 
 
 def test_responses_are_compared_as_far_as_they_are_the_same() -> None:
@@ -72,16 +74,22 @@ def test_rollouts_need_no_trainer(recorded: RunLayout) -> None:
     assert not recorded.checkpoints.joinpath("latest_checkpointed_iteration.txt").exists()
 
 
-@pytest.mark.slow
-def test_recorded_rollouts_can_be_trained_on(recorded: RunLayout, tiny_model: Path) -> None:
+@pytest.fixture(scope="module")
+def trained(recorded: RunLayout, tiny_model: Path) -> RunLayout:
+    """A run that was trained on the recorded rollouts, with a learning rate of 0."""
     parent = recorded.root.parent
     finished = submit(
         "--runs-dir", parent, "--name", "trained", "--hf-checkpoint", tiny_model, "--num-rollout", "2",
-        "--rollout-batch-size", "4", "--n-samples-per-prompt", "2", "--lr", "1e-3",
+        "--rollout-batch-size", "4", "--n-samples-per-prompt", "2", "--lr", "0",
         "--load-debug-rollout-data", parent / "saved-{rollout_id}.parquet",
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    steps = load_run(parent / "trained").steps
+    return RunLayout(parent / "trained")
+
+
+@pytest.mark.slow
+def test_recorded_rollouts_can_be_trained_on(trained: RunLayout) -> None:
+    steps = load_run(trained.root).steps
     assert steps["step"].tolist() == [0, 1]
     # The weights of the first step are those that wrote the samples; what they became wrote none.
     assert steps["train/logprob_abs_diff"].iloc[0] < 1e-4
@@ -126,10 +134,21 @@ def test_a_sample_that_was_changed_parts_where_it_was(
 
 
 @pytest.mark.slow
-def test_other_weights_in_an_engine_of_our_own_part(recorded: RunLayout, tmp_path: Path, capsys: Any) -> None:
-    other = make_model(tmp_path / "other", seed=1)
-    assert replay(recorded, "--frozen", other) == 1
-    assert "starting an engine" in capsys.readouterr().out
+def test_weights_come_from_a_checkpoint_of_the_run(
+    recorded: RunLayout, trained: RunLayout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args, sample = load_args(trained), Sample(weight_versions=["1", "2"])
+    checkpoint = trained.checkpoints / "iter_0000002"
+    assert find_weights(trained, args, sample) == checkpoint
+    assert replay(recorded, "--frozen", checkpoint) == 0  # trained with a rate of 0: the same weights
+    shown = capsys.readouterr().out
+    assert f"converting {checkpoint}" in shown and "→" not in shown
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / ".metadata").unlink()
+    with pytest.raises(UserError, match=r"version 2 are not in .*v000002 or .*iter_0000002: give a"):
+        find_weights(trained, args, sample)
+    assert replay(recorded, "--frozen", checkpoint) == 2
+    assert "is no model, and converting it failed: " in capsys.readouterr().err
 
 
 @pytest.mark.slow

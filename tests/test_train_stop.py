@@ -193,6 +193,24 @@ def test_it_ends_before_training_that_takes_the_engines_memory_or_weights_that_a
     ]
 
 
+@pytest.mark.parametrize(
+    ("first", "changes", "owed"),
+    [
+        (0, {}, True),
+        (0, {"skip_eval_before_train": True}, False),
+        (0, {"eval_interval": None}, False),
+        (2, {}, True),
+        (3, {}, False),
+        (5, {}, True),  # the last one, whatever the interval
+    ],
+)
+def test_an_attempt_begins_with_the_evaluation_that_its_weights_lack(
+    first: int, changes: dict[str, object], owed: bool
+) -> None:
+    args = Namespace(**{"eval_interval": 2, "num_rollout": 5, "skip_eval_before_train": False, **changes})
+    assert train_module.owes_evaluation(args, first) is owed
+
+
 def test_metrics_are_kept_when_wandb_has_died(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(*args: object) -> None:
         raise ConnectionResetError("Connection lost")

@@ -21,7 +21,7 @@ class Extension:
     help: str
     keywords: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()  # given by name to functions that have such a parameter
-    coroutine: bool = False  # it is awaited, so it has to be an `async def`
+    coroutine: bool | None = False  # whether it is an `async def`, which is awaited; None: as it likes
     default: str | None = None
     several: bool = False  # may be given more than once
     older: str | None = None  # another spelling of the flag
@@ -39,18 +39,19 @@ _LOSS = (
 
 EXTENSIONS = (
     Extension("--rollout-function-path", ("args", "rollout_id", "data_source"), "makes a batch, or an evaluation",
-              keywords=("evaluation",), default=DEFAULT_ROLLOUT_FUNCTION),
+              keywords=("evaluation",), coroutine=None, default=DEFAULT_ROLLOUT_FUNCTION),
     Extension("--eval-function-path", ("args", "rollout_id", "data_source"),
-              "makes an evaluation (default: the rollout function)", keywords=("evaluation",)),
+              "makes an evaluation (default: the rollout function)", keywords=("evaluation",), coroutine=None),
     Extension("--custom-generate-function-path", ("args", "sample", "sampling_params"), "fills one sample",
               optional=("evaluation",), coroutine=True),
-    Extension("--custom-rm-path", ("args", "sample"), "returns the reward (with --group-rm: of a list of samples)"),
+    Extension("--custom-rm-path", ("args", "sample"), "returns the reward (with --group-rm: of a list of samples)",
+              coroutine=None),
     Extension("--dynamic-sampling-filter-path", ("args", "samples"), "says whether a graded group is kept"),
     Extension("--buffer-filter-path", ("args", "rollout_id", "buffer", "num_samples"),
               "takes groups out of those that were given back"),
     Extension("--rollout-sample-filter-path", ("args", "groups"), "sets remove_sample of samples not to train on"),
     Extension("--rollout-sample-hook-path", ("args", "sample"), "sees each sample before its reward; repeatable",
-              optional=("rollout_id", "evaluation"), several=True),
+              optional=("rollout_id", "evaluation"), coroutine=None, several=True),
     Extension("--rollout-all-samples-process-path", ("args", "samples", "data_source"),
               "sees all groups, also those filtered out"),
     Extension("--rollout-data-postprocess-path", ("args", "samples"), "changes the finished groups"),

@@ -79,7 +79,7 @@ class PromptSet:
                     prompt=texts[i],
                     tokens=list(tokens[i]),
                     label=prompt.label,
-                    metadata=copy.deepcopy(prompt.metadata),
+                    metadata=copy.deepcopy(prompt.metadata) if prompt.metadata else {},
                 )
                 for j in range(size)
             ]

@@ -29,7 +29,7 @@ class RolloutDataSource:
         """Read the prompts.
 
         Raises:
-            UserError: see `PromptSet`.
+            UserError: see `PromptSet`, or too few prompts are short enough for a batch.
         """
         self._args = args
         files = prompt_files(args)
@@ -39,6 +39,12 @@ class RolloutDataSource:
             tuple(self._prompts.sizes), weights, args.rollout_seed, args.rollout_shuffle or len(files) > 1
         )
         self.num_prompts_too_long = self._prompts.num_too_long
+        if self.num_prompts_too_long and len(self) < args.rollout_batch_size:
+            raise UserError(
+                f"{self.num_prompts_too_long} prompts are longer than --rollout-max-prompt-len"
+                f" {args.rollout_max_prompt_len}, and the {len(self)} others of an epoch are fewer than"
+                f" --rollout-batch-size {args.rollout_batch_size}: one batch would hold the same prompt twice."
+            )
         self._buffer: list[list[Sample]] = []
         self.metadata: dict[str, Any] = {}
         self._reset()

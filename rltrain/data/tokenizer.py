@@ -19,7 +19,7 @@ def load_tokenizer(hf_checkpoint: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(hf_checkpoint, trust_remote_code=True)
+        return AutoTokenizer.from_pretrained(hf_checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--hf-checkpoint {hf_checkpoint}: no usable tokenizer in it ({error}).") from None
 

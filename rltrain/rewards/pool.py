@@ -1,7 +1,8 @@
 """A pool of processes that runs a reward function, so that no reward can stall or break generation.
 
-A plain function gets a process to itself while it runs. A coroutine function (which may wait for a network)
-shares its process with others of its kind, and is cancelled after `--reward-timeout`. A process that does
+A plain function gets a process to itself while it runs. One that takes much longer than others do gives its place to
+a further process meanwhile: a few that hang do not hold up those that don't. A coroutine function (which may wait for
+a network) shares its process with others of its kind, and is cancelled after `--reward-timeout`. A process that does
 not answer by then is killed and replaced, and the sample has failed; where several rewards shared it, each
 is run again alone, so that only the one at fault fails.
 """
@@ -11,20 +12,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import inspect
-import os
-import socket
-import sys
 import time
 from typing import Self
 
-from rltrain.arguments.errors import UserError
 from rltrain.functions import load_function
+from rltrain.rewards.processes import Processes, WorkerProcess
 from rltrain.rewards.worker import Grade, read_message, write_message
 from rltrain.sample import Sample
 
-_START_TIMEOUT = 120.0  # seconds: imports of a user's module can be slow
 _KILL_GRACE = 1.0  # seconds after the timeout in which a coroutine can still be cancelled
 _COROUTINES_PER_WORKER = 64
+# A reward is late after so many times what the last ones took, but not before so many seconds.
+_LATE_FACTOR, _LATE_SECONDS = 10.0, 0.1
+_MOST_LATE = 4  # late rewards for each worker that have a process beside it
+_SMOOTHING = 0.05  # weight of the last reward in the mean
 
 
 class RewardPool:
@@ -33,8 +34,11 @@ class RewardPool:
     def __init__(self, args: argparse.Namespace, path: str, capacity: int, grace: float) -> None:
         """Use `start`."""
         self._args, self._path, self._capacity, self._grace = args, path, capacity, grace
-        self._workers = [_Worker(args, path) for _ in range(args.reward_num_workers)]
+        self._processes = Processes(args, path)
+        self._workers = {_Worker(args, self._processes) for _ in range(args.reward_num_workers)}
         self._free: asyncio.Queue[_Worker] = asyncio.Queue()
+        self._late: set[_Worker] = set()
+        self._mean_seconds: float | None = None
         self._alone: RewardPool | None = None
 
     @classmethod
@@ -58,13 +62,13 @@ class RewardPool:
         return await self._grade(samples, samples)
 
     async def _grade(self, samples: list[Sample], subject: Sample | list[Sample]) -> list[Grade]:
+        if self._capacity == 1:
+            return await self._grade_plain(samples, subject)
         worker = await self._free.get()
-        began = time.perf_counter()
         try:
             return await worker.grade(subject, self._args.reward_timeout + self._grace)
-        except _NoAnswerError as error:
-            if self._capacity == 1:
-                return [Grade(None, str(error), time.perf_counter() - began) for _ in samples]
+        except _NoAnswerError:
+            pass
         finally:
             self._free.put_nowait(worker)
         if self._alone is None:
@@ -72,10 +76,51 @@ class RewardPool:
             await self._alone._start()
         return await self._alone._grade(samples, subject)
 
+    async def _grade_plain(self, samples: list[Sample], subject: Sample | list[Sample]) -> list[Grade]:
+        worker = await self._free.get()
+        late: asyncio.TimerHandle | None = None
+        try:
+            await worker.ensure_running()
+            began = time.perf_counter()
+            late = asyncio.get_running_loop().call_later(self._late_after(), self._replace, worker)
+            grades = await worker.grade(subject, self._args.reward_timeout + self._grace)
+            self._remember(time.perf_counter() - began)
+            return grades
+        except _NoAnswerError as error:
+            return [Grade(None, str(error), time.perf_counter() - began) for _ in samples]
+        finally:
+            if late is not None:
+                late.cancel()
+            if worker in self._late:
+                self._late.remove(worker)
+                self._workers.remove(worker)
+                await worker.stop()
+            else:
+                self._free.put_nowait(worker)
+
+    def _late_after(self) -> float:
+        """Seconds after which a reward is late; never before the first one of all is there."""
+        if self._mean_seconds is None:
+            return self._args.reward_timeout + self._grace
+        return max(_LATE_SECONDS, _LATE_FACTOR * self._mean_seconds)
+
+    def _remember(self, seconds: float) -> None:
+        before = seconds if self._mean_seconds is None else self._mean_seconds
+        self._mean_seconds = before + _SMOOTHING * (seconds - before)
+
+    def _replace(self, worker: _Worker) -> None:
+        """Put another in the place of a worker whose reward is late."""
+        if len(self._late) < _MOST_LATE * self._args.reward_num_workers:
+            self._late.add(worker)
+            other = _Worker(self._args, self._processes)
+            self._workers.add(other)
+            self._free.put_nowait(other)
+
     async def close(self) -> None:
         """End the processes."""
-        for worker in self._workers:
+        for worker in list(self._workers):
             await worker.stop()
+        await self._processes.close()
         if self._alone is not None:
             await self._alone.close()
 
@@ -97,9 +142,9 @@ class _NoAnswerError(Exception):
 class _Worker:
     """One process, and the rewards that it runs now. Started again after it died."""
 
-    def __init__(self, args: argparse.Namespace, path: str) -> None:
-        self._args, self._path = args, path
-        self._process: asyncio.subprocess.Process | None = None
+    def __init__(self, args: argparse.Namespace, processes: Processes) -> None:
+        self._args, self._processes = args, processes
+        self._process: WorkerProcess | None = None
         self._pending: dict[
             int, asyncio.Future[list[Grade]]
         ] = {}  # of this process: the next one has its own
@@ -114,16 +159,16 @@ class _Worker:
         future = pending[number] = asyncio.get_running_loop().create_future()
         write_message(self._writer, (number, subject))
         try:
-            done, _ = await asyncio.wait([future], timeout=timeout)
-        finally:
-            pending.pop(number, None)
-        if not done:
+            async with asyncio.timeout(timeout):
+                return await future
+        except TimeoutError:
             if self._process is process:  # else another reward has had it killed already
                 await self.stop()
             raise _NoAnswerError(
                 f"the reward took longer than --reward-timeout {self._args.reward_timeout:g} s"
-            )
-        return future.result()
+            ) from None
+        finally:
+            pending.pop(number, None)
 
     async def ensure_running(self) -> None:
         async with self._starting:
@@ -134,40 +179,20 @@ class _Worker:
         process, self._process = self._process, None
         if process is not None:
             reading = self._reading  # while this waits, the next process may be started
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+            await process.end()
             await reading
 
     async def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "rltrain.rewards.worker",
-                str(theirs.fileno()),
-                str(os.getpid()),
-                pass_fds=[theirs.fileno()],
-            )
-        reader, writer = await asyncio.open_connection(sock=ours)
-        write_message(writer, (self._args, self._path))
-        try:
-            problem = await asyncio.wait_for(read_message(reader), _START_TIMEOUT)
-        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
-            problem = "a reward process did not start; its output is above."
-        if problem is not None:
-            if process.returncode is None:
-                process.kill()
-            raise UserError(problem)
-        self._process, self._writer, self._pending = process, writer, {}
-        self._reading = asyncio.create_task(self._read(reader, writer, process, self._pending))
+        process = await self._processes.start()
+        reader, self._writer = await asyncio.open_connection(sock=process.connection)
+        self._process, self._pending = process, {}
+        self._reading = asyncio.create_task(self._read(reader, self._writer, process, self._pending))
 
     async def _read(
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        process: asyncio.subprocess.Process,
+        process: WorkerProcess,
         pending: dict[int, asyncio.Future[list[Grade]]],
     ) -> None:
         try:
@@ -182,3 +207,4 @@ class _Worker:
             for future in pending.values():
                 if not future.done():
                     future.set_exception(_NoAnswerError("the reward function ended its process"))
+            await process.end()

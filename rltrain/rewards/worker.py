@@ -1,9 +1,12 @@
 """One process of the reward pool: `python -m rltrain.rewards.worker FD PARENT_PID`.
 
 FD is a socket to the pool. Messages are pickles behind their length (4 bytes, big endian). The first one is
-`(args, path of the reward function)` and is answered by None or the reason why it can't be loaded. Then come
-`(number, sample)`, or a list of samples to be graded together, answered by `(number, list of Grade)` in any
-order: coroutine functions run side by side.
+`(args, path of the reward function)`, answered by `(problem, forks)`: None or the reason why it can't be loaded, and
+whether this process only forks others that grade. If so, a 0 with a socket asks for one that serves this socket, and
+any other number for the end of the process of this id; both are answered by the id.
+
+A process that grades gets `(number, sample)`, or a list of samples to be graded together, answered by
+`(number, list of Grade)` in any order: coroutine functions run side by side.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import inspect
 import math
 import os
 import pickle
+import signal
 import socket
 import struct
 import sys
@@ -27,6 +31,7 @@ from rltrain.processes import die_with_parent
 from rltrain.sample import Sample
 
 LENGTH = struct.Struct(">I")
+NUMBER = struct.Struct(">I")  # of a process
 
 
 @dataclass(frozen=True)
@@ -42,22 +47,57 @@ class Grade:
 def main() -> None:
     """Serve the pool on the other end of the socket until it closes."""
     die_with_parent(int(sys.argv[2]))
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    asyncio.run(_serve(connection))
-
-
-async def _serve(connection: socket.socket) -> None:
-    reader, writer = await asyncio.open_connection(sock=connection)
-    args, path = await read_message(reader)
+    connection: socket.socket | None = socket.socket(fileno=int(sys.argv[1]))
+    assert connection is not None
+    with connection.makefile("rb") as file:
+        (length,) = LENGTH.unpack(file.read(LENGTH.size))
+        args, path = pickle.loads(file.read(length))
     try:
         function = load_function(path, flag="--custom-rm-path")
     except UserError as error:
-        write_message(writer, str(error))
-        await writer.drain()
+        _send(connection, (str(error), False))
         return
+    forks = _has_one_thread()
+    _send(connection, (None, forks))
+    if forks:
+        connection = fork_workers(connection)
+    if connection is not None:
+        asyncio.run(_serve(connection, function, args))
+
+
+def fork_workers(control: socket.socket) -> socket.socket | None:
+    """Fork until `control` closes; returns None then, and in each process that was forked the socket to serve."""
+    template = os.getpid()
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(control, NUMBER.size, 1)
+        if not data:
+            return None
+        (pid,) = NUMBER.unpack(data)
+        if descriptors:
+            connection = socket.socket(fileno=descriptors[0])
+            pid = os.fork()
+            if pid == 0:
+                die_with_parent(template)
+                control.close()
+                return connection
+            connection.close()
+        else:
+            os.kill(pid, signal.SIGKILL)  # not waited for yet, so the id can't be another's
+            os.waitpid(pid, 0)
+        control.sendall(NUMBER.pack(pid))
+
+
+def _has_one_thread() -> bool:
+    try:
+        return len(os.listdir("/proc/self/task")) == 1  # noqa: PTH208
+    except OSError:
+        return False
+
+
+async def _serve(connection: socket.socket, function: Callable[..., Any], args: Any) -> None:
+    reader, writer = await asyncio.open_connection(sock=connection)
     if inspect.iscoroutinefunction(function):
         _let_ask_models()
-    write_message(writer, None)
     running: set[asyncio.Task[None]] = set()
     try:
         while True:
@@ -174,8 +214,16 @@ async def read_message(reader: asyncio.StreamReader) -> Any:
 
 def write_message(writer: asyncio.StreamWriter, message: Any) -> None:
     """Send a message; not waited for."""
+    writer.write(_packed(message))
+
+
+def _send(connection: socket.socket, message: Any) -> None:
+    connection.sendall(_packed(message))
+
+
+def _packed(message: Any) -> bytes:
     data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    writer.write(LENGTH.pack(len(data)) + data)
+    return LENGTH.pack(len(data)) + data
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def as_eval_output(output: Any, path: str) -> RolloutFnEvalOutput:
     """What the evaluation function at `path` returned, having checked it.
 
     Raises:
-        UserError: it is no dict of sets, or a set lacks rewards or samples.
+        UserError: it is no dict of sets, or a set lacks rewards or samples, or has more of one than of the other.
     """
     if not isinstance(output, RolloutFnEvalOutput):
         output = RolloutFnEvalOutput(output)
@@ -86,6 +86,9 @@ def as_eval_output(output: Any, path: str) -> RolloutFnEvalOutput:
     for name, result in output.data.items():
         if not isinstance(result, dict) or not {"rewards", "samples"} <= result.keys():
             raise UserError(f"{path}: set {name!r} is {_kind(result)} without 'rewards' and 'samples'.")
+        rewards, samples = result["rewards"], result["samples"]
+        if len(rewards) != len(samples):
+            raise UserError(f"{path}: set {name!r} has {len(rewards)} rewards for {len(samples)} samples.")
     return output
 
 

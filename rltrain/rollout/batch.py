@@ -69,12 +69,14 @@ class GroupRunner:
         self._hooks = [
             load_function(path, flag="--rollout-sample-hook-path") for path in args.rollout_sample_hook_path
         ]
+        path = args.custom_generate_function_path
+        self._function = load_function(path, flag="--custom-generate-function-path") if path else generate
         self.aborting = False  # from now on, nothing new is asked of the engines
         self._began = self._generated = time.perf_counter()
 
     async def run(self, group: list[Sample]) -> list[Sample]:
         """Fill the samples of a group; returns them, or those that a rollout became in the place of its sample."""
-        tasks = [asyncio.ensure_future(self._fill(sample)) for sample in group]
+        tasks = [asyncio.create_task(self._fill(sample)) for sample in group]
         filled = [sample for rollout in await gather_or_cancel(tasks) for sample in rollout]
         if self._args.group_rm and not _is_aborted(filled):
             await rewards.grade_group(self._args, [sample for sample in filled if _to_be_graded(sample)])
@@ -94,7 +96,11 @@ class GroupRunner:
                 if self.aborting:
                     sample.status = Sample.Status.ABORTED
                     return samples
-                samples = await self._generate_fresh(sample, time.perf_counter() - waits_since)
+                waited = time.perf_counter() - waits_since
+                if self._staleness.watches:
+                    samples = await self._generate_fresh(sample, waited)
+                else:
+                    samples = await self._generate_guarded(sample, waited)
         self._generated = time.perf_counter()
         if not self._args.group_rm and not _is_aborted(samples):
             to_grade = [rewards.grade(self._args, each) for each in samples if _to_be_graded(each)]
@@ -108,7 +114,7 @@ class GroupRunner:
         """Generate, and once more if the weights turn out to be too old."""
         staleness = self._staleness
         staleness.begin_anew(sample)  # it may come from a rollout before
-        spare = copy.deepcopy(sample) if staleness.watches else sample
+        spare = copy.deepcopy(sample)
         samples = await self._generate_guarded(sample, waited)
         if staleness.any_too_old(samples) and not self.aborting:
             staleness.regenerated += 1
@@ -121,31 +127,43 @@ class GroupRunner:
         prompt_tokens, metadata = sample.tokens[: sample.prompt_length], dict(sample.metadata)
         if sample.response_length and self._args.mask_offpolicy_in_partial_rollout:
             sample.loss_mask = [0] * sample.response_length
-        with request_times.measured() as times:
-            try:
-                samples = await self._generate(sample)
-            except UserError:
-                raise
-            except Exception as error:
-                sample.status, sample.reward = Sample.Status.FAILED, None
-                sample.failure = str(error) if isinstance(error, GenerationError) else explain_fully(error)
-                sample.tokens, sample.response, sample.response_length = prompt_tokens, "", 0
-                sample.loss_mask = sample.rollout_log_probs = sample.teacher_log_probs = None
-                sample.weight_versions, sample.weight_version_spans = [], []
-                sample.metadata = metadata
-                samples = [sample]
+        times = request_times.start()
+        try:
+            samples = await self._generate(sample)
+        except UserError:
+            raise
+        except Exception as error:
+            sample.status, sample.reward = Sample.Status.FAILED, None
+            sample.failure = str(error) if isinstance(error, GenerationError) else explain_fully(error)
+            sample.tokens, sample.response, sample.response_length = prompt_tokens, "", 0
+            sample.loss_mask = sample.rollout_log_probs = sample.teacher_log_probs = None
+            sample.weight_versions, sample.weight_version_spans = [], []
+            sample.metadata = metadata
+            samples = [sample]
         times.write_to(samples, waited)
         return samples
 
     async def _generate(self, sample: Sample) -> list[Sample]:
-        function = generation_function(self._args, sample)
         params = with_seed(self._args, self._params, self._rollout_id, sample)
         own = sample.metadata.get("sampling_params")
+        if own is not None and not isinstance(own, dict):
+            raise GenerationError(f"metadata sampling_params is {own!r:.200}, where a dict is wanted")
         if sample.session_id is None:
             sample.session_id = f"{self._rollout_id}-{sample.index}"
-        extra = accepted_keywords(function, {"evaluation": self._evaluation})
-        result = await function(self._args, sample, {**params, **own} if own else dict(params), **extra)
-        samples = as_rollout(self._args, result, sample, function)
+        params = {**params, **own} if own else dict(params)
+        path = sample.generate_function_path
+        function = load_function(path, flag="generate_function_path") if path else self._function
+        if function is generate:  # what it makes is known to be in order
+            samples = [await generate(self._args, sample, params)]
+        else:
+            extra = accepted_keywords(function, {"evaluation": self._evaluation})
+            result = await function(self._args, sample, params, **extra)
+            samples = as_rollout(self._args, result, sample, function)
+        if self._hooks:
+            await self._run_hooks(samples)
+        return samples
+
+    async def _run_hooks(self, samples: list[Sample]) -> None:
         for hook in self._hooks:
             extra = accepted_keywords(hook, {"rollout_id": self._rollout_id, "evaluation": self._evaluation})
             for each in samples:
@@ -153,7 +171,6 @@ class GroupRunner:
                 if inspect.isawaitable(result):
                     result = await result
                 check_sample(self._args, each if result is None else result, each, name_of(hook))
-        return samples
 
 
 def _is_aborted(samples: list[Sample]) -> bool:
@@ -169,9 +186,10 @@ async def gather_or_cancel(tasks: list[asyncio.Task[T]]) -> list[T]:
     """The results of all tasks; after an error, or when cancelled, nobody waits for the others: cancel them."""
     try:
         return await asyncio.gather(*tasks)
-    finally:
+    except BaseException:
         for task in tasks:
             task.cancel()
+        raise
 
 
 def check_failures(args: argparse.Namespace, samples: list[Sample]) -> None:
@@ -205,16 +223,6 @@ def accepted_keywords(function: Callable[..., Any], keywords: dict[str, Any]) ->
 @cache
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
-
-
-def generation_function(args: argparse.Namespace, sample: Sample) -> Callable[..., Any]:
-    """The sample's own function, or `--custom-generate-function-path`, or the default `generate`.
-
-    Raises:
-        UserError: it can't be loaded.
-    """
-    path = sample.generate_function_path or args.custom_generate_function_path
-    return load_function(path, flag="--custom-generate-function-path") if path else generate
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:

@@ -44,6 +44,7 @@ async def collect(args: argparse.Namespace, rollout_id: int, data_source: Rollou
     """
     path = args.dynamic_sampling_filter_path
     keep = load_function(path, flag=_FLAG) if path else None
+    samples_more = keep is not None or args.over_sampling_batch_size != args.rollout_batch_size
     runner = GroupRunner(args, rollout_id, sampling_params(args))
     running: dict[asyncio.Task[list[Sample]], list[Sample]] = {}
     kept: list[list[Sample]] = []
@@ -57,7 +58,7 @@ async def collect(args: argparse.Namespace, rollout_id: int, data_source: Rollou
                 for group in data_source.get_samples(args.over_sampling_batch_size):
                     task = asyncio.create_task(runner.run(group))
                     task.add_done_callback(ended.put_nowait)  # waiting for the first of many is slow
-                    running[task] = [_unused(sample) for sample in group]
+                    running[task] = [_unused(sample) for sample in group] if samples_more else group
             done = [await ended.get()]
             while not ended.empty():
                 done.append(ended.get_nowait())

@@ -11,10 +11,16 @@ from typing import Any
 
 from rltrain.arguments.errors import UserError
 from rltrain.functions import load_function
+from rltrain.rollout.generated import check_fields
+from rltrain.rollout.http import GenerationError
 from rltrain.rollout.normalize import train_rewards
 from rltrain.sample import Sample
 
 UNUSABLE = (Sample.Status.FAILED, Sample.Status.ABORTED)
+_CHANGES_SAMPLES = (
+    "--rollout-function-path", "--rollout-sample-filter-path", "--rollout-all-samples-process-path",
+    "--rollout-data-postprocess-path",
+)  # fmt: skip
 _LISTS = ("tokens", "response_lengths", "rewards", "loss_masks")
 
 
@@ -33,6 +39,7 @@ def to_train_data(args: argparse.Namespace, samples: list[Sample]) -> TrainData:
     Raises:
         UserError: a function of the user returned something that can't be trained on; names it and the sample.
     """
+    check_samples(args, samples, _CHANGES_SAMPLES)
     for sample in samples:
         if sample.status in UNUSABLE or sample.remove_sample:
             sample.loss_mask = [0] * sample.response_length
@@ -42,6 +49,21 @@ def to_train_data(args: argparse.Namespace, samples: list[Sample]) -> TrainData:
     if args.custom_reward_post_process_path:
         return _post_processed(args, samples)
     return TrainData(samples, rewards, train_rewards(args, samples, rewards))
+
+
+def check_samples(args: argparse.Namespace, samples: Sequence[Sample], flags: Sequence[str]) -> None:
+    """See that the samples are still in order after the functions of the user that `flags` name.
+
+    Raises:
+        UserError: names these functions, the sample and the field that is wrong.
+    """
+    paths = {flag: getattr(args, flag.removeprefix("--").replace("-", "_")) for flag in flags}
+    theirs = [f"{flag} {path}" for flag, path in paths.items() if path and not path.startswith("rltrain.")]
+    for i, sample in enumerate(samples if theirs else ()):
+        try:
+            check_fields(args, sample, f"{' or '.join(theirs)}: sample {i}")
+        except GenerationError as error:
+            raise UserError(f"{error}.") from None
 
 
 def graded_reward(args: argparse.Namespace, sample: Sample) -> float | None:

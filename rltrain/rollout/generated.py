@@ -47,7 +47,7 @@ def as_rollout(
         if any(each is other for other in result[:k]):
             raise GenerationError(f"{where} is the same object as one before it: copy it")
         _adopt(each, sample, k, where)
-        check_fields(args, each, where)
+        _check_finished(args, each, where)
     return result
 
 
@@ -61,7 +61,7 @@ def check_sample(args: argparse.Namespace, result: Any, sample: Sample, name: st
         raise GenerationError(
             f"{name} returned a {type(result).__name__} and not the sample that it was given"
         )
-    check_fields(args, sample, name)
+    _check_finished(args, sample, name)
     return sample
 
 
@@ -71,7 +71,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def check_fields(args: argparse.Namespace, sample: Sample, where: str) -> None:
-    """See that a sample is finished, and that its fields have the right types and lengths.
+    """See that a sample's fields have the right types and lengths.
 
     Raises:
         GenerationError: begins with `where`, and names the field.
@@ -80,8 +80,6 @@ def check_fields(args: argparse.Namespace, sample: Sample, where: str) -> None:
         value = getattr(sample, field)
         if not isinstance(value, kind):
             raise GenerationError(f"{where}: {field} is a {type(value).__name__}, where {wanted} is wanted")
-    if sample.status is Sample.Status.PENDING:
-        raise GenerationError(f"{where} left the sample's status at PENDING")
     _check_numbers(sample.tokens, "q", "whole numbers", f"{where}: tokens")
     if not 0 <= sample.response_length <= len(sample.tokens):
         raise GenerationError(
@@ -104,6 +102,12 @@ def check_fields(args: argparse.Namespace, sample: Sample, where: str) -> None:
             checked(sample.reward, args.reward_key)
         except ValueError as error:
             raise GenerationError(f"{where}: {error}") from None
+
+
+def _check_finished(args: argparse.Namespace, sample: Sample, where: str) -> None:
+    check_fields(args, sample, where)
+    if sample.status is Sample.Status.PENDING:
+        raise GenerationError(f"{where} left the sample's status at PENDING")
 
 
 def _check_numbers(values: Any, code: str, wanted: str, where: str) -> array[Any]:

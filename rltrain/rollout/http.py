@@ -7,7 +7,8 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -43,11 +44,15 @@ class HttpClient:
         # No limit on connections: how many requests are in flight is bounded by who sends them. No timeout:
         # a long response takes as long as it takes.
         self._session = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+            headers={
+                "Authorization": f"Bearer {token}",
+                "Content-Type": "application/json",
+                "Accept-Encoding": "identity",  # nothing to be gained within a cluster
+            },
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
             trust_env=False,
-            skip_auto_headers=("User-Agent", "Accept-Encoding"),
+            cookie_jar=aiohttp.DummyCookieJar(),
         )
 
         self._tokens: dict[str, str] = {}
@@ -68,23 +73,23 @@ class HttpClient:
         """Close the connections."""
         await self._session.close()
 
-    async def post(
+    def post(
         self,
         url: str,
         payload: Any,
         retry_seconds: float = RETRY_SECONDS,
         headers: Mapping[str, str] | None = None,
-    ) -> Any:
+    ) -> Coroutine[Any, Any, Any]:
         """The JSON answer; tried again, ever more slowly, while the server is away or overloaded.
 
         Raises:
             GenerationError: the server refused the request, or did not answer for `retry_seconds`.
         """
-        return await self._request("POST", url, _dumps(payload), retry_seconds, headers)
+        return self._request("POST", url, _dumps(payload), retry_seconds, headers)
 
-    async def get(self, url: str, retry_seconds: float = RETRY_SECONDS) -> Any:
+    def get(self, url: str, retry_seconds: float = RETRY_SECONDS) -> Coroutine[Any, Any, Any]:
         """The same for GET."""
-        return await self._request("GET", url, None, retry_seconds)
+        return self._request("GET", url, None, retry_seconds)
 
     async def _request(
         self,
@@ -128,6 +133,7 @@ class _RefusedError(Exception):
     """An answer that we do not take."""
 
 
+@lru_cache
 def _origin(url: str) -> str:
     return "/".join(url.split("/", 3)[:3])
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from hpc.layout import RunLayout
 from rltrain.functions import load_function
 from rltrain.rollout.base_types import as_eval_output, as_train_output
-from rltrain.rollout.convert import TrainData, to_train_data
+from rltrain.rollout.convert import TrainData, check_samples, to_train_data
 from rltrain.rollout.metrics import batch_metrics, eval_metrics
 from rltrain.rollout.parquet import read_table, write_file, write_table
 from rltrain.rollout.shared import abort_lock
@@ -73,6 +73,7 @@ class RolloutManager:
         ours = not (log and log(rollout_id, args, output.data, metrics))
         for name, result in output.data.items():
             samples, rewards = result["samples"], result["rewards"]
+            check_samples(args, samples, ("--eval-function-path",))
             own = eval_metrics(name, samples, rewards)
             table = samples_to_table(
                 samples, step=rollout_id, attempt=self._attempt, dataset=name, rewards=rewards, metrics=own

@@ -7,8 +7,7 @@ generated find its clock in a context variable. Tasks that the function starts i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,6 +18,8 @@ _current: ContextVar[RequestTimes | None] = ContextVar("request_times", default=
 
 class RequestTimes:
     """Seconds that add up over the requests of one rollout, also of those sent side by side."""
+
+    __slots__ = ("_began", "_busy", "_since", "_under_way", "decode", "prefill", "queue")
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -59,15 +60,11 @@ class RequestTimes:
             sample.non_generation_time = sample.non_generation_time or tool  # a function may know better
 
 
-@contextmanager
-def measured() -> Iterator[RequestTimes]:
-    """While entered, requests are measured."""
+def start() -> RequestTimes:
+    """A clock for the rollout that this task generates now: the requests of the task, and of those it starts."""
     times = RequestTimes()
-    token = _current.set(times)
-    try:
-        yield times
-    finally:
-        _current.reset(token)
+    _current.set(times)
+    return times
 
 
 def current() -> RequestTimes | None:

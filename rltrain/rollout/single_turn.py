@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from rltrain.rollout.http import GenerationError, post, session_headers
@@ -21,14 +22,17 @@ async def generate(args: argparse.Namespace, sample: Sample, sampling_params: di
     A sample that was aborted goes on where it stopped: its tokens count against the limit of the response.
 
     Raises:
-        GenerationError: the tokens can't be sent, or the engine refused them.
+        GenerationError: the tokens can't be sent, the prompt fills the context, or the engine refused them.
     """
     check_input_ids(sample.tokens, args.vocab_size)
-    room = min(
-        sampling_params["max_new_tokens"] - sample.response_length,
-        args.rollout_max_context_len - len(sample.tokens),
-    )
+    context = args.rollout_max_context_len - len(sample.tokens)
+    room = min(sampling_params["max_new_tokens"] - sample.response_length, context)
     if room <= 0:
+        if context <= 0 and not sample.response_length:
+            raise GenerationError(
+                f"the prompt has {len(sample.tokens)} tokens, which leaves no room for a response in a context of"
+                f" {args.rollout_max_context_len}: leave such prompts out with --rollout-max-prompt-len"
+            )
         sample.status = Sample.Status.TRUNCATED
         return sample
     output = await post(
@@ -47,7 +51,7 @@ def update_sample(sample: Sample, output: dict[str, Any]) -> Sample:
     """Append an engine's answer to the sample: tokens, log-probs, text, status, weight versions.
 
     Raises:
-        GenerationError: the engine gave up on the request, or returned no log-probs.
+        GenerationError: the engine gave up on the request, or returned no log-probs, or none that are finite.
     """
     meta = output["meta_info"]
     reason = meta["finish_reason"]
@@ -56,8 +60,10 @@ def update_sample(sample: Sample, output: dict[str, Any]) -> Sample:
     if "output_token_logprobs" not in meta:
         raise GenerationError("the engine returned no log-probs (meta_info has no output_token_logprobs)")
     entries = meta["output_token_logprobs"]  # (log-prob, token id, text) each
-    before = sample.response_length
-    sample.append_response_tokens([entry[1] for entry in entries], [entry[0] for entry in entries])
+    before, log_probs = sample.response_length, [entry[0] for entry in entries]
+    if not _are_finite(log_probs):
+        raise GenerationError("the engine returned log-probs that are no finite numbers")
+    sample.append_response_tokens([entry[1] for entry in entries], log_probs)
     sample.response += output.get("text", "")
     whole = [{"version": meta["weight_version"], "start": 0, "end": len(entries)}]
     for span in meta.get("weight_versions") or whole:
@@ -67,6 +73,13 @@ def update_sample(sample: Sample, output: dict[str, Any]) -> Sample:
         sample.weight_version_spans.append(shifted)
     sample.status = _STATUS[reason["type"]]
     return sample
+
+
+def _are_finite(values: list[float]) -> bool:
+    try:
+        return math.isfinite(sum(values))
+    except TypeError:
+        return False
 
 
 def check_input_ids(ids: list[int], vocab_size: int) -> None:

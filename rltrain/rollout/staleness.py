@@ -50,11 +50,11 @@ class StalenessGuard:
 
     def any_too_old(self, samples: Sequence[Sample]) -> bool:
         """Whether one of them is."""
-        return any(self._too_old(sample) for sample in samples)
+        return self.watches and any(self._too_old(sample) for sample in samples)
 
     def drop(self, samples: Sequence[Sample]) -> None:
         """Fail those that are too old."""
-        for sample in samples:
+        for sample in samples if self.watches else ():
             if self._too_old(sample):
                 self.dropped += 1
                 versions = ", ".join(sample.weight_versions)

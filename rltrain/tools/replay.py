@@ -32,6 +32,7 @@ from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.sglang.engine import engine_server_args
 from rltrain.sglang.http import HttpError, call
 from rltrain.tools.compare import Comparison, Scored, compare, first_turn
+from rltrain.tools.replay_weights import find_weights, hf_directory
 
 _AROUND = 4  # tokens shown before and after the place
 _TIMEOUT = 600.0
@@ -138,32 +139,11 @@ def engine(
         return
     weights = options.frozen or find_weights(layout, args, sample)
     token = secrets.token_urlsafe(16)
-    own = {"model_path": str(weights), "load_format": "auto", "log_level": "error"}
-    print(f"starting an engine with {weights}")
-    with HttpServerEngineAdapter.launch(engine_server_args(args, 0) | own, token) as started:
-        yield started.url, token
-
-
-def find_weights(layout: RunLayout, args: argparse.Namespace, sample: Sample) -> Path:
-    """A Hugging Face directory with the weights that wrote the sample.
-
-    Raises:
-        UserError: there is none; says where it was looked for.
-    """
-    versions = [int(version) for version in sample.weight_versions if version.isdigit()]
-    version = versions[-1] if versions else 0
-    places = [layout.weights / f"v{version:06d}"]
-    if version and args.save_hf:
-        places.append(Path(args.save_hf.format(rollout_id=version - 1)))
-    if not version and not args.random_init and not args.load:
-        places.append(Path(args.hf_checkpoint))
-    found = next((place for place in places if any(place.glob("*.safetensors"))), None)
-    if found is None:
-        raise UserError(
-            f"the weights of version {version} are not in {' or '.join(map(str, places))}: give a Hugging Face"
-            " directory, --frozen DIR. Runs with --save-hf write one at every checkpoint."
-        )
-    return found
+    with hf_directory(weights, Path(args.hf_checkpoint)) as model:
+        own = {"model_path": str(model), "load_format": "auto", "log_level": "error"}
+        print(f"starting an engine with {weights}")
+        with HttpServerEngineAdapter.launch(engine_server_args(args, 0) | own, token) as started:
+            yield started.url, token
 
 
 def as_recorded(sample: Sample) -> Scored:
@@ -244,7 +224,8 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--engine", metavar="URL", help="a running engine, or a router")
     where.add_argument(
         "--frozen", type=Path, nargs="?", metavar="DIR",
-        help="weights of an engine of our own (default: those that wrote the sample, if they are still there)",
+        help="weights of an engine of our own: a Hugging Face directory or a checkpoint (default: those that wrote"
+        " the sample, if they are still there)",
     )  # fmt: skip
     return parser
 
