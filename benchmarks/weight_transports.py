@@ -25,12 +25,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
 import torch.distributed as dist
+from given_weights import GivenWeights
 from tiny_model import make_tokenizer
 
+from rltrain.megatron.updates import Updates, make_updates
 from rltrain.runtime import RoleContext
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.sglang.http import call
-from rltrain.weights.transport import make_updates
 
 TOKEN = "benchmark"
 ROUNDS = 5
@@ -120,13 +121,13 @@ def measure(millions: int, root: Path) -> None:
     with HttpServerEngineAdapter.launch(server_args, TOKEN) as engine:
         for name in TRANSPORTS:
             args = argparse.Namespace(
-                update_weight_transport=name, update_weight_mode="full", update_weight_buffer_size=64 * 1024**2,
-                hf_checkpoint=str(root / "model"), distributed_backend="gloo",
+                update_weight_mode="full", update_weight_buffer_size=64 * 1024**2, distributed_backend="gloo"
             )  # fmt: skip
-            updates = make_updates(args, context)
+            updates = make_updates(name, args, context)
 
-            def push(version: int, updates: FullUpdates | DeltaUpdates = updates) -> None:
-                failures = updates.push(version, weights.items(), lambda: [engine])  # type: ignore[list-item]
+            def push(version: int, updates: Updates = updates) -> None:
+                given = GivenWeights(weights.items, root / "model")
+                failures = updates.push(version, given, lambda: [engine])  # type: ignore[list-item]
                 assert not failures, failures
 
             times = [seconds(lambda: push(1)) for _ in range(ROUNDS + 1)][1:]

@@ -22,6 +22,7 @@ import pyarrow as pa
 import tomli_w
 import torch
 import yaml
+from given_weights import GivenWeights
 from helpers.megatron import init_single_process
 from safetensors.torch import load_file
 from tiny_model import make_model
@@ -111,7 +112,7 @@ class Fleet:
         self.rollout.load(0)
         init_single_process()
         self.updates = WeightUpdates(
-            self.args, context, lambda consume: consume(self._tensors()), self.registry.event
+            self.args, context, GivenWeights(lambda: self._tensors(), self.models[0]), self.registry.event
         )
 
     def push(self, version: int, fault: Callable[[], object] = lambda: None) -> None:

@@ -251,6 +251,6 @@ def test_changes_to_what_is_not_known_are_refused() -> None:
     part = change("w", torch.zeros(100), torch.arange(100) // 99 * 1.0)
     assert part is not None and part.changed is not None
     engine = Engine("http://a", [("w", torch.zeros(100))])
-    failures = push(Update(2, [part], is_whole=False), engine)
+    failures = push(Update(2, [part]), engine)
     assert "only changes of w came, and what they were made to is not known" in failures["http://a"]
     assert not engine.ranks[0].loaded

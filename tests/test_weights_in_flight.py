@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import TOKEN
+from given_weights import GivenWeights
 from helpers.megatron import init_single_process
 from safetensors.torch import load_file
 from tiny_model import make_model
 
+from rltrain.megatron.updates import make_updates
 from rltrain.rollout.single_turn import update_sample
 from rltrain.runtime import RoleContext
 from rltrain.sample import Sample
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.sglang.http import call
 from rltrain.weights.proof import difference, forget_weights
-from rltrain.weights.transport import make_updates
 from rltrain.weights.update import Update
 
 pytestmark = pytest.mark.slow
@@ -46,16 +47,27 @@ def process_group() -> None:
 
 
 def pushing(transport: str, model: Path, run_dir: Path, mode: str = "full") -> Any:
-    """The trainer's updates by a transport, with buckets so small that the tiny model takes many."""
+    """The trainer's pushes by a transport, with buckets so small that the tiny model takes many."""
     args = Namespace(
-        update_weight_transport=transport,
         update_weight_mode=mode,
         update_weight_buffer_size=20_000,
         hf_checkpoint=str(model),
         distributed_backend="gloo",
-        colocate=False,
     )
-    return make_updates(args, RoleContext(run_dir, 0, "trainer", 0, "http://127.0.0.1:9", TOKEN))
+    return Pushing(
+        make_updates(transport, args, RoleContext(run_dir, 0, "trainer", 0, "http://127.0.0.1:9", TOKEN)),
+        model,
+    )
+
+
+class Pushing:
+    """Updates of tensors that are given."""
+
+    def __init__(self, updates: Any, template: Path) -> None:
+        self.updates, self._template = updates, template
+
+    def push(self, version: int, tensors: Any, find_engines: Any) -> dict[str, str]:
+        return self.updates.push(version, GivenWeights(lambda: tensors, self._template), find_engines)
 
 
 def generate(url: str, prompt: list[int], seed: int) -> Sample:
@@ -157,7 +169,7 @@ def test_changes_alone_give_the_weights_that_all_would(
     assert len({str(each) for each in checksums}) == 4
 
     updates = pushing(transport, tiny_model, tmp_path / "delta", mode="delta")
-    sent = Spy(updates)
+    sent = Spy(updates.updates)
     same_engine = HttpServerEngineAdapter(engine.url.replace("127.0.0.1", "localhost"), TOKEN)
     for number, target in ((0, engine), (1, engine), (2, same_engine), (3, same_engine)):
         assert updates.push(number, versions[number].items(), lambda: [target]) == {}  # noqa: B023 (called here)

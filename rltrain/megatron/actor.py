@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch.distributed as dist
-from torch import Tensor
 
 from rltrain.arguments.critic_flags import use_critic
 from rltrain.data.batch import TrainBatch
@@ -21,8 +20,8 @@ from rltrain.megatron.critic import Critic
 from rltrain.megatron.custom_loss import custom_loss
 from rltrain.megatron.debug_data import write_train_data
 from rltrain.megatron.device import megatron_scope, reset_peak_memory
+from rltrain.megatron.exporter import Exporter
 from rltrain.megatron.forward_backward import forward_log_probs, token_loss
-from rltrain.megatron.hf_export import export_hf_weights
 from rltrain.megatron.model import build_model, read_shape
 from rltrain.megatron.offload import MemoryEngine, Offload
 from rltrain.megatron.other_policies import OtherPolicies
@@ -36,7 +35,6 @@ from rltrain.megatron.trainer_tokens import SeenTokens, TokenWriter, token_colum
 from rltrain.megatron.weight_updates import WeightUpdates
 from rltrain.runtime import Registry, RoleContext
 from rltrain.timing import Timers
-from rltrain.weights.hf_directory import write_hf_directory
 from rltrain.weights.transport import Engine as WeightsEngine
 
 
@@ -64,12 +62,13 @@ class MegatronTrainActor:
         self.args, self._layout, self._registry = args, context.layout, registry
         hooks.at_start(args)
         self.shape = read_shape(args)
-        self._updates = WeightUpdates(args, context, self._stream_weights, self._event)
         with megatron_scope():
             self.models = build_model(self.shape, args)
             first = first_weights(args, self.shape, self.models)
             self.others = OtherPolicies(args, self.shape, self.models)
             first()
+        self._exporter = Exporter(self.models, self.shape, Path(args.hf_checkpoint))
+        self._updates = WeightUpdates(args, context, self._exporter, self._event)
         self.critic = Critic(args, self.shape, self.models) if use_critic(args) else None
         if args.critic_load:  # it may have been read through the policy
             with megatron_scope():
@@ -148,9 +147,8 @@ class MegatronTrainActor:
         self._event("checkpoint_failed", step=step, reason=reason)
 
     def export(self, directory: Path) -> None:
-        """Write the present weights as a Hugging Face directory; done when rank 0 returns."""
-        template = Path(self.args.hf_checkpoint)
-        self._stream_weights(lambda tensors: write_hf_directory(directory, tensors, template))
+        """Write the present weights as a Hugging Face directory; done when this returns."""
+        self._exporter.write(directory)
 
     def update_weights(self, find_engines: Callable[[], Sequence[Engine]], version: int) -> None:
         """Have every engine load the present weights; only rank 0 asks `find_engines` for them."""
@@ -229,14 +227,6 @@ class MegatronTrainActor:
         if args.save_trainer_tokens:
             self._tokens.write(rollout_id, share, token_columns(args, seen.collect(share), values))
         return prefixed("train", metrics)
-
-    def _stream_weights(self, consume: Callable[[Iterable[tuple[str, Tensor]]], object]) -> None:
-        """Bring the weights to rank 0 bucket by bucket; it consumes them, the others take part."""
-        tensors = export_hf_weights(self.models, self.shape)
-        if dist.get_rank() == 0:
-            consume(tensors)
-        for _ in tensors:  # to the end, also where no engine wants them: other ranks are sending
-            pass
 
     def _event(self, kind: str, **fields: object) -> None:
         if dist.get_rank() == 0:

@@ -7,6 +7,7 @@ finished tensors to rank 0. So no rank holds more than a bucket beside its own w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -46,40 +47,86 @@ def export_hf_weights(
     Yields:
         Tensors on the model's device; they may share memory with the model.
     """
-    # First what is shared out over tensor parallel ranks, then the experts: one rank has different peers for the
-    # two, and would otherwise wait for one that waits for it.
-    for experts in (False, True) if shape.experts else (False,):
-        replica = (
-            parallel_state.get_expert_data_parallel_rank()
-            if experts
-            else parallel_state.get_data_parallel_rank(with_context_parallel=True)
-        )
-        group = (
-            parallel_state.get_expert_tensor_parallel_group()
-            if experts
-            else parallel_state.get_tensor_model_parallel_group()
-        )
-        own = [p for p in local_parameters(models, shape) if p.entry.is_expert == experts and not p.is_copy]
-        tensors = _gathered(own, shape, group, value, bucket_bytes) if replica == 0 else iter(())
-        yield from _on_rank_0(tensors, sends=replica == 0 and group.rank() == 0)
+    for part in _parts(models, shape):
+        tensors = _gathered(part, shape, value, bucket_bytes) if part.replica == 0 else iter(())
+        yield from _on_rank_0(tensors, sends=part.replica == 0 and part.group.rank() == 0)
 
 
-def _gathered(
-    parameters: list[LocalParameter],
-    shape: ModelShape,
-    group: dist.ProcessGroup,
-    value: Value,
-    bucket_bytes: int,
-) -> Iterator[Named]:
-    """Whole tensors, one bucket at a time, on every rank of `group`."""
-    for bucket in _buckets(parameters, value, bucket_bytes // group.size()):
-        tensors = [value(each.weight) for each in bucket]
-        is_split = [each.entry.split_dim is not None for each in bucket]
-        shards = iter(_all_gather([t for t, s in zip(tensors, is_split, strict=True) if s], group))
-        named: Named = []
-        for each, tensor, divided in zip(bucket, tensors, is_split, strict=True):
-            named += _whole(each, next(shards) if divided else [tensor], shape)
-        yield named
+@torch.no_grad()
+def export_own_share(
+    models: list[GPTModel], shape: ModelShape, bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[tuple[str, Tensor]]:
+    """The same, shared out evenly: every rank gets some of the whole tensors, and all together each of them once.
+
+    Every rank must iterate to the end.
+    """
+    for part in _parts(models, shape):
+        yield from _dealt_out(part, shape, bucket_bytes)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's weights of one kind, experts or all others.
+
+    Attributes:
+        parameters: in the same order on all ranks of `group`, over which they are split, and on all replicas.
+        replica: which of so many that hold the same.
+    """
+
+    parameters: list[LocalParameter]
+    group: dist.ProcessGroup
+    replica: int
+    replicas: int
+
+
+def _parts(models: list[GPTModel], shape: ModelShape) -> Iterator[Part]:
+    """First what is shared out over tensor parallel ranks, then the experts.
+
+    One rank has different peers for the two, and would otherwise wait for one that waits for it.
+    """
+    own = [parameter for parameter in local_parameters(models, shape) if not parameter.is_copy]
+    yield Part(
+        [parameter for parameter in own if not parameter.entry.is_expert],
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+    )
+    if shape.experts:
+        yield Part(
+            [parameter for parameter in own if parameter.entry.is_expert],
+            parallel_state.get_expert_tensor_parallel_group(),
+            parallel_state.get_expert_data_parallel_rank(),
+            parallel_state.get_expert_data_parallel_world_size(),
+        )
+
+
+def _gathered(part: Part, shape: ModelShape, value: Value, bucket_bytes: int) -> Iterator[Named]:
+    """Whole tensors, one bucket at a time, on every rank of the group."""
+    for bucket in _buckets(part.parameters, value, bucket_bytes // part.group.size()):
+        yield _gather(bucket, part, shape, value)
+
+
+def _dealt_out(part: Part, shape: ModelShape, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+    """Every bucket is gathered by the ranks of one replica, in turn, and taken by one of them, in turn."""
+    total = sum(parameter.weight.nbytes for parameter in part.parameters)
+    size = min(bucket_bytes // part.group.size(), -(-total // part.replicas))
+    for number, bucket in enumerate(_buckets(part.parameters, own_weight, size)):
+        turn, replica = divmod(number, part.replicas)
+        if replica == part.replica:
+            named = _gather(bucket, part, shape, own_weight)
+            ranks = part.group.size()
+            yield from (each for i, each in enumerate(named) if (turn + i) % ranks == part.group.rank())
+
+
+def _gather(bucket: list[LocalParameter], part: Part, shape: ModelShape, value: Value) -> Named:
+    tensors = [value(each.weight) for each in bucket]
+    is_split = [each.entry.split_dim is not None for each in bucket]
+    split_tensors = [tensor for tensor, divided in zip(tensors, is_split, strict=True) if divided]
+    shards = iter(_all_gather(split_tensors, part.group))
+    named: Named = []
+    for each, tensor, divided in zip(bucket, tensors, is_split, strict=True):
+        named += _whole(each, next(shards) if divided else [tensor], shape)
+    return named
 
 
 def _buckets(parameters: list[LocalParameter], value: Value, size: int) -> Iterator[list[LocalParameter]]:

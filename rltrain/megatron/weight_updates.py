@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
-
-from torch import Tensor
+from collections.abc import Callable, Sequence
 
 from rltrain.arguments.fleet import engines_load_alone
 from rltrain.megatron.distributed import on_rank_0
+from rltrain.megatron.updates import Updates, Weights, make_updates
 from rltrain.runtime import RoleContext
 from rltrain.weights.proof import Checksums, difference, forget_weights
-from rltrain.weights.transport import Engine, make_updates
+from rltrain.weights.transport import Engine, choose
 
-Stream = Callable[[Callable[[Iterable[tuple[str, Tensor]]], object]], None]
 FindEngines = Callable[[], Sequence[Engine]]
 
 _TRIES = 2  # of an engine that can't take the weights
@@ -23,11 +21,11 @@ class WeightUpdates:
     """Pushes weights by the transport that the flags name. Methods are called by all ranks together."""
 
     def __init__(
-        self, args: argparse.Namespace, context: RoleContext, stream: Stream, event: Callable[..., None]
+        self, args: argparse.Namespace, context: RoleContext, weights: Weights, event: Callable[..., None]
     ) -> None:
-        """`stream` gathers the weights, and has rank 0 consume them; `event` records one."""
-        self._args, self._stream, self._event = args, stream, event
-        self._updates = make_updates(args, context)
+        """`event` records one."""
+        self._args, self._context, self._weights, self._event = args, context, weights, event
+        self._updates: Updates | None = None  # it depends on where the engines are
         self._to_be_proven = args.check_weight_update_equal
         self._held: dict[str, int] = {}  # version that an engine has got, by its URL; on rank 0
         self._failures: dict[Engine, str] = {}  # why it has not; on rank 0
@@ -53,22 +51,23 @@ class WeightUpdates:
         return any(engine.url not in self._held for engine in find_engines())
 
     def _push(self, find_engines: FindEngines, version: int) -> None:
+        if self._updates is None:
+            transport = on_rank_0(lambda: choose(self._args, [engine.is_here for engine in find_engines()]))
+            self._updates = make_updates(transport, self._args, self._context)
         for _ in range(_TRIES):
-            self._stream(lambda tensors: self._hand_out(tensors, find_engines, version))
+            self._hand_out(self._updates, find_engines, version)
             if not on_rank_0(lambda: bool(self._failures)):
                 return
         on_rank_0(self._expel)
 
-    def _hand_out(
-        self, tensors: Iterable[tuple[str, Tensor]], find_engines: FindEngines, version: int
-    ) -> None:
+    def _hand_out(self, updates: Updates, find_engines: FindEngines, version: int) -> None:
         engines: list[Engine] = []
 
         def find_lacking() -> list[Engine]:
             engines[:] = [each for each in find_engines() if self._held.get(each.url) != version]
             return engines
 
-        failures = self._updates.push(version, tensors, find_lacking)
+        failures = updates.push(version, self._weights, find_lacking)
         self._held = {url: held for url, held in self._held.items() if held == version}
         self._held |= {each.url: version for each in engines if each.url not in failures}
         self._failures = {engine: failures[engine.url] for engine in engines if engine.url in failures}

@@ -13,8 +13,8 @@ import torch
 
 from rltrain.weights.buckets import Bucket, Part, in_buckets, lay_out, sample_digests, write
 from rltrain.weights.current import EngineClient, current_weights, load_weights, set_current
-from rltrain.weights.hf_directory import pieces_of, write_hf_directory
-from rltrain.weights.session import Session, SessionEngine
+from rltrain.weights.hf_directory import pieces_of
+from rltrain.weights.session import E, Session, SessionEngine
 from rltrain.weights.sources import File
 from rltrain.weights.update import FindEngines, Update
 
@@ -33,48 +33,59 @@ class Filled:
     bucket: Bucket
 
 
+class Directories:
+    """A Hugging Face directory a version, `root/v000012`, which engines that were started again find too."""
+
+    def __init__(self, root: Path, host: str) -> None:
+        """Engines reach us at this machine's address `host`."""
+        self._root, self._host = root, host
+
+    def make_room(self, version: int) -> Path:
+        """Where this version is to be written.
+
+        The one before stays until the next: an engine that was started again may be reading it.
+        """
+        _remove_all_but(current_weights(self._root), self._root)
+        return _directory(self._root, version)
+
+    def push(self, version: int, find_engines: FindEngines[DiskEngine]) -> dict[str, str]:
+        """Make a version that has been written the current one; else see `rltrain.weights.transport.Transport.push`.
+
+        Engines are looked up then: one that is not yet to be found will look for itself.
+        """
+        directory = _directory(self._root, version)
+        set_current(directory)
+        engines = find_engines()
+        external = Session([each for each in engines if not each.is_ours], version, self._host)
+        external.each(lambda engine: load_weights(engine, directory))
+        ours = [each for each in engines if each.is_ours]
+        return external.failures | _load_all(ours, version, self._host, list(_shards(directory)))
+
+
 class DiskTransport:
-    """Through `root/v000012`: a Hugging Face directory that a restarted engine finds too, or files with changes."""
+    """Buckets in files of `root/v000012`; each version takes the place of the one before."""
 
-    def __init__(self, root: Path, template: Path, bucket_bytes: int, host: str) -> None:
-        """Take all but the weights from the model directory `template`; engines reach us at the address `host`."""
-        self._root, self._template = root, template
-        self._bucket_bytes, self._host = bucket_bytes, host
+    def __init__(self, root: Path, bucket_bytes: int, host: str) -> None:
+        """Engines reach us at this machine's address `host`."""
+        self._root, self._bucket_bytes, self._host = root, bucket_bytes, host
 
-    def push(self, update: Update, find_engines: FindEngines[DiskEngine]) -> dict[str, str]:
+    def push(self, update: Update, find_engines: FindEngines[E]) -> dict[str, str]:
         """See `rltrain.weights.transport.Transport.push`.
-
-        The version before stays until the next push: an engine that was started again may be reading it. For the same
-        reason engines are looked up when the new version is there: one that is not yet to be found will look for
-        itself.
 
         Raises:
             OSError: it can't be written; the engines still have the version before.
         """
-        _remove_all_but(current_weights(self._root), self._root)
-        directory = self._root / f"v{update.version:06d}"
-        if update.is_whole:
-            tensors = ((part.name, part.data) for part in update.parts)
-            write_hf_directory(directory, tensors, self._template)
-            if update.keep is None:
-                set_current(directory)
-            files = list(_shards(directory, update.keep))
-        else:
-            files = list(self._write_changes(directory, update.parts))
-        engines = find_engines()
-        external = Session([each for each in engines if not each.is_ours], update.version, self._host)
-        external.each(lambda engine: load_weights(engine, directory))
-        session = Session([each for each in engines if each.is_ours], update.version, self._host)
-        with session.updating():
-            for filled in files:
-                session.each(partial(_load, session, filled))
-        return external.failures | session.failures
+        _remove_all_but(None, self._root)
+        directory = _directory(self._root, update.version)
+        files = list(self._write(directory, update.parts, update.keep))
+        return _load_all(find_engines(), update.version, self._host, files)
 
-    def _write_changes(self, directory: Path, parts: Iterable[Part]) -> Iterator[Filled]:
+    def _write(self, directory: Path, parts: Iterable[Part], keep: str | None) -> Iterator[Filled]:
         try:
             directory.mkdir(parents=True)
             for number, bucket in enumerate(in_buckets(parts, self._bucket_bytes)):
-                yield _write_bucket(directory / f"changes-{number:05d}", bucket)
+                kept = f"{keep}-{number}" if keep else None
+                yield _write_bucket(directory / f"bucket-{number:05d}", bucket, kept)
         except OSError as error:
             shutil.rmtree(directory, ignore_errors=True)  # a full disk needs the room
             raise OSError(
@@ -82,25 +93,36 @@ class DiskTransport:
             ) from error
 
 
-def _load(session: Session[DiskEngine], filled: Filled, engine: DiskEngine) -> None:
+def _load_all(engines: Sequence[E], version: int, host: str, files: Sequence[Filled]) -> dict[str, str]:
+    session = Session(engines, version, host)
+    with session.updating():
+        for filled in files:
+            session.each(partial(_load, session, filled))
+    return session.failures
+
+
+def _load(session: Session[E], filled: Filled, engine: E) -> None:
     session.tell(engine, filled.bucket, lambda rank: filled.source)
     session.await_reports(engine)
 
 
-def _write_bucket(path: Path, bucket: Sequence[Part]) -> Filled:
+def _write_bucket(path: Path, bucket: Sequence[Part], keep: str | None) -> Filled:
     pieces = lay_out(bucket)
     buffer = torch.zeros(pieces[-1].end, dtype=torch.uint8)
     write(bucket, pieces, buffer)
     path.write_bytes(buffer.numpy().data)
-    return Filled(File(str(path), len(buffer)), Bucket(pieces, sample_digests(pieces, buffer)))
+    return Filled(File(str(path), len(buffer)), Bucket(pieces, sample_digests(pieces, buffer), keep))
 
 
-def _shards(directory: Path, keep: str | None) -> Iterator[Filled]:
-    for number, path in enumerate(sorted(directory.glob("*.safetensors"))):
-        pieces = pieces_of(path)
-        buffer = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        kept = f"{keep}-{number}" if keep else None
-        yield Filled(File(str(path), len(buffer)), Bucket(pieces, sample_digests(pieces, buffer), kept))
+def _shards(directory: Path) -> Iterator[Filled]:
+    for path in sorted(directory.glob("*.safetensors")):
+        pieces, size = pieces_of(path), path.stat().st_size
+        buffer = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        yield Filled(File(str(path), size), Bucket(pieces, sample_digests(pieces, buffer)))
+
+
+def _directory(root: Path, version: int) -> Path:
+    return root / f"v{version:06d}"
 
 
 def _remove_all_but(kept: Path | None, root: Path) -> None:

@@ -1,10 +1,11 @@
-"""Writes a Hugging Face model directory from a stream of tensors, so that it is there whole or not at all."""
+"""Writes a Hugging Face model directory, by one process or by many, so that it is there whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,20 +13,34 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rltrain.weights.buckets import Piece
+from rltrain.weights.buckets import NamedTensor, Piece
 
 _SHARD_BYTES = 2 * 1024**3  # held in memory at a time
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
+@dataclass(frozen=True)
+class Written:
+    """Weights that one process has written.
+
+    Attributes:
+        file_of: name of the file that a tensor is in.
+        dtype: of all of them, as in `torch.<dtype>`; None if there are none.
+    """
+
+    file_of: dict[str, str]
+    nbytes: int
+    dtype: str | None
+
+
 def write_hf_directory(
-    directory: Path, tensors: Iterable[tuple[str, Tensor]], template: Path, shard_bytes: int | None = None
+    directory: Path, tensors: Iterable[NamedTensor], template: Path, shard_bytes: int | None = None
 ) -> None:
     """Write weights as safetensors, with the configuration and tokenizer of another directory.
 
     Args:
-        directory: Must not exist; appears under its name when it is complete.
+        directory: Appears under its name when it is complete.
         tensors: Hugging Face names and tensors on any device, all of one type; consumed one by one.
         template: The model directory that everything but the weights is copied from.
         shard_bytes: About the size of a file, which is held in memory (default: 2 GiB).
@@ -33,17 +48,75 @@ def write_hf_directory(
     Raises:
         OSError: it can't be written; what was there under its name is untouched.
     """
-    temporary = directory.with_name(f".{directory.name}.tmp")
+    temporary = begin(directory)
+    try:
+        finish(directory, [write_weights(temporary, tensors, shard_bytes)], template)
+    except OSError as error:
+        raise give_up(directory, f"{error}") from error
+
+
+def begin(directory: Path) -> Path:
+    """An empty directory, to write weights into, that `finish` will give its name."""
+    temporary = temporary_of(directory)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    try:
-        dtype = _write_weights(temporary, tensors, shard_bytes or _SHARD_BYTES)
-        _copy_rest(temporary, template, dtype)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
-        raise OSError(f"{directory} can't be written ({error}): is the disk full, or read-only?") from error
+    return temporary
+
+
+def temporary_of(directory: Path) -> Path:
+    """Where a directory is until it is complete."""
+    return directory.with_name(f".{directory.name}.tmp")
+
+
+def write_weights(
+    temporary: Path, tensors: Iterable[NamedTensor], shard_bytes: int | None = None, writer: int = 0
+) -> Written:
+    """Write files of about `shard_bytes`, which have the number of the writer in their names.
+
+    Raises:
+        OSError: they can't be written.
+    """
+    shard: dict[str, Tensor] = {}
+    file_of: dict[str, str] = {}
+    held = total = files = 0
+    dtype = None
+    for name, tensor in tensors:
+        if shard and held + tensor.nbytes > (shard_bytes or _SHARD_BYTES):
+            _save(shard, temporary / _file_name(writer, files))
+            shard, held, files = {}, 0, files + 1
+        # safetensors refuses tensors that share memory, as slices of a parameter do.
+        shard[name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+        file_of[name] = _file_name(writer, files)
+        held, total = held + tensor.nbytes, total + tensor.nbytes
+        dtype = str(tensor.dtype).removeprefix("torch.")
+    if shard:
+        _save(shard, temporary / _file_name(writer, files))
+    return Written(file_of, total, dtype)
+
+
+def finish(directory: Path, written: Sequence[Written], template: Path) -> None:
+    """Add all but the weights, and have the directory appear under its name.
+
+    Raises:
+        OSError: that can't be written.
+    """
+    temporary = temporary_of(directory)
+    file_of = {name: file for each in written for name, file in each.file_of.items()}
+    files = sorted(set(file_of.values()))
+    if len(files) == 1:
+        (temporary / files[0]).rename(temporary / "model.safetensors")
+    else:
+        index = {"metadata": {"total_size": sum(each.nbytes for each in written)}, "weight_map": file_of}
+        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    _copy_rest(temporary, template, next(each.dtype for each in written if each.dtype))
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
+
+
+def give_up(directory: Path, why: str) -> OSError:
+    """Leave nothing behind, as a full disk needs the room; returns what there is to say."""
+    shutil.rmtree(temporary_of(directory), ignore_errors=True)
+    return OSError(f"{directory} can't be written ({why}): is the disk full, or read-only?")
 
 
 def pieces_of(shard: Path) -> tuple[Piece, ...]:
@@ -63,36 +136,18 @@ def pieces_of(shard: Path) -> tuple[Piece, ...]:
     )
 
 
-def _write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> torch.dtype:
-    shard: dict[str, Tensor] = {}
-    held = total = 0
-    file_of: dict[str, str] = {}
-    dtype = torch.float32
-
-    def flush() -> None:
-        name = f"model-{len(set(file_of.values())) + 1:05d}.safetensors"
-        save_file(shard, directory / name, metadata={"format": "pt"})
-        file_of.update(dict.fromkeys(shard, name))
-        shard.clear()
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if shard and held + size > shard_bytes:
-            flush()
-            held = 0
-        # safetensors refuses tensors that share memory, as slices of a parameter do.
-        shard[name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        held, total, dtype = held + size, total + size, tensor.dtype
-    flush()
-    if len(set(file_of.values())) == 1:
-        (directory / "model-00001.safetensors").rename(directory / "model.safetensors")
-    else:
-        index = {"metadata": {"total_size": total}, "weight_map": file_of}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    return dtype
+def _file_name(writer: int, number: int) -> str:
+    return f"model-{writer:05d}-{number:05d}.safetensors"
 
 
-def _copy_rest(directory: Path, template: Path, dtype: torch.dtype) -> None:
+def _save(shard: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(shard, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{error}") from error
+
+
+def _copy_rest(directory: Path, template: Path, dtype: str) -> None:
     for path in template.iterdir():
         is_index = path.name.endswith(".index.json")
         if (
@@ -104,5 +159,5 @@ def _copy_rest(directory: Path, template: Path, dtype: torch.dtype) -> None:
             shutil.copyfile(path, directory / path.name)
     config = json.loads((template / "config.json").read_text())
     config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["dtype"] = dtype
     (directory / "config.json").write_text(json.dumps(config, indent=2))

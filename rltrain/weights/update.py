@@ -20,13 +20,11 @@ class Update:
     Attributes:
         version: the number of rollouts that they were trained on.
         parts: of every tensor, or of those that have changed since the push before.
-        is_whole: which of the two.
         keep: a name under which the engines are to keep what they get, because changes to it will be sent; or None.
     """
 
     version: int
     parts: Iterable[Part]
-    is_whole: bool = True
     keep: str | None = None
 
     @classmethod

@@ -99,7 +99,8 @@ def make_actor(args: argparse.Namespace, run_dir: Path) -> Any:
     """A trainer of this process's rank, outside of a job. Its metrics lack `perf/…`, which no two runs have alike."""
     from rltrain.megatron.actor import MegatronTrainActor
 
-    context = RoleContext(run_dir, 0, "trainer", int(os.environ.get("RANK", "0")), "", "")
+    rank = int(os.environ.get("RANK", "0"))
+    context = RoleContext(run_dir, 0, "trainer", rank, "http://127.0.0.1:9", "")
     actor = MegatronTrainActor(args, context, RecordingRegistry())  # type: ignore[arg-type]
     whole = actor.train
     actor.train = lambda rollout_id, batch: {  # type: ignore[method-assign]
