@@ -4,8 +4,9 @@ python benchmarks/weight_transports.py [MILLIONS_OF_PARAMETERS ...]
 
 The baselines move the same bytes once: memcpy for `tensor`, a gloo broadcast between two processes for
 `distributed`, and a plain file write with fsync for `disk`. A push ends when the engine generates again, so it
-includes pause, load and flush; the ratio is that of the medians. At the end, how long an engine with requests under
-way stands still.
+includes pause, load and flush; the ratio is that of the medians. Then how long an engine with requests under way stands
+still; and, in bf16, what `--update-weight-mode delta` sends after one step of AdamW with a learning rate of 1e-6,
+against everything.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from rltrain.megatron.updates import Updates, make_updates
 from rltrain.runtime import RoleContext
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.sglang.http import call
+from rltrain.weights.delta import Sent
 
 TOKEN = "benchmark"
 ROUNDS = 5
-WIDTHS = {10: (256, 12), 135: (896, 14)}  # hidden size and layers, by millions of parameters
+BUCKET_BYTES = 32 * 1024**2
+WIDTHS = {10: (256, 12), 135: (896, 14), 500: (1536, 18)}  # hidden size and layers, by millions of parameters
 TRANSPORTS = ("tensor", "distributed", "disk")
 IN_FLIGHT, NEW_TOKENS = 8, 400
 
@@ -117,12 +120,13 @@ def measure(millions: int, root: Path) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     context = RoleContext(root, 0, "trainer", 0, "http://127.0.0.1:9", TOKEN)
-    server_args = {"model_path": str(root / "model"), "log_level": "warning", "max_total_tokens": 8192}
+    server_args = {"model_path": str(root / "model"), "log_level": "error", "max_total_tokens": 8192}
     with HttpServerEngineAdapter.launch(server_args, TOKEN) as engine:
+        measure_delta(weights, context, engine)
         for name in TRANSPORTS:
             args = argparse.Namespace(
-                update_weight_mode="full", update_weight_buffer_size=64 * 1024**2, distributed_backend="gloo"
-            )  # fmt: skip
+                update_weight_mode="full", update_weight_buffer_size=BUCKET_BYTES, distributed_backend="gloo"
+            )
             updates = make_updates(name, args, context)
 
             def push(version: int, updates: Updates = updates) -> None:
@@ -140,6 +144,44 @@ def measure(millions: int, root: Path) -> None:
                 flush=True,
             )
     dist.destroy_process_group()
+
+
+def measure_delta(
+    weights: dict[str, torch.Tensor], context: RoleContext, engine: HttpServerEngineAdapter
+) -> None:
+    """Changes after a step, against everything, in bf16."""
+    before = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    after = {name: tensor.bfloat16() for name, tensor in stepped(weights).items()}
+    sent = Sent()
+    everything = sum(part.data.nbytes for part in sent.whole(before.items()))
+    few = sum(part.data.nbytes for part in sent.changes(after.items()))
+    for name in ("distributed", "disk"):
+        times = {}
+        for mode in ("full", "delta"):
+            args = argparse.Namespace(
+                update_weight_mode=mode, update_weight_buffer_size=BUCKET_BYTES, distributed_backend="gloo"
+            )
+            updates = make_updates(name, args, context)
+            rounds = []
+            for version in range(ROUNDS + 2):
+                given = GivenWeights((after if version % 2 else before).items, context.run_dir / "model")
+                rounds.append(seconds(lambda: updates.push(version, given, lambda: [engine])))  # type: ignore[arg-type,list-item,return-value]  # noqa: B023
+            times[mode] = statistics.median(rounds[2:])
+        print(
+            f"delta by {name}, {everything / 2e6:.0f} M parameters in bf16: {few / everything:.3f} of the bytes,"
+            f" {times['delta'] / times['full']:.2f} of the time ({1000 * times['delta']:.0f} ms)",
+            flush=True,
+        )
+
+
+def stepped(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """After one step of AdamW, whatever the gradients: its first has the length of the learning rate."""
+    torch.manual_seed(1)
+    parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in weights.items()}
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW(parameters.values(), lr=1e-6, weight_decay=0.0).step()
+    return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
 def in_flight(engine: HttpServerEngineAdapter, push: Callable[[int], None]) -> float:

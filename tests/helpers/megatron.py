@@ -170,9 +170,23 @@ def in_each_layout(
 
     results = {}
     for name, each in args.items():
+        leave_groups()
         split_ranks(each)
         results[name] = function(each, work / name)
     return results
+
+
+def leave_groups() -> None:
+    """Give up the groups of a layout before this one: each has threads, and a test of forty would have thousands."""
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    from rltrain.megatron.distributed import control_group
+
+    dist.barrier(group=control_group())
+    for group in list(distributed_c10d._world.pg_map):
+        if group not in (dist.group.WORLD, control_group()):
+            dist.destroy_process_group(group)
 
 
 def run_ranks(
