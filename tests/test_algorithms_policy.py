@@ -32,6 +32,21 @@ def check_gradient(function: Callable[[Tensor], Tensor], at: Tensor = LOG_PROBS)
         assert gradient[i].item() == pytest.approx(float(numeric), abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "low_var_kl"])
+def test_kl_gradients_are_those_of_finite_differences(kind: KLLossType) -> None:
+    check_gradient(lambda log_probs: approximate_kl(log_probs, REF, kind).sum())
+
+
+@pytest.mark.parametrize("eps_clip_c", [None, 1.5])
+def test_the_clipped_loss_has_the_gradient_of_finite_differences(eps_clip_c: float | None) -> None:
+    def loss(log_probs: Tensor) -> Tensor:
+        return clipped_policy_loss(
+            log_probs, OLD, ADVANTAGES, eps_clip=0.2, eps_clip_high=0.28, eps_clip_c=eps_clip_c
+        ).loss.sum()
+
+    check_gradient(loss)
+
+
 def test_gspo_ratio_is_the_geometric_mean_of_each_sequence() -> None:
     result = sequence_log_ratio(LOG_PROBS, OLD, torch.tensor(COUNTS)).numpy()
     difference, start = (LOG_PROBS - OLD).numpy(), 0
