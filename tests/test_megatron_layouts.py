@@ -95,7 +95,6 @@ BALANCED: dict[str, dict[str, Any]] = {
 CUSTOM: dict[str, dict[str, Any]] = {
     "custom-cp2": CP2,
     "custom-tp2-cp2-sp": TP2 | CP2 | SP,
-    "custom-pp2-cp2": PP2 | CP2,
 }
 # With the layout that it has to equal, bit by bit.
 RECOMPUTED: dict[str, tuple[str, str, dict[str, Any]]] = {

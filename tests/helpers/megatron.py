@@ -19,6 +19,7 @@ from rltrain.data.batch import TrainBatch
 from rltrain.runtime import RoleContext
 
 REPOSITORY = Path(__file__).parents[2]
+_LIMIT = 570  # seconds of a process group; pytest's own limit is 600
 VOCAB_SIZE = 61  # a prime, so that tensor parallelism has to pad it
 
 
@@ -169,9 +170,23 @@ def in_each_layout(
 
     results = {}
     for name, each in args.items():
+        leave_groups()
         split_ranks(each)
         results[name] = function(each, work / name)
     return results
+
+
+def leave_groups() -> None:
+    """Give up the groups of a layout before this one: each has threads, and a test of forty would have thousands."""
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    from rltrain.megatron.distributed import control_group
+
+    dist.barrier(group=control_group())
+    for group in list(distributed_c10d._world.pg_map):
+        if group not in (dist.group.WORLD, control_group()):
+            dist.destroy_process_group(group)
 
 
 def run_ranks(
@@ -197,7 +212,7 @@ def run_ranks(
         url = "http://{}:{}".format(*supervisor.getsockname())
         processes = [_start_rank(work, url, rank, world_size) for rank in range(world_size)]
         try:
-            outputs = [process.communicate(timeout=300)[0].decode() for process in processes]
+            outputs = [process.communicate(timeout=_LIMIT)[0].decode() for process in processes]
         finally:
             for process in processes:
                 process.kill()
