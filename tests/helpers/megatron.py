@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import pickle
@@ -177,16 +178,22 @@ def in_each_layout(
 
 
 def leave_groups() -> None:
-    """Give up the groups of a layout before this one: each has threads, and a test of forty would have thousands."""
+    """Give up the groups of a layout before this one: each has threads, and a test of forty would have thousands.
+
+    They end with the last reference, and a model has references to itself.
+    """
     import torch.distributed as dist
+    from megatron.core import parallel_state
     from torch.distributed import distributed_c10d
 
     from rltrain.megatron.distributed import control_group
 
     dist.barrier(group=control_group())
+    parallel_state.destroy_model_parallel()
     for group in list(distributed_c10d._world.pg_map):
         if group not in (dist.group.WORLD, control_group()):
             dist.destroy_process_group(group)
+    gc.collect()
 
 
 def run_ranks(
