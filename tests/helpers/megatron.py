@@ -20,6 +20,7 @@ from rltrain.data.batch import TrainBatch
 from rltrain.runtime import RoleContext
 
 REPOSITORY = Path(__file__).parents[2]
+_LIMIT = 570  # seconds of a process group; pytest's own limit is 600
 VOCAB_SIZE = 61  # a prime, so that tensor parallelism has to pad it
 
 
@@ -219,7 +220,7 @@ def run_ranks(
         url = "http://{}:{}".format(*supervisor.getsockname())
         processes = [_start_rank(work, url, rank, world_size) for rank in range(world_size)]
         try:
-            outputs = [process.communicate(timeout=300)[0].decode() for process in processes]
+            outputs = [process.communicate(timeout=_LIMIT)[0].decode() for process in processes]
         finally:
             for process in processes:
                 process.kill()
