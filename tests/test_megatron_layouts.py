@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from rltrain.data.trainable import TrainableTokens
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test waits for every layout
 
 LOG_PROB_TOLERANCE, GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 1e-6, 1e-5
 BF16_LOG_PROB_TOLERANCE, BF16_GRADIENT_TOLERANCE, BF16_UPDATE_TOLERANCE = 0.03, 0.04, 0.1
