@@ -201,7 +201,7 @@ def step(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """
     from rltrain.megatron.custom_loss import custom_loss
     from rltrain.megatron.forward_backward import forward_backward, token_loss
-    from rltrain.megatron.hf_export import export_hf_weights
+    from rltrain.megatron.hf_export import export_hf_weights, export_own_share
     from rltrain.megatron.rank_share import RankShare
     from rltrain.timing import Timers
 
@@ -221,9 +221,13 @@ def step(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     gradients = {name: tensor.float().clone().numpy() for name, tensor in gradients}
     grad_norm = policy.update(sums).grad_norm
     weights = {name: t.float().clone().numpy() for name, t in export_hf_weights(policy.models, shape)}
+    share_of_export = {
+        name: t.float().clone().numpy()
+        for name, t in export_own_share(policy.models, shape, bucket_bytes=3000)
+    }
     metrics = {"first_grad_norm": grad_norm, **actor.train(1, share.batch)}
     return {"metrics": metrics, "log_probs": log_probs, "gradients": gradients, "weights": weights,
-            "attention_calls": len(calls)}  # fmt: skip
+            "share_of_export": share_of_export, "attention_calls": len(calls)}  # fmt: skip
 
 
 def gather_gradients(chunks: list[Any]) -> None:
@@ -311,6 +315,16 @@ def test_four_ranks_equal_one(
         assert ours[what].keys() == expected[what].keys()
         for name, values in ours[what].items():
             np.testing.assert_allclose(values, expected[what][name], atol=tolerance, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize(("kind", "layout"), EXACT)
+def test_ranks_share_an_export_out(kind: str, layout: str, on_four: list[dict[str, dict[str, Any]]]) -> None:
+    shares = [rank[layout]["share_of_export"] for rank in on_four]
+    names = [name for share in shares for name in share]
+    weights = on_four[0][layout]["weights"]
+    assert sorted(names) == sorted(weights)  # each once
+    assert all(np.array_equal(values, weights[name]) for share in shares for name, values in share.items())
+    assert all(shares)  # and no rank is idle
 
 
 @pytest.mark.parametrize("layout", RECOMPUTED)
