@@ -15,9 +15,7 @@ from rltrain.sglang import workers
 from rltrain.sglang.health import HealthLimits, watch
 from rltrain.sglang.http import HttpError, call, get_status
 from rltrain.sglang.process import READY_TIMEOUT, ServerProcess
-
-# Runs in the engine.
-WEIGHT_LOADER = "rltrain.weights.receive.load_weights"
+from rltrain.weights import LOADER
 
 _UPDATE_TIMEOUT = 1800.0  # seconds; large models load slowly from a busy filesystem
 
@@ -61,7 +59,7 @@ class HttpServerEngineAdapter:
                 **server_args,
                 "custom_weight_loader": [
                     *(server_args.get("custom_weight_loader") or []),
-                    WEIGHT_LOADER,
+                    LOADER,
                 ],
                 "host": host,
                 "port": port,

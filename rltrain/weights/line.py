@@ -19,9 +19,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from rltrain.sglang.adapter import WEIGHT_LOADER
+from rltrain.weights import LOADER
 
 _POLL_SECONDS = 0.2
+_MOST_SECONDS = 1800.0  # for a bucket; an engine that dies or hangs is noticed by its role, which ends it
 _LENGTH_BYTES = 8
 
 
@@ -59,7 +60,7 @@ class Line:
             port = server.getsockname()[1]
             calls = [_payload({"host": host, "port": port, "key": key, "rank": rank}) for rank in range(size)]
             self._request: Future[object] = self._pool.submit(
-                engine.update_weights_from_tensor, calls, WEIGHT_LOADER, str(version)
+                engine.update_weights_from_tensor, calls, LOADER, str(version)
             )
             try:
                 self._ranks = self._accept(server, size, key)
@@ -77,7 +78,7 @@ class Line:
         """The next report of each rank.
 
         Raises:
-            ConnectionError: the engine has died.
+            OSError: the engine has died.
         """
         reports = [receive_text(rank) for rank in self._ranks]
         if None in reports:
@@ -114,7 +115,7 @@ class Line:
                 call, _ = server.accept()
             except TimeoutError:
                 continue
-            call.settimeout(None)
+            call.settimeout(_MOST_SECONDS)
             call.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             hello = json.loads(receive_text(call) or "{}")
             if not hmac.compare_digest(str(hello.get("key")), key):
