@@ -18,6 +18,7 @@ from rltrain.rollout.shared import slot_count
 from rltrain.sglang.engine import engine_server_args
 from rltrain.sglang.router import router_args
 from rltrain.sglang.routers import RouterAddress, get_model_url, set_routers
+from rltrain.weights.transport import choose
 
 BASE = [
     "--hf-checkpoint",
@@ -171,6 +172,8 @@ def test_an_external_router_is_not_started() -> None:
         (["--rollout-external-engine-addrs", "nowhere"], "'nowhere' is no address"),
         (["--sglang-router-ip", "gate"], "give both or none"),
         (["--sglang-router-ip", "gate", "--sglang-router-port", "1", "--router-queue-size", "1"], "queue-size:"),
+        (["--rollout-external-engine-addrs", "a:1", "--update-weight-mode", "delta"], "can't be sent changes only"),
+        (["--update-weight-transport", "tensor", "--update-weight-mode", "delta"], "leave one of them out"),
     ],
 )  # fmt: skip
 def test_external_flags_that_make_no_sense_are_refused(flags: list[str], words: str) -> None:
@@ -210,3 +213,21 @@ def test_requests_in_flight_follow_the_engines_that_make_samples(tmp_path: Path)
     assert slot_count(args) == 8  # nobody yet, who may come
     file.write_text("a:1\nb:2\n")
     assert slot_count(args) == 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "are_here", "transport"),
+    [
+        ([], [True, True], "tensor"),
+        ([], [True, False], "distributed"),
+        (["--colocate"], [True, False], "disk"),
+        (["--update-weight-mode", "delta"], [True], "distributed"),
+        (["--update-weight-transport", "nccl"], [True], "distributed"),
+        (["--update-weight-transport", "disk"], [True], "disk"),
+        (["--rollout-external-engine-addrs", "node7:30000"], [False], "disk"),
+    ],
+)
+def test_the_transport_of_weights_is_what_the_layout_allows(
+    flags: list[str], are_here: list[bool], transport: str
+) -> None:
+    assert choose(parse(*flags), are_here) == transport
