@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class Sent:
 
 def change(name: str, before: Tensor, after: Tensor) -> Part | None:
     """What turns one contiguous tensor into another of its shape and type; None if they are bit for bit the same."""
-    places = torch.nonzero(_as_integers(after) != _as_integers(before)).flatten()
+    places = _differing(_as_integers(before), _as_integers(after))
     if not len(places):
         return None
     whole = Part.whole(name, after)
@@ -68,12 +69,21 @@ def apply(piece: Piece, buffer: Tensor, target: Tensor) -> None:
     target.view(-1)[places] = values
 
 
+def _differing(before: Tensor, after: Tensor) -> Tensor:
+    """Places at which two flat tensors differ, ascending."""
+    if before.is_cpu:  # three times as fast as torch
+        return torch.from_numpy(np.flatnonzero(before.numpy() != after.numpy()))
+    return torch.nonzero(before != after).flatten()
+
+
 def _gaps(places: Tensor) -> Tensor:
     """Distances (1 to 255) between ascending places, from -1 on, with as many in between as that takes."""
     gaps = torch.diff(places, prepend=places.new_tensor([-1]))
-    more = (gaps - 1) // _MOST
-    if not more.any():
+    far = torch.nonzero(gaps > _MOST).flatten()
+    if not len(far):
         return gaps
+    more = torch.zeros_like(gaps)
+    more[far] = (gaps[far] - 1) // _MOST
     ends = (more + 1).cumsum(0) - 1
     filled = gaps.new_full((int(ends[-1]) + 1,), _MOST)
     filled[ends] = gaps - more * _MOST
