@@ -10,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,11 @@ class Model:
             self.loaded[name] = tensor.clone()
 
 
+def called(text: str) -> dict[str, Any]:
+    """Whom an engine's rank is told to call."""
+    return {name: value for name, value in json.loads(text).items() if name != "ahead"}
+
+
 class Engine:
     """Stands in for an engine of two ranks in this process, which do as they do inside of SGLang."""
 
@@ -128,7 +134,7 @@ class Engine:
         named = [pickle.loads(base64.b64decode(payload)) for payload in payloads]
         if self._dies:
             for ((text, _),) in named:
-                call_trainer(**json.loads(text)).close()
+                call_trainer(**called(text)).close()
             raise ConnectionResetError("it has died")
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(load_weights, self.ranks, named))
@@ -201,7 +207,7 @@ def test_strangers_are_not_told_anything() -> None:
     class Beset(Engine):
         def update_weights_from_tensor(self, payloads, load_format, weight_version=None) -> None:
             ((text, _),) = pickle.loads(base64.b64decode(payloads[0]))
-            stranger = call_trainer(**(json.loads(text) | {"key": "wrong"}))
+            stranger = call_trainer(**(called(text) | {"key": "wrong"}))
             assert receive_text(stranger) is None
             super().update_weights_from_tensor(payloads, load_format, weight_version)
 
@@ -213,7 +219,7 @@ def test_strangers_are_not_told_anything() -> None:
 def report(model: Model, bucket: Bucket, source: Memory) -> str | None:
     """What a rank says that is told of one bucket."""
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
-        call = {"host": "127.0.0.1", "port": server.getsockname()[1], "key": "", "rank": 0}
+        call = {"host": "127.0.0.1", "port": server.getsockname()[1], "key": "", "rank": 0, "ahead": False}
         loading = pool.submit(load_weights, model, [(json.dumps(call), torch.empty(0))])
         line, _ = server.accept()
         with line:

@@ -60,7 +60,7 @@ class DistributedTransport:
 
     def push(self, update: Update, find_engines: FindEngines[E]) -> dict[str, str]:
         """See `rltrain.weights.transport.Transport.push`."""
-        session = Session(find_engines(), update.version, self._host)
+        session = Session(find_engines(), update.version, self._host, ahead=True)
         if not session.engines:
             return {}
         session.each(self._meet)

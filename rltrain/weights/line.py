@@ -46,8 +46,10 @@ class Line:
         pending: messages on which the engine has not reported yet.
     """
 
-    def __init__(self, engine: LineEngine, host: str, version: int) -> None:
+    def __init__(self, engine: LineEngine, host: str, version: int, ahead: bool) -> None:
         """Have the engine's ranks call us at this machine's address `host`; it reports `version` when we hang up.
+
+        With `ahead` they receive the next bucket while they load one.
 
         Raises:
             OSError, HttpError: they do not, as the engine has died or refuses.
@@ -58,7 +60,8 @@ class Line:
         self._pool = ThreadPoolExecutor(1)
         with socket.create_server((host, 0), backlog=size) as server:
             port = server.getsockname()[1]
-            calls = [_payload({"host": host, "port": port, "key": key, "rank": rank}) for rank in range(size)]
+            call = {"host": host, "port": port, "key": key, "ahead": ahead}
+            calls = [_payload(call | {"rank": rank}) for rank in range(size)]
             self._request: Future[object] = self._pool.submit(
                 engine.update_weights_from_tensor, calls, LOADER, str(version)
             )

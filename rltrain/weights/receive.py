@@ -38,19 +38,22 @@ _base: dict[str, Tensor] = {}
 def load_weights(model: Any, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Load buckets until the trainer hangs up; reports `LOADED` for each, or what went wrong.
 
-    The name of the only entry is JSON: the arguments of `rltrain.weights.line.call_trainer`. Its tensor is empty.
+    The name of the only entry is JSON: the arguments of `rltrain.weights.line.call_trainer`, and whether to receive
+    the next bucket ahead, while one is loaded. Its tensor is empty.
     """
     ((text, _),) = named_tensors
     try:
-        with closing(call_trainer(**json.loads(text))) as line:
-            for bucket, buffer in _received(line):
+        call = json.loads(text)
+        ahead = call.pop("ahead")
+        with closing(call_trainer(**call)) as line:
+            for bucket, buffer in _received(line, ahead):
                 send_text(line, buffer if isinstance(buffer, str) else _load(model, bucket, buffer))
     except Exception:
         logger.exception("weights can't be received")
 
 
-def _received(line: socket.socket) -> Iterator[tuple[Bucket, Tensor | str]]:
-    """Every bucket and its bytes, or why they can't be read; the next is received while one is loaded."""
+def _received(line: socket.socket, ahead: bool) -> Iterator[tuple[Bucket, Tensor | str]]:
+    """Every bucket and its bytes, or why they can't be read; where that takes time, the next while one is loaded."""
 
     def receive() -> tuple[Bucket, Tensor | str] | None:
         message = receive_text(line)
@@ -62,10 +65,13 @@ def _received(line: socket.socket) -> Iterator[tuple[Bucket, Tensor | str]]:
         except Exception as error:
             return bucket, f"{error}"
 
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(receive)
+    if not ahead:
+        yield from iter(receive, None)
+        return
+    with ThreadPoolExecutor(1) as receiver:
+        coming = receiver.submit(receive)
         while (received := coming.result()) is not None:
-            coming = ahead.submit(receive)
+            coming = receiver.submit(receive)
             yield received
 
 

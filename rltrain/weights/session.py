@@ -50,11 +50,14 @@ class Session(Generic[E]):
             and some old.
     """
 
-    def __init__(self, engines: Sequence[E], version: int, host: str) -> None:
-        """For weights of this version; engines reach the trainer at this machine's address `host`."""
+    def __init__(self, engines: Sequence[E], version: int, host: str, ahead: bool = False) -> None:
+        """For weights of this version; engines reach the trainer at this machine's address `host`.
+
+        With `ahead` they receive the next bucket while they load one.
+        """
         self.engines = list(engines)
         self.failures: dict[str, str] = {}
-        self._version, self._host = version, host
+        self._version, self._host, self._ahead = version, host, ahead
         self._lines: dict[str, Line] = {}
         self._refused: dict[str, str] = {}
 
@@ -104,7 +107,7 @@ class Session(Generic[E]):
                 self._refused.setdefault(engine.url, f"{engine.url}: {problem}")
 
     def _open_line(self, engine: E) -> Line:
-        line = self._lines[engine.url] = Line(engine, self._host, self._version)
+        line = self._lines[engine.url] = Line(engine, self._host, self._version, self._ahead)
         return line
 
     def _leave_out(self, engine: E, why: str) -> None:
@@ -127,9 +130,19 @@ def stream(buckets: Iterable[B], fill: Callable[[int, B], T], send: Callable[[T]
 
 def outcomes(engines: Sequence[T], call: Callable[[T], object]) -> list[tuple[T, BaseException | None]]:
     """Call for every engine at the same time; each with its error, if any."""
+    if len(engines) == 1:  # a thread more would cost some milliseconds, as they take turns
+        return [(engines[0], _error_of(call, engines[0]))]
     with ThreadPoolExecutor(max(1, len(engines))) as pool:
         calls = [pool.submit(call, engine) for engine in engines]
     return [(engine, called.exception()) for engine, called in zip(engines, calls, strict=True)]
+
+
+def _error_of(call: Callable[[T], object], engine: T) -> BaseException | None:
+    try:
+        call(engine)
+    except Exception as error:
+        return error
+    return None
 
 
 def for_all(engines: Sequence[T], call: Callable[[T], object]) -> None:
