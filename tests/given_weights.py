@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from rltrain.weights.buckets import Part, in_buckets
 from rltrain.weights.hf_directory import write_hf_directory
 
 
@@ -20,6 +21,10 @@ class GivenWeights:
 
     def stream(self, consume: Callable[[Iterable[tuple[str, Tensor]]], object]) -> None:
         consume(self.tensors())
+
+    def share(self, bucket_bytes: int, *, one_per_machine: bool) -> Iterator[Sequence[tuple[str, Tensor]]]:
+        parts = (Part.whole(name, tensor) for name, tensor in self.tensors())
+        return ([(part.name, part.data) for part in bucket] for bucket in in_buckets(parts, bucket_bytes))
 
     def write(self, directory: Path) -> None:
         write_hf_directory(directory, self.tensors(), self.template)

@@ -7,6 +7,7 @@ parallel ranks are rounded too; what is compared is then the size of the differe
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +201,9 @@ def step(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         Hugging Face's names, the first step's gradients and the weights after it.
     """
     from rltrain.megatron.custom_loss import custom_loss
+    from rltrain.megatron.export_shares import export_own_share
     from rltrain.megatron.forward_backward import forward_backward, token_loss
-    from rltrain.megatron.hf_export import export_hf_weights, export_own_share
+    from rltrain.megatron.hf_export import export_hf_weights
     from rltrain.megatron.rank_share import RankShare
     from rltrain.timing import Timers
 
@@ -221,13 +223,26 @@ def step(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     gradients = {name: tensor.float().clone().numpy() for name, tensor in gradients}
     grad_norm = policy.update(sums).grad_norm
     weights = {name: t.float().clone().numpy() for name, t in export_hf_weights(policy.models, shape)}
-    share_of_export = {
-        name: t.float().clone().numpy()
-        for name, t in export_own_share(policy.models, shape, bucket_bytes=3000)
-    }
+    share_of_export = in_rounds(export_own_share(policy.models, shape, bucket_bytes=3000))
+    share_of_few = in_rounds(export_own_share(policy.models, shape, bucket_bytes=3000, takers=[3]))
     metrics = {"first_grad_norm": grad_norm, **actor.train(1, share.batch)}
     return {"metrics": metrics, "log_probs": log_probs, "gradients": gradients, "weights": weights,
-            "share_of_export": share_of_export, "attention_calls": len(calls)}  # fmt: skip
+            "share_of_export": share_of_export, "share_of_few": share_of_few,
+            "attention_calls": len(calls)}  # fmt: skip
+
+
+def in_rounds(shares: Iterator[list[tuple[str, torch.Tensor]]]) -> dict[str, np.ndarray]:
+    """All of this rank's tensors; nobody begins a round before all have ended the one before."""
+    import torch.distributed as dist
+
+    share: dict[str, np.ndarray] = {}
+    while True:
+        named = next(shares, None)
+        ends: list[bool] = [False] * dist.get_world_size()
+        dist.all_gather_object(ends, named is None)
+        if all(ends):
+            return share
+        share |= {name: tensor.float().clone().numpy() for name, tensor in named or ()}
 
 
 def gather_gradients(chunks: list[Any]) -> None:
@@ -319,12 +334,16 @@ def test_four_ranks_equal_one(
 
 @pytest.mark.parametrize(("kind", "layout"), EXACT)
 def test_ranks_share_an_export_out(kind: str, layout: str, on_four: list[dict[str, dict[str, Any]]]) -> None:
-    shares = [rank[layout]["share_of_export"] for rank in on_four]
-    names = [name for share in shares for name in share]
     weights = on_four[0][layout]["weights"]
-    assert sorted(names) == sorted(weights)  # each once
-    assert all(np.array_equal(values, weights[name]) for share in shares for name, values in share.items())
-    assert all(shares)  # and no rank is idle
+    for which in ("share_of_export", "share_of_few"):
+        shares = [rank[layout][which] for rank in on_four]
+        names = [name for share in shares for name in share]
+        assert sorted(names) == sorted(weights)  # each once
+        assert all(
+            np.array_equal(values, weights[name]) for share in shares for name, values in share.items()
+        )
+        assert which == "share_of_few" or all(shares)  # and no rank is idle
+    assert shares[3]  # the only one that was asked to take some
 
 
 @pytest.mark.parametrize("layout", RECOMPUTED)

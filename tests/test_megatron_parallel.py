@@ -84,8 +84,9 @@ def train(args: argparse.Namespace, work: Path) -> tuple[list[dict[str, float]],
     resumed.export(work / "exported")
     if os.environ.get("RANK", "0") != "0":
         return metrics, {}
-    weights = load_file(work / "exported" / "model.safetensors")
-    return metrics, {name: tensor.numpy() for name, tensor in weights.items()}
+    files = sorted((work / "exported").glob("*.safetensors"))  # one of every rank that has written a share
+    weights = {name: tensor.numpy() for file in files for name, tensor in load_file(file).items()}
+    return metrics, weights
 
 
 def go_on(args: argparse.Namespace, work: Path) -> dict[str, float]:

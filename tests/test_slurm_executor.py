@@ -45,8 +45,9 @@ def test_result_state_and_output(
     job = SlurmlimeExecutor(tmp_path / "with space", script).submit(make_task(), "here")
     word, node, het_size = job.result()
     assert (word, node.startswith("node"), het_size) == ("here", True, "2" if len(components) > 1 else "0")
-    job.watcher.update()
-    assert job.state == "COMPLETED" and job.done()
+    while not job.watcher.is_done(job.job_id, mode="force"):  # there is a result before the job has ended
+        time.sleep(0.1)
+    assert job.state == "COMPLETED"
     assert "hello from here" in (job.stdout() or "")
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -30,9 +30,11 @@ from rltrain.weights.buckets import (
 from rltrain.weights.delta import change
 from rltrain.weights.line import call_trainer, receive_text, send_text
 from rltrain.weights.receive import LOADED, load_weights
+from rltrain.weights.sharing import Sharing
 from rltrain.weights.sources import Memory, describe
-from rltrain.weights.tensor import SharedMemory, TensorTransport
-from rltrain.weights.update import Update
+from rltrain.weights.tensor import MemoryMedium, SharedMemory
+
+T = TypeVar("T")
 
 
 def tensors(count: int = 7, dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.Tensor]]:
@@ -140,19 +142,32 @@ class Engine:
             list(pool.map(load_weights, self.ranks, named))
 
 
-def push(update: Update, *engines: Engine, bucket_bytes: int = 300) -> dict[str, str]:
-    transport = TensorTransport(bucket_bytes, "127.0.0.1")
+class OneRank:
+    """The only rank of a trainer."""
+
+    number = 0
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def tell(self, value: T) -> T:
+        return value
+
+
+def push(version: int, given: list[Part], *engines: Engine, bucket_bytes: int = 300) -> dict[str, str]:
+    medium = MemoryMedium()
+    rounds = in_buckets(given, bucket_bytes)
     try:
-        return transport.push(update, lambda: engines)  # type: ignore[type-var]
+        return Sharing(medium, OneRank(), "127.0.0.1").push(version, engines, rounds)  # type: ignore[type-var]
     finally:
-        transport.close()
+        medium.close()
 
 
 def test_all_ranks_of_all_engines_get_every_tensor_and_then_the_version() -> None:
     named = tensors()
     engines = [Engine("http://a", named), Engine("http://b", named)]
     for version in (1, 2):
-        assert push(Update.of(version, named), *engines) == {}
+        assert push(version, parts(named), *engines) == {}
     for engine in engines:
         once = [
             "pause_generation",
@@ -175,7 +190,7 @@ def test_an_engine_that_fails_is_named_and_stays_paused_and_the_others_go_on() -
         Engine("http://good", named),
         Engine("http://dead", named, True),
     ]
-    failures = push(Update.of(1, named), *engines)
+    failures = push(1, parts(named), *engines)
     assert failures.keys() == {"http://other", "http://dead"}
     assert (
         "http://other: layer.5 to layer.5 can't be loaded: AssertionError: layer.5 has"
@@ -196,7 +211,7 @@ def test_a_line_is_opened_anew_when_it_has_held_the_engine_up_for_long(
 ) -> None:
     monkeypatch.setattr(session, "_LINE_SECONDS", 0.0)
     engine = Engine("http://a", tensors())
-    assert push(Update.of(1, tensors()), engine) == {}
+    assert push(1, parts(tensors()), engine) == {}
     assert engine.calls.count("update 1") > 3
     assert engine.ranks[1].loaded.keys() == {name for name, _ in tensors()}
 
@@ -212,7 +227,7 @@ def test_strangers_are_not_told_anything() -> None:
             super().update_weights_from_tensor(payloads, load_format, weight_version)
 
     engine = Beset("http://a", tensors())
-    assert push(Update.of(1, tensors()), engine) == {}
+    assert push(1, parts(tensors()), engine) == {}
     assert engine.ranks[0].loaded
 
 
@@ -257,6 +272,6 @@ def test_changes_to_what_is_not_known_are_refused() -> None:
     part = change("w", torch.zeros(100), torch.arange(100) // 99 * 1.0)
     assert part is not None and part.changed is not None
     engine = Engine("http://a", [("w", torch.zeros(100))])
-    failures = push(Update(2, [part]), engine)
+    failures = push(2, [part], engine)
     assert "only changes of w came, and what they were made to is not known" in failures["http://a"]
     assert not engine.ranks[0].loaded

@@ -6,7 +6,6 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from rltrain.sample import Sample
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.sglang.http import call
 from rltrain.weights.proof import difference, forget_weights
-from rltrain.weights.update import Update
 
 pytestmark = pytest.mark.slow
 
@@ -182,15 +180,19 @@ def test_changes_alone_give_the_weights_that_all_would(
 
 
 class Spy:
-    """Notes how much each push of a transport has."""
+    """Notes how much each push has."""
 
     def __init__(self, updates: Any) -> None:
         self.bytes: list[int] = []
-        push = updates._transport.push
+        begin, parts = updates._changes.begin, updates._changes.parts
 
-        def noted(update: Update, find_engines: Any) -> Any:
-            parts = list(update.parts)
-            self.bytes.append(sum(part.data.nbytes for part in parts))
-            return push(replace(update, parts=parts), find_engines)
+        def begin_noted(*args: Any) -> Any:
+            self.bytes.append(0)
+            return begin(*args)
 
-        updates._transport.push = noted
+        def parts_noted(*args: Any) -> Any:
+            for part in parts(*args):
+                self.bytes[-1] += part.data.nbytes
+                yield part
+
+        updates._changes.begin, updates._changes.parts = begin_noted, parts_noted

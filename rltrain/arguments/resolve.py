@@ -139,6 +139,11 @@ def _engines(args: argparse.Namespace) -> None:
             "--update-weight-mode delta saves nothing with --update-weight-transport tensor, which is for one machine:"
             " leave one of them out."
         )
+    if args.update_weight_transport == "tensor" and args.actor_num_nodes > 1:
+        raise UserError(
+            "--update-weight-transport tensor is for one machine, and --actor-num-nodes is"
+            f" {args.actor_num_nodes}: take distributed, or disk with --colocate."
+        )
     check_external(args)
     if args.sglang_config:
         _models(args)

@@ -7,9 +7,29 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from rltrain.megatron.distributed import control_group
+from rltrain.megatron.distributed import control_group, on_rank_0
 
 T = TypeVar("T")
+
+
+class TrainerRanks:
+    """See `rltrain.weights.sharing.Ranks`."""
+
+    def __init__(self) -> None:
+        self.number = dist.get_rank()
+        self._count, self._group = dist.get_world_size(), control_group()
+
+    def gather(self, value: T) -> list[T]:
+        """See `Ranks.gather`."""
+        if self._count == 1:
+            return [value]
+        gathered: list[T | None] | None = [None] * self._count if self.number == 0 else None
+        dist.gather_object(value, gathered, dst=0, group=self._group)
+        return gathered or []  # type: ignore[return-value]
+
+    def tell(self, value: T) -> T:
+        """See `Ranks.tell`."""
+        return on_rank_0(lambda: value)
 
 
 def first_problem(problem: str | None) -> str | None:

@@ -47,21 +47,9 @@ def export_hf_weights(
     Yields:
         Tensors on the model's device; they may share memory with the model.
     """
-    for part in _parts(models, shape):
+    for part in parts_of(models, shape):
         tensors = _gathered(part, shape, value, bucket_bytes) if part.replica == 0 else iter(())
         yield from _on_rank_0(tensors, sends=part.replica == 0 and part.group.rank() == 0)
-
-
-@torch.no_grad()
-def export_own_share(
-    models: list[GPTModel], shape: ModelShape, bucket_bytes: int = BUCKET_BYTES
-) -> Iterator[tuple[str, Tensor]]:
-    """The same, shared out evenly: every rank gets some of the whole tensors, and all together each of them once.
-
-    Every rank must iterate to the end.
-    """
-    for part in _parts(models, shape):
-        yield from _dealt_out(part, shape, bucket_bytes)
 
 
 @dataclass(frozen=True)
@@ -70,55 +58,46 @@ class Part:
 
     Attributes:
         parameters: in the same order on all ranks of `group`, over which they are split, and on all replicas.
-        replica: which of so many that hold the same.
+        replica: which of those that hold the same.
+        key: which weights of the model it holds.
     """
 
     parameters: list[LocalParameter]
     group: dist.ProcessGroup
     replica: int
-    replicas: int
+    key: tuple[int, ...]
 
 
-def _parts(models: list[GPTModel], shape: ModelShape) -> Iterator[Part]:
+def parts_of(models: list[GPTModel], shape: ModelShape) -> Iterator[Part]:
     """First what is shared out over tensor parallel ranks, then the experts.
 
     One rank has different peers for the two, and would otherwise wait for one that waits for it.
     """
     own = [parameter for parameter in local_parameters(models, shape) if not parameter.is_copy]
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     yield Part(
         [parameter for parameter in own if not parameter.entry.is_expert],
         parallel_state.get_tensor_model_parallel_group(),
         parallel_state.get_data_parallel_rank(with_context_parallel=True),
-        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        (stage,),
     )
     if shape.experts:
         yield Part(
             [parameter for parameter in own if parameter.entry.is_expert],
             parallel_state.get_expert_tensor_parallel_group(),
             parallel_state.get_expert_data_parallel_rank(),
-            parallel_state.get_expert_data_parallel_world_size(),
+            (stage, parallel_state.get_expert_model_parallel_rank()),
         )
 
 
 def _gathered(part: Part, shape: ModelShape, value: Value, bucket_bytes: int) -> Iterator[Named]:
     """Whole tensors, one bucket at a time, on every rank of the group."""
-    for bucket in _buckets(part.parameters, value, bucket_bytes // part.group.size()):
-        yield _gather(bucket, part, shape, value)
+    for bucket in buckets_of(part.parameters, value, bucket_bytes // part.group.size()):
+        yield gather(bucket, part, shape, value)
 
 
-def _dealt_out(part: Part, shape: ModelShape, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
-    """Every bucket is gathered by the ranks of one replica, in turn, and taken by one of them, in turn."""
-    total = sum(parameter.weight.nbytes for parameter in part.parameters)
-    size = min(bucket_bytes // part.group.size(), -(-total // part.replicas))
-    for number, bucket in enumerate(_buckets(part.parameters, own_weight, size)):
-        turn, replica = divmod(number, part.replicas)
-        if replica == part.replica:
-            named = _gather(bucket, part, shape, own_weight)
-            ranks = part.group.size()
-            yield from (each for i, each in enumerate(named) if (turn + i) % ranks == part.group.rank())
-
-
-def _gather(bucket: list[LocalParameter], part: Part, shape: ModelShape, value: Value) -> Named:
+def gather(bucket: list[LocalParameter], part: Part, shape: ModelShape, value: Value) -> Named:
+    """The Hugging Face tensors of a bucket, on every rank of the part's group, which all gather it together."""
     tensors = [value(each.weight) for each in bucket]
     is_split = [each.entry.split_dim is not None for each in bucket]
     split_tensors = [tensor for tensor, divided in zip(tensors, is_split, strict=True) if divided]
@@ -129,7 +108,7 @@ def _gather(bucket: list[LocalParameter], part: Part, shape: ModelShape, value: 
     return named
 
 
-def _buckets(parameters: list[LocalParameter], value: Value, size: int) -> Iterator[list[LocalParameter]]:
+def buckets_of(parameters: list[LocalParameter], value: Value, size: int) -> Iterator[list[LocalParameter]]:
     """Neighbours of one type, up to about `size` bytes."""
     for _, same_type in groupby(parameters, key=lambda each: value(each.weight).dtype):
         bucket: list[LocalParameter] = []

@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 
 from rltrain.arguments.fleet import engines_load_alone
 from rltrain.megatron.distributed import on_rank_0
-from rltrain.megatron.updates import Updates, Weights, make_updates
+from rltrain.megatron.updates import FindEngines, Updates, Weights, make_updates
 from rltrain.runtime import RoleContext
 from rltrain.weights.proof import Checksums, difference, forget_weights
 from rltrain.weights.transport import Engine, choose
-
-FindEngines = Callable[[], Sequence[Engine]]
 
 _TRIES = 2  # of an engine that can't take the weights
 

@@ -28,7 +28,6 @@ class Sent:
 
     def whole(self, tensors: Iterable[NamedTensor]) -> Iterator[Part]:
         """All of them, to be remembered as sent."""
-        self._tensors.clear()
         for name, tensor in tensors:
             self._tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
             yield Part.whole(name, tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from rltrain.weights.current import EngineClient, current_weights, load_weights,
 from rltrain.weights.hf_directory import pieces_of
 from rltrain.weights.session import E, Session, SessionEngine
 from rltrain.weights.sources import File
-from rltrain.weights.update import FindEngines, Update
 
 
 class DiskEngine(EngineClient, SessionEngine, Protocol):
@@ -48,8 +47,8 @@ class Directories:
         _remove_all_but(current_weights(self._root), self._root)
         return _directory(self._root, version)
 
-    def push(self, version: int, find_engines: FindEngines[DiskEngine]) -> dict[str, str]:
-        """Make a version that has been written the current one; else see `rltrain.weights.transport.Transport.push`.
+    def push(self, version: int, find_engines: Callable[[], Sequence[DiskEngine]]) -> dict[str, str]:
+        """Make a version that has been written the current one; else see `rltrain.weights.sharing.Sharing.push`.
 
         Engines are looked up then: one that is not yet to be found will look for itself.
         """
@@ -69,16 +68,17 @@ class DiskTransport:
         """Engines reach us at this machine's address `host`."""
         self._root, self._bucket_bytes, self._host = root, bucket_bytes, host
 
-    def push(self, update: Update, find_engines: FindEngines[E]) -> dict[str, str]:
-        """See `rltrain.weights.transport.Transport.push`.
+    def push(
+        self, version: int, engines: Sequence[E], parts: Iterable[Part], keep: str | None = None
+    ) -> dict[str, str]:
+        """See `rltrain.weights.sharing.Sharing.push`.
 
         Raises:
             OSError: it can't be written; the engines still have the version before.
         """
         _remove_all_but(None, self._root)
-        directory = _directory(self._root, update.version)
-        files = list(self._write(directory, update.parts, update.keep))
-        return _load_all(find_engines(), update.version, self._host, files)
+        files = list(self._write(_directory(self._root, version), parts, keep))
+        return _load_all(engines, version, self._host, files)
 
     def _write(self, directory: Path, parts: Iterable[Part], keep: str | None) -> Iterator[Filled]:
         try:
@@ -102,7 +102,8 @@ def _load_all(engines: Sequence[E], version: int, host: str, files: Sequence[Fil
 
 
 def _load(session: Session[E], filled: Filled, engine: E) -> None:
-    session.tell(engine, filled.bucket, lambda rank: filled.source)
+    session.refresh_line(engine)
+    session.tell(engine, filled.bucket, [filled.source] * engine.tensor_parallel_size())
     session.await_reports(engine)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
@@ -13,7 +13,6 @@ from rltrain.weights.line import Line, LineEngine
 from rltrain.weights.receive import LOADED
 from rltrain.weights.sources import Source, describe
 
-B = TypeVar("B")
 T = TypeVar("T")
 
 # A line holds the engine's scheduler up, which would be taken for hung if it never answered in between.
@@ -66,7 +65,7 @@ class Session(Generic[E]):
         for engine, error in outcomes(self.engines, call):
             # No answer; a refusal, or torch's word for a lost connection.
             if isinstance(error, OSError | RuntimeError):
-                self._leave_out(engine, f"{engine.url}: {error}")
+                self.leave_out(engine.url, f"{engine.url}: {error}")
             elif error is not None:
                 raise error
 
@@ -85,18 +84,20 @@ class Session(Generic[E]):
                 line.drop()
         self.each(lambda engine: engine.end_weight_update())
         for engine in [engine for engine in self.engines if engine.url in self._refused]:
-            self._leave_out(engine, self._refused[engine.url])
+            self.leave_out(engine.url, self._refused[engine.url])
         self.each(lambda engine: engine.continue_generation())
 
-    def tell(self, engine: E, bucket: Bucket, source: Callable[[int], Source]) -> None:
-        """Tell the ranks of an engine where to read a bucket: `source` of the rank's number."""
+    def refresh_line(self, engine: E) -> None:
+        """Let an engine that is told of more breathe, if it has been held up for long."""
         line = self._lines[engine.url]
         if time.monotonic() - line.opened > _LINE_SECONDS:
             self.await_reports(engine)
             line.hang_up()
-            line = self._open_line(engine)
-        ranks = range(engine.tensor_parallel_size())
-        line.tell([to_json(bucket, describe(source(rank))) for rank in ranks])
+            self._open_line(engine)
+
+    def tell(self, engine: E, bucket: Bucket, sources: Sequence[Source]) -> None:
+        """Tell each rank of an engine where to read a bucket."""
+        self._lines[engine.url].tell([to_json(bucket, describe(source)) for source in sources])
 
     def await_reports(self, engine: E, left: int = 0) -> None:
         """Wait until an engine has loaded, or can't load, all but `left` of the buckets that it was told of."""
@@ -106,26 +107,14 @@ class Session(Generic[E]):
             if problem is not None:
                 self._refused.setdefault(engine.url, f"{engine.url}: {problem}")
 
-    def _open_line(self, engine: E) -> Line:
-        line = self._lines[engine.url] = Line(engine, self._host, self._version, self._ahead)
-        return line
+    def leave_out(self, url: str, why: str) -> None:
+        """Go on without an engine."""
+        if url not in self.failures:
+            self.failures[url] = why
+            self.engines = [engine for engine in self.engines if engine.url != url]
 
-    def _leave_out(self, engine: E, why: str) -> None:
-        self.failures[engine.url] = why
-        self.engines.remove(engine)
-
-
-def stream(buckets: Iterable[B], fill: Callable[[int, B], T], send: Callable[[T], None]) -> None:
-    """Fill the next bucket while the one before is sent; `fill` is told which of them it is."""
-    with ThreadPoolExecutor(1) as sender:
-        sent: Future[None] | None = None
-        for number, bucket in enumerate(buckets):
-            filled = fill(number, bucket)
-            if sent is not None:
-                sent.result()
-            sent = sender.submit(send, filled)
-        if sent is not None:
-            sent.result()
+    def _open_line(self, engine: E) -> None:
+        self._lines[engine.url] = Line(engine, self._host, self._version, self._ahead)
 
 
 def outcomes(engines: Sequence[T], call: Callable[[T], object]) -> list[tuple[T, BaseException | None]]:

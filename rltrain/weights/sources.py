@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -43,10 +44,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Group:
-    """A broadcast in a process group of trainer rank 0 and the ranks of one engine; the first joins the group.
+    """A broadcast in a process group of one trainer rank and the ranks of one engine; the first joins the group.
 
     Attributes:
-        slot: which of two buffers it is received in: one is loaded meanwhile.
+        sender: the trainer's rank.
     """
 
     host: str
@@ -56,21 +57,24 @@ class Group:
     rank: int
     backend: str
     size: int
-    slot: int
+    sender: int
 
     def read(self) -> Tensor:
-        """The broadcast, in memory that is kept: fresh memory costs more than the copy."""
-        buffer = kept_buffer(_buffers, self.slot, self.size, self.backend)
+        """The broadcast, in memory that is kept: fresh memory costs more than the copy.
+
+        It is good until the one after the next, as one is loaded while the next is received.
+        """
+        buffer = kept_buffer(_buffers, next(_turns) % 2, self.size, self.backend)
         dist.broadcast(buffer, src=0, group=self._group())
         return buffer
 
     def _group(self) -> dist.ProcessGroup:
-        if self.name not in _groups:
-            _groups.clear()  # of a trainer that has given it up
+        kept = _groups.get(self.sender)
+        if kept is None or kept[0] != self.name:  # it is the first, or the sender has given that up
             store = dist.TCPStore(self.host, self.port, is_master=False, timeout=GROUP_TIMEOUT)
             group = join_group(store, self.name, self.rank, self.world_size, self.backend)
-            _groups[self.name] = (group, store)
-        return _groups[self.name][0]
+            kept = _groups[self.sender] = (self.name, group, store)
+        return kept[1]
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,9 @@ class File:
 Source = Memory | Group | File
 
 _KINDS: dict[str, type[Source]] = {"memory": Memory, "group": Group, "file": File}
-_groups: dict[str, tuple[dist.ProcessGroup, dist.Store]] = {}  # the group needs the store as long as it lives
+# By the trainer's rank; the group needs the store as long as it lives.
+_groups: dict[int, tuple[str, dist.ProcessGroup, dist.Store]] = {}
+_turns = itertools.count()
 _buffers: dict[int, Tensor] = {}
 
 
@@ -132,6 +138,6 @@ def kept_buffer(kept: dict[int, Tensor], slot: int, size: int, backend: str) -> 
     return buffer[:size]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=64)  # two of each trainer rank of a machine
 def _mapped(path: str, name: str, size: int) -> Tensor:
     return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)

@@ -1,18 +1,15 @@
-"""Weight updates on one machine: the trainer fills shared memory bucket by bucket, and engines copy from there."""
+"""Weight updates on one machine: the trainer's ranks fill shared memory, and engines copy from there."""
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 
-from rltrain.weights.buckets import Bucket, Part, in_buckets, lay_out, sample_digests, write
-from rltrain.weights.session import E, Session, stream
-from rltrain.weights.sources import Memory
-from rltrain.weights.update import FindEngines, Update
+from rltrain.weights.sources import Memory, Source
 
 
 class SharedMemory:
@@ -40,44 +37,35 @@ class SharedMemory:
         os.close(self._descriptor)
 
 
-@dataclass(frozen=True)
-class Filled:
-    """A bucket in shared memory."""
+class MemoryMedium:
+    """See `rltrain.weights.sharing.Medium`."""
 
-    memory: SharedMemory
-    bucket: Bucket
+    sends = False
 
-
-class TensorTransport:
-    """Two buckets of shared memory: one is filled while the engines load the other."""
-
-    def __init__(self, bucket_bytes: int, host: str) -> None:
-        """Engines reach us at this machine's address `host`."""
-        self._bucket_bytes, self._host = bucket_bytes, host
+    def __init__(self) -> None:
         self._memory: list[SharedMemory] = []
+        self._sizes: dict[str, int] = {}
 
-    def push(self, update: Update, find_engines: FindEngines[E]) -> dict[str, str]:
-        """See `rltrain.weights.transport.Transport.push`."""
-        session = Session(find_engines(), update.version, self._host)
-        if not session.engines:
-            return {}
+    def meet(self, engines: Mapping[str, int]) -> None:
+        """See `Medium.meet`."""
+        self._sizes = dict(engines)
         if not self._memory:
             self._memory = [SharedMemory(), SharedMemory()]
 
-        def fill(number: int, parts: Sequence[Part]) -> Filled:
-            memory, pieces = self._memory[number % 2], lay_out(parts)
-            memory.grow(pieces[-1].end)
-            write(parts, pieces, memory.buffer)
-            return Filled(memory, Bucket(pieces, sample_digests(pieces, memory.buffer)))
+    def buffer(self, slot: int, nbytes: int) -> Tensor:
+        """See `Medium.buffer`."""
+        self._memory[slot].grow(nbytes)
+        return self._memory[slot].buffer
 
-        def send(filled: Filled) -> None:
-            source = filled.memory.source
-            session.each(lambda engine: session.tell(engine, filled.bucket, lambda rank: source))
-            session.each(session.await_reports)
+    def sources(self, slot: int, nbytes: int, url: str) -> list[Source]:
+        """See `Medium.sources`."""
+        return [self._memory[slot].source] * self._sizes[url]
 
-        with session.updating():
-            stream(in_buckets(update.parts, self._bucket_bytes), fill, send)
-        return session.failures
+    def send(self, slot: int, nbytes: int, url: str) -> None:
+        """Nothing: engines read it where it is."""
+
+    def forget(self, urls: Iterable[str]) -> None:
+        """Nothing is kept of an engine."""
 
     def close(self) -> None:
         """Give the memory back."""
