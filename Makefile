@@ -7,6 +7,9 @@ READY  := $(VENV)/.ready
 # Warnings of pip are about the machine's package indexes; errors are still shown.
 PIP    := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
+# Two tests of different files at a time: each may start engines, trainers and a Slurm cluster of its own.
+PARALLEL := -n 2 --dist loadfile
+
 .PHONY: help setup slurm demo test test-fast lint format bench clean
 
 help: ## list the targets
@@ -34,10 +37,10 @@ slurm: ## install Debian's Slurm packages, which the sandbox and its tests need 
 
 test: $(READY) ## every test, on the real parts
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then requirements/install-debian.sh; fi
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
-test-fast: $(READY) ## only the tests that start no engine and no trainer
-	@$(BIN)/python -m pytest -m "not slow and not slurm"
+test-fast: $(READY) ## only the tests that start no engine, no trainer and no job
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not slurm"
 
 lint: $(READY) ## ruff, mypy, shellcheck
 	@$(BIN)/ruff check .

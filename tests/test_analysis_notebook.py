@@ -20,6 +20,7 @@ def test_outputs_are_stripped(path: Path) -> None:
             assert cell.execution_count is None
 
 
+@pytest.mark.slow
 def test_read_a_run_executes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURMLIME_RUN", str(write_run(tmp_path / "demo", steps=8).root))
     notebook = nbformat.read(NOTEBOOKS / "1_read_a_run.ipynb", as_version=4)

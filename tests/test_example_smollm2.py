@@ -59,6 +59,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_prompts_are_the_same_again_and_splits_are_disjoint(prompts: Path, tmp_path: Path) -> None:
     assert python(EXAMPLE / "make_prompts.py", "--output", tmp_path).returncode == 0
     splits = {}

@@ -20,6 +20,8 @@ from hpc.lock import hold_lock
 from hpc.slurm.client import SlurmUnavailableError
 from rltrain.arguments.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_orderly_stop_saves_and_can_be_resumed(job: Job) -> None:
     process = job.start(steps=1000)

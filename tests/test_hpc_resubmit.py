@@ -18,6 +18,8 @@ from hpc.layout import RunLayout
 from hpc.resubmit import merge_options, refuse_active, resubmit
 from rltrain.arguments.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 FAKE_RESUBMIT = Path(__file__).parent / "fakes" / "resubmit.py"
 STORED = """
 [flags]

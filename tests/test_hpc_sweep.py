@@ -119,6 +119,7 @@ def test_nothing_is_started_if_one_can_not_be(
     assert not list(Path().iterdir())
 
 
+@pytest.mark.slow
 def test_on_this_machine_one_after_the_other(job: Job) -> None:
     code, out, err = job.finish("--sweep", "seed=1,2", steps=2)
     assert (code, err) == (0, "")

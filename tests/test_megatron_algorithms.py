@@ -21,6 +21,8 @@ from helpers.megatron import (
 
 from rltrain.data.trainable import TrainableTokens
 
+pytestmark = pytest.mark.slow
+
 CUSTOM = """
 import torch
 

@@ -12,6 +12,8 @@ from rltrain.data.batch import TrainBatch
 from rltrain.data.trainable import TrainableTokens
 from rltrain.schema import SCHEMA, TRAIN_COLUMNS
 
+pytestmark = pytest.mark.slow
+
 ROWS: list[dict[str, Any]] = [
     {"tokens": [1, 2, 3, 4], "response_length": 2, "loss_mask": [0, 1], "rollout_log_probs": [-1.0, -2.0]},
     {"tokens": [5, 6, 7], "response_length": 1, "loss_mask": [1], "rollout_log_probs": [-3.0]},

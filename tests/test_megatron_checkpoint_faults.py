@@ -23,6 +23,8 @@ from helpers.megatron import (
 from rltrain.arguments.errors import UserError
 from rltrain.megatron import checkpoint_dir, checkpoint_save
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

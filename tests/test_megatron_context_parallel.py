@@ -8,6 +8,8 @@ import torch
 
 from rltrain.megatron.context_parallel import own_positions, positions_in_sequence, whole_order
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = [8, 16, 24]
 
 

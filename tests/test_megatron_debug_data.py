@@ -22,6 +22,8 @@ from rltrain.data.batch import TrainBatch
 from rltrain.sample import Sample
 from rltrain.schema import TRAIN_COLUMNS, samples_to_table
 
+pytestmark = pytest.mark.slow
+
 
 def record(path: Path) -> None:
     """A rollout as the rollout process writes it."""

@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from rltrain.arguments.errors import UserError
 from rltrain.data.trainable import TrainableTokens
 
+pytestmark = pytest.mark.slow
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,

@@ -20,6 +20,8 @@ from rltrain.data.packing import plan_step
 from rltrain.data.trainable import TrainableTokens
 from rltrain.megatron.micro_batch import TokenSplit, build_micro_batch, computed_length
 
+pytestmark = pytest.mark.slow
+
 BATCH = make_batch(17, seed=3, longest=30, masked=2)
 TRAINABLE = TrainableTokens.of(BATCH)
 

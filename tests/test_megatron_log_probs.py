@@ -7,6 +7,8 @@ import torch
 
 from rltrain.megatron.log_probs import log_probs_and_entropy
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("padding", [0, 3])

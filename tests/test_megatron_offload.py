@@ -20,6 +20,8 @@ from helpers.megatron import (
 from rltrain.megatron.device import restore, store
 from rltrain.megatron.offload import Offload
 
+pytestmark = pytest.mark.slow
+
 
 class NotedSwap:
     """Notes what is asked of it."""

@@ -26,6 +26,8 @@ from rltrain.arguments.errors import UserError
 from rltrain.data.batch import TrainBatch
 from rltrain.data.trainable import TrainableTokens
 
+pytestmark = pytest.mark.slow
+
 OWN = """
 import torch
 from rltrain.megatron.custom_loss import response_log_probs

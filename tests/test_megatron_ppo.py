@@ -22,6 +22,8 @@ from helpers.megatron import (
 from rltrain.arguments.errors import UserError
 from rltrain.data.trainable import TrainableTokens
 
+pytestmark = pytest.mark.slow
+
 PPO: dict[str, Any] = {
     "advantage_estimator": "ppo", "critic_lr": 3e-3, "gamma": 0.9, "lambd": 0.8, "num_steps_per_rollout": 2,
     "kl_coef": 0.1, "normalize_advantages": True, "adam_eps": 1e-3,

@@ -21,6 +21,8 @@ from helpers.megatron import (
 
 from rltrain.data.batch import TrainBatch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,6 +16,8 @@ from rltrain.runtime import RoleContext
 from rltrain.weights import hf_directory
 from rltrain.weights.current import current_weights, weight_version
 
+pytestmark = pytest.mark.slow
+
 
 class Engine:
     """An external one, which loads directories by itself."""

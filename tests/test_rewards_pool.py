@@ -18,6 +18,8 @@ from rltrain.rewards.text import exact_match
 from rltrain.rewards.worker import Grade, checked
 from rltrain.sample import Sample
 
+pytestmark = pytest.mark.slow
+
 FUNCTIONS = '''
 import asyncio, os, time
 

@@ -11,7 +11,10 @@ import stat
 import time
 from pathlib import Path
 
+import pytest
 from local_job import Job, wait_until
+
+pytestmark = pytest.mark.slow
 
 
 def test_finishes_and_says_what_next(job: Job) -> None:

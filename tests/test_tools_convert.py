@@ -13,6 +13,8 @@ from helpers.megatron import init_single_process, make_actor, make_args, tiny_co
 from rltrain.arguments.errors import UserError
 from rltrain.tools import convert_hf_to_torch_dist, convert_torch_dist_to_hf
 
+pytestmark = pytest.mark.slow
+
 MODELS: dict[str, dict[str, Any]] = {
     "glm4": tiny_config("Glm4ForCausalLM", pad_token_id=None),
     "tied": tiny_config("Qwen2ForCausalLM", tie_word_embeddings=True),
