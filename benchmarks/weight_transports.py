@@ -37,7 +37,7 @@ from rltrain.weights.delta import Sent
 
 TOKEN = "benchmark"
 ROUNDS = 5
-BUCKET_BYTES = 32 * 1024**2
+BUCKET_BYTES = 512 * 1024**2  # the default of --update-weight-buffer-size
 WIDTHS = {10: (256, 12), 135: (896, 14), 500: (1536, 18)}  # hidden size and layers, by millions of parameters
 TRANSPORTS = ("tensor", "distributed", "disk")
 IN_FLIGHT, NEW_TOKENS = 8, 400
@@ -122,7 +122,6 @@ def measure(millions: int, root: Path) -> None:
     context = RoleContext(root, 0, "trainer", 0, "http://127.0.0.1:9", TOKEN)
     server_args = {"model_path": str(root / "model"), "log_level": "error", "max_total_tokens": 8192}
     with HttpServerEngineAdapter.launch(server_args, TOKEN) as engine:
-        measure_delta(weights, context, engine)
         for name in TRANSPORTS:
             args = argparse.Namespace(
                 update_weight_mode="full", update_weight_buffer_size=BUCKET_BYTES, distributed_backend="gloo"
@@ -143,6 +142,7 @@ def measure(millions: int, root: Path) -> None:
                 f" in flight {1000 * in_flight(engine, push):.0f} ms",
                 flush=True,
             )
+        measure_delta(weights, context, engine)
     dist.destroy_process_group()
 
 

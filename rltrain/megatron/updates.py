@@ -17,7 +17,7 @@ from rltrain.runtime import RoleContext
 from rltrain.weights.buckets import NamedTensor, Part
 from rltrain.weights.delta import Sent
 from rltrain.weights.disk import Directories, DiskTransport
-from rltrain.weights.sharing import Sharing
+from rltrain.weights.sharing import BEST_BUCKET_BYTES, Sharing
 from rltrain.weights.transport import Engine, make_medium
 
 FindEngines = Callable[[], Sequence[Engine]]
@@ -58,7 +58,7 @@ class SharedUpdates:
         self._ranks = TrainerRanks()
         medium = make_medium(transport, args, context, self._ranks.number)
         self._sharing: Sharing[Engine] = Sharing(medium, self._ranks, context.host)
-        self._bucket_bytes = args.update_weight_buffer_size
+        self._bucket_bytes = min(args.update_weight_buffer_size, BEST_BUCKET_BYTES)
         # Each rank that sends over the network is one more group for each engine.
         self._one_per_machine = medium.sends
         self._changes = Changes() if args.update_weight_mode == "delta" else None

@@ -95,9 +95,13 @@ class DiskTransport:
 
 def _load_all(engines: Sequence[E], version: int, host: str, files: Sequence[Filled]) -> dict[str, str]:
     session = Session(engines, version, host)
-    with session.updating():
+    try:
+        session.begin()
         for filled in files:
             session.each(partial(_load, session, filled))
+        session.end()
+    finally:
+        session.drop()
     return session.failures
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
 from rltrain.weights.buckets import Bucket, to_json
@@ -69,19 +68,22 @@ class Session(Generic[E]):
             elif error is not None:
                 raise error
 
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """Hold the engines still for the length of the block, after which they report the version."""
+    def begin(self) -> None:
+        """Hold the engines still, and have them ready to be told of buckets."""
         self.each(lambda engine: engine.pause_generation())
         self.each(lambda engine: engine.begin_weight_update())
         self.each(self._open_line)
-        try:
-            yield
-            self.each(lambda engine: self.await_reports(engine))
-            self.each(lambda engine: self._lines[engine.url].hang_up())
-        finally:
-            for line in self._lines.values():
-                line.drop()
+
+    def drop(self) -> None:
+        """Close all lines, whatever the engines do."""
+        for line in self._lines.values():
+            line.drop()
+
+    def end(self) -> None:
+        """Have the engines go on, and report the version, when they have loaded all that they were told of."""
+        self.each(lambda engine: self.await_reports(engine))
+        self.each(lambda engine: self._lines[engine.url].hang_up())
+        self.drop()
         self.each(lambda engine: engine.end_weight_update())
         for engine in [engine for engine in self.engines if engine.url in self._refused]:
             self.leave_out(engine.url, self._refused[engine.url])

@@ -6,9 +6,9 @@ engines of the buckets of all ranks, and every rank sends its own; meanwhile the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -19,6 +19,10 @@ from rltrain.weights.session import E, Session, outcomes
 from rltrain.weights.sources import Source
 
 T = TypeVar("T")
+
+# One is filled while another is sent and a third loaded: larger ones leave less to do at the same time, and smaller
+# ones cost more messages (measured: benchmarks/weight_transports.py).
+BEST_BUCKET_BYTES = 64 * 1024**2
 
 
 class Ranks(Protocol):
@@ -121,23 +125,27 @@ class Sharing(Generic[E]):
         sizes = self._ranks.tell(sizes)
         self._medium.meet(sizes)
         self._urls, self._failures = list(sizes), {}
-        with session.updating() if self._ranks.number == 0 else nullcontext():
+        try:
             self._go_through(session, iter(rounds), keep)
+            session.end()
+        finally:
+            session.drop()
         failures = self._ranks.tell(session.failures)
         self._medium.forget(failures)
         return failures
 
     def _go_through(self, session: Session[E], rounds: Iterator[Sequence[Part]], keep: str | None) -> None:
         with ThreadPoolExecutor(1) as sender:
+            begun = sender.submit(session.begin)  # the first bucket is filled meanwhile
             going: Future[bool] | None = None
-            number = 0
-            while True:
+            for number in itertools.count():
                 parts = next(rounds, None)
                 filled = self._fill(number, parts, keep) if parts else None
-                if going is not None and going.result():
-                    return
+                if going is not None:
+                    begun.result()
+                    if going.result():
+                        return
                 going = sender.submit(self._round, session, filled, parts is None)
-                number += 1
 
     def _fill(self, number: int, parts: Sequence[Part], keep: str | None) -> Filled:
         slot, pieces = number % 2, lay_out(parts)
