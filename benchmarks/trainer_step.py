@@ -1,6 +1,7 @@
 """Our training step against a bare Megatron-core loop over the same micro-batches, and against transformers.
 
-    python benchmarks/trainer_step.py [--layers 2] [--hidden 64] [--samples 256] [--longest 32]
+    python benchmarks/trainer_step.py [--shape tiny] [--samples 256] [--longest 32] [--bf16]
+    python benchmarks/trainer_step.py --shape 1.7B --samples 64 --longest 1024 --bf16    # on a GPU
 
 The bare loop has the same model and optimizer, takes micro-batches that are already tensors, and computes
 Megatron-core's own cross entropy: no log-probs, no policy loss, no metrics, no packing. transformers trains the same
@@ -26,7 +27,12 @@ from rltrain import arguments
 from rltrain.data.batch import TrainBatch
 from rltrain.runtime import Registry, RoleContext
 
-VOCAB_SIZE = 512
+# Of a Qwen3 model: layers, hidden size, feed-forward size, heads, key and value heads, their size, vocabulary.
+SHAPES = {
+    "tiny": (2, 64, 128, 4, 2, 16, 512),
+    "0.5B": (24, 896, 4864, 14, 2, 64, 151936),  # as Qwen2.5-0.5B
+    "1.7B": (28, 2048, 6144, 16, 8, 128, 151936),  # Qwen3-1.7B
+}
 WARM_UP, ROUNDS = 5, 25
 MAX_TOKENS = 8192
 
@@ -35,8 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument(
+        "--bf16", action="store_true", help="bf16 weights; ours and bare with an fp32 master copy"
+    )
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument(
         "--longest", type=int, default=32, help="tokens of a prompt and of a response, at most"
@@ -48,14 +56,36 @@ def main() -> None:
         ours, bare, padded = race(
             lambda: actor.train(0, batch),
             bare_step(actor, batch),
-            transformers_step(Path(directory), batch),
+            transformers_step(Path(directory), batch, options.bf16),
         )
     print(
         f"trainer step: bare loop / ours = {bare / ours:.3f} (aim: 0.95); ours {ours * 1e3:.1f} ms, bare"
-        f" {bare * 1e3:.1f} ms, {batch.num_tokens / ours:,.0f} tokens/s\n"
+        f" {bare * 1e3:.1f} ms, {batch.num_tokens / ours:,.0f} tokens/s, {of_peak(actor, batch, ours)}\n"
         f"trainer step: transformers with padding / ours = {padded / ours:.3f} (aim: over 1); transformers"
         f" {padded * 1e3:.1f} ms"
     )
+
+
+def of_peak(actor: Any, batch: TrainBatch, seconds: float) -> str:
+    """Model FLOPs utilisation: a forward pass for log-probs is part of no step here, so a step is three of them."""
+    from rltrain.megatron.device import peak_flops
+    from rltrain.megatron.flops import sequence_flops
+
+    lengths = zip(batch.tokens, batch.response_lengths, strict=True)
+    flops = sum(3 * sequence_flops(actor.shape, len(tokens), response) for tokens, response in lengths)
+    peak = peak_flops()
+    speed = f"{flops / seconds / 1e12:.3g} TFLOP/s"
+    return (
+        f"{speed}, MFU {flops / seconds / peak:.1%}" if peak else f"{speed} (the device's peak is not known)"
+    )
+
+
+def synchronize() -> None:
+    """Wait for what a GPU has still to do."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def race(*candidates: Callable[[], Any]) -> list[float]:
@@ -65,6 +95,7 @@ def race(*candidates: Callable[[], Any]) -> list[float]:
         for candidate, taken in zip(candidates, times, strict=True):
             start = time.perf_counter()
             candidate()
+            synchronize()
             if number >= WARM_UP:
                 taken.append(time.perf_counter() - start)
     return [statistics.median(taken) for taken in times]
@@ -76,20 +107,23 @@ def make_actor(options: argparse.Namespace, directory: Path) -> Any:
 
     from rltrain.megatron import device, distributed
 
+    layers, hidden, ffn, heads, kv_heads, head_dim, vocabulary = SHAPES[options.shape]
     config = {
         "architectures": ["Qwen3ForCausalLM"],
-        "num_hidden_layers": options.layers,
-        "hidden_size": options.hidden,
-        "intermediate_size": 2 * options.hidden,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": options.hidden // 4,
-        "vocab_size": VOCAB_SIZE,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 4 * options.longest,
     }
     (directory / "config.json").write_text(json.dumps(config))
     args = arguments.parse(
         f"--hf-checkpoint {directory} --random-init --prompt-data none --num-rollout 1 --lr 1e-5"
         f" --rollout-batch-size {options.samples} --use-dynamic-batch-size --max-tokens-per-gpu {MAX_TOKENS}".split()
+        + ["--bf16"] * options.bf16
     )
     device.set_up()
     distributed.join(args, dist.HashStore(), 0, 1)
@@ -104,7 +138,7 @@ def make_batch(options: argparse.Namespace) -> TrainBatch:
     rng = np.random.default_rng(0)
     prompts, responses = rng.integers(1, options.longest, (2, options.samples))
     return TrainBatch(
-        tokens=[rng.integers(0, VOCAB_SIZE, n).astype(np.int32) for n in prompts + responses],
+        tokens=[rng.integers(0, SHAPES[options.shape][-1], n).astype(np.int32) for n in prompts + responses],
         response_lengths=responses.tolist(),
         loss_masks=[np.ones(n, np.int8) for n in responses],
         train_rewards=rng.normal(size=options.samples).astype(np.float32),
@@ -130,7 +164,7 @@ def bare_step(actor: Any, batch: TrainBatch) -> Callable[[], None]:
     def forward_step(iterator: Iterator[Any], model: Any) -> Any:
         micro_batch = next(iterator)
         labels = micro_batch.tokens.roll(-1)
-        mask = torch.zeros(labels.numel()).index_fill_(0, micro_batch.rows, 1.0)
+        mask = torch.zeros(labels.numel(), device=labels.device).index_fill_(0, micro_batch.rows, 1.0)
         with model_scope(model.module.config):
             losses = model(
                 input_ids=micro_batch.tokens,
@@ -159,22 +193,25 @@ def bare_step(actor: Any, batch: TrainBatch) -> Callable[[], None]:
     return step
 
 
-def transformers_step(model_dir: Path, batch: TrainBatch) -> Callable[[], None]:
+def transformers_step(model_dir: Path, batch: TrainBatch, bf16: bool) -> Callable[[], None]:
     """One optimizer step of a policy gradient with transformers, right-padded."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from rltrain.megatron.device import device
+
     torch.manual_seed(0)
     config = AutoConfig.for_model("qwen3", **json.loads((model_dir / "config.json").read_text()))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if bf16 else torch.float32)
+    model.to(device())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)
-    padded = [_padded(batch, indices) for indices in _in_order(batch)]
+    padded = [[each.to(device()) for each in _padded(batch, indices)] for indices in _in_order(batch)]
 
     def step() -> None:
         optimizer.zero_grad()
         for ids, attended, mask, advantages in padded:
             logits = model(ids, attention_mask=attended).logits[:, :-1]
-            log_probs = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+            log_probs = torch.log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
             losses = -advantages * (log_probs - log_probs.detach()).exp() * mask
             (losses.sum(1) / mask.sum(1) / len(batch)).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

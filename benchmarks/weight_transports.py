@@ -120,7 +120,12 @@ def measure(millions: int, root: Path) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     context = RoleContext(root, 0, "trainer", 0, "http://127.0.0.1:9", TOKEN)
-    server_args = {"model_path": str(root / "model"), "log_level": "error", "max_total_tokens": 8192}
+    server_args = {
+        "model_path": str(root / "model"),
+        "log_level": "error",
+        "max_total_tokens": 8192,
+        "mem_fraction_static": 0.3,
+    }
     with HttpServerEngineAdapter.launch(server_args, TOKEN) as engine:
         for name in TRANSPORTS:
             args = argparse.Namespace(

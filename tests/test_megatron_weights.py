@@ -138,3 +138,29 @@ def test_an_unfinished_directory_has_another_name(tmp_path: Path, model_dir: Pat
     assert not (tmp_path / "out").exists()
     hf_directory.write_hf_directory(tmp_path / "out", [("a", torch.ones(2))], model_dir)
     assert load_file(tmp_path / "out" / "model.safetensors")["a"].tolist() == [1.0, 1.0]
+
+
+def test_safetensors_reads_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_directory, "_HEADER_BYTES", 1000)  # room for few
+    whole = torch.arange(24.0).view(4, 6)
+    tensors = [
+        ("rows", whole[1:3]),
+        ("columns", whole[:, 2:4]),
+        ("again", whole),
+        ("half", torch.tensor([1.5, -0.0, float("nan")], dtype=torch.bfloat16)),
+        ("number", torch.tensor(3.0)),
+        ("nothing", torch.zeros(0, 5)),
+        ("long" * 20, torch.ones(2, dtype=torch.float16)),
+    ]
+    written = hf_directory.write_weights(tmp_path, iter(tensors), writer=3)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) > 1 and {path.name for path in files} == set(written.file_of.values())
+    read = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    assert read.keys() == {name for name, _ in tensors}
+    for name, tensor in tensors:
+        assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape
+        torch.testing.assert_close(read[name], tensor, rtol=0, atol=0, equal_nan=True)
+    assert written.nbytes == sum(tensor.nbytes for _, tensor in tensors)
+    pieces = {piece.name: piece for path in files for piece in hf_directory.pieces_of(path)}
+    data = (tmp_path / written.file_of["rows"]).read_bytes()
+    assert data[pieces["rows"].start : pieces["rows"].end] == whole[1:3].numpy().tobytes()

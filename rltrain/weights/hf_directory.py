@@ -7,16 +7,18 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rltrain.weights.buckets import NamedTensor, Piece
 
-_SHARD_BYTES = 2 * 1024**3  # held in memory at a time
+_SHARD_BYTES = 2 * 1024**3
+_HEADER_BYTES = 128 * 1024
+_DESCRIPTION_BYTES = 160  # of a tensor, at most, beside its name
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_CODES = {name: code for code, name in _DTYPES.items()}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
@@ -43,7 +45,7 @@ def write_hf_directory(
         directory: Appears under its name when it is complete.
         tensors: Hugging Face names and tensors on any device, all of one type; consumed one by one.
         template: The model directory that everything but the weights is copied from.
-        shard_bytes: About the size of a file, which is held in memory (default: 2 GiB).
+        shard_bytes: Of a file, about (default: 2 GiB).
 
     Raises:
         OSError: it can't be written; what was there under its name is untouched.
@@ -76,21 +78,25 @@ def write_weights(
     Raises:
         OSError: they can't be written.
     """
-    shard: dict[str, Tensor] = {}
     file_of: dict[str, str] = {}
-    held = total = files = 0
+    total = files = 0
     dtype = None
-    for name, tensor in tensors:
-        if shard and held + tensor.nbytes > (shard_bytes or _SHARD_BYTES):
-            _save(shard, temporary / _file_name(writer, files))
-            shard, held, files = {}, 0, files + 1
-        # safetensors refuses tensors that share memory, as slices of a parameter do.
-        shard[name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        file_of[name] = _file_name(writer, files)
-        held, total = held + tensor.nbytes, total + tensor.nbytes
-        dtype = str(tensor.dtype).removeprefix("torch.")
-    if shard:
-        _save(shard, temporary / _file_name(writer, files))
+    shard: _Shard | None = None
+    try:
+        for name, tensor in tensors:
+            if shard is not None and not shard.has_room(name, tensor, shard_bytes or _SHARD_BYTES):
+                shard.finish()
+                shard, files = None, files + 1
+            shard = shard or _Shard(temporary / _file_name(writer, files))
+            shard.add(name, tensor)
+            file_of[name] = shard.path.name
+            total += tensor.nbytes
+            dtype = str(tensor.dtype).removeprefix("torch.")
+        if shard is not None:
+            shard.finish()
+    finally:
+        if shard is not None:
+            shard.file.close()
     return Written(file_of, total, dtype)
 
 
@@ -140,11 +146,45 @@ def _file_name(writer: int, number: int) -> str:
     return f"model-{writer:05d}-{number:05d}.safetensors"
 
 
-def _save(shard: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(shard, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{error}") from error
+class _Shard:
+    """A safetensors file that is written tensor by tensor; the library's own way is to hold a copy of all first.
+
+    The file begins with the length of a JSON text, and that text, which ends with as many spaces as it has room for:
+    https://huggingface.co/docs/safetensors/index#format
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, path.open("wb")
+        self.file.seek(_HEADER_BYTES)
+        self._described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._text_bytes = 0
+        self._end = 0
+
+    def has_room(self, name: str, tensor: Tensor, nbytes: int) -> bool:
+        """Whether it stays below this size with another tensor."""
+        is_described = self._text_bytes + len(name) + _DESCRIPTION_BYTES <= _HEADER_BYTES
+        return is_described and self._end + tensor.nbytes <= nbytes
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor, from whichever device."""
+        flat = tensor.detach().to("cpu").contiguous().view(-1)
+        end = self._end + flat.nbytes
+        dtype = _CODES[str(tensor.dtype).removeprefix("torch.")]
+        self._described[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [self._end, end],
+        }
+        self.file.write(flat.view(torch.uint8).numpy().data)
+        self._text_bytes += len(name) + _DESCRIPTION_BYTES
+        self._end = end
+
+    def finish(self) -> None:
+        """Write what is in it, at its beginning."""
+        length = _HEADER_BYTES - 8
+        self.file.seek(0)
+        self.file.write(length.to_bytes(8, "little") + json.dumps(self._described).encode().ljust(length))
+        self.file.close()
 
 
 def _copy_rest(directory: Path, template: Path, dtype: str) -> None:
