@@ -1,6 +1,6 @@
 """Saving and loading a checkpoint against a plain write and read of the same bytes, on the same disk.
 
-    python benchmarks/checkpoint_bandwidth.py [--layers 8] [--hidden 1024]
+    python benchmarks/checkpoint_bandwidth.py [--shape 75M]
 
 One rank, fp32 weights with Adam's state. The plain write is one file, written and synced; the plain read reads the
 checkpoint's own files once. Both of ours include the checksums. Nothing is written over; what was written is removed
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer_step import make_actor, make_batch
+from trainer_step import SHAPES, make_actor, make_batch
 
 from rltrain.megatron.checkpoint import load_checkpoint
 from rltrain.megatron.checkpoint_dir import damaged_file
@@ -33,9 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.set_defaults(samples=8, longest=16)
+    parser.add_argument("--shape", choices=SHAPES, default="75M")
+    parser.set_defaults(samples=8, longest=16, bf16=False)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

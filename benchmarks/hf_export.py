@@ -1,6 +1,6 @@
 """Weights of the trainer as Hugging Face tensors, into buffers on the CPU, against a plain copy of the same bytes.
 
-python benchmarks/hf_export.py [--layers 8] [--hidden 512]
+python benchmarks/hf_export.py [--shape 20M]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trainer_step import make_actor
+from trainer_step import SHAPES, make_actor
 
 WARM_UP, ROUNDS = 3, 15
 
@@ -23,9 +23,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.set_defaults(samples=8, longest=8)
+    parser.add_argument("--shape", choices=SHAPES, default="20M")
+    parser.set_defaults(samples=8, longest=8, bf16=False)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         actor = make_actor(options, Path(directory))

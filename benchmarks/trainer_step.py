@@ -30,6 +30,8 @@ from rltrain.runtime import Registry, RoleContext
 # Of a Qwen3 model: layers, hidden size, feed-forward size, heads, key and value heads, their size, vocabulary.
 SHAPES = {
     "tiny": (2, 64, 128, 4, 2, 16, 512),
+    "20M": (8, 512, 1024, 4, 2, 128, 512),  # about
+    "75M": (8, 1024, 2048, 4, 2, 256, 512),
     "0.5B": (24, 896, 4864, 14, 2, 64, 151936),  # as Qwen2.5-0.5B
     "1.7B": (28, 2048, 6144, 16, 8, 128, 151936),  # Qwen3-1.7B
 }
