@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def of_peak(actor: Any, batch: TrainBatch, seconds: float) -> str:
-    """Model FLOPs utilisation: a forward pass for log-probs is part of no step here, so a step is three of them."""
+    """Model FLOPs utilisation: a step is a forward and a backward pass, which costs two of them."""
     from rltrain.megatron.device import peak_flops
     from rltrain.megatron.flops import sequence_flops
 

@@ -1,4 +1,4 @@
-"""Tensors in the place of a trainer's model."""
+"""What a push needs outside of a job: tensors in the place of a trainer's model, and a real engine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.weights.buckets import Part, in_buckets
 from rltrain.weights.hf_directory import write_hf_directory
 
@@ -28,3 +29,15 @@ class GivenWeights:
 
     def write(self, directory: Path) -> None:
         write_hf_directory(directory, self.tensors(), self.template)
+
+
+class GivenEngine(HttpServerEngineAdapter):
+    """One of the fleet, as the trainer sees it, that may not fail."""
+
+    is_here = True
+
+    def has_died(self) -> bool:
+        return False
+
+    def expel(self, reason: str) -> None:
+        raise AssertionError(reason)

@@ -220,6 +220,7 @@ def test_requests_in_flight_follow_the_engines_that_make_samples(tmp_path: Path)
     [
         ([], [True, True], "tensor"),
         ([], [True, False], "distributed"),
+        (["--actor-num-nodes", "2"], [True, True], "distributed"),  # some trainer ranks are elsewhere
         (["--colocate"], [True, False], "disk"),
         (["--update-weight-mode", "delta"], [True], "distributed"),
         (["--update-weight-transport", "nccl"], [True], "distributed"),
@@ -231,3 +232,15 @@ def test_the_transport_of_weights_is_what_the_layout_allows(
     flags: list[str], are_here: list[bool], transport: str
 ) -> None:
     assert choose(parse(*flags), are_here) == transport
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--actor-num-nodes", "2"], "is for one machine, and --actor-num-nodes is 2: take distributed"),
+        (["--update-weight-mode", "delta"], "saves nothing with --update-weight-transport tensor"),
+    ],
+)
+def test_shared_memory_is_refused_where_it_can_not_serve(flags: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse("--update-weight-transport", "tensor", *flags)

@@ -22,6 +22,7 @@ from helpers.megatron import (
     make_batch,
     run_ranks,
     tiny_config,
+    tiny_experts_config,
     write_hf_model,
 )
 from safetensors.torch import load_file
@@ -129,15 +130,7 @@ CONFIGS = {
     "dense": tiny_config(num_hidden_layers=4),
     "tied": tiny_config(num_hidden_layers=4, tie_word_embeddings=True),
     "glm4": tiny_config("Glm4ForCausalLM", pad_token_id=None),
-    "experts": tiny_config(
-        "Qwen3MoeForCausalLM",
-        num_hidden_layers=4,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        norm_topk_prob=True,
-        mlp_only_layers=[1],
-    ),
+    "experts": tiny_experts_config(),
 }
 CONFIGS |= {
     "balanced": CONFIGS["experts"],

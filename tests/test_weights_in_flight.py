@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import TOKEN
-from given_weights import GivenWeights
-from helpers.megatron import init_single_process
+from given_weights import GivenEngine, GivenWeights
+from helpers.megatron import init_single_process, make_args
 from safetensors.torch import load_file
 from tiny_model import make_model
 
 from rltrain.megatron.updates import make_updates
+from rltrain.megatron.weight_updates import WeightUpdates
 from rltrain.rollout.single_turn import update_sample
 from rltrain.runtime import RoleContext
 from rltrain.sample import Sample
@@ -177,6 +178,21 @@ def test_changes_alone_give_the_weights_that_all_would(
     assert (sent.bytes[0], sent.bytes[2]) == (everything, everything)  # to an engine that is not known
     first = next(iter(versions[0].values())).nbytes
     assert all(first < few < first + 0.1 * everything for few in (sent.bytes[1], sent.bytes[3]))
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("transport", ["disk", "distributed"])
+def test_engines_that_were_given_random_weights_get_more_than_changes(
+    transport: str, engine: Any, other_model: Path, tmp_path: Path
+) -> None:
+    flags = {"update_weight_mode": "delta", "update_weight_transport": transport, "load": "a checkpoint"}
+    args = make_args(other_model, check_weight_update_equal=True, **flags)
+    context = RoleContext(tmp_path, 0, "trainer", 0, "http://127.0.0.1:9", TOKEN)
+    weights, events = load_file(other_model / "model.safetensors"), list[str]()
+    given = GivenWeights(weights.items, other_model)
+    given_engine = GivenEngine(engine.url, TOKEN)
+    WeightUpdates(args, context, given, lambda kind, **_: events.append(kind)).push(lambda: [given_engine], 5)
+    assert events == ["weights_proven"]
 
 
 class Spy:

@@ -11,9 +11,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import TOKEN
-from helpers.megatron import in_each_layout, make_actor, make_args, run_ranks, tiny_config, write_hf_model
-
-from rltrain.sglang.adapter import HttpServerEngineAdapter
+from given_weights import GivenEngine
+from helpers.megatron import (
+    in_each_layout,
+    make_actor,
+    make_args,
+    run_ranks,
+    tiny_config,
+    tiny_experts_config,
+    write_hf_model,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -36,15 +43,7 @@ LAYOUTS: dict[str, dict[str, tuple[dict[str, Any], set[int]]]] = {
 }
 CONFIGS = {
     "dense": tiny_config(num_hidden_layers=4),
-    "experts": tiny_config(
-        "Qwen3MoeForCausalLM",
-        num_hidden_layers=4,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        norm_topk_prob=True,
-        mlp_only_layers=[1],
-    ),
+    "experts": tiny_experts_config(),
 }
 TRANSPORTS = {
     "tensor": {"update_weight_transport": "tensor"},
@@ -54,15 +53,6 @@ TRANSPORTS = {
 PUSHES = [
     (kind, layout, transport) for kind in LAYOUTS for layout in LAYOUTS[kind] for transport in TRANSPORTS
 ]
-
-
-class Engine(HttpServerEngineAdapter):
-    """One of the fleet, as the trainer sees it."""
-
-    is_here = True
-
-    def has_died(self) -> bool:
-        return False
 
 
 def push(args: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -86,7 +76,7 @@ def push(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             yield named
 
     actor._exporter.share = noted
-    engine = Engine(args.engine_url, TOKEN)
+    engine = GivenEngine(args.engine_url, TOKEN)
     pushed, expected = [], []
     for version in (1, 2, 3):
         actor.update_weights(lambda: [engine], version)
@@ -122,7 +112,7 @@ def pushes(
     """What each of four ranks has seen, by layout and transport."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for kind, model in models.items():
-        with Engine.launch({"model_path": str(model), "skip_tokenizer_init": True}, TOKEN) as engine:
+        with GivenEngine.launch({"model_path": str(model), "skip_tokenizer_init": True}, TOKEN) as engine:
             args = {}
             for layout, (changes, _) in LAYOUTS[kind].items():
                 for transport, flags in TRANSPORTS.items():

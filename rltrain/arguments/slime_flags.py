@@ -159,7 +159,7 @@ def _weights(group: argparse._ArgumentGroup) -> None:
     add("--update-weight-mode", choices=["full", "delta"], default="full",
         help="delta: send only what has changed since the last push (default: full)")  # fmt: skip
     add("--update-weight-buffer-size", type=int, default=512 * 1024**2, metavar="BYTES",
-        help="of weights under way at a time, other than on disk, at most (default: 512 MiB)")  # fmt: skip
+        help="of weights under way at a time, at most (default: 512 MiB); 64 MiB by shared memory or gloo")  # fmt: skip
     add("--check-weight-update-equal", action="store_true",
         help="see once that a push restores every tensor of engines that were given random ones")  # fmt: skip
     add("--update-weights-interval", type=int, default=1, metavar="N",

@@ -17,8 +17,8 @@ from rltrain.runtime import RoleContext
 from rltrain.weights.buckets import NamedTensor, Part
 from rltrain.weights.delta import Sent
 from rltrain.weights.disk import Directories, DiskTransport
-from rltrain.weights.sharing import BEST_BUCKET_BYTES, Sharing
-from rltrain.weights.transport import Engine, make_medium
+from rltrain.weights.sharing import Sharing
+from rltrain.weights.transport import Engine, bucket_bytes, make_medium
 
 FindEngines = Callable[[], Sequence[Engine]]
 
@@ -49,6 +49,9 @@ class Updates(Protocol):
             and stay paused.
         """
 
+    def forget(self) -> None:
+        """Engines no longer hold what they were sent."""
+
 
 class SharedUpdates:
     """Every rank hands out its share of all weights, or with `delta` of those that have changed."""
@@ -58,7 +61,7 @@ class SharedUpdates:
         self._ranks = TrainerRanks()
         medium = make_medium(transport, args, context, self._ranks.number)
         self._sharing: Sharing[Engine] = Sharing(medium, self._ranks, context.host)
-        self._bucket_bytes = min(args.update_weight_buffer_size, BEST_BUCKET_BYTES)
+        self._bucket_bytes = bucket_bytes(transport, args)
         # Each rank that sends over the network is one more group for each engine.
         self._one_per_machine = medium.sends
         self._changes = Changes() if args.update_weight_mode == "delta" else None
@@ -79,6 +82,11 @@ class SharedUpdates:
         changes.end(version, engines, failures)
         return failures
 
+    def forget(self) -> None:
+        """See `Updates.forget`."""
+        if self._changes is not None:
+            self._changes.forget()
+
 
 class WrittenUpdates:
     """Every push is a Hugging Face directory, of which every rank writes its share."""
@@ -93,6 +101,9 @@ class WrittenUpdates:
         on_rank_0(lambda: failures.update(self._directories.push(version, find_engines)))
         return failures
 
+    def forget(self) -> None:
+        """Nothing: they are sent everything anyway."""
+
 
 class ChangedFiles:
     """Rank 0 writes what has changed since the push before, or all weights if an engine did not get that one."""
@@ -105,6 +116,10 @@ class ChangedFiles:
         failures: dict[str, str] = {}
         weights.stream(lambda tensors: failures.update(self._send(version, tensors, find_engines())))
         return failures
+
+    def forget(self) -> None:
+        """See `Updates.forget`."""
+        self._changes.forget()
 
     def _send(
         self, version: int, tensors: Iterable[NamedTensor], engines: Sequence[Engine]
@@ -138,6 +153,10 @@ class Changes:
         elif not is_enough:
             self._known -= {engine.url for engine in engines}
         return not is_enough
+
+    def forget(self) -> None:
+        """No engine has it any more."""
+        self._known.clear()
 
     def parts(self, tensors: Iterable[NamedTensor], everything: bool) -> Iterator[Part]:
         """What to send of these tensors."""

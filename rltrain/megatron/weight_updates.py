@@ -86,6 +86,8 @@ class WeightUpdates:
         expected = on_rank_0(lambda: forget_weights(find_engines()))
         for _ in range(_TRIES):
             self._held.clear()
+            if self._updates is not None:
+                self._updates.forget()
             self._push(find_engines, version)
             on_rank_0(lambda: self._compare(find_engines(), expected))
             if not on_rank_0(lambda: bool(self._failures)):

@@ -181,9 +181,10 @@ class _Shard:
 
     def finish(self) -> None:
         """Write what is in it, at its beginning."""
-        length = _HEADER_BYTES - 8
+        length, text = _HEADER_BYTES - 8, json.dumps(self._described).encode()
+        assert len(text) <= length, "it would write over the first tensor"
         self.file.seek(0)
-        self.file.write(length.to_bytes(8, "little") + json.dumps(self._described).encode().ljust(length))
+        self.file.write(length.to_bytes(8, "little") + text.ljust(length))
         self.file.close()
 
 

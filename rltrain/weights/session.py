@@ -83,7 +83,6 @@ class Session(Generic[E]):
         """Have the engines go on, and report the version, when they have loaded all that they were told of."""
         self.each(lambda engine: self.await_reports(engine))
         self.each(lambda engine: self._lines[engine.url].hang_up())
-        self.drop()
         self.each(lambda engine: engine.end_weight_update())
         for engine in [engine for engine in self.engines if engine.url in self._refused]:
             self.leave_out(engine.url, self._refused[engine.url])

@@ -20,10 +20,6 @@ from rltrain.weights.sources import Source
 
 T = TypeVar("T")
 
-# One is filled while another is sent and a third loaded: larger ones leave less to do at the same time, and smaller
-# ones cost more messages (measured: benchmarks/weight_transports.py).
-BEST_BUCKET_BYTES = 64 * 1024**2
-
 
 class Ranks(Protocol):
     """The trainer's ranks, which call these methods together.

@@ -15,6 +15,10 @@ from rltrain.weights.proof import CheckedEngine
 from rltrain.weights.sharing import Medium
 from rltrain.weights.tensor import MemoryMedium
 
+# In host memory one bucket is filled while another is sent and a third loaded: larger ones leave less to do at the same
+# time, and smaller ones cost more messages (measured with those of benchmarks/weight_transports.py).
+_HOST_BUCKET_BYTES = 64 * 1024**2
+
 
 class Engine(DiskEngine, CheckedEngine, Protocol):
     """What is needed of `rltrain.sglang.engines.JobEngine`."""
@@ -46,5 +50,16 @@ def make_medium(transport: str, args: argparse.Namespace, context: RoleContext, 
     """That of a transport which is not `disk`, for a rank of the trainer."""
     if transport == "tensor":
         return MemoryMedium()
-    backend = args.distributed_backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    return GroupMedium(context.host, backend, rank)
+    return GroupMedium(context.host, _backend(args), rank)
+
+
+def bucket_bytes(transport: str, args: argparse.Namespace) -> int:
+    """Of a bucket: `--update-weight-buffer-size`, but not so much in host memory."""
+    size = args.update_weight_buffer_size
+    if transport == "distributed" and _backend(args) == "nccl":
+        return size
+    return min(size, _HOST_BUCKET_BYTES)
+
+
+def _backend(args: argparse.Namespace) -> str:
+    return args.distributed_backend or ("nccl" if torch.cuda.is_available() else "gloo")

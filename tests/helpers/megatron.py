@@ -50,6 +50,17 @@ def tiny_config(architecture: str = "Qwen3ForCausalLM", **changes: Any) -> dict[
     }
 
 
+def tiny_experts_config() -> dict[str, Any]:
+    """Four layers, of which the second has no experts; four experts, two of them for a token."""
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+    }
+    return tiny_config("Qwen3MoeForCausalLM", num_hidden_layers=4, mlp_only_layers=[1], **experts)
+
+
 def write_config(directory: Path, config: dict[str, Any]) -> Path:
     """A model directory without weights."""
     directory.mkdir(parents=True, exist_ok=True)
