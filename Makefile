@@ -7,10 +7,16 @@ READY  := $(VENV)/.ready
 # Warnings of pip are about the machine's package indexes; errors are still shown.
 PIP    := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
-# Two tests of different files at a time: each may start engines, trainers and a Slurm cluster of its own.
-PARALLEL := -n 2 --dist loadfile
+# Two processes for two cores compute, and two wait for Slurm or a supervisor meanwhile (tests/helpers/parallel.py). Each
+# may hold engines and trainers: 16 GB in all.
+PARALLEL := -n 4
 
-.PHONY: help setup slurm demo test test-fast lint format bench clean
+# The second environment: Python 3.12, the newest versions that fit, and the builds for CUDA that a GPU node runs.
+CURRENT       := .venv-current
+CURRENT_READY := $(CURRENT)/.ready
+CURRENT_TESTS  = $(shell sed 's/\#.*//' tests/current.txt)
+
+.PHONY: help setup slurm demo test test-all test-fast test-current test-current-fast test-gpu chaos lint lock format bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,25 +41,52 @@ demo: $(READY) ## train a small model to add: SFT, then GRPO (about 5 minutes)
 slurm: ## install Debian's Slurm packages, which the sandbox and its tests need (root)
 	@requirements/install-debian.sh
 
-test: $(READY) ## every test, on the real parts
+test test-all: $(READY)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then requirements/install-debian.sh; fi
-	@$(BIN)/python -m pytest $(PARALLEL)
+	@$(BIN)/python -m pytest $(PARALLEL) $(if $(filter test,$@),-m "not learning and not resolving",-m "not resolving")
+
+test: ## every test but whole runs that learn for minutes, on the real parts
+test-all: ## those too
 
 test-fast: $(READY) ## only the tests that start no engine, no trainer and no job
-	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not slurm"
+	@$(BIN)/python -m pytest -n 2 -m "not slow and not slurm"
 
-lint: $(READY) ## ruff, mypy, shellcheck
+test-gpu: ## what to run first on a GPU node, in the environment of docs/gpu.md that is activated; skips without a GPU
+	@python3 -m pytest -m gpu -rs -s tests/gpu
+
+test-current-fast: $(CURRENT_READY) ## test-fast in .venv-current
+	@$(CURRENT)/bin/python -m pytest -n 2 -m "not slow and not slurm"
+
+test-current: test-current-fast ## the tests and the demo in .venv-current, as on a GPU node (5 minutes and 11 GB to make)
+	@$(CURRENT)/bin/python -m pytest -n 2 -m "slow and not learning" $(CURRENT_TESTS)
+
+$(CURRENT_READY): requirements/gpu.txt requirements/current.txt pyproject.toml
+	@echo "virtual environment in $(CURRENT)"
+	@python=$$(PYTHON312="$(PYTHON312)" requirements/python312.sh) && "$$python" -m venv $(CURRENT)
+	@$(CURRENT)/bin/python -m pip --quiet --quiet --disable-pip-version-check install \
+		-c requirements/gpu.txt -r requirements/current.txt -e '.[train,gpu,notebook,dev]'
+	@touch $@
+
+lock: $(CURRENT_READY) ## resolve requirements/gpu.txt again; UPGRADE=--upgrade takes the newest of everything
+	@requirements/lock.sh $(CURRENT)/bin/uv $(UPGRADE)
+
+chaos: $(READY) ## storms of faults over runs on a real Slurm; MINUTES=10 and SEED=1 are yours to set
+	@$(BIN)/python -m hpc.chaos --seed $(or $(SEED),1) --storms 1000000 --minutes $(or $(MINUTES),10)
+
+lint: $(READY) ## ruff, mypy, shellcheck, hadolint
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/shellcheck --exclude=SC2016 .ci/run requirements/*.sh tests/golden/*
+	@$(BIN)/mypy --strict rltrain/arguments rltrain/algorithms
+	@$(BIN)/shellcheck --exclude=SC2016 .ci/run requirements/*.sh containers/apptainer-python tests/golden/*
+	@$(BIN)/hadolint containers/Dockerfile
 
 format: $(READY) ## let ruff rewrite
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 bench: $(READY) ## every benchmark; each prints a ratio
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/*.py benchmarks/agents/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+clean: ## remove the virtual environments and caches
+	rm -rf $(VENV) $(CURRENT) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

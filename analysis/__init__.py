@@ -5,13 +5,11 @@ listed in `analysis/README.md`; the pictures are in `analysis.plots`, the number
 in `analysis.metrics`.
 """
 
-from analysis._compare import Comparison, compare
-from analysis._errors import DamagedFileError, DamagedFileWarning, RunNotFoundError
-from analysis._groups import pass_at_k
-from analysis._load import load_run, load_runs
-from analysis._run import Run
-from analysis._runs import Runs
-from analysis._wandb import load_wandb
+from analysis.frames.compare import Comparison, compare
+from analysis.frames.samples import pass_at_k
+from analysis.reading.errors import DamagedFileError, DamagedFileWarning, RunNotFoundError
+from analysis.run import Run, load_run, load_wandb
+from analysis.runs import Runs, load_runs
 
 __all__ = [
     "Comparison",

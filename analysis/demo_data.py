@@ -14,8 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from analysis._demo_run import DemoRun, Size, write_run
-from analysis._demo_samples import Behaviour
+from analysis.demo.run import DemoRun, Size, write_run
+from analysis.demo.samples import Behaviour
+from rltrain.run.errors import UserError, run_main
 
 
 def demo_runs(steps: int = 24) -> list[DemoRun]:
@@ -47,16 +48,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.steps < 8:
         parser.error("--steps must be at least 8")
-    existing = [run.name for run in demo_runs() if (args.directory / run.name).exists()]
+    return run_main(lambda: _write(args.directory, args.steps, args.seed))
+
+
+def _write(directory: Path, steps: int, seed: int) -> None:
+    existing = [run.name for run in demo_runs() if (directory / run.name).exists()]
     if existing:
-        print(
-            f"error: {args.directory} already holds {', '.join(existing)}: choose another directory.",
-            file=sys.stderr,
-        )
-        return 2
-    for path in write_demo(args.directory, steps=args.steps, seed=args.seed):
+        raise UserError(f"{directory} already holds {', '.join(existing)}: choose another directory.")
+    for path in write_demo(directory, steps=steps, seed=seed):
         print(path)
-    return 0
 
 
 if __name__ == "__main__":

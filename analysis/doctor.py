@@ -7,8 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from analysis._errors import RunNotFoundError
-from analysis._load import load_run
+from analysis.run import load_run
+from rltrain.run.errors import run_main
+from rltrain.run.terminal import safe_text
 
 _LEVELS = {"error": 1, "warning": 2, "note": 3, "never": 0}
 
@@ -23,15 +24,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fail-on", choices=list(_LEVELS), default="error", metavar="LEVEL",
                         help="exit with 1 if there is an error (default), a warning, a note; or never")  # fmt: skip
     args = parser.parse_args(argv)
-    try:
-        findings = load_run(args.run_dir).doctor()
-    except RunNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_main(lambda: _print_findings(args))
+
+
+def _print_findings(args: argparse.Namespace) -> int:
+    findings = load_run(args.run_dir).doctor()
     print(
         json.dumps([vars(finding) for finding in findings], indent=2, ensure_ascii=False)
         if args.json
-        else findings
+        else safe_text(repr(findings))
     )
     return int(any(_LEVELS[finding.severity] <= _LEVELS[args.fail_on] for finding in findings))
 

@@ -1,4 +1,4 @@
-"""`python -m analysis.export RUN_DIR… --frame samples (--json | --parquet FILE)`: a frame for other tools."""
+"""`python -m analysis.export RUN_DIR… (--json | --parquet FILE | --csv FILE)`: frames for other tools."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis._errors import RunNotFoundError
-from analysis._load import load_runs
-from analysis._runs import Runs
-from hpc.slurm.client import SlurmError
-from rltrain.arguments.errors import UserError
+from analysis.runs import Runs, load_runs
+from rltrain.run.errors import UserError, run_main
 
-FRAMES = ["runs", "attempts", "steps", "groups", "samples", "evals", "events"]
+FRAMES = ["runs", "attempts", "steps", "groups", "samples", "evals", "events", "sessions", "notes"]
 SAMPLE_FRAMES = ["tokens", "messages"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write one frame of one or several runs; 2 if there is no such run, sample or accounting."""
     args = _parser().parse_args(argv)
-    try:
-        frame = _frame(load_runs(args.runs), args)
-    except (RunNotFoundError, ValueError, SlurmError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json:
+    return run_main(lambda: _export(args))
+
+
+def _export(args: argparse.Namespace) -> None:
+    frame = _frame(load_runs(args.runs), args)
+    if args.csv:
+        frame.to_csv(args.csv, index=False, date_format="%Y-%m-%dT%H:%M:%S.%f%z")
+        print(args.csv)
+    elif args.json:
         sys.stdout.write(frame.to_json(orient="records", lines=True, date_format="iso", date_unit="us"))
     else:
         _plain(frame).to_parquet(args.parquet, index=False)
         print(args.parquet)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--json", action="store_true", help="print one JSON object a row")
     target.add_argument("--parquet", type=Path, metavar="FILE", help="write a Parquet file")
+    target.add_argument("--csv", type=Path, metavar="FILE", help="write a CSV file")
     return parser
 
 
@@ -59,12 +59,11 @@ def _frame(runs: Runs, args: argparse.Namespace) -> pd.DataFrame:
     """The frame that the command line asks for.
 
     Raises:
-        ValueError: `--sample` is missing, or there is no such sample.
-        SlurmError, UserError: see `Run.read_attempts`.
+        UserError: `--sample` is missing, or there is no such sample; or see `Run.read_attempts`.
     """
     if args.frame in SAMPLE_FRAMES:
         if args.sample is None:
-            raise ValueError(f"--frame {args.frame} takes --sample INDEX, the index of a training sample.")
+            raise UserError(f"--frame {args.frame} takes --sample INDEX, the index of a training sample.")
         return runs.each(lambda run: getattr(run, args.frame)(args.sample))
     if args.frame == "samples":
         return runs.read_samples(args.columns)

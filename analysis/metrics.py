@@ -1,22 +1,19 @@
 """Numbers that no frame holds by itself: made from several frames of a run, one function each.
 
-Every function takes a `Run` (or a frame of it) and returns a frame or a number; none of them draws.
+Every function takes a run (or a frame of it) and returns a frame or a number; none of them draws.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis._attempts import gpu_count
-from analysis._frames import phase_seconds
-
-if TYPE_CHECKING:
-    from analysis._run import Run
+from analysis.frames.run import RunFrames
+from analysis.frames.steps import metric, phase_seconds, trained
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 
@@ -37,7 +34,9 @@ def lengths(samples: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(mean=grouped.mean(), truncated=truncated)
 
 
-def pass_at_k_by_difficulty(run: Run, key: str = "difficulty", *, threshold: float = 1.0) -> pd.DataFrame:
+def pass_at_k_by_difficulty(
+    run: RunFrames, key: str = "difficulty", *, threshold: float = 1.0
+) -> pd.DataFrame:
     """Unbiased pass@k by difficulty and step, with the number of groups.
 
     Args:
@@ -57,21 +56,29 @@ def pass_at_k_by_difficulty(run: Run, key: str = "difficulty", *, threshold: flo
     return table[columns].mean().assign(groups=table.size())
 
 
+def reward_range(run: RunFrames) -> tuple[float, float]:
+    """The lowest and the highest reward of a training sample; without samples, of a step's mean; NaN without either."""
+    rewards = run.samples["reward"].dropna()
+    if rewards.empty:
+        rewards = metric(run.steps, "rollout/reward")
+    return (float(rewards.min()), float(rewards.max())) if len(rewards) else (np.nan, np.nan)
+
+
 def zero_std_share(groups: pd.DataFrame) -> pd.Series:
     """Share of each step's groups whose samples all got the same reward: they teach nothing."""
     return groups.groupby("step")["zero_std"].mean()
 
 
 def advantages(samples: pd.DataFrame) -> pd.DataFrame:
-    """By step, of the normalised rewards that the advantages are made of: `mean`, `std`, `min`, `max`, and `zero`, the
-    share of samples without one, which teach nothing."""
+    """By step: `mean`, `std`, `min`, `max` of the normalised rewards that the advantages are made of, and `zero`, the
+    share of samples where it is 0: they teach nothing."""
     grouped = samples.groupby("step")["train_reward"]
     frame = grouped.agg(["mean", "std", "min", "max"])
     return frame.assign(zero=(samples["train_reward"] == 0).groupby(samples["step"]).mean())
 
 
-def recorded_steps(run: Run, most: int) -> list[int]:
-    """Steps whose tokens the trainer has recorded: at most so many, evenly from the first to the last."""
+def recorded_steps(run: RunFrames, most: int) -> list[int]:
+    """Steps whose tokens the trainer has recorded: at most `most` of them, evenly from the first to the last."""
     layout = run.layout
     samples = layout.sample_files() if layout else {}
     steps = [step for step in (layout.trainer_files() if layout else {}) if step in samples]
@@ -79,7 +86,7 @@ def recorded_steps(run: Run, most: int) -> list[int]:
     return [steps[i] for i in chosen]
 
 
-def token_quantiles(run: Run, steps: int | list[int] | None = None) -> pd.DataFrame:
+def token_quantiles(run: RunFrames, steps: int | list[int] | None = None) -> pd.DataFrame:
     """Quantiles by step over the trained tokens: `gap` (trainer - engine) and `abs_gap` in nats, `ratio` exp(gap),
     and `entropy` in nats.
 
@@ -107,10 +114,10 @@ def token_quantiles(run: Run, steps: int | list[int] | None = None) -> pd.DataFr
     return pd.DataFrame(rows, columns=None if rows else ["step", "tokens"]).set_index("step")
 
 
-def staleness(run: Run, steps: int | Iterable[int] | None = None) -> pd.DataFrame:
+def staleness(run: RunFrames, steps: int | Iterable[int] | None = None) -> pd.DataFrame:
     """By step, how many updates the weights that generated it were behind: mean, largest, share of mixed samples."""
     samples = run.read_samples(["weight_versions"], steps)
-    # Versions that are no numbers, as of other tools, count as not recorded.
+    # Other tools write versions that are not numbers: they count as not recorded.
     exploded = pd.to_numeric(samples["weight_versions"].explode(), errors="coerce").astype("float64")
     age = (samples["step"].reindex(exploded.index) - exploded).groupby(level=0)
     mixed = samples["weight_versions"].map(lambda versions: len(set(versions)) > 1)
@@ -125,47 +132,47 @@ def repetition(text: str, n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def time_breakdown(run: Run) -> pd.DataFrame:
-    """Wall seconds of each step by phase (see `analysis._frames.phase_seconds`) and their share of all steps."""
+def time_breakdown(run: RunFrames) -> pd.DataFrame:
+    """Wall seconds of each step by phase (see `analysis.frames.steps.phase_seconds`) and their share of all steps."""
     seconds = phase_seconds(run.steps).sum()
     return pd.DataFrame({"seconds": seconds, "share": seconds / max(seconds.sum(), 1e-12)})
 
 
-def tokens_per_gpu_second(run: Run) -> pd.Series:
+def tokens_per_gpu_second(run: RunFrames) -> pd.Series:
     """Response tokens per second of a step's wall time and GPU, by step."""
-    steps = run.steps[run.steps["step"] >= 0].set_index("step")
+    steps = trained(run.steps).set_index("step")
     if "rollout/tokens" not in steps or "perf/step_s" not in steps:
         return pd.Series(dtype="float64")
-    return steps["rollout/tokens"] / steps["perf/step_s"] / max(gpu_count(run.config), 1)
+    return steps["rollout/tokens"] / steps["perf/step_s"] / max(run.gpus, 1)
 
 
-def lost_steps(run: Run) -> pd.DataFrame:
+def lost_steps(run: RunFrames) -> pd.DataFrame:
     """Steps that were trained, lost when an attempt ended before its next checkpoint, and trained again."""
     every = run.read_steps(every_attempt=True)
-    trained = every[every["step"] >= 0]
-    lost = trained[trained.duplicated("step", keep="last")]
+    tried = trained(every)
+    lost = tried[tried.duplicated("step", keep="last")]
     columns = ["step", "attempt", "perf/step_s"]
     return lost.reindex(columns=columns).reset_index(drop=True)
 
 
-def cost(run: Run, attempts: pd.DataFrame | None = None) -> dict[str, float]:
-    """What the run has cost, and what came of it.
+def cost(run: RunFrames, attempts: pd.DataFrame | None = None) -> dict[str, float]:
+    """The cost of a run, and what came of it.
 
     `allocated_gpu_hours`, `productive_gpu_hours` (in steps that were kept), `goodput` (their ratio),
     `lost_steps`, `lost_gpu_hours`, `queue_wait_s`, `reward_gain` (mean of the last tenth of the steps less the
-    first's), `gpu_hours_per_reward_point`. What cannot be known is missing (NaN).
+    first's), `gpu_hours_per_reward_point`. A number that cannot be known is missing (NaN).
 
     Args:
         attempts: `run.read_attempts()` for Slurm's numbers; default: those made from the run's events.
     """
     attempts = run.attempts if attempts is None else attempts
-    gpus = gpu_count(run.config)
-    trained = run.steps[run.steps["step"] >= 0]
-    seconds = float(trained["perf/step_s"].sum()) if "perf/step_s" in trained else np.nan
+    gpus = run.gpus
+    steps = trained(run.steps)
+    seconds = float(steps["perf/step_s"].sum()) if "perf/step_s" in steps else np.nan
     lost = lost_steps(run)
     allocated = float(attempts["gpu_hours"].sum()) if len(attempts) else np.nan
     productive = gpus * seconds / 3600
-    gain = _reward_gain(trained)
+    gain = _reward_gain(steps)
     return {
         "allocated_gpu_hours": allocated,
         "productive_gpu_hours": productive,
@@ -179,8 +186,8 @@ def cost(run: Run, attempts: pd.DataFrame | None = None) -> dict[str, float]:
     }
 
 
-def _reward_gain(trained: pd.DataFrame) -> float:
-    rewards = trained["rollout/reward"].dropna() if "rollout/reward" in trained else pd.Series(dtype=float)
+def _reward_gain(steps: pd.DataFrame) -> float:
+    rewards = metric(steps, "rollout/reward")
     if len(rewards) < 2:
         return np.nan
     tenth = max(1, len(rewards) // 10)

@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from analysis._errors import RunNotFoundError
-from analysis._load import load_run
-from analysis._run import Run
-from hpc.layout import RunLayout
+from analysis.plots.figures import overview, save_picture
+from analysis.run import load_run
+from rltrain.run.errors import run_main
+from rltrain.run.layout import RunLayout
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,30 +22,15 @@ def main(argv: list[str] | None = None) -> int:
         "-o", "--output", type=Path, help="picture to write (default: RUN_DIR/plots/reward_curve.png)"
     )
     args = parser.parse_args(argv)
-    try:
-        run = load_run(args.run_dir)
-    except RunNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_main(lambda: _draw(args))
+
+
+def _draw(args: argparse.Namespace) -> None:
+    run = load_run(args.run_dir)
     output = args.output or RunLayout(args.run_dir).plots / "reward_curve.png"
-    save_overview(run, output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(overview, run, output, dpi=150)
     print(output)
-    return 0
-
-
-def save_overview(run: Run, path: Path) -> None:
-    """Write `analysis.plots.overview` of the run to `path`, without a display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from analysis.plots import overview
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure = overview(run)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from analysis._errors import RunNotFoundError
-from analysis._html import browse, dashboard_png
-from analysis._load import load_run
-from hpc.layout import RunLayout
+from analysis.pages.html import browse, dashboard_png
+from analysis.run import load_run
+from rltrain.run.errors import run_main
+from rltrain.run.layout import RunLayout
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,18 +29,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.max_samples < 1:
         parser.error("--max-samples must be at least 1")
-    try:
-        run = load_run(args.run_dir)
-    except RunNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_main(lambda: _write(args))
+
+
+def _write(args: argparse.Namespace) -> None:
+    run = load_run(args.run_dir)
     picture = None if args.no_dashboard else dashboard_png(run)
-    print(
-        browse(run, args.max_samples, picture=picture).save(
-            args.output or RunLayout(args.run_dir).plots / "report.html"
-        )
-    )
-    return 0
+    output = args.output or RunLayout(args.run_dir).plots / "report.html"
+    print(browse(run, args.max_samples, picture=picture).save(output))
 
 
 if __name__ == "__main__":

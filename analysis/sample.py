@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +13,29 @@ from rich.padding import Padding
 from rich.rule import Rule
 from rich.text import Text
 
-from analysis._errors import RunNotFoundError
-from analysis._load import load_run
-from analysis._run import Run
+from analysis.frames.samples import chat_messages
+from analysis.reading.errors import NotInRunError
+from analysis.run import Run, load_run
+from rltrain.run.errors import run_main
+from rltrain.run.terminal import visible
 
 MAX_CHARACTERS = 4000  # of one text; a screen or two
 
 _COLUMNS = ["reward", "train_reward", "status", "failure", "prompt_length", "response_length",
             "weight_versions", "prompt", "response", "label"]  # fmt: skip
-# Control, format (bidirectional marks), surrogate, private use, line and paragraph separators.
-_ESCAPED = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print samples; 2 if there is no such run or step."""
     args = _parser().parse_args(argv)
-    try:
-        run = load_run(args.run_dir)
-        samples = pick(run, args.step, args.order, args.n)
-    except (RunNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_main(lambda: _print_samples(args))
+
+
+def _print_samples(args: argparse.Namespace) -> None:
+    samples = pick(load_run(args.run_dir), args.step, args.order, args.n)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     for _, row in samples.iterrows():
         print_sample(console, row)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,11 +57,11 @@ def pick(run: Run, step: int | None, order: str | None, count: int) -> pd.DataFr
     """`count` samples of `step` (None: the newest) in file order or, by reward, "best" or "worst" first.
 
     Raises:
-        ValueError: the step, or the run, has no samples.
+        NotInRunError: the step, or the run, has no samples.
     """
     if step is None:
         if run.samples.empty:
-            raise ValueError(f"{run.path} has no samples yet")
+            raise NotInRunError(f"{run.path} has no samples yet")
         step = int(run.samples["step"].max())
     samples = run.read_samples(_COLUMNS, steps=step)
     if order:
@@ -78,9 +74,9 @@ def print_sample(console: Console, row: pd.Series) -> None:
     console.print(
         Rule(f"step {row['step']} · group {row['group_index']} · sample {row['index']}", style="dim")
     )
-    console.print(Text(_numbers(row), style="bold"))
+    console.print(Text(visible(_numbers(row)), style="bold"))
     if isinstance(row["failure"], str):
-        console.print(Text(f"failed: {printable(row['failure'])}", style="red"))
+        console.print(Text(f"failed: {visible(row['failure'])}", style="red"))
     for title, text in [
         ("prompt", prompt_text(row["prompt"])),
         ("response", row["response"]),
@@ -88,7 +84,7 @@ def print_sample(console: Console, row: pd.Series) -> None:
     ]:
         if isinstance(text, str):
             console.print(Text(title, style="dim"))
-            console.print(Padding(Text(clip(printable(text))), (0, 0, 0, 2)))
+            console.print(Padding(Text(clip(visible(text))), (0, 0, 0, 2)))
     console.print()
 
 
@@ -107,20 +103,8 @@ def _numbers(row: pd.Series) -> str:
 
 def prompt_text(prompt: Any) -> Any:
     """The prompt; if it is chat messages as JSON, one `role: content` paragraph a message."""
-    if not isinstance(prompt, str) or not prompt.startswith("["):
-        return prompt
-    try:
-        return "\n".join(f"{message['role']}: {message['content']}" for message in json.loads(prompt))
-    except (ValueError, TypeError, KeyError):  # plain text that begins with a bracket
-        return prompt
-
-
-def printable(text: str) -> str:
-    r"""`text` with every character that could steer a terminal written as its escape, such as \x1b."""
-    return "".join(
-        ascii(char)[1:-1] if char != "\n" and unicodedata.category(char) in _ESCAPED else char
-        for char in text
-    )
+    messages = chat_messages(prompt)
+    return prompt if messages is None else "\n".join(f"{role}: {content}" for role, content in messages)
 
 
 def clip(text: str) -> str:

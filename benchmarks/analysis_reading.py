@@ -36,12 +36,12 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from analysis import demo_data, load_run, load_wandb
-from analysis._demo_run import Size
-from analysis._demo_run import write_run as write_demo_run
-from analysis._html import browse
-from analysis._samples import SCALARS
-from hpc.layout import RunLayout
-from rltrain.rollout.parquet import read_table
+from analysis.demo.run import Size
+from analysis.demo.run import write_run as write_demo_run
+from analysis.pages.html import browse
+from analysis.reading.samples import SCALARS
+from rltrain.run.layout import RunLayout
+from rltrain.schema import read_table
 
 GROUPS, GROUP_SIZE = 10, 10
 SHORT, LONG = 32, 512  # tokens of a response

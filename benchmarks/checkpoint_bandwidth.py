@@ -22,9 +22,9 @@ from typing import Any
 
 from trainer_step import SHAPES, make_actor, make_batch
 
-from rltrain.megatron.checkpoint import load_checkpoint
-from rltrain.megatron.checkpoint_dir import damaged_file
-from rltrain.megatron.checkpoint_save import SaveOptions, begin_save, save_checkpoint
+from rltrain.megatron.checkpoint.directory import damaged_file
+from rltrain.megatron.checkpoint.load import load_checkpoint
+from rltrain.megatron.checkpoint.save import SaveOptions, begin_save, save_checkpoint
 
 ROUNDS = 5
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from fleet import Fleet, running_fleet, wait_until
+from helpers.fleet import Fleet, running_fleet, wait_until
 
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 

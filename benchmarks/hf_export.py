@@ -30,7 +30,7 @@ def main() -> None:
         actor = make_actor(options, Path(directory))
     import torch
 
-    from rltrain.megatron.hf_export import export_hf_weights
+    from rltrain.megatron.model.export import export_hf_weights
 
     weights = {name: tensor.clone() for name, tensor in export_hf_weights(actor.models, actor.shape)}
     targets = {name: torch.empty_like(tensor) for name, tensor in weights.items()}

@@ -15,7 +15,6 @@ it can't begin before that response ends. In a batch of lognormal lengths, the l
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import io
@@ -30,18 +29,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from rltrain.arguments.config import Config
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from fakes.engine_server import FakeEngine, fake_engine
-from tiny_model import make_model
+from helpers.tiny_model import make_model
 
-from hpc.layout import RunLayout
 from rltrain.arguments import parse
 from rltrain.data.source import RolloutDataSource
-from rltrain.rewards import service as rewards
-from rltrain.rollout.http import HttpClient, set_client
-from rltrain.rollout.look_ahead import LookAhead
-from rltrain.rollout.manager import RolloutManager
-from rltrain.rollout.setup import prepare_args
+from rltrain.rewards import pool as rewards
+from rltrain.rollout.generate.http import HttpClient, set_client
+from rltrain.rollout.generate.look_ahead import LookAhead
+from rltrain.rollout.service.manager import RolloutManager
+from rltrain.rollout.service.server import prepare
+from rltrain.run.layout import RunLayout
 
 TOKEN = "benchmark"
 ROLLOUTS, PROMPTS, SAMPLES, SLOTS = 16, 16, 8, 32
@@ -99,14 +100,14 @@ def least_wall(lengths: list[list[float]], staleness: int, train_seconds: float)
     return versions[-1]
 
 
-async def run(args: argparse.Namespace, root: Path, staleness: int, train_seconds: float) -> float:
+async def run(args: Config, root: Path, staleness: int, train_seconds: float) -> float:
     """Wall seconds of all rollouts and steps."""
-    args.max_staleness, args.num_rollout = staleness, ROLLOUTS
+    args = args.replace(max_staleness=staleness, num_rollout=ROLLOUTS)
     layout = RunLayout(root / f"run-{staleness}-{train_seconds:.3f}")
-    prepare_args(args, layout)
+    args = prepare(args, layout)
     async with fake_engine(TOKEN, StubEngine) as engine:
         url = urlsplit(engine.url)
-        args.sglang_router_ip, args.sglang_router_port = url.hostname, url.port
+        args.namespace.sglang_router_ip, args.namespace.sglang_router_port = url.hostname, url.port
         client = HttpClient(TOKEN)
         set_client(client)
         await rewards.start(args)
@@ -139,7 +140,7 @@ def main() -> None:
         args = parse(flags.split())
         with contextlib.redirect_stdout(io.StringIO()):
             generation = asyncio.run(run(args, root, 0, 0.0))
-            source, ratios = RolloutDataSource(args), {}
+            source, ratios = RolloutDataSource(args.namespace), {}
             groups = [source.get_samples(PROMPTS) for _ in range(ROLLOUTS)]
             lengths = [
                 [response_seconds(tuple(group[0].tokens), 1 + i) for group in each for i in range(len(group))]

@@ -8,7 +8,6 @@ loop parses every line into a list first, and then tokenises as many batches.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -19,41 +18,42 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from tiny_model import make_model
+from rltrain.arguments.config import Config
 
-from hpc.layout import RunLayout
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.tiny_model import make_model
+
 from rltrain.arguments import parse
 from rltrain.data.source import RolloutDataSource
 from rltrain.data.tokenizer import load_tokenizer
-from rltrain.rollout.setup import prepare_args
+from rltrain.rollout.service.server import prepare
+from rltrain.run.layout import RunLayout
 
 ROWS, CHARACTERS, BATCH, ROUNDS = 10_000, 400, 256, 3
 
 
-def make_args(root: Path) -> argparse.Namespace:
+def make_args(root: Path) -> Config:
     rng, prompts = random.Random(0), root / "prompts.jsonl"
     with prompts.open("w") as file:
         for i in range(ROWS):
             text = "".join(rng.choices("0123456789+-*= abcdefgh", k=CHARACTERS))
             file.write(json.dumps({"input": text, "label": str(i), "metadata": {"row": i}}) + "\n")
-    args = parse(
+    config = parse(
         f"--hf-checkpoint {make_model(root / 'model', weights=False)} --prompt-data {prompts} --label-key label"
         f" --rm-type exact --num-rollout 1 --rollout-batch-size {BATCH} --rollout-shuffle".split()
     )
-    prepare_args(args, RunLayout(root / "run"))
-    return args
+    return prepare(config, RunLayout(root / "run"))
 
 
-def ours(args: argparse.Namespace) -> None:
-    source = RolloutDataSource(args)
+def ours(config: Config) -> None:
+    source = RolloutDataSource(config.namespace)
     for _ in range(ROWS // BATCH):
         source.get_samples(BATCH)
 
 
-def bare(args: argparse.Namespace) -> None:
-    tokenizer = load_tokenizer(args.hf_checkpoint)
-    with Path(args.prompt_data).open() as file:
+def bare(config: Config) -> None:
+    tokenizer = load_tokenizer(config.model.hf_checkpoint)
+    with Path(config.data.prompt_data).open() as file:
         rows = [json.loads(line) for line in file]
     random.Random(0).shuffle(rows)
     for start in range(0, ROWS // BATCH * BATCH, BATCH):
@@ -62,15 +62,15 @@ def bare(args: argparse.Namespace) -> None:
         ]
 
 
-def speed(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> float:
+def speed(work: Callable[[Config], None], config: Config) -> float:
     began = time.perf_counter()
-    work(args)
+    work(config)
     return ROWS / (time.perf_counter() - began)
 
 
-def peak_megabytes(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> float:
+def peak_megabytes(work: Callable[[Config], None], config: Config) -> float:
     tracemalloc.start()
-    work(args)
+    work(config)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak / 1e6
@@ -78,11 +78,11 @@ def peak_megabytes(work: Callable[[argparse.Namespace], None], args: argparse.Na
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
-        args = make_args(Path(directory))
-        size = Path(args.prompt_data).stat().st_size / 1e6
-        rounds = [(speed(ours, args), speed(bare, args)) for _ in range(ROUNDS + 1)][1:]
+        config = make_args(Path(directory))
+        size = Path(config.data.prompt_data).stat().st_size / 1e6
+        rounds = [(speed(ours, config), speed(bare, config)) for _ in range(ROUNDS + 1)][1:]
         mine, theirs = (statistics.median(values) for values in zip(*rounds, strict=True))
-        memory = peak_megabytes(ours, args), peak_megabytes(bare, args)
+        memory = peak_megabytes(ours, config), peak_megabytes(bare, config)
     print(
         f"prompt reading: ours / bare = {mine / theirs:.3f}; ours {mine:.0f} rows/s, bare {theirs:.0f}; peak memory"
         f" {memory[0]:.1f} MB against {memory[1]:.1f} MB; {ROWS} rows, {size:.0f} MB, {ROUNDS} rounds"

@@ -9,7 +9,6 @@ is that of the loop that would also send the requests of a rollout.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import sys
@@ -17,13 +16,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from rltrain.arguments.config import Config
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from tiny_model import make_model
+from helpers.tiny_model import make_model
 
 from rltrain.arguments import parse
 from rltrain.rewards.pool import RewardPool
 from rltrain.rewards.worker import Grade
-from rltrain.rollout.loop_lag import LoopLag
+from rltrain.rollout.generate.timing import LoopLag
 from rltrain.sample import Sample
 
 TIMEOUT, WORKERS, TOKENS, IN_FLIGHT = 0.5, 4, 512, 256
@@ -51,9 +52,9 @@ def make_samples(count: int, one_in: int | None) -> list[Sample]:
     ]  # fmt: skip
 
 
-async def measure(args: argparse.Namespace, path: str, samples: list[Sample]) -> tuple[float, float]:
+async def measure(config: Config, path: str, samples: list[Sample]) -> tuple[float, float]:
     """Rewards per second, and the 99th percentile of the loop's lag in milliseconds."""
-    pool, semaphore = await RewardPool.start(args, path), asyncio.Semaphore(IN_FLIGHT)
+    pool, semaphore = await RewardPool.start(config, path), asyncio.Semaphore(IN_FLIGHT)
 
     async def grade(sample: Sample) -> Grade:
         async with semaphore:
@@ -72,11 +73,11 @@ async def measure(args: argparse.Namespace, path: str, samples: list[Sample]) ->
     return len(samples) / seconds, 1000 * lag.metrics()["perf/loop_lag_p99"]
 
 
-async def compare(args: argparse.Namespace) -> None:
+async def compare(config: Config) -> None:
     for name, count in COUNTS.items():
         path = f"benchmark_graders.{name}"
-        without, lag_without = await measure(args, path, make_samples(count, None))
-        with_hanging, lag = await measure(args, path, make_samples(count, 100))
+        without, lag_without = await measure(config, path, make_samples(count, None))
+        with_hanging, lag = await measure(config, path, make_samples(count, 100))
         print(
             f"rewards, 1 % {name}: {with_hanging:.0f} a second against {without:.0f} without"
             f" ({with_hanging / without:.2f}); p99 loop lag {lag:.1f} ms against {lag_without:.1f};"
@@ -91,12 +92,12 @@ def main() -> None:
         (root / "p.jsonl").write_text('{"input": "1"}\n')
         sys.path.insert(0, directory)
         os.environ["PYTHONPATH"] = f"{directory}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        args = parse(
+        config = parse(
             f"--hf-checkpoint {make_model(root / 'model', weights=False)} --prompt-data {root / 'p.jsonl'}"
             f" --num-rollout 1 --rollout-batch-size 1 --custom-rm-path benchmark_graders.waits"
             f" --reward-num-workers {WORKERS} --reward-timeout {TIMEOUT}".split()
         )
-        asyncio.run(compare(args))
+        asyncio.run(compare(config))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ source, and makes checked samples of them: all of `collect`, but for the rewards
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import cProfile
 import json
@@ -26,42 +25,44 @@ from pathlib import Path
 import aiohttp
 import orjson
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from tiny_model import make_model
+from rltrain.arguments.config import Config
 
-from hpc.layout import RunLayout
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.tiny_model import make_model
+
 from rltrain.arguments import parse
 from rltrain.data.source import RolloutDataSource
-from rltrain.rewards import service as rewards
-from rltrain.rollout.batch import sampling_params
+from rltrain.rewards import pool as rewards
 from rltrain.rollout.collect import collect
-from rltrain.rollout.http import HttpClient, set_client
-from rltrain.rollout.setup import collect_garbage_rarely, prepare_args
+from rltrain.rollout.generate.http import HttpClient, set_client
+from rltrain.rollout.generate.single_turn import sampling_params
+from rltrain.rollout.service.server import collect_garbage_rarely, prepare
+from rltrain.run.layout import RunLayout
 from rltrain.sample import Sample
 
 PROMPTS, SAMPLES, TOKENS, IN_FLIGHT, ROUNDS = 256, 8, 64, 256, 7
 
 
-async def give_reward(args: argparse.Namespace, sample: Sample) -> None:
+async def give_reward(config: Config, sample: Sample) -> None:
     """Stands for a process that grades."""
     sample.reward = 1.0
 
 
-def make_args(root: Path, port: int) -> argparse.Namespace:
+def make_args(root: Path, port: int) -> Config:
     model, prompts = make_model(root / "model", weights=False), root / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"input": f"{i}+{i}="}) + "\n" for i in range(1000)))
-    args = parse(
+    config = parse(
         f"--hf-checkpoint {model} --prompt-data {prompts} --rm-type exact --num-rollout 1"
         f" --rollout-batch-size {PROMPTS} --n-samples-per-prompt {SAMPLES} --rollout-max-response-len {TOKENS}"
         f" --sglang-server-concurrency {IN_FLIGHT}".split()
     )
-    prepare_args(args, RunLayout(root / "run"))
-    args.sglang_router_ip, args.sglang_router_port = "127.0.0.1", port
-    return args
+    config = prepare(config, RunLayout(root / "run"))
+    config.namespace.sglang_router_ip, config.namespace.sglang_router_port = "127.0.0.1", port
+    return config
 
 
-async def ours(args: argparse.Namespace, source: RolloutDataSource) -> None:
-    collected = await collect(args, 0, source)
+async def ours(config: Config, source: RolloutDataSource) -> None:
+    collected = await collect(config, 0, source)
     assert all(sample.response_length == TOKENS for group in collected.kept for sample in group)
 
 
@@ -75,31 +76,31 @@ async def bare(session: aiohttp.ClientSession, url: str, payloads: list[bytes]) 
     assert set(await asyncio.gather(*(one(payload) for payload in payloads))) == {TOKENS}
 
 
-async def compare(args: argparse.Namespace, profile: bool) -> dict[str, list[float]]:
+async def compare(config: Config, profile: bool) -> dict[str, list[float]]:
     """Requests per second of processor time of each round."""
     collect_garbage_rarely()
     rewards.grade = give_reward
     client = HttpClient("benchmark")
     set_client(client)
-    source = RolloutDataSource(args)
-    body = {"sampling_params": sampling_params(args), "return_logprob": True}
+    source = RolloutDataSource(config.namespace)
+    body = {"sampling_params": sampling_params(config.rollout), "return_logprob": True}
     payloads = [
         orjson.dumps({"input_ids": sample.tokens, **body})
         for group in source.get_samples(PROMPTS)
         for sample in group
     ]
-    url = f"http://127.0.0.1:{args.sglang_router_port}/generate"
+    url = f"http://127.0.0.1:{config.namespace.sglang_router_port}/generate"
     speeds: dict[str, list[float]] = {"ours": [], "bare": []}
     headers = {"Authorization": "Bearer benchmark", "Content-Type": "application/json"}
     async with aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0)) as session:
         for _ in range(ROUNDS + 1):
-            for name, work in (("ours", ours(args, source)), ("bare", bare(session, url, payloads))):
+            for name, work in (("ours", ours(config, source)), ("bare", bare(session, url, payloads))):
                 began = time.process_time()
                 await work
                 speeds[name].append(PROMPTS * SAMPLES / (time.process_time() - began))
         if profile:
             with cProfile.Profile() as profiler:
-                await ours(args, source)
+                await ours(config, source)
             pstats.Stats(profiler).sort_stats("tottime").print_stats(35)
     await client.close()
     return {name: values[1:] for name, values in speeds.items()}  # the first round warms up
@@ -108,7 +109,7 @@ async def compare(args: argparse.Namespace, profile: bool) -> dict[str, list[flo
 @contextmanager
 def stub() -> Iterator[int]:
     """The port of a running stub."""
-    command = [sys.executable, str(Path(__file__).with_name("stub_engine.py")), str(TOKENS)]
+    command = [sys.executable, str(Path(__file__).parents[1] / "tests/fakes/stub_engine.py"), str(TOKENS)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield int(process.stdout.readline())

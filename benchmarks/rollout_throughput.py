@@ -9,7 +9,6 @@ counts tokens. Rounds alternate, and the ratio is that of the medians.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import io
@@ -25,18 +24,19 @@ from urllib.parse import urlsplit
 import aiohttp
 import orjson
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from tiny_model import make_model
+from rltrain.arguments.config import Config
 
-from hpc.layout import RunLayout
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.tiny_model import make_model
+
 from rltrain.arguments import parse
 from rltrain.data.source import RolloutDataSource
-from rltrain.rewards import service as rewards
-from rltrain.rollout.batch import sampling_params
-from rltrain.rollout.http import HttpClient, set_client
-from rltrain.rollout.manager import RolloutManager
-from rltrain.rollout.server import ipc_stream
-from rltrain.rollout.setup import prepare_args
+from rltrain.rewards import pool as rewards
+from rltrain.rollout.generate.http import HttpClient, set_client
+from rltrain.rollout.generate.single_turn import sampling_params
+from rltrain.rollout.service.manager import RolloutManager
+from rltrain.rollout.service.server import ipc_stream, prepare
+from rltrain.run.layout import RunLayout
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.sglang.router import Router
 
@@ -45,7 +45,7 @@ ROUNDS = 7
 PROMPTS, SAMPLES, NEW_TOKENS, CONCURRENCY = 64, 8, 32, 64
 
 
-def make_args(root: Path) -> argparse.Namespace:
+def make_args(root: Path) -> Config:
     model = make_model(root / "model")
     prompts = root / "prompts.jsonl"
     prompts.write_text(
@@ -59,8 +59,7 @@ def make_args(root: Path) -> argparse.Namespace:
             *("--sglang-server-concurrency", str(CONCURRENCY)),
         ]
     )
-    prepare_args(args, RunLayout(root / "run"))
-    return args
+    return prepare(args, RunLayout(root / "run"))
 
 
 async def ours(manager: RolloutManager, rollout_id: int) -> float:
@@ -84,16 +83,16 @@ async def bare(session: aiohttp.ClientSession, url: str, payloads: list[bytes], 
     return sum(tokens) / (time.perf_counter() - began)
 
 
-def make_payloads(args: argparse.Namespace) -> list[bytes]:
+def make_payloads(args: Config) -> list[bytes]:
     """The requests of one batch."""
-    groups = RolloutDataSource(args).get_samples(PROMPTS)
-    body = {"sampling_params": sampling_params(args), "return_logprob": True}
+    groups = RolloutDataSource(args.namespace).get_samples(PROMPTS)
+    body = {"sampling_params": sampling_params(args.rollout), "return_logprob": True}
     return [orjson.dumps({"input_ids": sample.tokens, **body}) for group in groups for sample in group]
 
 
-async def compare(args: argparse.Namespace, root: Path, router_url: str) -> None:
+async def compare(args: Config, root: Path, router_url: str) -> None:
     url = urlsplit(router_url)
-    args.sglang_router_ip, args.sglang_router_port = url.hostname, url.port
+    args.namespace.sglang_router_ip, args.namespace.sglang_router_port = url.hostname, url.port
     client = HttpClient(TOKEN)
     set_client(client)
     await rewards.start(args)
@@ -126,7 +125,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         args = make_args(root)
-        server_args = {"model_path": args.hf_checkpoint, "log_level": "warning"}
+        server_args = {"model_path": args.model.hf_checkpoint, "log_level": "warning"}
         with Router({}, TOKEN) as router, HttpServerEngineAdapter.launch(server_args, TOKEN) as engine:
             engine.register(router.url)
             asyncio.run(compare(args, root, router.url))

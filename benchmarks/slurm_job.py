@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from tiny_model import make_model
+from helpers.tiny_model import make_model
 
-from hpc.config import read_request
-from hpc.layout import RunLayout
-from hpc.run import submit_run
+from hpc.planning.request import read_request
 from hpc.sandbox import MissingPackagesError, Sandbox, require_packages
+from hpc.submitting.start_run import submit_run
+from rltrain.run.layout import RunLayout
 
 REPEATS = 7
 STEPS = 25

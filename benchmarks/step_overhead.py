@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import RunNotFoundError, load_run
-from analysis._frames import phase_seconds
+from analysis.frames.steps import phase_seconds
 
 WORK = ["generate", "reward", "train", "update_weights"]
 

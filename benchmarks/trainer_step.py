@@ -25,7 +25,7 @@ import numpy as np
 
 from rltrain import arguments
 from rltrain.data.batch import TrainBatch
-from rltrain.runtime import Registry, RoleContext
+from rltrain.run.role import Registry, RoleContext
 
 # Of a Qwen3 model: layers, hidden size, feed-forward size, heads, key and value heads, their size, vocabulary.
 SHAPES = {
@@ -71,7 +71,7 @@ def main() -> None:
 def of_peak(actor: Any, batch: TrainBatch, seconds: float) -> str:
     """Model FLOPs utilisation: a step is a forward and a backward pass, which costs two of them."""
     from rltrain.megatron.device import peak_flops
-    from rltrain.megatron.flops import sequence_flops
+    from rltrain.megatron.training.flops import sequence_flops
 
     lengths = zip(batch.tokens, batch.response_lengths, strict=True)
     flops = sum(3 * sequence_flops(actor.shape, len(tokens), response) for tokens, response in lengths)
@@ -107,11 +107,13 @@ def make_actor(options: argparse.Namespace, directory: Path) -> Any:
     """The trainer, alone in this process, on a Qwen3 shape."""
     import torch.distributed as dist
 
-    from rltrain.megatron import device, distributed
+    from rltrain.megatron import device
+    from rltrain.megatron import ranks as distributed
 
     layers, hidden, ffn, heads, kv_heads, head_dim, vocabulary = SHAPES[options.shape]
     config = {
         "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": ffn,
@@ -154,10 +156,11 @@ def bare_step(actor: Any, batch: TrainBatch) -> Callable[[], None]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from rltrain.megatron.device import megatron_scope, model_scope
-    from rltrain.megatron.rank_share import RankShare
+    from rltrain.megatron.training.share import RankShare
 
     policy = actor.policy
-    micro_batches = RankShare(actor.args, actor.shape, batch).micro_batches(0, {})
+    share = RankShare(actor.config, actor.shape, batch)
+    micro_batches = share.micro_batches(0, share.loss_inputs())
 
     def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss = (losses.view(-1) * mask).sum() / mask.sum()

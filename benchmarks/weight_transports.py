@@ -11,7 +11,6 @@ against everything.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -22,17 +21,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from rltrain.arguments.config import Config
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
 import torch.distributed as dist
-from given_weights import GivenWeights
-from tiny_model import make_tokenizer
+from helpers.engine import GivenWeights
+from helpers.tiny_model import make_tokenizer
 
-from rltrain.megatron.updates import Updates, make_updates
-from rltrain.runtime import RoleContext
+from rltrain.megatron.push import Sender, make_sender
+from rltrain.run.http import call
+from rltrain.run.role import RoleContext
 from rltrain.sglang.adapter import HttpServerEngineAdapter
-from rltrain.sglang.http import call
 from rltrain.weights.delta import Sent
 
 TOKEN = "benchmark"
@@ -128,14 +129,14 @@ def measure(millions: int, root: Path) -> None:
     }
     with HttpServerEngineAdapter.launch(server_args, TOKEN) as engine:
         for name in TRANSPORTS:
-            args = argparse.Namespace(
+            args = Config().replace(
                 update_weight_mode="full", update_weight_buffer_size=BUCKET_BYTES, distributed_backend="gloo"
             )
-            updates = make_updates(name, args, context)
+            sender = make_sender(name, args, context)
 
-            def push(version: int, updates: Updates = updates) -> None:
+            def push(version: int, sender: Sender = sender) -> None:
                 given = GivenWeights(weights.items, root / "model")
-                failures = updates.push(version, given, lambda: [engine])  # type: ignore[list-item]
+                failures = sender.send(version, given, lambda: [engine])  # type: ignore[list-item]
                 assert not failures, failures
 
             times = [seconds(lambda: push(1)) for _ in range(ROUNDS + 1)][1:]
@@ -163,14 +164,14 @@ def measure_delta(
     for name in ("distributed", "disk"):
         times = {}
         for mode in ("full", "delta"):
-            args = argparse.Namespace(
+            args = Config().replace(
                 update_weight_mode=mode, update_weight_buffer_size=BUCKET_BYTES, distributed_backend="gloo"
             )
-            updates = make_updates(name, args, context)
+            sender = make_sender(name, args, context)
             rounds = []
             for version in range(ROUNDS + 2):
                 given = GivenWeights((after if version % 2 else before).items, context.run_dir / "model")
-                rounds.append(seconds(lambda: updates.push(version, given, lambda: [engine])))  # type: ignore[arg-type,list-item,return-value]  # noqa: B023
+                rounds.append(seconds(lambda: sender.send(version, given, lambda: [engine])))  # type: ignore[arg-type,list-item,return-value]  # noqa: B023
             times[mode] = statistics.median(rounds[2:])
         print(
             f"delta by {name}, {everything / 2e6:.0f} M parameters in bf16: {few / everything:.3f} of the bytes,"

@@ -6,11 +6,11 @@ import ast
 import importlib.util
 from pathlib import Path
 
-VERBS = ("submit", "status", "logs", "cancel", "resubmit", "doctor", "accounting", "sandbox")
+VERBS = ("submit", "status", "logs", "cancel", "resubmit", "doctor", "accounting", "sandbox", "chaos")
 
 
 def describe(verb: str) -> str:
-    """What a verb does, in one line; read from its source, because importing all of them takes time.
+    """One line that describes a verb. It is read from the source, because importing all verbs takes time.
 
     Raises:
         ModuleNotFoundError: there is no such module.

@@ -1,11 +1,10 @@
-"""What a run has cost on Slurm: every attempt of its jobs, with queue wait, time, GPU-hours and end.
+"""The cost of a run on Slurm: every attempt of its jobs, with queue wait, time, GPU-hours and end.
 
 In Python: hpc.accounting.attempts("runs/my-run").groupby("role").gpu_hours.sum()
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpc import cli
-from hpc.layout import RunLayout
-from hpc.runs import find_run
+from hpc.runs.find import find_run
 from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.nodelist import compress
 from hpc.slurm.records import JobRecord
 from hpc.slurm.states import JobState
-from rltrain.arguments.errors import UserError
+from rltrain.run.errors import UserError
+from rltrain.run.files import read_lines
+from rltrain.run.layout import RunLayout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,10 +106,9 @@ def submitted_jobs(run_dir: Path) -> list[SubmittedJob]:
     """
     events = RunLayout(run_dir).events
     if not events.is_file():
-        raise UserError(f"{run_dir} is no run: it has no {events.name}.")
+        raise UserError(f"{run_dir} is not a run: it has no {events.name}.")
     found: dict[str, SubmittedJob] = {}
-    for line in events.read_text().splitlines():
-        event = _event(line)
+    for event in read_lines(events):
         if event.get("job_id") and str(event["job_id"]) not in found:
             time = datetime.fromtimestamp(event["time"], UTC) if "time" in event else None
             found[str(event["job_id"])] = SubmittedJob(
@@ -176,14 +175,6 @@ def _reason(record: JobRecord) -> str | None:
     if record.state is JobState.FAILED:
         return f"signal {record.signal}" if record.signal else f"exit code {record.exit_code}"
     return _REASONS.get(record.state) or record.reason
-
-
-def _event(line: str) -> dict[str, Any]:
-    try:
-        event = json.loads(line)
-    except ValueError:  # the line is being written
-        return {}
-    return event if isinstance(event, dict) else {}
 
 
 def main(argv: list[str]) -> int:

@@ -1,11 +1,12 @@
-"""`python -m hpc.batch FOLDER`: what a batch script runs. It is submitit's job, with an exit code for other jobs.
+"""`python -m hpc.batch FOLDER`: the command of a batch script. It is submitit's job, with an exit code for other jobs.
 
-A run that was stopped has returned its report like one that is finished; but a job that waits for it to end well
+A run that was stopped returns its report like a run that is finished. But a job that waits for it to end well
 (`--after`) must not start.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any, NoReturn
 
@@ -13,17 +14,32 @@ from submitit.core.job_environment import JobEnvironment
 from submitit.core.submission import process_job
 from submitit.core.utils import pickle_load
 
-from hpc.roles import EXIT_REQUEUE
+from rltrain.run.errors import EXIT_REQUEUE
+
+# Modules that the pickled supervisor of an earlier version names, and where their classes are now. Slurm may requeue a
+# job long after it was submitted, and `--chain` has jobs that wait. The oldest version that is listed: 0.1.
+MOVED_MODULES = {
+    "hpc.plan": "hpc.planning.job_plan",
+    "hpc.restart": "hpc.supervisor.restart",
+    "hpc.slurm_supervisor": "hpc.supervisor.slurm_supervisor",
+}
+
+
+def accept_moved_modules() -> None:
+    """Let `pickle` find the classes of earlier versions under the names that they had."""
+    for before, now in MOVED_MODULES.items():
+        sys.modules[before] = importlib.import_module(now)
 
 
 def exit_code(result: Any) -> int:
-    """Of a job that returned `result`: 75 for a supervisor's report that its run was stopped, else 0."""
+    """Exit code of a job that returned `result`: 75 for a supervisor's report that its run was stopped, else 0."""
     stopped = isinstance(result, dict) and result.get("state") == "stopped"
     return EXIT_REQUEUE if stopped else 0
 
 
 def main() -> NoReturn:
     """Run the job."""
+    accept_moved_modules()
     process_job(sys.argv[1])
     outcome, result = pickle_load(JobEnvironment().paths.result_pickle)
     sys.exit(exit_code(result) if outcome == "success" else 1)

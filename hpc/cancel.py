@@ -14,14 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from hpc import cli
-from hpc.feed import read_status
-from hpc.layout import RunLayout
-from hpc.lock import Holder, find_holder
-from hpc.run_jobs import SlurmView, ask_slurm, job_state
-from hpc.runs import RunRecord, find_run, read_run
+from hpc.runs.find import RunRecord, find_run, read_run
+from hpc.runs.lock import Holder, find_holder
+from hpc.runs.progress import read_status
+from hpc.runs.slurm_jobs import SlurmView, ask_slurm, job_state
 from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.states import JobState
-from rltrain.arguments.errors import UserError
+from hpc.submitting.resuming import has_checkpoint
+from rltrain.run.errors import UserError
+from rltrain.run.layout import RunLayout
 
 EXAMPLE = "python -m hpc.cancel demo"
 EXIT_CODES = "exit codes: 0 the run has been told to stop, 2 it does not run or there is no such run"
@@ -43,11 +44,24 @@ def cancel(
     record = read_run(layout)
     client = client or SlurmClient()
     slurm = ask_slurm(record.slurm_jobs, client)
+    lost = _end_lost_jobs(layout)
     if jobs := active_jobs(record, slurm):
         return _cancel_jobs(layout, jobs, now, client)
+    if record.holder is None and lost:
+        return f"{layout.name} (job {', '.join(lost)}) was cancelled; its submit had given it up."
     if record.holder is None:
         raise UserError(_explain_idle(record, slurm))
     return _cancel_here(layout, record.holder, now)
+
+
+def _end_lost_jobs(layout: RunLayout) -> list[str]:
+    if not any(layout.submitit.glob("*.lost")):
+        return []
+    from hpc.submitting.executor import end_lost_jobs  # importing submitit is slow
+
+    with suppress(SlurmError):
+        return end_lost_jobs(layout.submitit)
+    return []
 
 
 def active_jobs(record: RunRecord, slurm: SlurmView) -> dict[str, JobState]:
@@ -65,7 +79,7 @@ def _cancel_jobs(layout: RunLayout, jobs: dict[str, JobState], now: bool, client
         with suppress(SlurmError):  # by now some may have ended
             client.run("scancel", "--signal=KILL", "--full", *jobs)
     elif running:
-        # What Ctrl-C is on this machine: scancel itself would leave no more than KillWait for saving.
+        # As Ctrl-C does on this machine. scancel itself would leave only KillWait for saving.
         client.run("scancel", "--batch", "--signal=INT", *running)
     who = f"{layout.name} (job{'s' * (len(jobs) > 1)} {', '.join(jobs)})"
     if not running:
@@ -96,7 +110,7 @@ def _cancel_here(layout: RunLayout, holder: Holder, now: bool) -> str:
 
 
 def _stop_now(layout: RunLayout, holder: Holder) -> None:
-    """End the supervisor with all its roles: as two Ctrl-C do or, if it does not listen, by SIGKILL."""
+    """End the supervisor with all its roles: as two Ctrl-C would or, if it does not react, by SIGKILL."""
 
     def has_ended() -> bool:
         return find_holder(layout) is None
@@ -120,11 +134,14 @@ def _until(condition: Callable[[], bool], seconds: float) -> bool:
 
 def _asked(layout: RunLayout) -> str:
     shows = f"`{cli.command('logs', layout, '-f')}` shows the end."
-    return f"was asked to stop: it finishes its step and saves. {shows} {_resumable(layout)}"
+    return f"was asked to stop: it finishes its step and saves. {shows} {_resumable(layout, will_save=True)}"
 
 
-def _resumable(layout: RunLayout) -> str:
-    return f"`{cli.command('resubmit', layout)}` resumes it from its last checkpoint."
+def _resumable(layout: RunLayout, will_save: bool = False) -> str:
+    command = f"`{cli.command('resubmit', layout)}`"
+    if will_save or has_checkpoint(layout):
+        return f"{command} resumes it from its last checkpoint."
+    return f"{command} starts it from the beginning: it has no checkpoint yet."
 
 
 def _explain_idle(record: RunRecord, slurm: SlurmView) -> str:

@@ -1,4 +1,4 @@
-"""What the command lines of all verbs share: run names, errors for people, exit codes, tables.
+"""The parts that all verbs share: run names, errors for people, exit codes, tables.
 
 A table is drawn with rich on a terminal; elsewhere it is plain columns, which `awk` and `less` can read.
 """
@@ -6,7 +6,6 @@ A table is drawn with rich on a terminal; elsewhere it is plain columns, which `
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import shlex
@@ -17,10 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hpc.layout import RunLayout
-from rltrain.arguments.errors import UserError
+from rltrain.run import errors
+from rltrain.run.errors import EXIT_INTERRUPTED, nearest
+from rltrain.run.layout import RunLayout
+from rltrain.run.terminal import visible
 
-EXIT_OK, EXIT_FAIL, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_FAIL = 0, 1
 EXIT_CODES = "exit codes: 0 done, 2 bad input, 130 interrupted"
 
 
@@ -30,8 +31,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized"):
             typed = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-            near = {word: difflib.get_close_matches(word, self._option_string_actions, n=1) for word in typed}
-            message += "".join(f"; did you mean {found[0]}?" for found in near.values() if found)
+            near = {word: nearest(word, self._option_string_actions) for word in typed}
+            message += "".join(f"; did you mean {found}?" for found in near.values() if found)
         super().error(message)
 
 
@@ -63,7 +64,7 @@ def command(verb: str, layout: RunLayout, *words: str) -> str:
 
 
 def python_command() -> str:
-    """What to type for the Python that runs this: `python`, unless that is another one."""
+    """The command for the Python that runs this: `python`, or its path where `python` is another one."""
     ours = (
         Path(sys.executable).absolute().with_name("python")
     )  # python3 and python3.11 beside it are the same
@@ -78,13 +79,14 @@ def shown(path: Path) -> Path:
 
 def run_main(main: Callable[[list[str]], int]) -> int:
     """Run a verb with the words of the command line; a `UserError` becomes one line and exit code 2."""
-    try:
+
+    def run() -> int:
         code = main(sys.argv[1:])
         sys.stdout.flush()
         return code
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE
+
+    try:
+        return errors.run_main(run)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `… | head` has seen enough; Python would complain once more while exiting
@@ -93,7 +95,7 @@ def run_main(main: Callable[[list[str]], int]) -> int:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON; what JSON does not know (paths, times) as text."""
+    """Print a value as JSON; paths, times and the like become text."""
     print(json.dumps(value, indent=2, default=str))
 
 
@@ -107,6 +109,7 @@ def print_table(
         rows: cells, as many as there are columns.
         styles: rich style of a whole cell by its text, for example `{"fail": "red"}`; on a terminal only.
     """
+    rows = [[visible(cell).replace("\n", " ") for cell in row] for row in rows]
     if sys.stdout.isatty():
         _print_rich(columns, rows, styles or {})
     else:

@@ -1,6 +1,6 @@
 """Show the logs of a run's roles: the last lines of each, or everything new for as long as the run lives.
 
-With several logs each line begins with its role. `-f` goes on over preemptions and restarts, and ends when the
+With several logs each line begins with its role. `-f` continues across preemptions and restarts, and ends when the
 run has ended.
 """
 
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc import cli
-from hpc.layout import RunLayout
-from hpc.log_files import ROLES, LogFile, find_logs, job_logs
-from hpc.run_end import RunEnd
-from hpc.runs import find_run
-from hpc.terminal import safe_text
-from rltrain.arguments.errors import UserError
+from hpc.runs.find import find_run
+from hpc.runs.log_files import ROLES, LogFile, find_logs, job_logs
+from hpc.runs.state import RunEnd
+from rltrain.run.errors import UserError
+from rltrain.run.layout import RunLayout
+from rltrain.run.terminal import safe_line
 
 EXAMPLE = "python -m hpc.logs demo -f --role trainer"
 LINES_OF_ONE, LINES_OF_MANY = 50, 10
@@ -37,7 +37,7 @@ class LogLine:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which logs: of one role or all, one index or all, one attempt or the newest."""
+    """The choice of logs: one role or all, one index or all, one attempt or the newest."""
 
     role: str | None = None
     index: int | None = None
@@ -79,7 +79,7 @@ def follow(
 
 
 def choose_logs(layout: RunLayout, selection: Selection) -> list[LogFile]:
-    """The logs that are there now; those of the job itself if no attempt has begun.
+    """The logs that exist now; those of the job itself if no attempt has begun.
 
     Raises:
         UserError: the attempt or role does not exist.
@@ -149,7 +149,7 @@ class Printer:
         if line.attempt != self._attempt and self._attempt is not None:
             print(f"=== attempt {line.attempt} ===")
         self._attempt = line.attempt
-        text = safe_text(line.text) if self._is_terminal else line.text
+        text = safe_line(line.text) if self._is_terminal else line.text
         print(f"[{line.name}] {text}" if self._with_names else text, flush=True)
 
 
@@ -158,7 +158,7 @@ def main(argv: list[str]) -> int:
     parser = cli.make_parser("hpc.logs", __doc__, EXAMPLE)
     add = parser.add_argument
     add("run", metavar="RUN", help="name or directory")
-    add("-f", "--follow", action="store_true", help="go on with what is written, until the run has ended")
+    add("-f", "--follow", action="store_true", help="also show new lines, until the run has ended")
     add("--role", choices=ROLES, help="only this role's logs")
     add("--index", type=int, metavar="I", help="only the role's process with this number")
     add("--attempt", type=int, metavar="N", help="of this attempt (default: the newest)")
@@ -166,7 +166,7 @@ def main(argv: list[str]) -> int:
     cli.add_runs_dir(parser)
     args = parser.parse_args(argv)
     if args.n is not None and args.n < 0:
-        raise UserError(f"-n {args.n}: a number of lines is not negative.")
+        raise UserError(f"-n {args.n}: the number of lines can't be negative.")
     show = follow if args.follow else last_lines
     printer = Printer(with_names=args.role is None or args.index is None)
     for line in show(args.run, args.role, args.index, args.attempt, args.n, args.runs_dir):

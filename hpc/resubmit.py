@@ -1,4 +1,4 @@
-"""Submit a run again, with the options and flags that it has: after a preemption for good, a time limit, a stop.
+"""Submit a run again, with its options and flags: after a final preemption, a time limit or a stop.
 
 It goes on from its last checkpoint, where it ran before: as a new Slurm job, or on this machine. Flags given here
 override those that it has, as for `submit`. `--chain N` also submits N spare jobs on Slurm, each of which takes over
@@ -12,20 +12,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpc import cli, config
-from hpc.config import SubmitOptions
-from hpc.layout import RunLayout
-from hpc.run_jobs import ask_slurm
-from hpc.runs import find_run, read_run
-from hpc.status import to_status
+from hpc import cli
+from hpc.planning.request import SubmitOptions, read_request, stored_options
+from hpc.runs.find import find_run, read_run
+from hpc.runs.slurm_jobs import ask_slurm
+from hpc.runs.state import to_status
 from rltrain.arguments import flags as flag_data
-from rltrain.arguments.errors import UserError
 from rltrain.arguments.flags import Flags
+from rltrain.run.errors import UserError
+from rltrain.run.layout import RunLayout
 
 EXAMPLE = "python -m hpc.resubmit demo --time 12:00:00 --chain 3 --detach"
 EXIT_CODES = "exit codes: those of submit: 0 finished or submitted, 1 failed, 2 bad input, 130 interrupted"
 
-# What belongs to this one submission, whatever the last one was like.
+# These belong to one submission and are not taken over from the last one.
 _OF_THE_CALL = ("after", "detach", "test_only", "dry_run", "sweep", "sweep_parallel")
 
 
@@ -48,7 +48,7 @@ def resubmit(
     Raises:
         UserError: it runs or waits already, or bad input; nothing has been started.
     """
-    from hpc.run import submit_run
+    from hpc.submitting.start_run import submit_run
 
     layout = find_run(run, Path(runs_dir))
     refuse_active(layout)
@@ -82,11 +82,11 @@ def merge_options(layout: RunLayout, words: list[str], local: bool = False) -> t
     recipes, given = flag_data.split(words)
     if recipes:
         raise UserError(f"@{recipes[0]}: a run keeps its flags, so resubmit takes no recipes; give flags.")
-    request = config.read_request([f"--name={layout.name}", f"--runs-dir={layout.root.parent}", *words])
+    request = read_request([f"--name={layout.name}", f"--runs-dir={layout.root.parent}", *words])
     named = {"slurm" if name.startswith("slurm.") else name.replace("-", "_") for name in given}
     fields = {field.name for field in dataclasses.fields(SubmitOptions)} & {*named, *_OF_THE_CALL}
     changes = {name: getattr(request.options, name) for name in fields}
-    options = dataclasses.replace(config.stored_options(layout), **changes)
+    options = dataclasses.replace(stored_options(layout), **changes)
     return dataclasses.replace(options, partition=None) if local else options, request.train
 
 

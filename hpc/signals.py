@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import select
 import signal
 import socket
 from types import FrameType, TracebackType
 from typing import Any
+
+from rltrain.run.processes import wait_readable
 
 
 class SignalPipe:
@@ -38,8 +39,7 @@ class SignalPipe:
 
         SIGCHLD ends the wait but is not listed.
         """
-        ready, _, _ = select.select([self._reader], [], [], max(0.0, timeout))
-        if not ready:
+        if not wait_readable([self._reader], timeout):
             return []
         numbers = [signal.Signals(byte) for byte in self._reader.recv(4096)]
         return [number for number in numbers if number in self._signals and number != signal.SIGCHLD]

@@ -1,4 +1,4 @@
-"""Submit a run: `python -m hpc.submit @recipe.toml --lr 1e-4`. On a machine without Slurm it runs there.
+"""Submit a run: `python -m hpc.submit @recipe.toml --lr 1e-4`. Without Slurm the run starts on this machine.
 
 Exit codes: 0 finished, 130 interrupted (the run can be resumed), 1 failed, 2 bad input.
 """
@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from hpc import config
-from hpc.run import EXIT_INTERRUPTED, submit_run
-from rltrain.arguments import UserError
-
-EXIT_USAGE = 2
+from hpc.planning.request import full_parser, read_request
+from hpc.submitting.start_run import submit_run
+from rltrain.run.errors import EXIT_INTERRUPTED, run_main
 
 
 def submit(argv: list[str]) -> int:
@@ -20,13 +18,13 @@ def submit(argv: list[str]) -> int:
     Raises:
         UserError: bad input; nothing has been started.
     """
-    request = config.read_request(argv)
+    request = read_request(argv)
     if request.options.sweep:
-        from hpc.submit_sweep import submit_sweep
+        from hpc.submitting.sweep_jobs import submit_sweep
 
         return submit_sweep(argv, request)
     if not request.train and not request.options.layout.root.exists():
-        from hpc.demo import submit_demo
+        from hpc.submitting.demo import submit_demo
 
         return submit_demo(request.options)
     return submit_run(request.options, request.train)
@@ -36,13 +34,10 @@ def main() -> int:
     """The command line; returns an exit code."""
     argv = sys.argv[1:]
     if "-h" in argv or "--help" in argv:
-        config.full_parser().print_help()
+        full_parser().print_help()
         return 0
     try:
-        return submit(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return run_main(lambda: submit(argv))
     except KeyboardInterrupt:
         print("interrupted before anything was started", file=sys.stderr)
         return EXIT_INTERRUPTED

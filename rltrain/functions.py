@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import importlib.util
+import inspect
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rltrain.arguments.errors import UserError
+from rltrain.run.errors import UserError, nearest
 
 
 def check_function(
@@ -75,18 +75,19 @@ def check_function(
                 raise UserError(f"{where}: it is not awaited, so it must be a plain `def`.")
 
 
-def load_function(path: str, *, flag: str) -> Callable[..., Any]:
+def load_function(path: str | None, *, flag: str) -> Callable[..., Any]:
     """Import the function that `path` names.
 
     Raises:
         UserError: the module can't be imported, or has no such function; the message has the reason.
     """
+    assert path is not None
     module_name, name = _split(path, flag)
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise UserError(f"{flag} {path}: importing {module_name} failed: {explain(error)}.{_HINT}") from error
-    function = getattr(module, name, None)
+    function: Callable[..., Any] | None = getattr(module, name, None)
     if function is None:
         raise UserError(_no_such_name(path, module_name, name, set(dir(module)), flag))
     if not callable(function):
@@ -94,13 +95,37 @@ def load_function(path: str, *, flag: str) -> Callable[..., Any]:
     return function
 
 
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many positional arguments and nothing else."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
+
+
 def explain(error: BaseException) -> str:
     """What a user's function raised, in one line, and where: `ValueError: … (rewards.py:12, grade)`."""
-    summary = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    # As escapes, and not as they are: a lone surrogate could not be written to a log.
+    said = f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode()
+    summary = said.strip().splitlines()[0]
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return summary
-    return f"{summary} ({Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name})"
+    hint = next((hint for file, hint in _NOT_HERE.items() if frames[-1].filename.endswith(file)), "")
+    return f"{summary} ({Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name}){hint}"
+
+
+# What functions written for slime may ask of Megatron where it has no answer.
+_NOT_HERE = {
+    "megatron/core/parallel_state.py": (
+        ": Megatron's groups are those of the trainer's ranks, so only functions that run in the trainer can ask for"
+        " them. Sizes are in args, such as args.tensor_model_parallel_size"
+    ),
+    "megatron/training/global_vars.py": (
+        ": Megatron-LM's global variables are not set here. Take the args that the function is given"
+    ),
+}
 
 
 def explain_fully(error: BaseException) -> str:
@@ -123,9 +148,9 @@ def _split(path: str, flag: str) -> tuple[str, str]:
 
 
 def _no_such_name(path: str, module_name: str, name: str, names: set[str], flag: str) -> str:
-    near = difflib.get_close_matches(name, sorted(names), n=1)
+    near = nearest(name, sorted(names))
     public = ", ".join(sorted(each for each in names if not each.startswith("_"))[:10])
-    hint = f"did you mean {near[0]}?" if near else f"it has {public or 'nothing'}."
+    hint = f"did you mean {near}?" if near else f"it has {public or 'nothing'}."
     return f"{flag} {path}: module {module_name} has no function {name}; {hint}"
 
 

@@ -6,8 +6,6 @@ same answer.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,16 +16,21 @@ from typing import TypeVar
 import pyarrow as pa
 import torch.distributed as dist
 
+from rltrain.arguments.config import Config
 from rltrain.arguments.fleet import engine_specs
-from rltrain.megatron.distributed import on_rank_0
-from rltrain.rollout.client import RolloutClient
-from rltrain.runtime import Registry, RoleContext
-from rltrain.sglang.check import check_engine
-from rltrain.sglang.engines import ExternalEngine, JobEngine, find_engines
-from rltrain.stop import Interrupted, answer_unless_interrupted, ask
+from rltrain.megatron.device import use_cuda
+from rltrain.megatron.memory import CACHE, WEIGHTS, EngineMemory
+from rltrain.megatron.ranks import first_problem, on_rank_0, table_of_rank_0
+from rltrain.rollout.service.client import RolloutClient
+from rltrain.run.errors import UserError
+from rltrain.run.files import read_lines
+from rltrain.run.role import Registry, RoleContext
+from rltrain.run.waiting import Interrupted, answer_unless_interrupted, ask
+from rltrain.sglang.engines import ExternalEngine, JobEngine, check_engine, find_engines
 from rltrain.tracking import Tracker
 
 T = TypeVar("T")
+Told = TypeVar("Told")
 
 # How far the log-probs of trainer and engine may be apart on the same tokens: they compute the same function.
 LOGPROB_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
@@ -46,15 +49,33 @@ class Newcomers:
     give_weights: Callable[[], object]
 
 
+def make_room(config: Config, context: RoleContext, registry: Registry, memory: EngineMemory) -> None:
+    """Where trainer and engines take turns on GPUs: wait for the engines, and have them give up their memory.
+
+    An engine takes its share of what is free when it starts, so it comes first, and the trainer's model is built in the
+    room that it leaves. Elsewhere both start side by side. All ranks call this together.
+    """
+    if not (memory.moves and use_cuda()):
+        return
+    memory.find_engines = lambda: find_engines(config, registry, context.token)
+
+    def release() -> None:
+        registry.wait_for("engine", len(engine_specs(config)))
+        memory.release(CACHE)
+        memory.release(WEIGHTS)
+
+    on_rank_0(release)
+
+
 NOBODY = Newcomers(lambda: False, lambda: None)
 
 
 class Job:
     """What the training loop needs beside the model."""
 
-    def __init__(self, args: argparse.Namespace, context: RoleContext, registry: Registry) -> None:
-        self._args, self._context, self._registry = args, context, registry
-        self._tracker = Tracker(args, context.layout, context.attempt) if dist.get_rank() == 0 else None
+    def __init__(self, config: Config, context: RoleContext, registry: Registry) -> None:
+        self._config, self._context, self._registry = config, context, registry
+        self._tracker = Tracker(config, context.layout, context.attempt) if dist.get_rank() == 0 else None
         self._rollout: RolloutClient | None = None
         self._evaluation: Future[dict[str, float]] | None = None
 
@@ -64,16 +85,16 @@ class Job:
 
     def _connect(self) -> None:
         self._registry.status("loading")
-        self._rollout = RolloutClient(self._registry.wait_for("rollout")[0].url, self._context.auth)
-        if not self._args.debug_train_only:
-            self._registry.wait_for("engine", len(engine_specs(self._args)))
+        self._rollout = RolloutClient(self._registry.wait_for("rollout")[0].url, self._context.token)
+        if not self._config.debug.debug_train_only:
+            self._registry.wait_for("engine", len(engine_specs(self._config)))
             for engine in self.find_engines():
-                for note in check_engine(self._args, engine):
+                for note in check_engine(self._config.model, engine):
                     print(note, flush=True)
 
     def find_engines(self) -> list[JobEngine | ExternalEngine]:
         """The engines that are ready now and take the trainer's weights; for rank 0."""
-        return find_engines(self._args, self._registry, self._context.token)
+        return find_engines(self._config, self._registry, self._context.token)
 
     def rollout(self, call: Callable[[RolloutClient], T]) -> T:
         """The result of one call to the rollout process."""
@@ -84,7 +105,10 @@ class Job:
     ) -> tuple[pa.Table, dict[str, float]] | None:
         """The batch and the metrics of a rollout; None if the job is asked to stop before it is complete."""
         answer = ask(self._client.generate, rollout_id) if dist.get_rank() == 0 else None
-        return self._await(answer, newcomers)
+        metrics = self._await(answer, newcomers, lambda batch: batch[1])
+        if metrics is None:
+            return None
+        return table_of_rank_0(None if answer is None else answer.result()[0]), metrics
 
     def begin_evaluation(self, trained: int) -> None:
         """Have the engines' weights evaluated, after `trained` rollouts, while the loop goes on."""
@@ -94,15 +118,18 @@ class Job:
     def end_evaluation(self, newcomers: Newcomers = NOBODY) -> dict[str, float] | None:
         """Wait for the metrics of the evaluation that has begun; None if asked to stop before it is complete."""
         began = time.perf_counter()
-        metrics = self._await(self._evaluation, newcomers)
+        metrics = self._await(self._evaluation, newcomers, lambda metrics: metrics)
         return None if metrics is None else metrics | {"perf/eval_s": time.perf_counter() - began}
 
-    def _await(self, answer: Future[T] | None, newcomers: Newcomers) -> T | None:
-        """What rank 0 waits for; None if the job is asked to stop before."""
+    def _await(
+        self, answer: Future[T] | None, newcomers: Newcomers, told: Callable[[T], Told]
+    ) -> Told | None:
+        """`told` of what rank 0 waits for, on every rank; None if the job is asked to stop before."""
 
-        def wait() -> T | Interrupted:
+        def wait() -> Told | Interrupted:
             assert answer is not None
-            return answer_unless_interrupted(self._registry, answer, newcomers.are_there)
+            result = answer_unless_interrupted(self._registry, answer, newcomers.are_there)
+            return result if isinstance(result, Interrupted) else told(result)
 
         while (result := on_rank_0(wait)) is Interrupted.NEWCOMERS:
             newcomers.give_weights()
@@ -141,6 +168,11 @@ class Job:
         if self._tracker is not None:
             self._tracker.log(step, metrics)
 
+    def keep(self, step: int, metrics: dict[str, float]) -> None:
+        """Write down the metrics of a step that is not over; `log` follows."""
+        if self._tracker is not None:
+            self._tracker.keep(step, metrics)
+
     def catch_up(self, done: int) -> None:
         """Give W&B what it lacks of the steps before `done`, which earlier attempts have recorded."""
         if self._tracker is not None:
@@ -151,13 +183,31 @@ class Job:
         mean = metrics.get("train/logprob_abs_diff")
         if mean is None:
             return
-        tolerance = LOGPROB_TOLERANCE["bf16" if self._args.bf16 else "fp32"]
+        tolerance = LOGPROB_TOLERANCE["bf16" if self._config.model.bf16 else "fp32"]
         verdict = "agree" if mean <= tolerance else "DIFFER"
         if dist.get_rank() == 0:
             print(
                 f"log-probs of trainer and engines {verdict}: mean |difference| {mean:.2e}, limit {tolerance:.0e}"
             )
         self.event("logprob_check", step=step, mean_abs_diff=mean, tolerance=tolerance, ok=mean <= tolerance)
+
+    def prove_finished(self, unsaved: str | None) -> None:
+        """Write that the run is finished, when every rank has come here.
+
+        Args:
+            unsaved: why the last weights are not saved, if so.
+
+        Raises:
+            UserError: they are not.
+        """
+        steps = self._config.rollout.num_rollout
+        if reason := first_problem(unsaved):
+            raise UserError(
+                f"all {steps} steps are trained, but their last checkpoint is lost: {reason}. Make room, and submit the"
+                " run again: it goes on from the newest checkpoint that could be saved."
+            )
+        checkpoint = steps if self._config.checkpoint.save and steps else None
+        on_rank_0(lambda: self._registry.prove_finished(steps, checkpoint))
 
     def finish(self) -> None:
         """Flush the metrics."""
@@ -167,5 +217,4 @@ class Job:
 
 def evaluated_steps(events: Path) -> set[int]:
     """Numbers of rollouts after which an evaluation was completed, from the run's `events.jsonl`."""
-    lines = events.read_text().splitlines() if events.exists() else []
-    return {json.loads(line)["step"] for line in lines if '"kind": "eval_finished"' in line}
+    return {event["step"] for event in read_lines(events) if event.get("kind") == "eval_finished"}

@@ -1,41 +1,49 @@
 """The loop of --debug-rollout-only: generate with the weights that the engines start with; nothing is trained.
 
-Started by the job's supervisor in the place of the trainer ranks, with neither torch nor a model.
+Started by the job's supervisor in place of the trainer ranks, with neither torch nor a model.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 
-from rltrain.arguments import UserError, load
+from rltrain.arguments import load
+from rltrain.arguments.config import Config
 from rltrain.arguments.fleet import engine_specs
-from rltrain.rollout.client import RolloutClient
-from rltrain.runtime import EXIT_NEVER_RESTART, EXIT_REQUEUE, Registry, RoleContext
-from rltrain.stop import unless_stopped
+from rltrain.rollout.service.client import RolloutClient
+from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_REQUEUE, run_main
+from rltrain.run.files import read_lines
+from rltrain.run.metric_lines import newest_rows
+from rltrain.run.role import Registry, RoleContext
+from rltrain.run.waiting import unless_stopped
 from rltrain.tracking import Tracker
 
 
 def generate_all(
-    args: argparse.Namespace,
+    config: Config,
     context: RoleContext,
     registry: Registry,
     tracker: Tracker,
     client: RolloutClient,
 ) -> int:
     """Every rollout that is not on disk yet, and the evaluation sets once; returns the exit code."""
-    steps = range(args.num_rollout)
-    first = next((step for step in steps if context.layout.find_step(step) is None), args.num_rollout)
+    steps = range(config.rollout.num_rollout)
+    logged = newest_rows(read_lines(context.layout.metrics))
+    # A rollout that is on disk, but not in the metrics, is taken from there and logged.
+    first = next(
+        (step for step in steps if context.layout.find_step(step) is None or step not in logged),
+        config.rollout.num_rollout,
+    )
     client.load(first)
-    if args.eval_datasets and not first:  # the weights stay as they are: once is enough
+    if config.evaluation.eval_datasets and not first:  # the weights stay as they are: once is enough
         registry.status("evaluating", 0)
         evaluation = unless_stopped(registry, client.eval, 0)
         if evaluation is None:
             return EXIT_REQUEUE
-        registry.event("eval_finished", step=0, **evaluation)
         tracker.log(-1, evaluation)
-    for rollout_id in range(first, args.num_rollout):
+        registry.event("eval_finished", step=0, **evaluation)
+    for rollout_id in range(first, config.rollout.num_rollout):
         registry.status("generating", rollout_id)
         began = time.perf_counter()
         client.weights(rollout_id)
@@ -50,20 +58,19 @@ def main() -> int:
     """Run the loop."""
     context = RoleContext.from_env()
     registry = Registry(context)
-    args = load(context.run_dir)
+    config = load(context.run_dir)
     registry.status("loading")
-    registry.wait_for("engine", len(engine_specs(args)))
-    client = RolloutClient(registry.wait_for("rollout")[0].url, context.auth)
-    tracker = Tracker(args, context.layout, context.attempt)
+    registry.wait_for("engine", len(engine_specs(config)))
+    client = RolloutClient(registry.wait_for("rollout")[0].url, context.token)
+    tracker = Tracker(config, context.layout, context.attempt)
     try:
-        return generate_all(args, context, registry, tracker, client)
+        exit_code = generate_all(config, context, registry, tracker, client)
+        if exit_code == 0:
+            registry.prove_finished(config.rollout.num_rollout)
+        return exit_code
     finally:
         tracker.finish()
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_NEVER_RESTART)
+    sys.exit(run_main(main, EXIT_NEVER_RESTART))

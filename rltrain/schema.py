@@ -1,4 +1,4 @@
-"""Columns of the Parquet files that hold samples: the one format that rollout writes and others read.
+"""The Parquet files that hold samples, the one format that rollout writes and others read: columns, rows, files.
 
 One row a sample. The trainer trains on it, a restart reuses it, the notebook reads it. Free of torch.
 """
@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from rltrain.run.files import replacing
+from rltrain.run.plain import clean_text, plain_json
 from rltrain.sample import Sample
 
 # 2: trainer_log_probs, trainer_entropies. 3: rollout_id, weight_version_spans, and queue, prefill, decode and tool
@@ -18,6 +23,7 @@ from rltrain.sample import Sample
 # Readers take a column that an older file lacks as missing.
 SCHEMA_VERSION = "3"
 METRICS_KEY = b"slurmlime.metrics"
+FILE_NAME = "part-0.parquet"
 
 SCHEMA = pa.schema(
     [
@@ -74,6 +80,9 @@ TRAINER_SCHEMA = pa.schema(
     metadata={b"slurmlime.schema": b"1"},
 )
 
+# A column that only runs with --use-rollout-routing-replay have: int16 [tokens − 1, layers, experts a token], as bytes.
+ROUTES = "routed_experts"
+
 TRAIN_COLUMNS = [
     "group_index", "index", "rollout_id", "status", "reward", "train_reward", "response_length",
     "tokens", "loss_mask", "rollout_log_probs", "teacher_log_probs", "step", "weight_versions",
@@ -100,10 +109,10 @@ def samples_to_table(
             "index": sample.index,
             "rollout_id": sample.rollout_key,
             "prompt": _text(sample.prompt),
-            "response": _clean(sample.response),
+            "response": clean_text(sample.response),
             "label": None if sample.label is None else _text(sample.label),
             "status": sample.status.value,
-            "failure": sample.failure,
+            "failure": None if sample.failure is None else _text(sample.failure),
             "reward": reward,
             "train_reward": train_rewards[i] if train_rewards is not None else None,
             "rewards": _text(sample.reward) if isinstance(sample.reward, dict) else None,
@@ -120,13 +129,27 @@ def samples_to_table(
             "loss_mask": sample.loss_mask or [1] * sample.response_length,
             "rollout_log_probs": sample.rollout_log_probs,
             "teacher_log_probs": sample.teacher_log_probs,
-            "weight_versions": sample.weight_versions,
+            "weight_versions": list(map(_text, sample.weight_versions)),
             "weight_version_spans": sample.weight_version_spans,
         }
         for i, (sample, reward) in enumerate(zip(samples, rewards, strict=True))
     ]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    routes = [_routes(sample) for sample in samples]
+    if any(routes):
+        table = table.append_column(ROUTES, pa.array(routes, pa.large_binary()))
     return with_metrics(table, metrics or {})
+
+
+def _routes(sample: Sample) -> bytes | None:
+    """As stored: for every token but the last, -1 where none is known."""
+    given, count = sample.rollout_routed_experts, len(sample.tokens) - 1
+    if given is None or count < 1:
+        return None
+    flat = np.asarray(given).reshape(len(given), -1)
+    routes = np.full((count, flat.shape[1]), -1, np.int16)
+    routes[: len(flat)] = flat[:count]
+    return routes.tobytes()
 
 
 def table_to_samples(table: pa.Table) -> list[Sample]:
@@ -162,11 +185,14 @@ def _row_to_sample(row: dict[str, Any]) -> Sample:
         rollout_log_probs=row["rollout_log_probs"],
         weight_versions=row["weight_versions"] or [],
         weight_version_spans=row.get("weight_version_spans") or [],
+        rollout_routed_experts=np.frombuffer(row[ROUTES], np.int16).reshape(len(row["tokens"]) - 1, -1)
+        if row.get(ROUTES)
+        else None,
     )
 
 
 def _messages(prompt: str) -> str | list[dict[str, Any]]:
-    """A prompt that was stored as JSON is a list of messages again; any other text stays as it is."""
+    """A prompt that was stored as JSON is a list of messages again; any other text is unchanged."""
     if prompt.startswith("[{"):
         try:
             return json.loads(prompt)
@@ -177,7 +203,7 @@ def _messages(prompt: str) -> str | list[dict[str, Any]]:
 
 def with_metrics(table: pa.Table, metrics: dict[str, float]) -> pa.Table:
     """The same table with the rollout's metrics in its schema metadata."""
-    metadata = {**(table.schema.metadata or {}), METRICS_KEY: json.dumps(metrics).encode()}
+    metadata = {**(table.schema.metadata or {}), METRICS_KEY: plain_json(metrics).encode()}
     return table.replace_schema_metadata(metadata)
 
 
@@ -186,10 +212,23 @@ def read_metrics(schema: pa.Schema) -> dict[str, float]:
     return json.loads((schema.metadata or {}).get(METRICS_KEY, b"{}"))
 
 
+def write_table(table: pa.Table, directory: Path) -> Path:
+    """Write `directory/part-0.parquet`, in place of what an earlier try left."""
+    return write_file(table, directory / FILE_NAME)
+
+
+def write_file(table: pa.Table, path: Path) -> Path:
+    """Write a Parquet file, in whichever directory: it is there and whole, or not there at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, durable=True) as file:
+        pq.write_table(table, file, compression="zstd")
+    return path
+
+
+def read_table(directory: Path) -> pa.Table:
+    """The table that `write_table` wrote there, with its schema metadata."""
+    return pq.read_table(directory / FILE_NAME, partitioning=None)
+
+
 def _text(value: Any) -> str:
-    return _clean(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-
-
-def _clean(text: str) -> str:
-    """Lone surrogates cannot be stored as UTF-8: replaced."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
+    return clean_text(value) if isinstance(value, str) else plain_json(value)

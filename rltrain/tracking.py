@@ -1,4 +1,4 @@
-"""Where metrics go: one line a step in `metrics.jsonl` and the same numbers in W&B.
+"""Where metrics go: one line a step in `metrics.jsonl` and the same numbers in W&B, and for TensorBoard if asked for.
 
 Only trainer rank 0 writes. W&B gets its own step axis instead of `step=`, because it drops rows whose step
 it has seen before, which is every row that is repeated after a restart.
@@ -6,65 +6,95 @@ it has seen before, which is every row that is repeated after a restart.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpc.layout import RunLayout
 from rltrain.arguments import dump
-
-Row = dict[str, Any]
+from rltrain.arguments.config import Config
+from rltrain.arguments.groups.debug import Tracking
+from rltrain.run.files import Record, append_line, read_json, read_lines, replace_text
+from rltrain.run.layout import RunLayout
+from rltrain.run.metric_lines import newest_rows
+from rltrain.tensorboard import TensorBoard, directory_of
 
 _OWN_KEYS = ("attempt", "time")
-# The step in a history record of a `.wandb` file: the key, then the length of the value and the value, as JSON.
-_WANDB_STEP = re.compile(rb"[\x0a\x12]\x04step\x82\x01([\x01-\x0a])(-?\d+)")
+# Beside the files of an offline attempt whose W&B ended in order: the last step that they hold.
+_WHOLE = "slurmlime-last-step"
+# Where offline attempts whose W&B died are put: what they hold is logged again, so `wandb sync` must not see them.
+_UNFINISHED = "unfinished"
 
 
 class Tracker:
     """Writes metrics of one attempt."""
 
-    def __init__(self, args: argparse.Namespace, layout: RunLayout, attempt: int) -> None:
+    def __init__(self, config: Config, layout: RunLayout, attempt: int) -> None:
         self._attempt = attempt
-        self._past: dict[int, Row] = {}
-        self._path = layout.metrics
-        # Line buffered: a reader sees whole lines, and a killed trainer loses none that it has logged.
-        self._file = layout.metrics.open("a", buffering=1)
-        self._wandb = _init_wandb(args, layout)
+        self._past: dict[int, Record] = {}
+        self._path, self._kept = layout.metrics, layout.kept_metrics
+        self._wandb = _init_wandb(config, layout)
+        self._last: int | None = None
+        self._board: TensorBoard | None = None
+        if config.tracking.use_tensorboard:
+            self._board = TensorBoard(directory_of(config.tracking, layout))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of a step; -1 stands for before the first.
 
         Of a step that an earlier attempt has trained they are further metrics, and part of that attempt's row.
         """
-        attempt = self._past[step]["attempt"] if step in self._past else self._attempt
-        row = {"step": step, "attempt": attempt, "time": time.time(), **metrics}
-        self._file.write(json.dumps(row) + "\n")
+        append_line(self._path, self._row(step, metrics))
+        self._last = step
         self._to_wandb(lambda run: run.log({"step": step, **metrics}))
+        if self._board is not None:
+            self._board.log(step, metrics)
+
+    def keep(self, step: int, metrics: dict[str, float]) -> None:
+        """Put metrics aside that are logged a little later, together with those that are not yet known.
+
+        For the time in which a step has its checkpoint and the engines get its weights: the next attempt would go on
+        after it, and find nothing of it. `catch_up` then logs what is here.
+        """
+        replace_text(self._kept, json.dumps(self._row(step, metrics)) + "\n")
+
+    def _row(self, step: int, metrics: dict[str, float]) -> Record:
+        attempt = self._past[step]["attempt"] if step in self._past else self._attempt
+        return {"step": step, "attempt": attempt, "time": time.time(), **metrics}
 
     def catch_up(self, done: int) -> None:
-        """Give W&B the steps before `done` that it lacks.
+        """Give `metrics.jsonl` and W&B the steps before `done` that they lack.
 
-        W&B's process dies of the signal by which Slurm announces a preemption, while the trainer ends its step. Steps
-        from `done` on are forgotten: they are trained again.
+        W&B's process dies of the signal by which Slurm announces a preemption, while the trainer ends its step. What
+        lies in `metrics.jsonl` and not in W&B is logged again. Steps from `done` on are forgotten: they are trained
+        again.
         """
-        self._past = {step: row for step, row in read_rows(self._path).items() if step < done}
+        rows = newest_rows(read_lines(self._path))
+        kept = read_json(self._kept)
+        if isinstance(kept, dict) and kept["step"] < done and kept["step"] not in rows:
+            append_line(self._path, kept)
+            rows[kept["step"]] = kept
+        self._past = {step: row for step, row in rows.items() if step < done}
+        if self._board is not None:
+            self._board.forget_from(done)
         if self._wandb is None:
             return
         last = last_step(self._wandb)
         missing = [row for step, row in sorted(self._past.items()) if last is None or step > last]
-        if last is not None and "perf/eval_s" in self._past.get(last, {}):
+        if not self._wandb.offline and last is not None and "perf/eval_s" in self._past.get(last, {}):
             missing.insert(0, self._past[last])  # its evaluation was logged later, and may be lacking
         self._to_wandb(lambda run: [run.log(without_own_keys(row)) for row in missing])
 
     def finish(self) -> None:
-        """Flush and close both."""
-        self._file.close()
+        """Close W&B and TensorBoard. Lines of `metrics.jsonl` are there as soon as they are logged."""
+        if self._board is not None:
+            self._board.finish()
         self._to_wandb(lambda run: run.finish())
+        if self._wandb is not None and self._wandb.offline:
+            last = max(self._past, default=None) if self._last is None else self._last
+            replace_text(_files_of(self._wandb) / _WHOLE, json.dumps(last))
 
     def _to_wandb(self, call: Callable[[Any], object]) -> None:
         """W&B's own process may be gone, as it dies of the signal by which Slurm announces a preemption. That must not
@@ -74,62 +104,66 @@ class Tracker:
         try:
             call(self._wandb)
         except Exception as error:
-            print(f"W&B takes no more metrics ({error!r}); all are in {self._file.name}", flush=True)
+            print(f"W&B takes no more metrics ({error!r}); all are in {self._path}", flush=True)
             self._wandb = None
 
 
-def read_rows(path: Path) -> dict[int, Row]:
-    """The newest row of each step in a `metrics.jsonl`; lines with the same step and attempt are one row."""
-    rows: dict[int, Row] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-            before = rows.get(row["step"], {})
-        except (ValueError, KeyError, TypeError):  # a crash cut it short
-            continue
-        rows[row["step"]] = before | row if before.get("attempt") == row.get("attempt") else row
-    return rows
-
-
-def without_own_keys(row: Row) -> Row:
+def without_own_keys(row: Record) -> Record:
     """A row of `metrics.jsonl` as W&B is given it."""
     return {name: value for name, value in row.items() if name not in _OWN_KEYS}
 
 
 def last_step(run: Any) -> int | None:
-    """The last step that W&B has of a run that is resumed: the server says, or the files of offline attempts."""
+    """The last step that W&B has of a run that is resumed: the server says, or the offline attempts that are whole.
+
+    Offline attempts that are not whole are set aside.
+    """
     if not run.offline:
         step = run.summary.get("step")
         return None if step is None else int(step)
-    files = Path(run.dir).parents[1].glob(f"*run-*/run-{run.id}.wandb")
-    steps = (int(digits) for path in files for length, digits in _WANDB_STEP.findall(path.read_bytes())
-             if len(digits) == length[0])  # fmt: skip
-    return max(steps, default=None)
+    own, last = _files_of(run), None
+    for attempt in sorted(own.parent.glob(f"*run-*-{run.id}")):
+        if attempt == own or attempt.is_symlink():
+            continue
+        if (attempt / _WHOLE).exists():
+            last = json.loads((attempt / _WHOLE).read_text())
+        else:
+            (own.parent / _UNFINISHED).mkdir(exist_ok=True)
+            attempt.rename(own.parent / _UNFINISHED / attempt.name)
+    return last
 
 
-def wandb_mode(args: argparse.Namespace) -> Any:
+def _files_of(run: Any) -> Path:
+    """Where W&B keeps the files of this attempt."""
+    return Path(run.dir).parent
+
+
+def wandb_mode(tracking: Tracking) -> Any:
     """online, offline or disabled: `--wandb-mode`, else `$WANDB_MODE`, else online only if asked for."""
-    return args.wandb_mode or os.environ.get("WANDB_MODE") or ("online" if args.use_wandb else "offline")
+    return (
+        tracking.wandb_mode or os.environ.get("WANDB_MODE") or ("online" if tracking.use_wandb else "offline")
+    )
 
 
-def _init_wandb(args: argparse.Namespace, layout: RunLayout) -> Any:
-    mode = wandb_mode(args)
+def _init_wandb(config: Config, layout: RunLayout) -> Any:
+    mode = wandb_mode(config.tracking)
     if mode == "disabled":
         return None
     import wandb
 
+    host = {"base_url": config.tracking.wandb_host} if config.tracking.wandb_host else {}
     run = wandb.init(
-        project=args.wandb_project,
-        entity=args.wandb_team,
-        group=args.wandb_group,
+        project=config.tracking.wandb_project,
+        entity=config.tracking.wandb_team,
+        group=config.tracking.wandb_group,
         name=layout.name,
-        id=args.wandb_run_id or json.loads(layout.run_json.read_text())["wandb_run_id"],
+        id=config.tracking.wandb_run_id or json.loads(layout.run_json.read_text())["wandb_run_id"],
         resume="allow",
-        dir=args.wandb_dir or layout.wandb,
+        dir=config.tracking.wandb_dir or layout.wandb,
         mode=mode,
-        config=dump(args),
+        config=dump(config),
         # The console belongs to the job's own log files.
-        settings=wandb.Settings(console="off", silent=True),
+        settings=wandb.Settings(console="off", silent=True, **host),
     )
     run.define_metric("step")
     run.define_metric("*", step_metric="step")

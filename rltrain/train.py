@@ -1,34 +1,43 @@
 """The training loop: generate → train → save → push weights, once a rollout; evaluations go on beside it.
 
-Started once a trainer rank by the job's supervisor (`hpc/supervisor.py`). Every rank runs this same loop.
+Started once a trainer rank by the job's supervisor (`hpc/supervisor/supervisor.py`). Every rank runs this same loop.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Callable
 
-from rltrain.arguments import UserError, load
+from rltrain.arguments import load
+from rltrain.arguments.config import Config
 from rltrain.data.batch import TrainBatch
-from rltrain.job import NOBODY, Job, Newcomers
+from rltrain.evaluation import Evaluation, is_due
+from rltrain.job import Job, Newcomers, make_room
 from rltrain.megatron.actor import MegatronTrainActor
-from rltrain.megatron.distributed import init_process_group
-from rltrain.runtime import EXIT_NEVER_RESTART, EXIT_REQUEUE, Registry, RoleContext
-from rltrain.timing import Timers
+from rltrain.megatron.memory import EngineMemory
+from rltrain.megatron.model.specs import describe_layers
+from rltrain.megatron.ranks import init_process_group
+from rltrain.megatron.training.share import describe_sharing
+from rltrain.packages import check_trainer
+from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_REQUEUE, run_main
+from rltrain.run.lifeline import end_without_supervisor
+from rltrain.run.role import Registry, RoleContext
+from rltrain.run.timing import Timers
+from rltrain.validation import ValidationLoss
 
 
-def train(args: argparse.Namespace, actor: MegatronTrainActor, job: Job) -> int:
+def train(config: Config, actor: MegatronTrainActor, job: Job) -> int:
     """Train until `--num-rollout`; returns the exit code: 0 done, 75 saved and wants to run again."""
     first = actor.start_rollout_id
     job.catch_up(first)
     job.rollout(lambda client: client.load(first))
     push_weights(actor, job, version=first)
-    evaluation = Evaluation(job)
-    if owes_evaluation(args, first) and not job.has_evaluated(first):
-        evaluation.begin(trained=first)
+    evaluation = Evaluation(job, config, validation(config, actor))
+    evaluation.begin_if_owed(first)
+    saved = first  # rollouts that the newest checkpoint was trained on
 
-    for rollout_id in range(first, args.num_rollout):
-        last = rollout_id + 1 == args.num_rollout
+    for rollout_id in range(first, config.rollout.num_rollout):
+        last = rollout_id + 1 == config.rollout.num_rollout
         timers = Timers()
 
         actor.offload.for_generating()
@@ -36,14 +45,13 @@ def train(args: argparse.Namespace, actor: MegatronTrainActor, job: Job) -> int:
         newcomers = find_newcomers(actor, job, rollout_id)
         with timers("rollout"):
             batch = job.generate(rollout_id, newcomers)
-        is_saved = rollout_id == first or is_due(args.save_interval, rollout_id - 1)
-        # Else: the next attempt could not go back to these weights; engines without memory evaluate nothing.
-        beside_training = batch is not None and is_saved and not args.offload_rollout
-        evaluated = beside_training or evaluation.end(timers, newcomers)
+        may_go_on = (
+            batch is not None and saved == rollout_id
+        )  # the next attempt can repeat it with these weights
+        evaluated = evaluation.end_before_training(timers, newcomers, may_go_on=may_go_on)
         if batch is None or not evaluated:  # asked to stop: the next attempt does what is unfinished
-            if not is_saved:
-                job.status("saving", rollout_id)
-                actor.save(rollout_id - 1)
+            if saved < rollout_id:
+                save(actor, job, rollout_id - 1)
             return EXIT_REQUEUE
         table, metrics = batch
 
@@ -56,69 +64,40 @@ def train(args: argparse.Namespace, actor: MegatronTrainActor, job: Job) -> int:
             return EXIT_REQUEUE
 
         stop = job.stop_requested()
-        save_due = stop or last or is_due(args.save_interval, rollout_id)
-        if save_due:
-            job.status("saving", rollout_id)
+        if stop or last or is_due(config.checkpoint.save_interval, rollout_id):
+            # Whoever dies after the checkpoint, the next attempt goes on behind it.
+            job.keep(rollout_id, metrics)
             with timers("save"):
-                actor.save(rollout_id)
+                save(actor, job, rollout_id)
+            saved = rollout_id + 1
         if stop and not last:
+            timers.stop_step()
             job.log(rollout_id, metrics | timers.metrics())
             return EXIT_REQUEUE
 
-        eval_due = args.eval_interval and (last or is_due(args.eval_interval, rollout_id))
-        if eval_due or is_due(args.update_weights_interval, rollout_id):
+        eval_due = evaluation.is_due_after(rollout_id)
+        if eval_due or is_due(config.weights.update_weights_interval, rollout_id):
             with timers("update_weights"):
                 push_weights(actor, job, version=rollout_id + 1)
         if eval_due:
-            evaluation.begin(trained=rollout_id + 1)
+            evaluation.begin(rollout_id + 1, timers)
         timers.stop_step()
         job.log(rollout_id, metrics | timers.metrics())
     return 0 if evaluation.end(Timers()) else EXIT_REQUEUE
 
 
-class Evaluation:
-    """At most one evaluation, of the weights that the engines have: it must end before they get others."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._trained: int | None = None
-
-    def begin(self, trained: int) -> None:
-        """Evaluate the weights after `trained` rollouts while the loop goes on."""
-        self._trained = trained
-        self._job.begin_evaluation(trained)
-
-    def end(self, timers: Timers, newcomers: Newcomers = NOBODY) -> bool:
-        """Log the evaluation that has begun, if any; False if asked to stop before it is complete.
-
-        The time that this takes is not part of the step that `timers` is of. `newcomers` can be helped only as long as
-        the trainer has the weights that are evaluated.
-        """
-        if self._trained is None:
-            return True
-        self._job.status("evaluating", self._trained)
-        metrics = self._job.end_evaluation(newcomers)
-        if metrics is None:
-            return False
-        timers.leave_out(metrics["perf/eval_s"])
-        self._job.event("eval_finished", step=self._trained, **metrics)
-        self._job.log(self._trained - 1, metrics)
-        self._trained = None
-        return True
+def validation(config: Config, actor: MegatronTrainActor) -> Callable[[], dict[str, float]] | None:
+    """How the evaluation sets are evaluated without engines; None where engines do it, or there are no sets."""
+    if not (config.debug.debug_train_only and config.evaluation.eval_interval):
+        return None
+    loss = ValidationLoss(config, actor.shape)
+    return lambda: loss.measure(actor.policy)
 
 
-def owes_evaluation(args: argparse.Namespace, first: int) -> bool:
-    """Whether the weights that an attempt begins with, after `first` rollouts, are to be evaluated."""
-    if not args.eval_interval:
-        return False
-    if first == 0:
-        return not args.skip_eval_before_train
-    return first == args.num_rollout or is_due(args.eval_interval, first - 1)
-
-
-def is_due(interval: int | None, rollout_id: int) -> bool:
-    """Whether something that happens every `interval` rollouts happens after this one."""
-    return interval is not None and (rollout_id + 1) % interval == 0
+def save(actor: MegatronTrainActor, job: Job, rollout_id: int) -> None:
+    """Write a checkpoint of the weights after this rollout."""
+    job.status("saving", rollout_id)
+    actor.save(rollout_id)
 
 
 def push_weights(actor: MegatronTrainActor, job: Job, version: int) -> None:
@@ -140,24 +119,30 @@ def find_newcomers(actor: MegatronTrainActor, job: Job, rollout_id: int) -> Newc
 
 def main() -> int:
     """Run this rank."""
+    check_trainer()
     context = RoleContext.from_env()
+    end_without_supervisor(context)
     registry = Registry(context)
-    args = load(context.run_dir)
-    init_process_group(context, registry, args)
-    actor = MegatronTrainActor(args, context, registry)
-    job = Job(args, context, registry)
+    config = load(context.run_dir)
+    init_process_group(context, registry, config)
+    if context.index == 0:
+        print(describe_layers(), flush=True)
+    engine_memory = EngineMemory(config)
+    make_room(config, context, registry, engine_memory)
+    actor = MegatronTrainActor(config, context, registry, engine_memory)
+    if context.index == 0:
+        print(describe_sharing(actor.config, actor.shape), flush=True)
+    job = Job(actor.config, context, registry)
     try:
         job.connect()
-        exit_code = train(args, actor, job)
-        actor.finish()
+        exit_code = train(actor.config, actor, job)
+        unsaved = actor.finish()
+        if exit_code == 0:
+            job.prove_finished(unsaved)
         return exit_code
     finally:
         job.finish()
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_NEVER_RESTART)
+    sys.exit(run_main(main, EXIT_NEVER_RESTART))

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny_model import make_model
+from helpers.tiny_model import make_model
+
+from rltrain.arguments.config import Config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-pytest_plugins = ["slurm_fixture", "local_job"]
+pytest_plugins = [
+    "helpers.parallel",
+    "helpers.slurm_fixture",
+    "helpers.slurm_job",
+    "helpers.local_job",
+    "helpers.recorded_runs",
+]
 
 TOKEN = "test-token-0123456789"
 
@@ -28,6 +35,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same without weights, which is quicker."""
     return make_model(tmp_path_factory.mktemp("tiny_tokenizer"), weights=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One tiny Qwen3 for all tests of the trainer, with random weights; no test may write to it."""
+    from helpers.megatron import init_single_process, tiny_config, write_hf_model
+
+    init_single_process()
+    return write_hf_model(tmp_path_factory.mktemp("tiny_qwen3"), tiny_config())
+
+
+@pytest.fixture(scope="module")
+def model_dir(tiny_qwen3: Path) -> Path:
+    """The same, for a module whose tests are the only trainer rank, and start from the same random numbers."""
+    from helpers.megatron import init_single_process
+
+    init_single_process()
+    return tiny_qwen3
 
 
 @pytest.fixture(scope="session")
@@ -60,19 +85,18 @@ def prompt_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make_args(tiny_tokenizer: Path, prompt_file: Path, tmp_path: Path) -> Callable[..., argparse.Namespace]:
+def make_args(tiny_tokenizer: Path, prompt_file: Path, tmp_path: Path) -> Callable[..., Config]:
     """Arguments as the rollout process sees them: 4 groups of 2 from `prompt_file`, and the given flags."""
-    from hpc.layout import RunLayout
     from rltrain.arguments import parse
-    from rltrain.rollout.setup import prepare_args
+    from rltrain.rollout.service.server import prepare
+    from rltrain.run.layout import RunLayout
 
-    def make(*flags: str) -> argparse.Namespace:
+    def make(*flags: str) -> Config:
         defaults = (
             f"--hf-checkpoint {tiny_tokenizer} --prompt-data {prompt_file} --label-key label --rm-type exact"
             " --num-rollout 3 --rollout-batch-size 4 --n-samples-per-prompt 2 --rollout-max-response-len 16"
         )
         args = parse([*defaults.split(), *flags])
-        prepare_args(args, RunLayout(tmp_path / "run"))
-        return args
+        return prepare(args, RunLayout(tmp_path / "run"))
 
     return make

@@ -22,10 +22,8 @@ async def generate(args: argparse.Namespace, sample: Sample, sampling_params: di
         if call is None or sample.status is not Sample.Status.COMPLETED:
             break
         result = calculate(call[1]) + ";"
-        sample.append_response_tokens(
-            tokenizer.encode(result, add_special_tokens=False), None, trainable=False
-        )
-        sample.response += result
+        tokens = tokenizer.encode(result, add_special_tokens=False)
+        sample.append_response_tokens(args, tokens=tokens, trainable=False, text=result)
     return sample
 
 

@@ -47,10 +47,8 @@ async def generate(args: argparse.Namespace, sample: Sample, sampling_params: di
         if query is None or sample.status is not Sample.Status.COMPLETED:
             break
         found = index.search(query[1]) + ";"
-        sample.append_response_tokens(
-            tokenizer.encode(found, add_special_tokens=False), None, trainable=False
-        )
-        sample.response += found
+        tokens = tokenizer.encode(found, add_special_tokens=False)
+        sample.append_response_tokens(args, tokens=tokens, trainable=False, text=found)
     return sample
 
 

@@ -26,6 +26,10 @@ def write_all(directory: Path) -> None:
     """Everything into `directory`; the same files each time."""
     (directory / "model").mkdir(parents=True, exist_ok=True)
     files = {**tokenizer_files(CHARACTERS), "config.json": model_config(CHARACTERS)}
+    # For agents: their messages one after the other, as the model was taught.
+    files["tokenizer_config.json"]["chat_template"] = (
+        "{% for each in messages %}{{ each.content }}{% endfor %}"
+    )
     for name, content in files.items():
         (directory / "model" / name).write_text(json.dumps(content, indent=2) + "\n")
     (directory / "documents.txt").write_text("\n".join(lessons.documents()) + "\n")

@@ -45,7 +45,7 @@ def _word(check: Check) -> str:
 
 
 def describe(check: Check) -> str:
-    """What was found and, if it is not fine, what to do; in one line."""
+    """The finding and, if it is not fine, the advice; in one line."""
     message = " ".join(check.message.split())
     return f"{message} → {check.advice}" if check.advice else message
 

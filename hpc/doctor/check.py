@@ -1,4 +1,4 @@
-"""What a check of the doctor says."""
+"""The result of a check of the doctor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Level = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Check:
-    """One line: what was looked at, how it is and, unless it is fine, what to do."""
+    """One line: the thing that was checked, its state and, unless that is fine, what to do."""
 
     name: str
     level: Level

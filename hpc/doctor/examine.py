@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
 from pathlib import Path
 
-from hpc import config, run_dir
-from hpc.config import Request, SubmitOptions
-from hpc.doctor import cluster, machine, memory, memory_fit, packages, probe, storage, tracking
+from hpc.doctor import machine, memory, memory_fit, partition, probe, requirements, storage
 from hpc.doctor.check import Check, fail, ok, warn
 from hpc.doctor.memory_fit import Memory
-from hpc.shared_dir import is_one_machine
+from hpc.gpus import Gpu, local_gpus, usable_gpus
+from hpc.planning.job_plan import make_plan
+from hpc.planning.request import Request, SubmitOptions, read_request
 from hpc.slurm.client import SlurmClient, SlurmError
-from hpc.slurm.facts import ClusterFacts
-from rltrain import arguments
+from hpc.slurm.cluster import ClusterFacts
+from hpc.submitting import precision, run_dir
+from hpc.submitting.run_dir import is_one_machine
+from rltrain import arguments, inputs
 from rltrain.arguments import flags as flag_data
-from rltrain.arguments.critic_flags import use_critic
-from rltrain.arguments.errors import UserError
+from rltrain.arguments.config import Config
 from rltrain.arguments.flags import Flags
+from rltrain.arguments.groups.checkpoint import Checkpoint
+from rltrain.arguments.groups.critic import use_critic
+from rltrain.arguments.hf_config import check_same_shape
+from rltrain.models.as_transformers import standard_config
+from rltrain.run.errors import UserError
 
 _PROBE_TIMEOUT = 300.0  # seconds
 
 
 def doctor(argv: list[str], probe_nodes: bool = False) -> list[Check]:
-    """Check what `python -m hpc.submit ARGV` would need. Never raises for what is wrong: it is one of the checks."""
+    """Check everything that `python -m hpc.submit ARGV` needs. A problem never raises: it is one of the checks."""
     try:
-        request = config.read_request(argv)
+        request = read_request(argv)
     except UserError as error:
-        return [packages.check_python(), fail("flags", str(error)), *machine.check_machine(1, is_batch=False)]
+        return [
+            requirements.check_python(),
+            fail("flags", str(error)),
+            *machine.check_machine(1, is_batch=False),
+        ]
     is_batch = request.options.partition is not None
-    checks = [packages.check_python(), *packages.check_packages(need_training=not is_batch)]
+    checks = [requirements.check_python(), *requirements.check_packages(need_training=not is_batch)]
     facts = None
     if is_batch:
-        facts, check = cluster.ask_cluster(SlurmClient())
+        facts, check = partition.ask_cluster(SlurmClient())
         checks.append(check)
     args, found = check_flags(request, facts)
     checks += found
@@ -49,73 +59,98 @@ def doctor(argv: list[str], probe_nodes: bool = False) -> list[Check]:
     return checks + _check_here(args)
 
 
-def check_flags(
-    request: Request, facts: ClusterFacts | None = None
-) -> tuple[argparse.Namespace | None, list[Check]]:
+def check_flags(request: Request, facts: ClusterFacts | None = None) -> tuple[Config | None, list[Check]]:
     """The training flags (None if they are wrong, or none were given) and the checks of them and of their files."""
     try:
         flags = flag_data.merge(run_dir.stored_flags(request.options.layout), request.train)
         if not flags:
-            return None, [ok("flags", "none were given: that is the built-in demo")]
+            return None, [ok("flags", "none given: the built-in demo")]
         if facts is not None:
             return _check_plan(request.options, flags)
-        args = arguments.parse(flag_data.to_argv(flags))
+        config = arguments.parse(flag_data.to_argv(flags))
+        # A Slurm that could not be asked is taken to have GPUs.
+        gpus = request.options.partition is not None or bool(usable_gpus())
+        config, chosen = precision.decide(config, request.options.layout, gpus=gpus)
     except UserError as error:
         return None, [fail("flags", str(error))]
     try:
-        arguments.check_inputs(args)
+        inputs.check_inputs(config)
     except UserError as error:
-        return None, [_describe_batch(args), fail("input files", str(error))]
-    return args, [_describe_batch(args), *_describe_inputs(args)]
+        return None, [_describe_batch(config), fail("input files", str(error))]
+    return config, [_describe_batch(config), *_describe_precision(chosen), *_describe_inputs(config)]
 
 
-def _check_plan(options: SubmitOptions, flags: Flags) -> tuple[argparse.Namespace, list[Check]]:
+def _check_plan(options: SubmitOptions, flags: Flags) -> tuple[Config, list[Check]]:
     """The flags as the job would have them, with its nodes shared out; and what sbatch says to its script."""
-    from hpc.executor import check_script
-    from hpc.slurm_job import plan_job
+    from hpc.submitting.executor import check_script
+    from hpc.submitting.slurm_job import plan_job
 
     job = plan_job(options, flags)
-    checks = [_describe_batch(job.args), *_describe_inputs(job.args), ok("plan", job.split.explain())]
+    checks = [_describe_batch(job.config), *_describe_precision(job.chosen), *_describe_inputs(job.config)]
+    checks.append(ok("plan", job.split.explain()))
     try:
-        return job.args, [*checks, ok("sbatch --test-only", check_script(job.text()))]
+        return job.config, [*checks, ok("sbatch --test-only", check_script(job.text()))]
     except SlurmError as error:
-        return job.args, [*checks, fail("sbatch --test-only", str(error))]
+        return job.config, [*checks, fail("sbatch --test-only", str(error))]
 
 
-def _describe_batch(args: argparse.Namespace) -> Check:
+def _describe_batch(config: Config) -> Check:
     return ok(
         "flags",
-        f"{args.rollout_batch_size} prompts × {args.n_samples_per_prompt} samples ="
-        f" {args.num_steps_per_rollout} optimizer step(s) of {args.global_batch_size}",
+        f"{config.rollout.rollout_batch_size} prompts × {config.rollout.n_samples_per_prompt} samples ="
+        f" {config.training.num_steps_per_rollout} optimizer step(s) of {config.training.global_batch_size}",
     )
 
 
-def _describe_inputs(args: argparse.Namespace) -> list[Check]:
-    prompts = args.prompt_data or ", ".join(args.prompt_data_mix[::2])
-    found = ok("input files", f"model {args.hf_checkpoint}, prompts {prompts}")
-    wandb = tracking.check_tracking(args, os.environ, Path.home() / ".netrc")
-    return [found, *_check_saving(args), wandb]
+def _describe_precision(chosen: str) -> list[Check]:
+    return [ok("precision", chosen)] if chosen else []
 
 
-def _check_saving(args: argparse.Namespace) -> list[Check]:
-    if args.save_interval is not None:
+def _describe_inputs(config: Config) -> list[Check]:
+    prompts = config.data.prompt_data or ", ".join((config.data.prompt_data_mix or [])[::2])
+    found = ok("input files", f"model {config.model.hf_checkpoint}, prompts {prompts}")
+    wandb = storage.check_tracking(config.tracking, os.environ, Path.home() / ".netrc")
+    return [found, *_check_model(config.model.hf_checkpoint), *_check_saving(config.checkpoint), wandb]
+
+
+def _check_model(hf_checkpoint: str) -> list[Check]:
+    """Whether transformers, where it is installed, makes of the model's config.json what the trainer does."""
+    path = Path(hf_checkpoint) / "config.json"
+    if not path.is_file():  # an earlier job will write it
         return []
-    text = "without --save-interval there is no checkpoint before the end or a stop"
+    config = json.loads(path.read_text())
+    try:
+        standard = standard_config(path.parent, config)
+        if standard is None:
+            return []
+        check_same_shape(config, standard, hf_checkpoint)
+    except UserError as error:
+        return [fail("model", str(error))]
+    return [ok("model", "its config.json is the same model to transformers")]
+
+
+def _check_saving(checkpoint: Checkpoint) -> list[Check]:
+    if checkpoint.save_interval is not None:
+        return []
+    text = "without --save-interval a checkpoint is written only at the end or at a stop"
     return [warn("checkpoints", text, "give --save-interval: a crash would cost everything")]
 
 
 def check_cluster(
-    options: SubmitOptions, args: argparse.Namespace | None, facts: ClusterFacts, probe_nodes: bool
+    options: SubmitOptions, config: Config | None, facts: ClusterFacts, probe_nodes: bool
 ) -> list[Check]:
     """Checks of the partition, the memory of its GPUs and, if wanted, its nodes."""
     assert options.partition is not None
-    nodes, gpus = options.nodes or _count_nodes(args), args.actor_num_gpus_per_node if args else 0
-    checks = cluster.check_partition(facts, options.partition, nodes, gpus, options.gpu_type)
+    nodes, gpus = (
+        options.nodes or _count_nodes(config),
+        config.parallel.actor_num_gpus_per_node if config else 0,
+    )
+    checks = partition.check_partition(facts, options.partition, nodes, gpus, options.gpu_type)
     if any(check.level == "fail" for check in checks):
         return checks
-    if args is not None:
-        memory_of_one = cluster.partition_memory(facts, options.partition, options.gpu_type)
-        checks += memory_fit.check_memory(args, memory_of_one)
+    if config is not None:
+        memory_of_one = partition.partition_memory(facts, options.partition, options.gpu_type)
+        checks += memory_fit.check_memory(config, memory_of_one)
     if probe_nodes:
         client = SlurmClient(timeout_s=_PROBE_TIMEOUT)
         checks += probe.probe_nodes(
@@ -129,12 +164,15 @@ def _probe_options(options: SubmitOptions) -> list[str]:
     return [f"--{name}={value}" for name, value in wanted.items() if value]
 
 
-def _check_here(args: argparse.Namespace | None) -> list[Check]:
-    gpus = machine.local_gpus()
-    if args is None:
+def _check_here(config: Config | None) -> list[Check]:
+    return [*requirements.check_gpu_software(len(local_gpus())), *_check_room(config, usable_gpus())]
+
+
+def _check_room(config: Config | None, gpus: list[Gpu]) -> list[Check]:
+    if config is None:
         return [ok("GPUs", f"{len(gpus)} on this machine")]
-    ranks = args.actor_num_gpus_per_node
-    engines = 0 if args.debug_train_only else args.rollout_num_gpus
+    ranks = config.parallel.actor_num_gpus_per_node
+    engines = 0 if config.debug.debug_train_only else config.engines.rollout_num_gpus
     if not gpus:
         checks = [
             ok(
@@ -142,29 +180,37 @@ def _check_here(args: argparse.Namespace | None) -> list[Check]:
                 f"none on this machine: {ranks} trainer rank(s) and {engines} engine rank(s) on its CPU",
             )
         ]
-        return checks + memory_fit.check_memory(args, Memory(machine.machine_memory(), False, "this machine"))
-    needed = max(ranks, engines) if args.colocate else ranks + engines
-    text = f"{len(gpus)} on this machine, {needed} needed"
-    if needed > len(gpus):
-        return [fail("GPUs", text, "fewer --actor-num-gpus-per-node or --rollout-num-gpus, or --colocate")]
+        return checks + memory_fit.check_memory(
+            config, Memory(machine.machine_memory(), False, "this machine")
+        )
+    try:
+        plan = make_plan(config, gpus=[gpu.name for gpu in gpus])
+    except UserError as error:
+        text, _, advice = str(error).partition(". ")
+        return [fail("GPUs", text, advice)]
+    seen = {each.name: each.env["CUDA_VISIBLE_DEVICES"] for each in plan.processes}
+    shares = [f"{name} sees {names}" for name, names in seen.items() if names]
+    smallest = Memory(min(gpu.memory for gpu in gpus), True, "a GPU of this machine")
     return [
-        ok("GPUs", text),
-        *memory_fit.check_memory(args, Memory(min(gpus), True, "a GPU of this machine")),
+        ok("GPUs", f"{len(gpus)} on this machine: {', '.join(shares)}"),
+        *memory_fit.check_memory(config, smallest),
     ]
 
 
-def _count_processes(args: argparse.Namespace | None) -> int:
-    if args is None:
+def _count_processes(config: Config | None) -> int:
+    if config is None:
         return 2
-    return args.actor_num_gpus_per_node + (0 if args.debug_train_only else args.rollout_num_gpus)
+    return config.parallel.actor_num_gpus_per_node + (
+        0 if config.debug.debug_train_only else config.engines.rollout_num_gpus
+    )
 
 
-def _count_nodes(args: argparse.Namespace | None) -> int:
-    return 1 if args is None else args.actor_num_nodes
+def _count_nodes(config: Config | None) -> int:
+    return 1 if config is None else config.parallel.actor_num_nodes
 
 
-def _checkpoint_bytes(args: argparse.Namespace | None) -> float:
-    if args is None:
+def _checkpoint_bytes(config: Config | None) -> float:
+    if config is None:
         return 0.0
-    shape = memory_fit.read_shape(args)
-    return float(memory.checkpoint_bytes(shape, args.bf16, critic=use_critic(args)))
+    shape = memory_fit.read_shape(config.model)
+    return float(memory.checkpoint_bytes(shape, bool(config.model.bf16), critic=use_critic(config.algorithm)))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
-import shutil
 import socket
-import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -61,7 +59,9 @@ def check_threads(omp_num_threads: str | None, cores: int, processes: int) -> Ch
         return ok("threads", f"{cores_text}; OMP_NUM_THREADS is not set, so every process chooses")
     if not omp_num_threads.isdigit() or not int(omp_num_threads):
         return fail(
-            "threads", f"OMP_NUM_THREADS is {omp_num_threads!r}, which is no number", "unset OMP_NUM_THREADS"
+            "threads",
+            f"OMP_NUM_THREADS is {omp_num_threads!r}, which is not a number",
+            "unset OMP_NUM_THREADS",
         )
     threads = int(omp_num_threads)
     if threads > cores:
@@ -71,7 +71,7 @@ def check_threads(omp_num_threads: str | None, cores: int, processes: int) -> Ch
 
 
 def host_addresses() -> list[str]:
-    """IPv4 addresses that this machine's name stands for; none if it stands for nothing."""
+    """IPv4 addresses of this machine's name; none if the name has no address."""
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET, socket.SOCK_STREAM)
     except OSError:
@@ -102,18 +102,6 @@ def interfaces() -> list[str]:
 
 def _has_interface(name: str) -> bool:
     return any(interface.startswith(name) for interface in [*interfaces(), "lo"])
-
-
-def local_gpus() -> list[float]:
-    """Bytes of memory of each GPU of this machine, asked of nvidia-smi."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [float(line) * 1024**2 for line in done.stdout.split() if line.strip().isdigit()]
 
 
 def machine_memory() -> float:

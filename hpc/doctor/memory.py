@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from rltrain.arguments.groups.training import logits_rows
 from rltrain.arguments.hf_config import ModelShape
 
 FP32, BF16 = 4, 2
@@ -29,12 +30,13 @@ class Parameters:
 
 @dataclass(frozen=True)
 class TrainerAsk:
-    """What a trainer rank is asked to do.
+    """The work of a trainer rank.
 
     Attributes:
         tensor, data, pipeline: sizes of tensor, data and pipeline parallelism.
         expert: ranks that share the experts, by expert and tensor parallelism.
         tokens: in the largest micro-batch.
+        log_probs_chunk_size: of them, whose log-probs are computed at a time; -1 for what a GPU takes.
         keeps_reference: whether reference weights visit the device (KL loss).
     """
 
@@ -45,6 +47,7 @@ class TrainerAsk:
     sequence_parallel: bool
     recompute: bool
     tokens: int
+    log_probs_chunk_size: int = -1
     keeps_reference: bool = False
     pipeline: int = 1
     expert: int = 1
@@ -63,12 +66,12 @@ class TrainerMemory:
 
     @property
     def state(self) -> int:
-        """What stays between steps."""
+        """Bytes that stay between steps."""
         return self.weights + self.gradients + self.optimizer + self.reference
 
     @property
     def working(self) -> int:
-        """What a forward and backward pass takes."""
+        """Bytes that a forward and backward pass takes."""
         return self.activations + self.logits
 
     @property
@@ -85,7 +88,7 @@ class EngineMemory:
     kv_per_token: int
 
     def tokens_in(self, memory: float) -> int:
-        """How many tokens of context fit beside the weights."""
+        """Number of tokens of context that fit beside the weights."""
         return max(0, int((memory - self.weights) // self.kv_per_token))
 
 
@@ -101,19 +104,25 @@ def count_parameters(shape: ModelShape, tensor: int = 1, pipeline: int = 1, expe
     layers = -(-shape.num_layers // pipeline)
     qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     attention = shape.hidden_size * qkv + shape.num_heads * shape.head_dim * shape.hidden_size
-    attention += qkv if shape.family.qkv_bias else 0
+    attention += qkv if shape.qkv_bias else 0
+    whole = 0  # of the attention, on every tensor parallel rank
+    if shape.latent is not None:
+        attention, whole = shape.latent.weights(shape.hidden_size, shape.num_heads)
     embeddings = vocab * shape.hidden_size * (1 if shape.tied_embeddings or pipeline > 1 else 2)
     norms = (4 if shape.family.post_norms else 2) * shape.hidden_size
-    norms += 2 * shape.head_dim if shape.family.qk_norm else 0
-    with_experts, experts, routers = 0, 0, 0
+    norms += 2 * shape.head_dim if shape.qk_norm else 0
+    norms += shape.latent.kv_rank + (shape.latent.query_rank or 0) if shape.latent else 0
+    with_experts, experts, shared, routers = 0, 0, 0, 0
     if shape.experts is not None:
         with_experts = min(layers, len(shape.experts.layers))
         routers = with_experts * shape.experts.count * shape.hidden_size
         experts = 3 * routers * shape.experts.ffn_hidden_size // expert
+        routers += with_experts * shape.hidden_size * shape.experts.shared_gate
+        shared = with_experts * 3 * shape.hidden_size * shape.experts.shared_size
     dense = (layers - with_experts) * 3 * shape.hidden_size * shape.ffn_hidden_size
     return Parameters(
-        split=(layers * attention + dense + embeddings) // tensor + experts,
-        replicated=layers * norms + shape.hidden_size + routers,
+        split=(layers * attention + dense + shared + embeddings) // tensor + experts,
+        replicated=layers * (norms + whole) + shape.hidden_size + routers,
     )
 
 
@@ -123,7 +132,6 @@ def trainer_memory(shape: ModelShape, ask: TrainerAsk) -> TrainerMemory:
     The distributed optimizer splits Adam's two moments and the master weights over data parallel ranks.
     """
     count = count_parameters(shape, ask.tensor, ask.pipeline, ask.expert).total
-    # logits, their shifted copy and the probabilities that the backward pass needs, in fp32
     return _memory(shape, ask, count, outputs=-(-shape.vocab_size // ask.tensor))
 
 
@@ -149,6 +157,7 @@ def _critic_parameters(shape: ModelShape, *sizes: int) -> int:
 def _memory(shape: ModelShape, ask: TrainerAsk, count: int, outputs: int) -> TrainerMemory:
     width = BF16 if ask.bf16 else FP32
     state = 2 * FP32 + (FP32 if ask.bf16 else 0)
+    rows = logits_rows(ask.log_probs_chunk_size, outputs)
     owned = -(-count // ask.data) if ask.distributed_optimizer else count
     return TrainerMemory(
         weights=count * width,
@@ -156,7 +165,8 @@ def _memory(shape: ModelShape, ask: TrainerAsk, count: int, outputs: int) -> Tra
         optimizer=owned * state,
         reference=count * width if ask.keeps_reference else 0,
         activations=_activations(shape, ask) * width,
-        logits=3 * FP32 * ask.tokens * outputs,
+        # the logits and their gradient, and two fp32 numbers for each that is worked on
+        logits=(2 * width * ask.tokens + 2 * FP32 * min(ask.tokens, rows)) * outputs,
     )
 
 
@@ -169,7 +179,9 @@ def _activations(shape: ModelShape, ask: TrainerAsk) -> int:
     more, so their number does not matter.
     """
     experts = shape.experts
-    ffn = max(shape.ffn_hidden_size, experts.top_k * experts.ffn_hidden_size if experts else 0)
+    ffn = max(
+        shape.ffn_hidden_size, experts.top_k * experts.ffn_hidden_size + experts.shared_size if experts else 0
+    )
     heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     split = (heads + 3 * ffn) // ask.tensor
     hidden = shape.hidden_size // (ask.tensor if ask.sequence_parallel else 1)

@@ -1,8 +1,7 @@
-"""Does the run fit into the memory of the GPUs, or of the machine where there are none?"""
+"""Does the run fit into the memory of the GPUs, or of a machine without GPUs?"""
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,11 @@ from hpc.doctor.memory import (
     engine_memory,
     trainer_memory,
 )
-from rltrain.arguments.critic_flags import critic_args, use_critic
+from rltrain.arguments.config import Config
+from rltrain.arguments.groups.critic import use_critic
+from rltrain.arguments.groups.model import Model
+from rltrain.arguments.groups.parallel import ParallelSizes
 from rltrain.arguments.hf_config import ModelShape, read_model_shape
-from rltrain.arguments.parallel import ParallelSizes
 
 GIB = 1024**3
 # What CUDA, NCCL, a Python process and fragmentation take: of a GPU a tenth, of a machine 1.5 GiB a process.
@@ -32,42 +33,43 @@ _CPU_KV_TOKENS = 65536  # rltrain/sglang/server.py
 
 @dataclass(frozen=True)
 class Memory:
-    """What there is: bytes of one GPU, or of the machine's memory with `gpu` False."""
+    """Available memory: bytes of one GPU, or of the machine with `gpu` False."""
 
     size: float
     gpu: bool
     where: str
 
 
-def read_shape(args: argparse.Namespace) -> ModelShape:
+def read_shape(model: Model) -> ModelShape:
     """The shape of the model of `--hf-checkpoint`, which has been checked before."""
-    return read_model_shape(json.loads((Path(args.hf_checkpoint) / "config.json").read_text()))
+    return read_model_shape(json.loads((Path(model.hf_checkpoint) / "config.json").read_text()))
 
 
-def trainer_ask(args: argparse.Namespace) -> TrainerAsk:
-    """What the flags ask of one trainer rank."""
-    sample = args.rollout_max_context_len or args.rollout_max_response_len + (
-        args.rollout_max_prompt_len or 0
+def trainer_ask(config: Config) -> TrainerAsk:
+    """The work of one trainer rank, from the flags."""
+    sample = config.rollout.rollout_max_context_len or config.rollout.rollout_max_response_len + (
+        config.rollout.rollout_max_prompt_len or 0
     )
-    sample = -(-sample // args.context_parallel_size)
+    sample = -(-sample // config.parallel.context_parallel_size)
     # A sample that is longer than the token budget is a micro-batch of its own.
     tokens = (
-        max(args.max_tokens_per_gpu, sample)
-        if args.use_dynamic_batch_size
-        else sample * args.micro_batch_size
+        max(config.training.max_tokens_per_gpu or 0, sample)
+        if config.training.use_dynamic_batch_size
+        else sample * config.training.micro_batch_size
     )
-    sizes = ParallelSizes.of(args)
+    sizes = ParallelSizes.of(config.parallel)
     return TrainerAsk(
         tensor=sizes.tensor,
         data=sizes.data * sizes.context,  # the optimizer is split over both
         pipeline=sizes.pipeline,
         expert=sizes.expert * sizes.expert_tensor,
-        bf16=args.bf16,
-        distributed_optimizer=args.use_distributed_optimizer,
-        sequence_parallel=args.sequence_parallel,
-        recompute=args.recompute_granularity == "full",
+        bf16=bool(config.model.bf16),
+        distributed_optimizer=bool(config.parallel.use_distributed_optimizer),
+        sequence_parallel=config.parallel.sequence_parallel,
+        recompute=config.model.recompute_granularity == "full",
         tokens=tokens,
-        keeps_reference=args.use_kl_loss,
+        log_probs_chunk_size=config.training.log_probs_chunk_size,
+        keeps_reference=config.algorithm.use_kl_loss,
     )
 
 
@@ -80,10 +82,12 @@ class Trainer:
     swap_critic: bool
 
     @classmethod
-    def of(cls, args: argparse.Namespace, shape: ModelShape) -> Trainer:
-        """What the flags ask for."""
-        critic = critic_memory(shape, trainer_ask(critic_args(args))) if use_critic(args) else None
-        return cls(trainer_memory(shape, trainer_ask(args)), critic, args.swap_critic)
+    def of(cls, config: Config, shape: ModelShape) -> Trainer:
+        """The rank that the flags ask for."""
+        critic = (
+            critic_memory(shape, trainer_ask(config.of_critic())) if use_critic(config.algorithm) else None
+        )
+        return cls(trainer_memory(shape, trainer_ask(config)), critic, config.critic.swap_critic)
 
     def needed(self, *, gpu: bool) -> int:
         """Bytes at one time; only a GPU's memory can be swapped."""
@@ -97,14 +101,16 @@ class Trainer:
         return f"{describe_trainer(self.policy)}; critic {gib(self.critic.total)}"
 
 
-def check_memory(args: argparse.Namespace, memory: Memory | None) -> list[Check]:
+def check_memory(config: Config, memory: Memory | None) -> list[Check]:
     """Checks of trainer and engines against `memory`; None if it is not known."""
-    shape = read_shape(args)
-    trainer = Trainer.of(args, shape)
+    shape = read_shape(config.model)
+    trainer = Trainer.of(config, shape)
     engine = None
-    if not args.debug_train_only:
+    if not config.debug.debug_train_only:
         # An engine takes the weights' own type, which is bf16 for nearly every model; on a CPU it is fp32.
-        engine = engine_memory(shape, args.rollout_num_gpus_per_engine, bf16=memory is None or memory.gpu)
+        engine = engine_memory(
+            shape, config.engines.rollout_num_gpus_per_engine, bf16=memory is None or memory.gpu
+        )
     if memory is None:
         return [
             ok(
@@ -113,22 +119,20 @@ def check_memory(args: argparse.Namespace, memory: Memory | None) -> list[Check]
             )
         ]
     if memory.gpu:
-        return _fit_gpus(args, trainer, engine, memory)
-    return [_fit_machine(args, trainer, engine, memory)]
+        return _fit_gpus(config, trainer, engine, memory)
+    return [_fit_machine(config, trainer, engine, memory)]
 
 
-def _fit_gpus(
-    args: argparse.Namespace, trainer: Trainer, engine: EngineMemory | None, memory: Memory
-) -> list[Check]:
-    share = args.sglang.get("mem_fraction_static", _ENGINE_SHARE)
-    free = memory.size * (1 - share if args.colocate and engine else _USABLE)
+def _fit_gpus(config: Config, trainer: Trainer, engine: EngineMemory | None, memory: Memory) -> list[Check]:
+    share = config.engines.sglang.get("mem_fraction_static", _ENGINE_SHARE)
+    free = memory.size * (1 - share if config.engines.colocate and engine else _USABLE)
     checks = [
         _judge("trainer memory", trainer.needed(gpu=True), free, trainer.text, memory.where, _TRAINER_ADVICE)
     ]
     if engine is None:
         return checks
     tokens = engine.tokens_in(memory.size * share)
-    longest = args.rollout_max_context_len or args.rollout_max_response_len
+    longest = config.rollout.rollout_max_context_len or config.rollout.rollout_max_response_len
     message = f"{describe_engine(engine)}; {tokens} tokens of context fit on {memory.where}"
     if tokens < longest:
         advice = "raise --rollout-num-gpus-per-engine or --sglang-mem-fraction-static"
@@ -142,15 +146,13 @@ _TRAINER_ADVICE = (
 )
 
 
-def _fit_machine(
-    args: argparse.Namespace, trainer: Trainer, engine: EngineMemory | None, memory: Memory
-) -> Check:
-    ranks = args.actor_num_gpus_per_node
+def _fit_machine(config: Config, trainer: Trainer, engine: EngineMemory | None, memory: Memory) -> Check:
+    ranks = config.parallel.actor_num_gpus_per_node
     needed = ranks * (trainer.needed(gpu=False) + _PROCESS_BYTES) + 2 * _PROCESS_BYTES
     text = f"{ranks} × {trainer.text}"
     if engine is not None:
-        gpus = args.rollout_num_gpus
-        tokens = args.sglang.get("max_total_tokens", _CPU_KV_TOKENS)
+        gpus = config.engines.rollout_num_gpus
+        tokens = config.engines.sglang.get("max_total_tokens", _CPU_KV_TOKENS)
         needed += gpus * (engine.weights + tokens * engine.kv_per_token + _PROCESS_BYTES)
         text += f"; {gpus} × {describe_engine(engine)}, {tokens} tokens of context"
     return _judge("memory", needed, memory.size, text, memory.where, _TRAINER_ADVICE)

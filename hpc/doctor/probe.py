@@ -1,4 +1,4 @@
-"""Look at the nodes themselves: a short job that tells what each sees. `python -m hpc.doctor.probe DIR` is that job."""
+"""Look at the nodes with a short job that reports what each sees. `python -m hpc.doctor.probe DIR` is that job."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from hpc.doctor.check import Check, fail, ok, warn
-from hpc.doctor.machine import host_addresses, local_gpus
-from hpc.doctor.packages import ENGINE_PACKAGES, installed_version
+from hpc.doctor.machine import host_addresses
 from hpc.doctor.storage import nearest_existing
+from hpc.gpus import local_gpus
 from hpc.slurm.client import SlurmClient, SlurmError
+from rltrain import packages
 
 _QUEUE_SECONDS = 120
 _MARK = "SLURMLIME_PROBE "
-_PACKAGES = ("torch", "megatron-core", *ENGINE_PACKAGES)
+_PACKAGES = ("torch", "megatron-core", "sglang", "sglang-router")
 
 
 def probe_nodes(
@@ -46,19 +47,19 @@ def probe_nodes(
         ]
     finally:
         mark.unlink(missing_ok=True)
-    return judge(answers, nodes, str(shared), {name: installed_version(name) for name in _PACKAGES})
+    return judge(answers, nodes, str(shared), {name: packages.installed_version(name) for name in _PACKAGES})
 
 
 def read_answers(output: str) -> list[dict[str, Any]]:
-    """What the tasks printed; lines of others (a login script's greeting) are left out."""
+    """The answers of the tasks; other lines (a login script's greeting) are left out."""
     lines = (line for line in output.splitlines() if line.startswith(_MARK))
     return [json.loads(line.removeprefix(_MARK)) for line in lines]
 
 
 def judge(
-    answers: Sequence[dict[str, Any]], nodes: int, shared: str, packages: dict[str, str | None]
+    answers: Sequence[dict[str, Any]], nodes: int, shared: str, versions: dict[str, str | None]
 ) -> list[Check]:
-    """Checks from the nodes' answers; `packages` are the versions on this machine."""
+    """Checks from the nodes' answers; `versions` are those of this machine's packages."""
     if len(answers) < nodes:
         return [
             fail(
@@ -78,10 +79,10 @@ def judge(
         )
     ]
     differing = [
-        f"{answer['host']} has {name} {version or 'not at all'}, this machine {packages.get(name) or 'not at all'}"
+        f"{answer['host']} has {name} {version or 'not at all'}, this machine {versions.get(name) or 'not at all'}"
         for answer in answers
         for name, version in answer["packages"].items()
-        if version is None or version != (packages.get(name) or version)
+        if version is None or version != (versions.get(name) or version)
     ]
     if differing:
         checks.append(
@@ -91,11 +92,15 @@ def judge(
         checks.append(
             ok("packages on nodes", ", ".join(f"{k} {v}" for k, v in answers[0]["packages"].items()))
         )
+    if old := {answer["driver"]: answer["host"] for answer in answers if answer["driver"]}:
+        checks.append(
+            fail("driver of nodes", "; ".join(f"{host}: {problem}" for problem, host in old.items()))
+        )
     lonely = [
         answer["host"] for answer in answers if all(ip.startswith("127.0.0.1") for ip in answer["addresses"])
     ]
     if lonely:
-        checks.append(fail("network of nodes", f"{', '.join(lonely)}: the node's own name is no address that other"
+        checks.append(fail("network of nodes", f"{', '.join(lonely)}: the node's own name is not an address that other"
                            " nodes can reach", "ask the site, or give nodes' addresses in /etc/hosts"))  # fmt: skip
     gpus = sorted({answer["gpus"] for answer in answers})
     checks.append(ok("GPUs on nodes", f"{' or '.join(map(str, gpus))} visible without asking for any"))
@@ -103,11 +108,12 @@ def judge(
 
 
 def look(mark: Path) -> dict[str, Any]:
-    """What this node sees."""
+    """The view from this node: the marker file, packages, addresses, GPUs, cores."""
     return {
         "host": os.uname().nodename,
         "sees_mark": mark.exists(),
-        "packages": {name: installed_version(name) for name in _PACKAGES},
+        "packages": {name: packages.installed_version(name) for name in _PACKAGES},
+        "driver": packages.driver_problem(packages.torch_cuda(), packages.driver_cuda()),
         "addresses": host_addresses(),
         "gpus": len(local_gpus()),
         "cores": len(os.sched_getaffinity(0)),

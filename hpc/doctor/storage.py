@@ -1,18 +1,22 @@
-"""Can the run directory be made where it is wanted, is there room, and do other machines see it?"""
+"""Where the run is recorded: its directory (writable, large enough, shared), and Weights & Biases (a key)."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
-from hpc import shared_dir
 from hpc.doctor.check import Check, fail, ok, warn
+from hpc.submitting.run_dir import filesystem_type, local_place
+from rltrain.arguments.groups.debug import Tracking
 
-# Another machine sees what lies on them only if this one exports it.
+# Other machines see these only if this one exports them.
 _OWN_DISKS = ("overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs")
 _LITTLE = 10 * 1024**3  # bytes
+_HOST = "api.wandb.ai"
 
 
 def check_storage(runs_dir: Path, others: bool, needed: float = 0.0) -> list[Check]:
@@ -66,10 +70,30 @@ def _check_space(directory: Path, needed: float) -> Check:
 def check_shared(path: Path, mounts: str) -> Check:
     """Whether other machines see a directory; `mounts` is the text of /proc/mounts."""
     advice = "give a --runs-dir on the cluster's shared file system"
-    if place := shared_dir.local_place(path, mounts):
-        return fail("shared directory", f"{path}: {place} is a machine's own", advice)
-    kind = shared_dir.filesystem_type(path, mounts)
+    if place := local_place(path, mounts):
+        return fail("shared directory", f"{path}: {place} belongs to one machine only", advice)
+    kind = filesystem_type(path, mounts)
     if kind in _OWN_DISKS:
         text = f"{path} is on {kind}, which other nodes see only if this machine exports it"
         return warn("shared directory", text, f"{advice}, or try it: --probe-nodes")
     return ok("shared directory", f"{path} is on {kind or 'a file system'} that nodes can share")
+
+
+def check_tracking(tracking: Tracking, env: Mapping[str, str], netrc: Path) -> Check:
+    """Check what `--use-wandb` and its like need; `netrc` is where `wandb login` leaves the key."""
+    # As rltrain/tracking.py chooses it
+    mode = tracking.wandb_mode or env.get("WANDB_MODE") or ("online" if tracking.use_wandb else "offline")
+    if mode != "online":
+        return ok("W&B", f"mode {mode}: no key is needed")
+    if env.get("WANDB_API_KEY"):
+        return ok("W&B", "online, with the key of WANDB_API_KEY")
+    host = env.get("WANDB_BASE_URL", f"https://{_HOST}").partition("://")[2].partition("/")[0]
+    try:
+        known = f"machine {host}" in netrc.read_text()
+    except OSError:
+        known = False
+    if not known:
+        return fail("W&B", f"online, but there is no key for {host}", "wandb login, or --wandb-mode offline")
+    if stat.S_IMODE(netrc.stat().st_mode) & 0o077:
+        return warn("W&B", f"online, but others can read the key in {netrc}", f"chmod 600 {netrc}")
+    return ok("W&B", f"online, with the key in {netrc}")

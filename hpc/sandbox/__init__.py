@@ -17,8 +17,8 @@ processes by root or by an ordinary user. A node is a set of Linux namespaces: i
 devices behind them.
 """
 
-from hpc.sandbox.cluster import Sandbox
 from hpc.sandbox.packages import MissingPackagesError, require_packages
+from hpc.sandbox.sandbox import Sandbox
 from hpc.sandbox.spec import ClusterSpec
 
 __all__ = ["ClusterSpec", "MissingPackagesError", "Sandbox", "require_packages"]

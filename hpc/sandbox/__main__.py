@@ -9,20 +9,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hpc.sandbox.cluster import Sandbox
+from hpc.sandbox.sandbox import Sandbox
 from hpc.sandbox.spec import ClusterSpec
-from rltrain.arguments.errors import UserError
+from rltrain.run.errors import UserError, run_main
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     args = _parser().parse_args(argv)
-    try:
-        args.act(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_main(lambda: args.act(args))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument(
         "--accounting", action="store_true", help="with slurmdbd and MariaDB, so that sacct answers"
     )
-    _verb(verbs, "down", _down, "stop it and all that runs on it")
+    _verb(verbs, "down", _down, "stop it and everything that runs on it")
     _verb(verbs, "env", _env, 'print what to export: eval "$(python -m hpc.sandbox env DIR)"')
     for name, act, what in (
         ("power-off", _power_off, "cut a node's power"),

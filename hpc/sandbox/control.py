@@ -1,4 +1,4 @@
-"""How a sandbox's user speaks to the process in charge of it: one JSON object a line over a Unix socket.
+"""The protocol between a sandbox's user and the process in charge: one JSON object per line over a Unix socket.
 
 {"command": "power_off", "node": "node2"}  →  {"error": null}
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rltrain.arguments.errors import UserError
+from rltrain.run.errors import UserError
 
 _MAX_BYTES = 4096
 _CREDENTIALS = struct.Struct("iII")  # pid, uid, gid

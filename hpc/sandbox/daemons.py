@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from hpc.processes import descendants, die_with_parent, kill_descendants
+from rltrain.run.processes import descendants, dying_with_us, kill_descendants, wait_readable
 
 _PROBE_SECONDS = 0.02
 _KILL_SECONDS = 5.0
@@ -40,7 +39,7 @@ class Daemons:
                 stderr=out,
                 env=self.env,
                 start_new_session=True,
-                preexec_fn=die_with_parent(signal.SIGKILL),  # this process has one thread
+                preexec_fn=dying_with_us(signal.SIGKILL),  # this process has one thread
             )
 
     def run(self, command: Sequence[str], timeout: float = 30.0) -> str:
@@ -76,6 +75,17 @@ class Daemons:
         process = self._running.get(name)
         return process is not None and process.poll() is None
 
+    def send_signal(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to a daemon."""
+        self._running[name].send_signal(number)
+
+    def terminate(self, name: str) -> None:
+        """SIGTERM for a daemon, which saves what it has to; returns when it has ended, by SIGKILL if it takes long."""
+        self.send_signal(name, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._running[name].wait(_KILL_SECONDS)
+        self.kill(name)
+
     def kill(self, name: str) -> None:
         """SIGKILL a daemon that takes its children with it; returns when all are gone."""
         process = self._running.pop(name, None)
@@ -85,7 +95,7 @@ class Daemons:
         process.kill()
         process.wait()
         for fd in children:
-            select.select([fd], [], [], _KILL_SECONDS)
+            wait_readable([fd], _KILL_SECONDS)
             os.close(fd)
 
     def reap(self) -> None:
@@ -101,7 +111,7 @@ class Daemons:
     def kill_all(self) -> list[int]:
         """SIGKILL everything below this process; returns the ids of what did not go in time."""
         left = kill_descendants(os.getpid())
-        self.reap()  # or they stay as zombies where process 1 is no init
+        self.reap()  # or they stay as zombies if process 1 is not an init
         return left
 
     def _tail(self, name: str) -> str:

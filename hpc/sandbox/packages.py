@@ -1,11 +1,11 @@
-"""The programs a sandbox is made of, and the Debian packages that have them."""
+"""The programs of a sandbox, and the Debian packages that contain them."""
 
 from __future__ import annotations
 
 import os
 import shutil
 
-from rltrain.arguments.errors import UserError
+from rltrain.run.errors import UserError
 
 PACKAGE_OF = {
     "munged": "munge",

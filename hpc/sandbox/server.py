@@ -1,4 +1,4 @@
-"""The process in charge of a sandbox: starts every daemon, does what it is told, and takes all down with it.
+"""The process in charge of a sandbox: starts every daemon, obeys commands, and ends everything with it.
 
     python -m hpc.sandbox.server DIR OWNER_PID READY_FD
 
@@ -12,7 +12,6 @@ import os
 import pwd
 import resource
 import secrets
-import select
 import signal
 import socket
 import subprocess
@@ -22,14 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from hpc.processes import become_subreaper
-from hpc.sandbox import config, control, database, nodes
+from hpc.sandbox import control, programs, slurm_conf
 from hpc.sandbox.daemons import DaemonError, Daemons
-from hpc.sandbox.layout import Layout
 from hpc.sandbox.packages import find_program, search_path
+from hpc.sandbox.paths import SandboxPaths
 from hpc.sandbox.spec import Addresses, ClusterSpec, choose_addresses
-from hpc.slurm.environment import without_slurm
-from rltrain.arguments.errors import UserError
+from hpc.slurm.client import without_slurm
+from rltrain.run.errors import UserError
+from rltrain.run.processes import become_subreaper, wait_readable
 
 _REAP_SECONDS = 1.0
 
@@ -37,7 +36,7 @@ _REAP_SECONDS = 1.0
 class SandboxServer:
     """One cluster, from boot to shutdown."""
 
-    def __init__(self, layout: Layout, spec: ClusterSpec) -> None:
+    def __init__(self, layout: SandboxPaths, spec: ClusterSpec) -> None:
         self._layout, self._spec = layout, spec
         self._user = pwd.getpwuid(os.geteuid()).pw_name
         self._stopping = False
@@ -51,18 +50,18 @@ class SandboxServer:
             DaemonError: one of them did not come up.
         """
         self._log("boot")
-        nodes.check_namespaces(self._daemons)
+        programs.check_namespaces(self._daemons)
         if self._spec.accounting:
-            database.start_database(self._daemons, self._layout, self._user)
+            programs.start_database(self._daemons, self._layout, self._user)
         addresses = choose_addresses(len(self._spec.node_names))
         self._write_config(addresses)
         self._start_munge()
         if self._spec.accounting:
-            database.start_slurmdbd(self._daemons, self._layout, addresses, self._user)
+            programs.start_slurmdbd(self._daemons, self._layout, addresses, self._user)
             self._log("slurmdbd answers")
-        self._daemons.start("slurmctld", nodes.controller_command(self._layout))
+        self._daemons.start("slurmctld", programs.controller_command(self._layout))
         for name in self._spec.node_names:
-            self._daemons.start(name, nodes.node_command(name, self._layout))
+            self._daemons.start(name, programs.node_command(name, self._layout))
         self._daemons.wait_until(self._all_idle, "idle nodes")
         self._log("every node is idle")
 
@@ -70,7 +69,7 @@ class SandboxServer:
         """Do commands until one says stop, the owner (a pidfd) has ended, or slurmctld has."""
         watched = [listener.fileno()] + ([] if owner is None else [owner])
         while not self._stopping:
-            readable, _, _ = select.select(watched, [], [], _REAP_SECONDS)
+            readable = wait_readable(watched, _REAP_SECONDS)
             self._daemons.reap()
             if owner in readable:
                 self._stop("the owner has ended")
@@ -98,7 +97,14 @@ class SandboxServer:
             case "power_on":
                 name = self._known(message["node"])
                 if not self._daemons.is_running(name):
-                    self._daemons.start(name, nodes.node_command(name, self._layout))
+                    self._daemons.start(name, programs.node_command(name, self._layout))
+            case "silence":
+                self._daemons.send_signal("slurmctld", signal.SIGSTOP)
+            case "speak":
+                self._daemons.send_signal("slurmctld", signal.SIGCONT)
+            case "restart_controller":
+                self._daemons.terminate("slurmctld")
+                self._daemons.start("slurmctld", programs.controller_command(self._layout, again=True))
             case other:
                 raise ValueError(f"unknown command {other!r}")
 
@@ -109,9 +115,9 @@ class SandboxServer:
 
     def _write_config(self, addresses: Addresses) -> None:
         layout, spec = self._layout, self._spec
-        layout.slurm_conf.write_text(config.slurm_conf(spec, addresses, layout, self._user))
-        (layout.etc / "gres.conf").write_text(config.gres_conf(spec, layout))
-        (layout.etc / "hosts").write_text(config.hosts_file(spec, addresses, socket.gethostname()))
+        layout.slurm_conf.write_text(slurm_conf.slurm_conf(spec, addresses, layout, self._user))
+        (layout.etc / "gres.conf").write_text(slurm_conf.gres_conf(spec, layout))
+        (layout.etc / "hosts").write_text(slurm_conf.hosts_file(spec, addresses, socket.gethostname()))
         (layout.etc / "cgroup.conf").write_text("CgroupAutomount=no\n")
         (layout.state / "slurmctld").mkdir()
         (layout.state / "dev").mkdir()
@@ -168,7 +174,7 @@ def main() -> None:
     become_subreaper()
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, _terminate)
-    layout = Layout(root)
+    layout = SandboxPaths(root)
     server = SandboxServer(layout, ClusterSpec.from_json(layout.spec.read_text()))
     try:
         owner = os.pidfd_open(owner_pid) if owner_pid else None

@@ -1,4 +1,4 @@
-"""What a sandbox looks like (chosen by its user) and where it listens (chosen when it starts)."""
+"""The shape of a sandbox (chosen by its user) and its addresses (chosen when it starts)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
-from rltrain.arguments.errors import UserError
+from rltrain.run.errors import UserError
 
 MAX_NODES = 200  # they are numbered from 10 in the last byte of their address
 # Below the kernel's usual range for outgoing connections, so that none of those takes a port we have chosen.

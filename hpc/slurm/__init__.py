@@ -1,11 +1,11 @@
 """Read what Slurm's commands print, and run them.
 
-Pure: `states` (what a state word means), `nodelist`, `values`, `parse` (jobs), `cluster` (partitions, nodes).
-Thin: `client` runs the commands, `facts` asks for all that a plan needs.
+Pure: `states` (what a state word means), `nodelist`, `values`, `parse` (jobs), `partitions` (partitions, nodes).
+Thin: `client` runs the commands, `cluster` asks for everything that a plan needs.
 """
 
 from hpc.slurm.client import JobStatus, SlurmClient, SlurmError, SlurmUnavailableError
-from hpc.slurm.facts import ClusterFacts, read_facts
+from hpc.slurm.cluster import ClusterFacts, read_facts
 from hpc.slurm.states import JobState
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Run Slurm's commands. Thin: what they print is read by `parse.py` and `cluster.py`."""
+"""Run Slurm's commands. Thin: what they print is read by `parse.py` and `partitions.py`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from hpc.slurm import parse
-from hpc.slurm.cluster import Node, Partition, parse_config, parse_nodes, parse_partitions
-from hpc.slurm.environment import without_slurm
+from hpc.slurm.partitions import Node, Partition, parse_config, parse_nodes, parse_partitions
 from hpc.slurm.records import JobDetail, JobRecord, NodeState
 from hpc.slurm.states import JobState, combined
-from rltrain.arguments.errors import UserError
+from rltrain.run.errors import UserError
 
 _DOES_NOT_ANSWER = (
     *("Unable to contact slurm", "Connection refused", "Socket timed out", "Zero Bytes were transmitted"),
@@ -23,6 +22,10 @@ _DOES_NOT_ANSWER = (
     *("Unable to connect to database", "Unexpected message received"),
 )
 _NO_SUCH_JOB = "Invalid job id specified"
+# Input options of sbatch, salloc, srun and sacct as variables; inside a job, also what that job is.
+_PREFIXES = ("SLURM_", "SLURMD_", "SBATCH_", "SALLOC_", "SACCT_", "SINFO_", "SQUEUE_", "SCANCEL_", "SPRIO_")
+# Where the cluster is: kept.
+_KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
 class SlurmError(UserError):
@@ -35,7 +38,7 @@ class SlurmUnavailableError(SlurmError):
 
 @dataclass(frozen=True)
 class JobStatus:
-    """What has become of a job.
+    """The state of a job.
 
     Attributes:
         job: id of the job, of the leader if it is heterogeneous.
@@ -49,7 +52,7 @@ class JobStatus:
 
     @property
     def exit_code(self) -> int | None:
-        """Of the batch script, which runs in the first component."""
+        """Exit code of the batch script, which runs in the first component."""
         return self.components[0].exit_code if self.components else None
 
     @property
@@ -81,8 +84,8 @@ class SlurmClient:
         program = self._find(command[0])
         if program is None:
             raise SlurmError(
-                f"{command[0]} is not on PATH: this machine is no login node of a Slurm cluster, or its module is not"
-                " loaded. (To try things out without a cluster: python -m hpc.sandbox up DIR)"
+                f"{command[0]} is not on PATH: this machine is not a login node of a Slurm cluster, or its module"
+                " is not loaded. (To try things out without a cluster: python -m hpc.sandbox up DIR)"
             )
         try:
             done = subprocess.run(
@@ -121,7 +124,7 @@ class SlurmClient:
 
         Args:
             jobs: ids.
-            since: leave out what had ended by then: ids are used again when they run out or the cluster is set up anew.
+            since: leave out jobs that had ended by then. Ids are used again when they run out or it is rebuilt.
             every_attempt: also those before the last, if the job was requeued.
         """
         chosen = ",".join(jobs)
@@ -175,8 +178,19 @@ class SlurmClient:
         records += self.squeue(job for job in wanted if job not in known)
         return {job: status_of(job, records) for job in wanted}
 
+    def job_of_script(self, path: str) -> str | None:
+        """Id of this user's job with this batch script, of the leader if it is heterogeneous; None if there is none.
+
+        Jobs that ended minutes ago are found, too.
+        """
+        for line in self.run("squeue", "--me", "-h", "-t", "all", "-o", "%i|%o").splitlines():
+            job, _, command = line.strip().partition("|")
+            if command == path:
+                return job.partition("+")[0]
+        return None
+
     def job_details(self, job: str) -> list[JobDetail]:
-        """What the controller knows of a job, a component each; nothing if it has forgotten it."""
+        """Details of a job from the controller, one a component; none if it has forgotten the job."""
         try:
             return parse.parse_job_details(self.run("scontrol", "show", "job", "-o", job))
         except SlurmError as error:
@@ -225,3 +239,12 @@ def _explain(command: Sequence[str], said: str, code: int) -> SlurmError:
             f"Slurm does not answer {command[0]}: {said}. It may be restarting, or this machine can't reach it."
         )
     return SlurmError(f"{command[0]} failed (exit code {code}): {said or 'without a word'}")
+
+
+def without_slurm(env: Mapping[str, str]) -> dict[str, str]:
+    """`env` without the variables that change what Slurm's commands do or print.
+
+    They would override what a batch script says (`SBATCH_PARTITION`), or carry the limits of the job that one is in
+    over to the job that is submitted (`SLURM_CPU_BIND`, `SLURM_MEM_PER_CPU`).
+    """
+    return {key: value for key, value in env.items() if key in _KEPT or not key.startswith(_PREFIXES)}

@@ -1,156 +1,135 @@
-"""Partitions and nodes, as `scontrol show … -o` prints them."""
+"""The facts of a cluster that a plan needs: partitions, the kinds of nodes in them, accounts."""
 
 from __future__ import annotations
 
+import getpass
+from collections import Counter
 from dataclasses import dataclass
 
-from hpc.slurm import values
-from hpc.slurm.nodelist import expand
-
-# Words in a node's state (`IDLE+DRAIN`, `DOWN*`) that mean: no job will start there until somebody acts.
-_UNUSABLE = {
-    *(
-        "DOWN",
-        "DRAIN",
-        "DRAINED",
-        "DRAINING",
-        "FAIL",
-        "FAILING",
-        "MAINT",
-        "FUTURE",
-        "UNKNOWN",
-        "NOT_RESPONDING",
-    ),
-    *("INVAL", "INVALID_REG", "ERROR"),
-}
+from hpc.slurm.client import SlurmClient, SlurmError
+from hpc.slurm.partitions import Node, Partition
+from rltrain.run.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
-class Partition:
-    """A partition.
+class NodeShape:
+    """Nodes of a partition that are alike.
 
     Attributes:
-        max_time_s, default_time_s: None for no limit, and for no default.
-        max_nodes: of one job; None for no limit.
-        priority_tier: with preemption by partition, jobs of a lower tier make way for those of a higher one.
-        preempt_mode: OFF, REQUEUE, CANCEL, SUSPEND …: what becomes of its jobs when they are preempted.
-        grace_s: time between the first signal and the kill of a preempted job.
-        allow_accounts, allow_qos: None if all may use it.
-    """
-
-    name: str
-    nodes: tuple[str, ...]
-    is_default: bool
-    state: str
-    max_time_s: float | None
-    default_time_s: float | None
-    min_nodes: int
-    max_nodes: int | None
-    priority_tier: int
-    preempt_mode: str
-    grace_s: int
-    allow_accounts: tuple[str, ...] | None
-    allow_qos: tuple[str, ...] | None
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node.
-
-    Attributes:
-        state: Slurm's words, such as `IDLE+DRAIN`; `*` after it: it does not answer.
-        cpus: that jobs can use.
-        gpus: by type, "" for those without one.
-        cpus_used, memory_used_mb, gpus_used: held by jobs now.
+        count: how many jobs can use, now or later.
+        idle: how many of those a job could have entirely now.
+        cpus, memory_mb: of one node.
+        gpus: GPUs of one node as pairs of type ("" for none) and number.
         features: for `--constraint`.
     """
 
-    name: str
-    state: str
-    reason: str | None
-    partitions: tuple[str, ...]
+    count: int
+    idle: int
     cpus: int
     memory_mb: int
-    gpus: dict[str, int]
-    cpus_used: int
-    memory_used_mb: int
-    gpus_used: dict[str, int]
+    gpus: tuple[tuple[str, int], ...]
     features: tuple[str, ...]
-    address: str
+
+    def num_gpus(self, gpu_type: str | None = None) -> int:
+        """GPUs of one node, of one type or of all."""
+        return sum(count for kind, count in self.gpus if gpu_type in (None, kind))
+
+
+@dataclass(frozen=True)
+class ClusterFacts:
+    """A cluster at one moment.
+
+    Attributes:
+        preempt_type: `preempt/partition_prio`, `preempt/qos`, `preempt/none`.
+        job_requeue: whether jobs may be requeued unless they say otherwise.
+        kill_wait_s: between SIGTERM and SIGKILL of a job that is ended.
+        has_accounting: whether sacct works.
+        accounts: those this user may charge; None if Slurm does not check it.
+    """
+
+    name: str
+    version: str
+    partitions: tuple[Partition, ...]
+    nodes: tuple[Node, ...]
+    preempt_type: str
+    job_requeue: bool
+    kill_wait_s: float
+    has_accounting: bool
+    accounts: tuple[str, ...] | None
 
     @property
-    def is_usable(self) -> bool:
-        """Whether jobs start there, now or when others have ended."""
-        words = {word.strip("*~#!%$@^-") for word in self.state.upper().split("+")}
-        return not words & _UNUSABLE and "*" not in self.state
+    def default_partition(self) -> Partition | None:
+        """The partition of jobs that name none."""
+        return next((partition for partition in self.partitions if partition.is_default), None)
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether a job could have all of it now."""
-        return self.is_usable and not self.cpus_used and not any(self.gpus_used.values())
+    def partition(self, name: str) -> Partition:
+        """A partition by name.
 
-    @property
-    def num_gpus(self) -> int:
-        """GPUs of all types."""
-        return sum(self.gpus.values())
+        Raises:
+            UserError: there is none; the message has the nearest names.
+        """
+        by_name = {partition.name: partition for partition in self.partitions}
+        if name not in by_name:
+            near = nearest(name, by_name)
+            hint = f"Did you mean {near}? " if near else ""
+            raise UserError(f"there is no partition {name!r}. {hint}There are: {', '.join(by_name)}.")
+        return by_name[name]
+
+    def shapes(self, partition: str) -> tuple[NodeShape, ...]:
+        """The kinds of usable nodes in a partition, the most numerous first."""
+        members = set(self.partition(partition).nodes)
+        usable = [node for node in self.nodes if node.name in members and node.is_usable]
+        count = Counter(_kind(node) for node in usable)
+        idle = Counter(_kind(node) for node in usable if node.is_idle)
+        return tuple(NodeShape(number, idle[kind], *kind) for kind, number in count.most_common())
+
+    def gpu_types(self, partition: str) -> list[str]:
+        """Types of GPUs in a partition, "" for those without one."""
+        return sorted({kind for shape in self.shapes(partition) for kind, _ in shape.gpus})
+
+    def nodes_with(self, partition: str, gpus: int = 0, gpu_type: str | None = None) -> int:
+        """Number of usable nodes of a partition that have at least `gpus` GPUs (of a type) each."""
+        return sum(shape.count for shape in self.shapes(partition) if shape.num_gpus(gpu_type) >= gpus)
+
+    def preemption(self, partition: str) -> str:
+        """The effect of preemption on its jobs: OFF, REQUEUE, CANCEL, SUSPEND; UNKNOWN if a QOS decides."""
+        own = self.partition(partition)
+        if self.preempt_type == "preempt/none":
+            return "OFF"
+        if self.preempt_type != "preempt/partition_prio":
+            return "UNKNOWN"
+        rivals = (other for other in self.partitions if set(other.nodes) & set(own.nodes))
+        higher = any(other.priority_tier > own.priority_tier for other in rivals)
+        return own.preempt_mode.split(",")[0] if higher else "OFF"
 
 
-def parse_partitions(text: str) -> list[Partition]:
-    """Output of `scontrol show partition -o`."""
-    return [
-        _partition(values.parse_key_values(line)) for line in text.splitlines() if "PartitionName=" in line
-    ]
+def read_facts(client: SlurmClient) -> ClusterFacts:
+    """Ask the cluster.
 
-
-def parse_nodes(text: str) -> list[Node]:
-    """Output of `scontrol show node -o -d`."""
-    return [_node(values.parse_key_values(line)) for line in text.splitlines() if "NodeName=" in line]
-
-
-def parse_config(text: str) -> dict[str, str]:
-    """Output of `scontrol show config`: `Key   = value` lines."""
-    pairs = (line.partition("=") for line in text.splitlines() if " = " in line)
-    return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def _partition(fields: dict[str, str]) -> Partition:
-    return Partition(
-        name=fields["PartitionName"],
-        nodes=tuple(expand(fields.get("Nodes", ""))),
-        is_default=fields.get("Default") == "YES",
-        state=fields.get("State", "UP"),
-        max_time_s=values.parse_duration(fields.get("MaxTime", "")),
-        default_time_s=values.parse_duration(fields.get("DefaultTime", "")),
-        min_nodes=int(fields.get("MinNodes", 0)),
-        max_nodes=int(fields["MaxNodes"]) if fields.get("MaxNodes", "").isdigit() else None,
-        priority_tier=int(fields.get("PriorityTier", 1)),
-        preempt_mode=fields.get("PreemptMode", "OFF"),
-        grace_s=int(fields.get("GraceTime", 0)),
-        allow_accounts=_allowed(fields.get("AllowAccounts", "ALL")),
-        allow_qos=_allowed(fields.get("AllowQos", "ALL")),
+    Raises:
+        SlurmError: a command is missing, failed, or got no answer.
+    """
+    config = client.config
+    enforces = "associations" in config.get("AccountingStorageEnforce", "")
+    return ClusterFacts(
+        name=config.get("ClusterName", ""),
+        version=config.get("SLURM_VERSION", ""),
+        partitions=tuple(client.partitions()),
+        nodes=tuple(client.nodes()),
+        preempt_type=config.get("PreemptType", "preempt/none"),
+        job_requeue=config.get("JobRequeue") == "1",
+        kill_wait_s=float(config.get("KillWait", "30 sec").split()[0]),
+        has_accounting=client.has_accounting,
+        accounts=_accounts(client) if enforces else None,
     )
 
 
-def _allowed(text: str) -> tuple[str, ...] | None:
-    return None if text.upper() in ("ALL", "N/A", "") else tuple(text.split(","))
+def _accounts(client: SlurmClient) -> tuple[str, ...] | None:
+    try:
+        return tuple(client.accounts(getpass.getuser()))
+    except SlurmError:  # sacctmgr may be closed to users: let sbatch decide
+        return None
 
 
-def _node(fields: dict[str, str]) -> Node:
-    return Node(
-        name=fields["NodeName"],
-        state=fields["State"],
-        reason=values.text_or_none(fields.get("Reason", "")),
-        partitions=tuple(_words(fields.get("Partitions", ""))),
-        cpus=int(fields.get("CPUEfctv") or fields["CPUTot"]),
-        memory_mb=int(fields["RealMemory"]),
-        gpus=values.gpus_of_gres(fields.get("Gres", "")),
-        cpus_used=int(fields.get("CPUAlloc", 0)),
-        memory_used_mb=int(fields.get("AllocMem", 0)),
-        gpus_used=values.gpus_of_gres(fields.get("GresUsed", "")),
-        features=tuple(_words(fields.get("ActiveFeatures", ""))),
-        address=fields.get("NodeAddr", fields["NodeName"]),
-    )
-
-
-def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if values.text_or_none(word)]
+def _kind(node: Node) -> tuple[int, int, tuple[tuple[str, int], ...], tuple[str, ...]]:
+    return node.cpus, node.memory_mb, tuple(sorted(node.gpus.items())), node.features

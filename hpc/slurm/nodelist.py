@@ -19,7 +19,7 @@ def expand(nodelist: str) -> list[str]:
     ['rack1n08', 'rack1n09', 'rack1n10', 'rack2n08']
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a node list.
     """
     names: list[str] = []
     if nodelist.strip() in ("", "(null)", "None", "None assigned", "n/a", "N/A"):
@@ -67,10 +67,10 @@ def _split(nodelist: str) -> list[str]:
 
 
 def _alternatives(word: str) -> list[list[str]]:
-    """What can stand at each place of a word: fixed text is one alternative, a bracket many."""
+    """The alternatives at each place of a word: fixed text is one alternative, a bracket many."""
     parts = re.split(r"\[([^\]]*)\]", word)
     if not word or any(re.search(r"[\s,\[\]]", fixed) for fixed in parts[::2]):
-        raise ValueError(f"{word[:80]!r} is no node list")
+        raise ValueError(f"{word[:80]!r} is not a node list")
     return [[part] if index % 2 == 0 else _bracket(part) for index, part in enumerate(parts)]
 
 
@@ -79,10 +79,10 @@ def _bracket(text: str) -> list[str]:
     for item in text.split(","):
         match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", item)
         if not match:
-            raise ValueError(f"{item[:80]!r} is no number or range of numbers")
+            raise ValueError(f"{item[:80]!r} is neither a number nor a range of numbers")
         first, last = match[1], match[2] or match[1]
         if not 0 <= int(last) - int(first) < _MAX_NODES:
-            raise ValueError(f"{item[:80]!r} is no range of nodes")
+            raise ValueError(f"{item[:80]!r} is not a range of nodes")
         numbers += (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
     return numbers
 

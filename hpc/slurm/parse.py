@@ -1,4 +1,4 @@
-"""What sacct, squeue, scontrol and sinfo print, as frozen dataclasses. Pure: `client.py` runs the commands.
+"""Parse the output of sacct, squeue, scontrol and sinfo into frozen dataclasses. Pure: `client.py` runs the commands.
 
 The options to ask with stand beside the parsers. Fields are separated by a control character, as job
 names, comments and paths may hold any other.

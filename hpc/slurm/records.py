@@ -1,4 +1,4 @@
-"""What Slurm tells about jobs and nodes: plain data. `parse.py` makes it from text."""
+"""Slurm's facts about jobs and nodes: plain data. `parse.py` makes it from text."""
 
 from __future__ import annotations
 

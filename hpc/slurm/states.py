@@ -10,7 +10,7 @@ from enum import StrEnum
 
 
 class JobState(StrEnum):
-    """State of one component of a job, as a word; UNKNOWN if Slurm does not know the job or we the word."""
+    """State of one component of a job, as a word; UNKNOWN if Slurm does not know the job, or the word is unknown."""
 
     PENDING = "PENDING"
     CONFIGURING = "CONFIGURING"
@@ -61,7 +61,7 @@ class JobState(StrEnum):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it holds no nodes yet, but is going to."""
+        """True if it holds no nodes yet, but will."""
         return self in _WAITING
 
 
@@ -107,7 +107,7 @@ _BY_CODE = {
     "DL": JobState.DEADLINE,
     "RV": JobState.REVOKED,
 }
-# Of a job whose components disagree, the state that says most about it: while any is alive the job is.
+# If components disagree, the state that says most about the job: it is alive while any of them is.
 _PRECEDENCE = (
     *(JobState.RUNNING, JobState.SUSPENDED, JobState.STOPPED, JobState.CONFIGURING, JobState.POWER_UP_NODE),
     *(JobState.RESIZING, JobState.SIGNALING, JobState.STAGE_OUT, JobState.COMPLETING),

@@ -37,14 +37,14 @@ def parse_duration(text: str) -> float | None:
     With days the first number after them is hours, whatever follows: `2-12` is two days and a half.
 
     Raises:
-        ValueError: it is no duration.
+        ValueError: the text is not a duration.
     """
     word = text_or_none(text)
     if word is None or word.lower() in _ENDLESS:
         return None
     match = _DURATION.fullmatch(word)
     if not match:
-        raise ValueError(f"{text!r} is no duration")
+        raise ValueError(f"{text!r} is not a duration")
     days, *rest = match.groups()
     numbers = [int(number) for number in rest if number is not None]
     if days is None:  # the numbers end with seconds; a lone one is minutes

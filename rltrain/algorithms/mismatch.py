@@ -61,24 +61,79 @@ def mis(
     loss_masks: list[Tensor],
     **kwargs: Any,
 ) -> Corrected:
-    """Importance weights as `--custom-config-path` describes them.
+    """Importance weights and rejection as `--custom-config-path` describes them, with slime's keys.
 
-    `tis_level` (token, sequence, geometric; default token), `tis_mode` (truncate: only from above, clip: from
-    both sides, mask: 0 outside; default truncate), and `tis_veto_threshold`: a response with a token whose
-    ratio is below it is not trained on at all. The bounds are --tis-clip-low and --tis-clip.
+    Weights: `tis_level` (token, sequence, geometric; default token), `tis_mode` (truncate: only from above, clip: from
+    both sides, mask: 0 outside; default truncate), `tis_upper_bound` (default: --tis-clip) and `tis_lower_bound`
+    (default: --tis-clip-low; where only the upper one is given, 1 / `tis_upper_bound`). `tis_batch_normalize`: the
+    weights are divided by their mean over the trained tokens of the micro-batch (level token) or over its responses.
+
+    Rejection, with `use_rs`: tokens whose ratio of `rs_level` (default: that of the weights) is outside
+    [`rs_lower_bound`, `rs_upper_bound`] (default: those of the weights) are not trained on. `rs_veto_threshold`, and
+    without `use_rs` `tis_veto_threshold`: the same for a response with a token whose own ratio is below it.
+
+    Raises:
+        ValueError: a level or mode that does not exist, a lower bound that is not below the upper one, or
+            `tis_batch_normalize` with the level geometric.
     """
-    ratio = importance_ratio(
-        train_log_probs, rollout_log_probs, loss_masks, getattr(args, "tis_level", "token")
-    )
-    weight = bounded(ratio, getattr(args, "tis_mode", "truncate"), args.tis_clip_low, args.tis_clip)
+    level: Level = getattr(args, "tis_level", "token")
+    mode: Mode = getattr(args, "tis_mode", "truncate")
+    low, high = _bounds(args)
+    ratio = importance_ratio(train_log_probs, rollout_log_probs, loss_masks, level)
+    weight = bounded(ratio, mode, low, high)
     metrics = _metrics(ratio, weight)
+    if getattr(args, "tis_batch_normalize", False):
+        factor = _mean_weight(weight, loss_masks, level)
+        weight, metrics["tis_batch_norm_factor"] = weight / factor, factor.expand_as(weight)
     threshold = getattr(args, "tis_veto_threshold", None)
+    if getattr(args, "use_rs", False):
+        threshold = getattr(args, "rs_veto_threshold", None)
+        rs_level: Level = getattr(args, "rs_level", None) or level
+        rejected = importance_ratio(train_log_probs, rollout_log_probs, loss_masks, rs_level)
+        rs_low, rs_high = (
+            own if (own := getattr(args, f"rs_{end}_bound", None)) is not None else usual
+            for end, usual in (("lower", low), ("upper", high))
+        )
+        _check_bounds("rs", rs_low, rs_high)
+        inside = (rejected >= rs_low) & (rejected <= rs_high)
+        metrics["rs_low"], metrics["rs_high"] = (
+            outside.to(pg_loss.dtype) for outside in (rejected < rs_low, rejected > rs_high)
+        )
+        parts = torch.split(inside, [len(mask) for mask in loss_masks])
+        kept_masks = [mask * part.to(mask.dtype) for mask, part in zip(loss_masks, parts, strict=True)]
+    else:
+        kept_masks = loss_masks
     if threshold is not None:
         kept = veto(train_log_probs, rollout_log_probs, loss_masks, threshold)
         vetoed = [(1 - keep).expand(len(mask)) for keep, mask in zip(kept, loss_masks, strict=True)]
         metrics["tis_veto"] = torch.cat(vetoed).to(pg_loss.dtype)
-        loss_masks = [mask * keep.to(mask.dtype) for mask, keep in zip(loss_masks, kept, strict=True)]
-    return pg_loss * weight, loss_masks, metrics
+        kept_masks = [mask * keep.to(mask.dtype) for mask, keep in zip(kept_masks, kept, strict=True)]
+    return pg_loss * weight, kept_masks, metrics
+
+
+def _bounds(args: argparse.Namespace) -> tuple[float, float]:
+    """The bounds of the weights: slime's keys, or else the flags."""
+    high, low = getattr(args, "tis_upper_bound", None), getattr(args, "tis_lower_bound", None)
+    if low is None:
+        low = args.tis_clip_low if high is None else 1 / high
+    high = args.tis_clip if high is None else high
+    _check_bounds("tis", low, high)
+    return low, high
+
+
+def _check_bounds(name: str, low: float, high: float) -> None:
+    if not low < high:
+        raise ValueError(f"{name}_lower_bound {low} must be less than {name}_upper_bound {high}")
+
+
+def _mean_weight(weight: Tensor, loss_masks: list[Tensor], level: Level) -> Tensor:
+    """The mean weight of the trained tokens or, of the level sequence, of the responses that have any; 1 without."""
+    if level == "geometric":
+        raise ValueError("tis_batch_normalize needs tis_level token or sequence")
+    shares = [mask if level == "token" else mask / mask.sum().clamp_min(1) for mask in loss_masks]
+    share = torch.cat([weight.new_zeros(0), *(each.to(weight.dtype) for each in shares)])
+    total = share.sum()
+    return torch.where(total > 0, (weight * share).sum() / total.clamp_min(1e-8), 1.0).clamp_min(1e-8)
 
 
 def importance_ratio(

@@ -62,7 +62,7 @@ def constant_length(
     lengths = [len(mask) for mask in loss_masks]
 
     def reduce(values: Tensor) -> Tensor:
-        parts = zip(values.split(lengths), loss_masks, strict=True)
+        parts = zip(values.split_with_sizes(lengths), loss_masks, strict=True)
         return sum(((part * mask).sum() for part, mask in parts), values.new_zeros(())) / DR_GRPO_LENGTH
 
     return reduce

@@ -1,33 +1,33 @@
 """Training flags: parse, resolve, check, store. Needs neither torch, megatron-core nor sglang.
 
-`parse` turns flags into a namespace, `check_inputs` looks at the files that it names, `dump` and `load`
-carry it through the run directory's `config.toml` to every process of the job.
+`parse` turns flags into a `Config`, `dump` and `load` carry it through the run directory's `config.toml` to every
+process of the job.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hpc.layout import RunLayout
-from rltrain.arguments.config_file import read_custom_config
-from rltrain.arguments.critic_flags import apply_role_overrides
-from rltrain.arguments.errors import UserError
-from rltrain.arguments.ignored_flags import add_ignored_flags, remarks
-from rltrain.arguments.inputs import check_inputs
-from rltrain.arguments.megatron_config import add_config_flags, refused_flags
-from rltrain.arguments.megatron_flags import add_megatron_flags
-from rltrain.arguments.megatron_training import find_megatron_lm, handed_on
-from rltrain.arguments.model_flags import add_model_flags
-from rltrain.arguments.passthrough import RESERVED, add_passthrough_flags
+from rltrain.arguments.config import Config, groups
+from rltrain.arguments.declare import add_group
+from rltrain.arguments.engine_names import RESERVED, add_passthrough_flags
+from rltrain.arguments.groups.critic import read_overrides, use_critic
+from rltrain.arguments.megatron_names import add_config_flags, find_megatron_lm, handed_on, refusal
+from rltrain.arguments.recipes import read_custom_config
 from rltrain.arguments.resolve import resolve
-from rltrain.arguments.slime_flags import NOT_YET, add_slime_flags
+from rltrain.arguments.slime_names import NOT_YET, REFUSED, add_ignored_flags, remarks
+from rltrain.run.errors import UserError
+from rltrain.run.layout import RunLayout
+from rltrain.run.toml_values import from_toml_values, to_toml_values
 
-__all__ = ["UserError", "add_flags", "check_inputs", "dump", "known_flags", "load", "parse", "remarks"]
+__all__ = ["Config", "UserError", "add_flags", "dump", "known_flags", "load", "parse", "remarks"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,29 +40,27 @@ class _Parser(argparse.ArgumentParser):
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add every training flag to a parser."""
     megatron = find_megatron_lm()
-    add_slime_flags(parser)
-    add_megatron_flags(parser)
-    add_model_flags(parser)
+    for group in groups().values():
+        add_group(parser, group)
     add_config_flags(parser, handed_on(megatron) if megatron else ())
     add_ignored_flags(parser)
     add_passthrough_flags(parser)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Training flags to a resolved namespace with slime's and Megatron's names.
+def parse(argv: list[str]) -> Config:
+    """Training flags, with slime's and Megatron's names, to a resolved configuration.
 
     Raises:
-        UserError: an unknown flag (the message names the nearest), or values that can't be right.
+        UserError: an unknown flag (the message names the nearest), or values that contradict each other.
     """
     parser = make_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UserError(explain_unknown(unknown[0], known_flags()))
-    if args.custom_config_path:
-        vars(args).update(read_custom_config(args.custom_config_path))
-    take_secrets(args)
-    apply_role_overrides(args, parser)
-    return resolve(args)
+    config = Config.of(args)
+    if path := config.functions.custom_config_path:
+        config = Config.from_values(config.values() | read_custom_config(path))
+    return resolve(_apply_role_overrides(_take_secrets(config), parser))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -72,31 +70,49 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def take_secrets(args: argparse.Namespace) -> None:
+def _take_secrets(config: Config) -> Config:
     """Move `--wandb-key` to where W&B looks for it, so that it is stored nowhere."""
-    if args.wandb_key:
-        os.environ["WANDB_API_KEY"], args.wandb_key = args.wandb_key, None
+    if not config.tracking.wandb_key:
+        return config
+    os.environ["WANDB_API_KEY"] = config.tracking.wandb_key
+    return replace(config, tracking=replace(config.tracking, wandb_key=None))
+
+
+def _apply_role_overrides(config: Config, parser: argparse.ArgumentParser) -> Config:
+    """Take in `--megatron-config-path`: the actor's values replace the run's, the critic's are kept aside."""
+    path = config.critic.megatron_config_path
+    if path is None:
+        return config
+    converters: dict[str, Any] = {
+        action.dest: action.type if callable(action.type) else None for action in parser._actions
+    }
+    roles = read_overrides(path, config.values(), converters)
+    if roles.get("critic") and not use_critic(config.algorithm):
+        raise UserError(
+            f"--megatron-config-path {path}: it has a critic, but only --advantage-estimator ppo trains one."
+        )
+    overrides = json.dumps(roles.get("critic", {}))
+    return config.replace(**roles.get("actor", {}), critic_overrides=overrides)
 
 
 def explain_unknown(flag: str, known: list[str]) -> str:
-    """Why `flag` is refused, and what may have been meant."""
+    """The reason why `flag` is refused, with the nearest known flag."""
     name = flag.partition("=")[0]
+    if name.lstrip("-") in REFUSED:
+        return f"{name} is a flag of slime that is not supported: {REFUSED[name.lstrip('-')]}."
     if name.lstrip("-") in NOT_YET:
         return f"{name} is a flag of slime that this version does not support yet; remove it."
-    megatron = find_megatron_lm()
-    if megatron and name.lstrip("-") in megatron.flags:
-        return (
-            f"{name} is a flag of Megatron {megatron.version} ({megatron.root}) that this trainer does not"
-            " support; remove it."
-        )
-    if name.lstrip("-") in refused_flags():
-        return f"{name} is a flag of Megatron that this trainer does not support; remove it."
+    if reason := refusal(name.removeprefix("--")):
+        return reason
     for prefix, flags in RESERVED.items():
         if name.removeprefix(f"--{prefix}-") in flags:
             return f"{name} is set by the job itself and can't be given."
     if not name.startswith("-"):
         return f"unexpected argument {flag!r}: flags begin with --, recipes with @."
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    # A typo is one or two letters. A flag of another version of Megatron or slime must not be taken for one of ours.
+    near = difflib.get_close_matches(
+        name, known, n=1, cutoff=0.9 if len(name) > 8 else 0.8
+    )  # of few letters, one is much
     return f"unknown flag {name}" + (f": did you mean {near[0]}?" if near else "; see --help.")
 
 
@@ -105,17 +121,14 @@ def known_flags() -> list[str]:
     return sorted(make_parser()._option_string_actions)
 
 
-def dump(args: argparse.Namespace) -> dict[str, Any]:
-    """The namespace as TOML-able values; what is None is left out."""
-    return {name: value for name, value in sorted(vars(args).items()) if value is not None}
+def dump(config: Config) -> dict[str, Any]:
+    """The configuration as TOML-able values by name; what is None by default is left out where it is None."""
+    return to_toml_values(config.values(), Config().values())
 
 
-def load(run_dir: Path) -> argparse.Namespace:
-    """The namespace that `dump` stored as `[train]` in the run's `config.toml`."""
+def load(run_dir: Path) -> Config:
+    """The configuration that `dump` stored as `[train]` in the run's `config.toml`."""
     layout = RunLayout(run_dir)
-    stored = tomllib.loads(layout.config.read_text())["train"]
-    args = make_parser().parse_args([])
-    for name, value in stored.items():
-        setattr(args, name, value)
-    args.save = args.save or str(layout.checkpoints)
-    return args
+    config = Config.from_values(from_toml_values(tomllib.loads(layout.config.read_text())["train"]))
+    save = config.checkpoint.save or str(layout.checkpoints)
+    return replace(config, checkpoint=replace(config.checkpoint, save=save))

@@ -1,4 +1,4 @@
-"""`python -m rltrain.arguments @recipe.toml --lr 1e-6 …`: the resolved configuration, and where each value is from.
+"""`python -m rltrain.arguments @recipe.toml --lr 1e-6 …`: the resolved configuration, and the source of each value.
 
 Prints TOML that can be used as a recipe. Needs no GPU, no process group and no torch. Exit codes: 0, or 2 with the
 reason where the arguments can't be right.
@@ -10,8 +10,9 @@ import argparse
 import sys
 
 from rltrain import arguments
-from rltrain.arguments.errors import UserError
 from rltrain.arguments.explain import configuration, to_toml
+from rltrain.arguments.recipes import SUBMIT_OPTIONS
+from rltrain.run.errors import run_main
 
 
 def main(argv: list[str]) -> int:
@@ -25,22 +26,7 @@ def main(argv: list[str]) -> int:
         arguments.add_flags(parser)
         parser.print_help()
         return 0
-    try:
-        found = configuration(argv, _options_of_submit())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(to_toml(found), end="")
-    return 0
-
-
-def _options_of_submit() -> set[str]:
-    """What a recipe may also hold: where and how the job is started."""
-    from hpc.config import add_submit_flags
-
-    parser = argparse.ArgumentParser(add_help=False)
-    add_submit_flags(parser)
-    return {option.removeprefix("--") for option in parser._option_string_actions}
+    return run_main(lambda: print(to_toml(configuration(argv, SUBMIT_OPTIONS)), end=""))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where every value of the resolved configuration comes from, as TOML that is itself a recipe.
+"""Show the source of every value of the resolved configuration, as TOML that is itself a recipe.
 
 Sources: `flag` (the command line), `recipe @NAME`, `config.json` (the Hugging Face model), `worked out` from other
 flags, `default`.
@@ -15,15 +15,14 @@ from typing import Any
 
 from rltrain import arguments
 from rltrain.arguments import flags as flag_data
-from rltrain.arguments.errors import UserError
+from rltrain.arguments.config import Config
 from rltrain.arguments.flags import Flags
-from rltrain.arguments.hf_config import check_hf_config
-from rltrain.arguments.ignored_flags import remarks
-from rltrain.arguments.inputs import read_hf_config
-from rltrain.arguments.megatron_config import snapshot_version
-from rltrain.arguments.megatron_training import find_megatron_lm
+from rltrain.arguments.hf_config import check_hf_config, read_hf_config
+from rltrain.arguments.megatron_names import flags_used
 from rltrain.arguments.model_flags import check_model_flags, megatron_shape
 from rltrain.arguments.recipes import read_recipe
+from rltrain.arguments.slime_names import remarks
+from rltrain.run.errors import UserError
 
 _HIDDEN = ("api-key", "wandb-key")
 
@@ -41,43 +40,39 @@ class Value:
 class Configuration:
     """Everything that a command line says and implies."""
 
-    args: argparse.Namespace
+    config: Config
     values: list[Value]
     remarks: list[str]
 
 
 def configuration(argv: Sequence[str], not_ours: Collection[str] = ()) -> Configuration:
-    """Read `@recipe` words and flags, resolve them, and look where each value comes from.
+    """Read `@recipe` words and flags, resolve them, and find the source of each value.
 
     Args:
         argv: A command line.
-        not_ours: Options, without dashes, of the program that starts the job: passed over.
+        not_ours: Options, without dashes, of the program that starts the job; they are skipped.
 
     Raises:
-        UserError: they can't be right; the message says which, and why.
+        UserError: the flags are wrong; the message says which ones and why.
     """
     flags, sources = _read(argv, not_ours)
     words = flag_data.to_argv(flags)
-    args = arguments.parse(words)
+    config = arguments.parse(words)
     parser = arguments.make_parser()
-    given = parser.parse_args(words)
-    config, notes = _hf_config(args)
-    if config:
-        check_model_flags(args, config, sources)
-        check_hf_config(config, args)
+    given = Config.of(parser.parse_args(words)).values()
+    hf_config, notes = _hf_config(config.model.hf_checkpoint)
+    if hf_config:
+        check_model_flags(config.shape, hf_config, config.model.hf_checkpoint, sources)
+        check_hf_config(hf_config, config.parallel, config.model.hf_checkpoint)
     values = [
-        value
-        for action in _actions(parser)
-        for value in _values(action, args, given, parser, sources, config)
+        value for action in _actions(parser) for value in _values(action, config, given, sources, hf_config)
     ]
-    return Configuration(args, values, [*remarks(args), *notes])
+    return Configuration(config, values, [*remarks(config), *notes, *_left_to_submit(config)])
 
 
 def to_toml(found: Configuration) -> str:
-    """The values, one a line, each with its source as a comment; values that are not set are left out."""
-    megatron = find_megatron_lm()
-    flags_of = f"Megatron {megatron.version} at {megatron.root}" if megatron else snapshot_version()
-    lines = [f"# Megatron's flags are those of {flags_of}"]
+    """One value per line, with its source as a comment. Values that are not set are left out."""
+    lines = [f"# Megatron's flags are those of {flags_used()}"]
     lines += [f"# {remark}" for remark in found.remarks]
     for each in found.values:
         if each.value is not None and each.value != []:
@@ -95,12 +90,24 @@ def _read(argv: Sequence[str], not_ours: Collection[str]) -> tuple[Flags, dict[s
         for name, values in flags.items():
             if name in not_ours or name.startswith("slurm."):
                 continue
+            merged.pop(name, None)
+            sources.pop(name, None)  # of --x and --no-x the later one counts
             merged[name], sources[name] = values, source
     return merged, {name: source for name, source in sources.items() if merged[name] is not None}
 
 
-def _hf_config(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str]]:
-    directory = Path(args.hf_checkpoint)
+def _left_to_submit(config: Config) -> list[str]:
+    """What is decided where the job's GPUs are known (`hpc.submitting.precision`)."""
+    given = {
+        "bf16": config.model.bf16,
+        "use-distributed-optimizer": config.parallel.use_distributed_optimizer,
+    }
+    words = "not given: true where the trainer has GPUs, false on a CPU; submit says which, and stores it"
+    return [f"{name} is {words}" for name, value in given.items() if value is None]
+
+
+def _hf_config(hf_checkpoint: str) -> tuple[dict[str, Any] | None, list[str]]:
+    directory = Path(hf_checkpoint)
     if not directory.is_dir():
         return None, [
             f"--hf-checkpoint {directory} is not on this machine: the model's shape was not checked"
@@ -115,38 +122,45 @@ def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 def _values(
     action: argparse.Action,
-    args: argparse.Namespace,
-    given: argparse.Namespace,
-    parser: argparse.ArgumentParser,
+    config: Config,
+    given: Mapping[str, Any],
     sources: Mapping[str, str],
-    config: Mapping[str, Any] | None,
+    hf_config: Mapping[str, Any] | None,
 ) -> list[Value]:
     names = [option.removeprefix("--") for option in action.option_strings]
-    name = next((each for each in names if each in sources), names[0])
+    given_names = [each for each in sources if each in names]
+    name = given_names[-1] if given_names else names[0]
     source = sources.get(name)
+    if isinstance(action, argparse.BooleanOptionalAction):
+        name = names[0]
     if (
         action.default is argparse.SUPPRESS
     ):  # handed on to the engine, the router or megatron-core, or ignored
-        return [Value(name, _handed_on(action, name, args), source)] if source else []
-    value = getattr(args, action.dest)
-    if source is None and value is None and config is not None and name in (shape := megatron_shape(config)):
+        return [Value(name, _handed_on(action, name, config), source)] if source else []
+    value = config.values()[action.dest]
+    if (
+        source is None
+        and value is None
+        and hf_config is not None
+        and name in (shape := megatron_shape(hf_config))
+    ):
         expected, key = shape[name]
         return [Value(name, expected, f"config.json: {key}")]
     if source is None:
-        source = "default" if value == getattr(given, action.dest) else "worked out"
+        source = "default" if value == given[action.dest] else "worked out"
     if isinstance(action.const, bool):
         value = None if value is None else value == action.const
     return [Value(name, value, source)]
 
 
-def _handed_on(action: argparse.Action, name: str, args: argparse.Namespace) -> Any:
+def _handed_on(action: argparse.Action, name: str, config: Config) -> Any:
     if action.nargs == 0:
         return True
-    for prefix in ("sglang", "router"):
-        if action.dest.startswith(f"{prefix}_"):
-            return getattr(args, prefix)[action.dest.removeprefix(f"{prefix}_")]
-    config, _, field = action.dest.partition(".")
-    return args.megatron[config][field] if field else None
+    for prefix, handed in (("sglang_", config.engines.sglang), ("router_", config.engines.router)):
+        if action.dest.startswith(prefix):
+            return handed[action.dest.removeprefix(prefix)]
+    kind, _, field = action.dest.partition(".")
+    return config.model.megatron[kind][field] if field else None
 
 
 def _toml(each: Value) -> str:

@@ -1,4 +1,4 @@
-"""Engines and a router that the job uses and does not start: where they are, and with which token they are spoken to.
+"""Engines and a router that the job uses but does not start: their addresses and their token.
 
 Their lifecycle is somebody else's. `--rollout-external-engines-file` is read again whenever it is asked for, so that
 engines can join and leave while the run goes on.
@@ -6,48 +6,44 @@ engines can join and leave while the run goes on.
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rltrain.arguments.errors import UserError
+from rltrain.arguments.groups.engines import Engines
+from rltrain.arguments.groups.weights import Weights
+from rltrain.run.errors import UserError
 
 TOKEN_VARIABLE = "SLURMLIME_EXTERNAL_TOKEN"
 
 
-def uses_external_engines(args: argparse.Namespace) -> bool:
-    """Whether the flags name engines, or a file of engines, that the job does not start."""
-    return bool(args.rollout_external_engine_addrs or args.rollout_external_engines_file)
-
-
-def external_urls(args: argparse.Namespace) -> list[str]:
-    """URLs of the external engines that there are now: of the flag, then of the file, each once.
+def external_urls(engines: Engines) -> list[str]:
+    """URLs of the present external engines: those of the flag, then those of the file, without repetitions.
 
     Raises:
-        UserError: an address that is none, with the line of the file.
+        UserError: an address can't be read; the message has the line of the file.
         OSError: the file can't be read.
     """
     urls = [
         parse_address(each, "--rollout-external-engine-addrs")
-        for each in args.rollout_external_engine_addrs or []
+        for each in engines.rollout_external_engine_addrs or []
     ]
-    if args.rollout_external_engines_file:
-        path = Path(args.rollout_external_engines_file)
+    if engines.rollout_external_engines_file:
+        path = Path(engines.rollout_external_engines_file)
         urls += parse_engines_file(path.read_text() if path.exists() else "", str(path))
     return list(dict.fromkeys(urls))
 
 
-def count_external(args: argparse.Namespace) -> int:
-    """How many external engines are named now; 0 while the file can't be read."""
+def count_external(engines: Engines) -> int:
+    """The number of external engines that are named now; 0 while the file can't be read."""
     try:
-        return len(external_urls(args))
+        return len(external_urls(engines))
     except (OSError, UserError):
         return 0
 
 
 def parse_engines_file(text: str, name: str) -> list[str]:
-    """One address a line; empty lines and what follows a # are left out.
+    """Read one address per line. Empty lines and text after a # are ignored.
 
     Raises:
         UserError: names the line.
@@ -69,7 +65,7 @@ def parse_address(text: str, where: str) -> str:
         valid = False
     if not valid:
         raise UserError(
-            f"{where}: {text!r} is no address of an engine. HOST:PORT is wanted, as in node3:30000."
+            f"{where}: {text!r} is not the address of an engine. Give HOST:PORT, for example node3:30000."
         )
     return f"{url.scheme}://{url.netloc}"
 
@@ -78,7 +74,7 @@ def external_token() -> str:
     """The key that external servers were started with.
 
     Raises:
-        UserError: nobody has told it.
+        UserError: the variable is not set.
     """
     token = os.environ.get(TOKEN_VARIABLE)
     if not token:
@@ -89,34 +85,33 @@ def external_token() -> str:
     return token
 
 
-def check_external(args: argparse.Namespace) -> None:
+def check_external(engines: Engines, weights: Weights) -> None:
     """Check the flags against each other; sets nothing.
 
     Raises:
         UserError: names the flags.
     """
-    for address in args.rollout_external_engine_addrs or []:
+    for address in engines.rollout_external_engine_addrs or []:
         parse_address(address, "--rollout-external-engine-addrs")
-    if (args.sglang_router_ip is None) != (args.sglang_router_port is None):
+    if (engines.sglang_router_ip is None) != (engines.sglang_router_port is None):
         raise UserError("--sglang-router-ip and --sglang-router-port belong together: give both or none.")
-    for_ours = [name for name in args.router if name != "policy"]  # which it has, we may be told
-    if args.sglang_router_ip is not None and for_ours:
+    for_ours = [name for name in engines.router if name != "policy"]  # which it has, we may be told
+    if engines.sglang_router_ip is not None and for_ours:
         flag = for_ours[0].replace("_", "-")
         raise UserError(
             f"--router-{flag}: the job starts no router where --sglang-router-ip names one. Leave it out."
         )
-    if args.sglang_config and (uses_external_engines(args) or args.sglang_router_ip):
+    if engines.sglang_config and (engines.are_external or engines.sglang_router_ip):
         raise UserError(
             "--sglang-config describes engines and routers that the job starts itself: it goes together neither with"
             " --rollout-external-engine-addrs (or -engines-file) nor with --sglang-router-ip."
         )
-    if uses_external_engines(args) and args.update_weight_transport != "disk":
+    if engines.are_external and weights.update_weight_transport != "disk":
         raise UserError(
             "external engines take their weights from the shared filesystem: --update-weight-transport disk is needed"
-            f" and not {args.update_weight_transport}."
+            f" and not {weights.update_weight_transport}."
         )
-    if uses_external_engines(args) and args.update_weight_mode == "delta":
+    if engines.are_external and weights.update_weight_mode == "delta":
         raise UserError(
-            "external engines can't be sent changes only, as they lack our loader: leave --update-weight-mode delta"
-            " out."
+            "external engines lack our loader, so they can't take changes only: leave out --update-weight-mode delta."
         )

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from rltrain.arguments.errors import UserError
+from rltrain.run.errors import UserError
 
 # A flag's name without its dashes → its values as text; None takes an earlier mention back.
 Flags = dict[str, list[str] | None]
@@ -43,8 +43,9 @@ def split(argv: list[str]) -> tuple[list[str], Flags]:
 def from_toml(text: str, source: str, known: Collection[str] = ()) -> Flags:
     """Flags of a recipe. Tables only group: `[train] lr = 1e-3` is `--lr 0.001`.
 
-    Names take dashes or underscores. `true` is the bare flag, `false` takes it back, a list is several
-    values. A table whose name is itself one of the `known` flags is that flag's value, as JSON. The table
+    Names take dashes or underscores. `true` is the bare flag, `false` takes it back, or is its `no-…` form where one
+    of the `known` flags is that; a list is several values. A table whose name is itself one of the `known` flags is
+    that flag's value, as JSON. The table
     `[slurm]` keeps its names: `[slurm.srun] mpi = "pmix"` is `--slurm.srun.mpi pmix`.
 
     Raises:
@@ -75,6 +76,8 @@ def from_table(table: Mapping[str, Any], source: str, known: Collection[str] = (
             flags |= _dotted(value, name, source)
         elif isinstance(value, dict) and name not in known:
             flags |= from_table(value, source, known)
+        elif isinstance(value, bool) and f"no-{name}" in known:
+            flags |= {name: [], f"no-{name}": None} if value else {name: None, f"no-{name}": []}
         else:
             flags[name] = _values(value, f"{source}: {key}")
     return flags
@@ -106,10 +109,10 @@ def _values(value: Any, where: str) -> list[str] | None:
 
 
 def merge(*layers: Flags) -> Flags:
-    """One mapping; a later layer's flag replaces an earlier one's."""
+    """One mapping; a later layer's flag replaces an earlier one's. It comes last: of --x and --no-x the last counts."""
     merged: Flags = {}
     for layer in layers:
-        merged |= layer
+        merged = {name: values for name, values in merged.items() if name not in layer} | layer
     return merged
 
 

@@ -1,4 +1,4 @@
-"""Which models a run serves, each behind a router of its own, and with which engines. Pure, but for reading the file.
+"""The models that a run serves, each behind its own router, and their engines. Pure, but for reading the file.
 
 Without `--sglang-config` it is one model, the one that is trained, with engines that are all alike. The format of the
 file is slime's:
@@ -15,15 +15,16 @@ file is slime's:
 
 from __future__ import annotations
 
-import argparse
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rltrain.arguments.config_file import read_config_file
-from rltrain.arguments.errors import UserError
-from rltrain.arguments.passthrough import RESERVED
+from rltrain.arguments.config import Config
+from rltrain.arguments.engine_names import RESERVED
+from rltrain.arguments.groups.weights import Weights
+from rltrain.arguments.recipes import read_config_file
+from rltrain.run.errors import UserError
 
 WORKER_TYPES = ("regular", "prefill", "decode", "placeholder")
 _DEFAULT_MODEL = "default"
@@ -46,7 +47,7 @@ class EngineSpec:
         model: position of its model, which is also the index of its router.
         worker_type: `regular`, or `prefill` or `decode` where the two are apart.
         num_gpus: its tensor parallel size.
-        first_gpu: where its GPUs begin, counted over all that the engines have.
+        first_gpu: its first GPU, counted over the GPUs of all engines.
         overrides: arguments of SGLang's `ServerArgs` for this one.
     """
 
@@ -57,28 +58,33 @@ class EngineSpec:
     overrides: dict[str, Any]
 
 
-def models(args: argparse.Namespace) -> list[dict[str, Any]]:
+def models(config: Config) -> list[dict[str, Any]]:
     """Every model: `name`, `model_path`, `update_weights` and `groups`, with all defaults filled in."""
-    if args.sglang_models:
-        return args.sglang_models
+    if config.engines.sglang_models:
+        return config.engines.sglang_models
     group = {
         "worker_type": "regular",
-        "num_gpus": args.rollout_num_gpus,
-        "num_gpus_per_engine": args.rollout_num_gpus_per_engine,
+        "num_gpus": config.engines.rollout_num_gpus,
+        "num_gpus_per_engine": config.engines.rollout_num_gpus_per_engine,
         "overrides": {},
     }
-    groups = [group] if args.rollout_num_gpus else []
+    groups = [group] if config.engines.rollout_num_gpus else []
     return [
-        {"name": _DEFAULT_MODEL, "model_path": args.hf_checkpoint, "update_weights": True, "groups": groups}
+        {
+            "name": _DEFAULT_MODEL,
+            "model_path": config.model.hf_checkpoint,
+            "update_weights": True,
+            "groups": groups,
+        }
     ]
 
 
-def engine_specs(args: argparse.Namespace) -> list[EngineSpec]:
+def engine_specs(config: Config) -> list[EngineSpec]:
     """The engines that the job starts, by index."""
-    if args.debug_train_only:
+    if config.debug.debug_train_only:
         return []
     specs, first_gpu = [], 0
-    for position, model in enumerate(models(args)):
+    for position, model in enumerate(models(config)):
         for group in model["groups"]:
             size = group["num_gpus_per_engine"]
             for start in range(first_gpu, first_gpu + group["num_gpus"], size):
@@ -88,28 +94,28 @@ def engine_specs(args: argparse.Namespace) -> list[EngineSpec]:
     return specs
 
 
-def trained_model(args: argparse.Namespace) -> int:
-    """Position of the model that samples come from: the first that is given the trainer's weights."""
-    return next(i for i, model in enumerate(models(args)) if model["update_weights"])
+def trained_model(config: Config) -> int:
+    """Position of the model that samples come from: the first one with the trainer's weights."""
+    return next(i for i, model in enumerate(models(config)) if model["update_weights"])
 
 
-def trained_engines(args: argparse.Namespace) -> list[int]:
-    """Indices of the engines that are given the trainer's weights."""
-    served = models(args)
-    return [i for i, spec in enumerate(engine_specs(args)) if served[spec.model]["update_weights"]]
+def trained_engines(config: Config) -> list[int]:
+    """Indices of the engines that get the trainer's weights."""
+    served = models(config)
+    return [i for i, spec in enumerate(engine_specs(config)) if served[spec.model]["update_weights"]]
 
 
-def engines_load_alone(args: argparse.Namespace) -> bool:
-    """Whether the current weights are on disk, so that an engine that has been started again can load them alone."""
-    return args.update_weight_transport == "disk" and args.update_weight_mode == "full"
+def engines_load_alone(weights: Weights) -> bool:
+    """True if the current weights are on disk, so that a restarted engine can load them by itself."""
+    return weights.update_weight_transport == "disk" and weights.update_weight_mode == "full"
 
 
-def is_disaggregated(args: argparse.Namespace, model: int) -> bool:
-    """Whether prompts and responses of a model are computed by different engines."""
-    return any(spec.worker_type == "prefill" for spec in engine_specs(args) if spec.model == model)
+def is_disaggregated(config: Config, model: int) -> bool:
+    """True if different engines compute the prompts and the responses of a model."""
+    return any(spec.worker_type == "prefill" for spec in engine_specs(config) if spec.model == model)
 
 
-def read_models(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def read_models(path: str, hf_checkpoint: str, engine_size: int) -> list[dict[str, Any]]:
     """The models that the file of `--sglang-config` describes, see `models`.
 
     Raises:
@@ -117,8 +123,11 @@ def read_models(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """
     entries = read_config_file(path, "--sglang-config").get("sglang")
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"--sglang-config {path}: a list of models under `sglang:` is wanted.")
-    served = [_model(f"--sglang-config {path}, model {i + 1}", each, args) for i, each in enumerate(entries)]
+        raise UserError(f"--sglang-config {path}: it needs a list of models under `sglang:`.")
+    served = [
+        _model(f"--sglang-config {path}, model {i + 1}", each, hf_checkpoint, engine_size)
+        for i, each in enumerate(entries)
+    ]
     names = [model["name"] for model in served]
     for name in names:
         if names.count(name) > 1:
@@ -131,7 +140,7 @@ def read_models(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return served
 
 
-def _model(where: str, entry: Any, args: argparse.Namespace) -> dict[str, Any]:
+def _model(where: str, entry: Any, hf_checkpoint: str, engine_size: int) -> dict[str, Any]:
     _check_keys(where, entry, _MODEL_KEYS)
     name = entry.get("name")
     if not isinstance(name, str) or not name:
@@ -139,10 +148,10 @@ def _model(where: str, entry: Any, args: argparse.Namespace) -> dict[str, Any]:
     where = f"{where} ({name})"
     groups = entry.get("server_groups", entry.get("engine_groups"))
     if not isinstance(groups, list) or not groups:
-        raise UserError(f"{where}: a list of engines under `server_groups:` is wanted.")
-    default_size = entry.get("num_gpus_per_engine") or args.rollout_num_gpus_per_engine
-    path = str(Path(entry.get("model_path") or args.hf_checkpoint).expanduser().absolute())
-    is_actor = path == str(Path(args.hf_checkpoint).expanduser().absolute())
+        raise UserError(f"{where}: it needs a list of engines under `server_groups:`.")
+    default_size = entry.get("num_gpus_per_engine") or engine_size
+    path = str(Path(entry.get("model_path") or hf_checkpoint).expanduser().absolute())
+    is_actor = path == str(Path(hf_checkpoint).expanduser().absolute())
     model = {
         "name": name,
         "model_path": path,
@@ -172,7 +181,7 @@ def _group(where: str, entry: Any, default_size: int) -> dict[str, Any]:
                 f"{where}: num_gpus and num_gpus_per_engine are whole numbers of at least 1, not {number!r}."
             )
     if gpus % size:
-        raise UserError(f"{where}: num_gpus {gpus} is no multiple of num_gpus_per_engine {size}.")
+        raise UserError(f"{where}: num_gpus {gpus} is not a multiple of num_gpus_per_engine {size}.")
     overrides = entry.get("overrides") or {}
     if not isinstance(overrides, dict):
         raise UserError(f"{where}: overrides is a table of SGLang's arguments, not {overrides!r}.")
@@ -184,7 +193,7 @@ def _group(where: str, entry: Any, default_size: int) -> dict[str, Any]:
 
 def _check_keys(where: str, entry: Any, known: tuple[str, ...]) -> None:
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: a table is wanted, not {entry!r}.")
+        raise UserError(f"{where}: this must be a table, not {entry!r}.")
     for key in entry:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)

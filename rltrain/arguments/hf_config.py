@@ -2,60 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from rltrain.arguments.errors import UserError
-from rltrain.arguments.parallel import virtual_stages
-
-
-@dataclass(frozen=True)
-class Family:
-    """What sets an architecture apart from the others; adding one is adding a line to `FAMILIES`."""
-
-    qkv_bias: bool = False  # on the query, key and value projections
-    qk_norm: bool = False  # RMSNorm on each head's query and key
-    experts: bool = False
-    post_norms: bool = False  # RMSNorm also on the outputs of attention and MLP, before they are added
-    fused_gate_up: bool = False  # the MLP's gate and up projections are one tensor
-    rotary_interleaved: bool = False  # neighbours are rotated with each other, not halves
-    rotary_percent: float = 1.0  # share of a head that is rotated, where config.json does not say
-
-
-FAMILIES = {
-    "LlamaForCausalLM": Family(),
-    "Qwen2ForCausalLM": Family(qkv_bias=True),
-    "Qwen3ForCausalLM": Family(qk_norm=True),
-    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=True),
-    "Glm4ForCausalLM": Family(
-        qkv_bias=True, post_norms=True, fused_gate_up=True, rotary_interleaved=True, rotary_percent=0.5
-    ),
-}
-SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
+from rltrain.arguments.groups.parallel import Parallel, virtual_stages
+from rltrain.models.entries import number, whole_number
+from rltrain.models.experts import Experts
+from rltrain.models.families import FAMILIES, SUPPORTED_ARCHITECTURES
+from rltrain.models.families.family import Family
+from rltrain.models.latent import LatentAttention
+from rltrain.models.rope import Rope, read_rope, read_ropes
+from rltrain.models.windows import Window, read_window
+from rltrain.run.errors import UserError
 
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
-# Megatron-core's rotary embedding takes only the factor; the rest is fixed to what Llama 3 uses.
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
 
 @dataclass(frozen=True)
-class Experts:
-    """A mixture of experts in place of the MLP in some layers.
+class Multipliers:
+    """What embeddings, the outputs of attention and MLP, and logits are multiplied by.
 
     Attributes:
-        top_k: Experts of a token.
-        normalized: Whether the weights of a token's experts add up to 1.
-        layers: The layers that have experts, from 0.
+        attention: Of queries with keys; None: 1 / √head_dim.
     """
 
-    count: int
-    top_k: int
-    ffn_hidden_size: int
-    normalized: bool
-    layers: tuple[int, ...]
+    embedding: float = 1.0
+    attention: float | None = None
+    residual: float = 1.0
+    logits: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,32 +49,92 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     norm_eps: float
-    rope_theta: float
-    rope_factor: float | None  # Llama 3's scaling of the rotary embedding
+    rope: Rope
     tied_embeddings: bool
     max_positions: int
     init_std: float
-    rotary_percent: float = 1.0  # share of a head's dimensions that is rotated
+    qkv_bias: bool = False
+    qk_norm: bool = False
     experts: Experts | None = None
+    latent: LatentAttention | None = None
+    unrotated: tuple[int, ...] = ()  # layers without a rotary embedding, from 0
+    window: Window | None = None
+    local_theta: float | None = None  # base of the rotary embedding of layers with a window, if it is another
+    multipliers: Multipliers = Multipliers()
 
     @property
     def family(self) -> Family:
-        """What it has in common with every model of its architecture."""
+        """The properties that all models of its architecture share."""
         return FAMILIES[self.architecture]
 
 
-def check_hf_config(config: dict[str, Any], args: argparse.Namespace) -> None:
+def read_hf_config(directory: Path, without_weights: bool = False) -> dict[str, Any]:
+    """`config.json` of `--hf-checkpoint`, having checked that the directory can be used.
+
+    Raises:
+        UserError: no such directory, no `config.json`, not JSON, or no weights although they are needed.
+    """
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise UserError(f"--hf-checkpoint {directory}: there is no such directory.{_download(directory)}")
+    if not path.is_file():
+        raise UserError(
+            f"--hf-checkpoint {directory}: no config.json in it, so it is not a Hugging Face model."
+            f"{other_weights(directory)}"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not the configuration of a model, but a {type(config).__name__}.")
+    has_weights = (directory / "model.safetensors").exists() or any(directory.glob("model*.safetensors*"))
+    if not without_weights and not has_weights:
+        raise UserError(
+            f"--hf-checkpoint {directory}: no model*.safetensors in it.{other_weights(directory)} Give the weights,"
+            " or --random-init to start from random ones."
+        )
+    return config
+
+
+def _download(directory: Path) -> str:
+    """How to get a model whose id on the Hugging Face Hub was given in place of a directory, if it looks like one."""
+    if directory.parent.exists() or not directory.parent.parent.is_dir():
+        return ""
+    owner, model = directory.parts[-2:]
+    return (
+        f" If {owner}/{model} is a model of the Hugging Face Hub, download it first: `hf download {owner}/{model}"
+        f" --local-dir models/{model}`, and give --hf-checkpoint models/{model}."
+    )
+
+
+def other_weights(directory: Path) -> str:
+    """What to do with weights of another kind in a directory, as the next sentence of a message; else empty."""
+    if (directory / "adapter_config.json").exists():
+        return (
+            " It holds an adapter: merge it into its base model with PEFT's `merge_and_unload()` and give what"
+            " `save_pretrained` writes of that."
+        )
+    if any(directory.glob("*.gguf")):
+        return " Its weights are GGUF, which is quantised and can't be trained: give the model's bf16 safetensors."
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
+        return " Its weights are pickled (.bin): load and save them once with transformers, which writes safetensors."
+    return ""
+
+
+def check_hf_config(config: dict[str, Any], parallel: Parallel, hf_checkpoint: str) -> None:
     """Refuse a model that the trainer cannot train as asked.
 
     Args:
-        config: The parsed `config.json` of `args.hf_checkpoint`.
-        args: Needs the parallel sizes and `hf_checkpoint`.
+        config: The parsed `config.json` of `hf_checkpoint`.
+        parallel: How the ranks are split.
+        hf_checkpoint: For the message.
 
     Raises:
         UserError: unsupported architecture or feature, or what the parallel sizes cannot divide.
     """
     shape = read_model_shape(config)
-    size = args.tensor_model_parallel_size
+    size = parallel.tensor_model_parallel_size
     for what, count in (
         ("num_attention_heads", shape.num_heads),
         ("num_key_value_heads", shape.num_kv_heads),
@@ -104,139 +142,228 @@ def check_hf_config(config: dict[str, Any], args: argparse.Namespace) -> None:
     ):
         if count % size:
             raise UserError(
-                f"--tensor-model-parallel-size {size} does not divide {what} {count} of {args.hf_checkpoint}:"
+                f"--tensor-model-parallel-size {size} does not divide {what} {count} of {hf_checkpoint}:"
                 " each tensor parallel rank takes an equal share of them. Use a size that divides all of"
                 f" {shape.num_heads} heads, {shape.num_kv_heads} key-value heads and {shape.ffn_hidden_size}."
             )
-    virtual_stages(args, shape.num_layers)
-    _check_experts(shape.experts, args)
+    if shape.experts and shape.experts.shared_size % size:
+        raise UserError(
+            f"--tensor-model-parallel-size {size} does not divide the {shape.experts.shared_size} columns of the"
+            f" shared experts of {hf_checkpoint}."
+        )
+    virtual_stages(parallel, shape.num_layers)
+    _check_experts(shape.experts, parallel, hf_checkpoint)
 
 
-def _check_experts(experts: Experts | None, args: argparse.Namespace) -> None:
-    expert, tensor = args.expert_model_parallel_size, args.expert_tensor_parallel_size
+def _check_experts(experts: Experts | None, parallel: Parallel, hf_checkpoint: str) -> None:
+    expert, tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     if experts is None:
         if expert > 1 or (tensor or 1) > 1:
             raise UserError(
                 f"--expert-model-parallel-size {expert} and --expert-tensor-parallel-size {tensor}: the model"
-                f" {args.hf_checkpoint} has no experts."
+                f" {hf_checkpoint} has no experts."
             )
         return
-    tensor = tensor or args.tensor_model_parallel_size
+    tensor = tensor or parallel.tensor_model_parallel_size
     for flag, size, what, count in (
         ("--expert-model-parallel-size", expert, "num_experts", experts.count),
         ("--expert-tensor-parallel-size", tensor, "moe_intermediate_size", experts.ffn_hidden_size),
     ):
         if count % size:
-            raise UserError(f"{flag} {size} does not divide {what} {count} of {args.hf_checkpoint}.")
-    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+            raise UserError(f"{flag} {size} does not divide {what} {count} of {hf_checkpoint}.")
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         raise UserError(
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} of a model with experts needs"
+            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} of a model with experts needs"
             " --sequence-parallel: without it every tensor parallel rank would send the same tokens."
         )
 
 
-def read_model_shape(config: dict[str, Any]) -> ModelShape:
+def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
     """The shape that a `config.json` describes.
 
     Raises:
-        UserError: an architecture or a feature that the trainer does not support, or a missing entry.
+        UserError: an architecture or a feature that the trainer does not support, or a missing or impossible entry.
     """
     architecture = _architecture(config)
-    _refuse_features(config, architecture)
+    family = FAMILIES[architecture]
     if missing := [key for key in _REQUIRED if key not in config]:
         raise UserError(f"the model's config.json lacks {', '.join(missing)}.")
-    heads = config["num_attention_heads"]
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if config.get("head_dim", 1) is None and not family.null_head_dim:
+        raise UserError(
+            "the model's config.json sets head_dim to null, which transformers can't use: leave it out."
+        )
+    config = with_defaults(config)
+    refuse_features(config, architecture)
+    latent = family.latent(config) if family.latent else None
+    heads, hidden = whole_number(config, "num_attention_heads"), whole_number(config, "hidden_size")
+    kv_heads, head_dim = heads, hidden // heads
+    if latent:
+        head_dim = latent.plain_size + latent.rotated_size
+    else:
+        if config["num_key_value_heads"] is not None:
+            kv_heads = whole_number(config, "num_key_value_heads")
+        if config["head_dim"] is not None:
+            head_dim = whole_number(config, "head_dim")
+    if "partial_rotary_factor" not in config:  # MiniMax says it otherwise
+        rotated = whole_number(config, "rotary_dim") if config.get("rotary_dim") is not None else head_dim
+        config = {**config, "partial_rotary_factor": rotated / head_dim}
+    if heads % kv_heads or head_dim % 2:
+        raise UserError(
+            f"the model's config.json has {heads} attention heads, {kv_heads} key-value heads and head_dim {head_dim}:"
+            " key-value heads must divide the others, and the size must be even."
+        )
+    rope, local_theta = _ropes(config, family, latent=latent is not None)
     return ModelShape(
         architecture=architecture,
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
+        num_layers=whole_number(config, "num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_hidden_size=whole_number(config, "intermediate_size"),
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-        rope_factor=_rope_factor(rope),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        max_positions=config.get("max_position_embeddings", 32768),
-        init_std=config.get("initializer_range", 0.02),
-        rotary_percent=rotary_percent(config),
-        experts=_experts(config) if FAMILIES[architecture].experts else None,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=whole_number(config, "vocab_size"),
+        norm_eps=config["rms_norm_eps"],
+        rope=rope,
+        local_theta=local_theta,
+        tied_embeddings=bool(config["tie_word_embeddings"]),
+        max_positions=whole_number(config, "max_position_embeddings"),
+        init_std=config["initializer_range"],
+        qkv_bias=bool(config[family.qkv_bias]) if isinstance(family.qkv_bias, str) else family.qkv_bias,
+        qk_norm=bool(config[family.qk_norm]) if isinstance(family.qk_norm, str) else family.qk_norm,
+        latent=latent,
+        experts=family.experts(config) if family.experts else None,
+        unrotated=_unrotated(config) if family.unrotated_layers else (),
+        window=read_window(config, family.windows),
+        multipliers=_multipliers(config, family),
     )
 
 
-def rotary_percent(config: Mapping[str, Any]) -> float:
-    """The share of each head's dimensions that rotary embeddings rotate."""
-    architecture = (config.get("architectures") or [""])[0]
-    usual = FAMILIES.get(architecture, Family()).rotary_percent
-    rope = config.get("rope_parameters") or {}
-    return rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or usual
+def _ropes(config: Mapping[str, Any], family: Family, *, latent: bool) -> tuple[Rope, float | None]:
+    """The rotary embedding of all layers; or of those without a window, and the base of the others'."""
+    if family.local_rope is None:
+        return read_rope(config, partial=family.partial_rotary, kinds=family.ropes, latent=latent), None
+    both = read_ropes(config, family.local_rope)
+    return both[0], both[1].theta
 
 
-def _experts(config: dict[str, Any]) -> Experts:
-    # transformers 5 writes another name than the published configurations have
-    config = {"num_experts": config.get("num_local_experts"), **config}
-    wanted = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-    if missing := [key for key in wanted if not config.get(key)]:
-        raise UserError(f"the model's config.json lacks {', '.join(missing)}.")
-    step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
-    return Experts(
-        count=config["num_experts"],
-        top_k=config["num_experts_per_tok"],
-        ffn_hidden_size=config["moe_intermediate_size"],
-        normalized=config.get("norm_topk_prob", False),
-        layers=tuple(i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0),
-    )
+def _unrotated(config: Mapping[str, Any]) -> tuple[int, ...]:
+    layers, rotated = config["num_hidden_layers"], config["no_rope_layers"]
+    if read_rope(config, partial=False).kind == "yarn":
+        raise UserError(
+            "the model's config.json has YaRN and layers without rotary embedding: not both are supported."
+        )
+    if rotated is None:
+        interval = whole_number(config, "no_rope_layer_interval")
+        return tuple(i for i in range(layers) if (i + 1) % interval == 0)
+    if not isinstance(rotated, list) or len(rotated) != layers or any(each not in (0, 1) for each in rotated):
+        raise UserError(
+            f"the model's config.json has no_rope_layers {rotated}: it must have 0 or 1 for each of {layers} layers."
+        )
+    return tuple(i for i, each in enumerate(rotated) if not each)
 
 
-def _architecture(config: dict[str, Any]) -> str:
-    names = config.get("architectures") or []
+def _multipliers(config: Mapping[str, Any], family: Family) -> Multipliers:
+    if family.query_scalar:
+        return Multipliers(attention=number(config["query_pre_attn_scalar"], "query_pre_attn_scalar") ** -0.5)
+    if not family.multipliers:
+        return Multipliers()
+    names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+    for name in names:
+        value = config[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise UserError(f"the model's config.json has {name} {value!r}: it must be a number above 0.")
+    embedding, attention, residual, logits = (float(config[name]) for name in names)
+    return Multipliers(embedding, attention, residual, 1 / logits)
+
+
+def check_same_shape(config: Mapping[str, Any], standard: Mapping[str, Any], hf_checkpoint: str) -> None:
+    """Refuse a `config.json` of which transformers makes another model than we do.
+
+    Args:
+        standard: What transformers makes of `config`.
+        hf_checkpoint: For the message.
+
+    Raises:
+        UserError: shows what differs.
+    """
+    ours, theirs = read_model_shape(config), read_model_shape(standard)
+    fields = [each.name for each in dataclasses.fields(ModelShape)]
+    different = [name for name in fields if getattr(ours, name) != getattr(theirs, name)]
+    if different:
+        shown = "; ".join(f"{name} {getattr(ours, name)} and {getattr(theirs, name)}" for name in different)
+        raise UserError(
+            f"{hf_checkpoint}/config.json means different models to the trainer and to transformers: {shown}. Let"
+            " transformers write it anew (`AutoConfig.from_pretrained(…).save_pretrained(…)`), and look at these."
+        )
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` with what transformers takes for entries that it lacks."""
+    family = FAMILIES.get((config.get("architectures") or [""])[0])
+    return {**(family.defaults if family else {}), **config}
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = [str(name) for name in config.get("architectures") or ()]
     if len(names) != 1 or names[0] not in SUPPORTED_ARCHITECTURES:
         found = ", ".join(names) or f"model_type {config.get('model_type')!r}"
         raise UserError(
             f"the model's config.json names the architecture {found}, which the trainer does not support;"
             f" supported are {', '.join(SUPPORTED_ARCHITECTURES)}."
         )
+    expected = FAMILIES[names[0]].model_type
+    if config.get("model_type") != expected:
+        raise UserError(
+            f"the model's config.json has model_type {config.get('model_type')!r} with the architecture {names[0]},"
+            f" whose model_type is {expected!r}: transformers and SGLang would take one of them each."
+        )
     return names[0]
 
 
-def _refuse_features(config: dict[str, Any], architecture: str) -> None:
-    family = FAMILIES[architecture]
-    for key in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
-        if config.get(key) and not (key == "attention_bias" and family.qkv_bias):
-            raise UserError(f"the model's config.json sets {key}, which the trainer does not support.")
-    if architecture == "Glm4ForCausalLM" and config.get("attention_bias") is False:
-        raise UserError(
-            "the model's config.json sets attention_bias to false: the trainer gives a GLM-4 biases."
-        )
-    if family.rotary_percent == 1.0 and rotary_percent(config) != 1.0:
-        raise UserError(
-            f"the model's config.json sets partial_rotary_factor {rotary_percent(config)}, which the trainer does"
-            f" not support for {architecture}."
-        )
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UserError(
-            f"the model's config.json has hidden_act {activation!r}; the trainer supports only 'silu'"
-            f" for {architecture}."
-        )
+# What changes the computation, with the only value that is supported.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "mlp_bias": (None, False),
+    "text_config": (None,),
+    "use_sliding_window": (None, False),
+    "hidden_act": ("silu",),
+    "is_causal": (None, True),
+    "is_encoder_decoder": (None, False),
+    "return_dict": (None, True),
+    "dual_chunk_attention_config": (None,),
+    "attention_chunk_size": (None,),
+}
 
 
-def _rope_factor(rope: dict[str, Any]) -> float | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UserError(
-            f"the model's config.json scales rotary embeddings with rope_type {kind!r}; supported are"
-            " 'default' and 'llama3'."
-        )
-    for key, value in _LLAMA3_ROPE.items():
-        if rope.get(key, value) != value:
+def refuse_features(config: Mapping[str, Any], architecture: str) -> None:
+    """Refuse what would make the model compute something that the trainer does not.
+
+    Args:
+        config: With defaults.
+
+    Raises:
+        UserError: names the entry and its value.
+    """
+    for key, values in (_ONLY | dict(FAMILIES[architecture].only)).items():
+        value = config.get(key)
+        if not any(value == each and type(value) is type(each) for each in values):  # 1 == True
             raise UserError(
-                f"the model's config.json sets {key} {rope[key]} for llama3 rotary embeddings; Megatron-core"
-                f" knows only {value}."
+                f"the model's config.json sets {key} to {json.dumps(value)}, which the trainer does not support"
+                f" for {architecture}."
             )
-    return float(rope["factor"])
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "") if isinstance(quantization, dict) else ""
+        raise UserError(
+            f"the model's config.json sets quantization_config ({method or quantization}): quantised weights can't be"
+            " trained. Give the model's bf16 weights."
+        )
+    if code := config.get("auto_map"):
+        raise UserError(
+            f"the model's config.json names code of its own in auto_map ({code}), which the trainer does not run."
+            f" If it is a {architecture} as transformers has it, remove auto_map."
+        )
+    padding, rows = config.get("pad_token_id"), config["vocab_size"]
+    if isinstance(padding, int) and isinstance(rows, int) and not -rows <= padding < rows:
+        raise UserError(
+            f"the model's config.json has pad_token_id {padding}, but a vocab_size of {rows}: transformers refuses it."
+            " Set pad_token_id to null."
+        )

@@ -1,4 +1,4 @@
-"""Recipes: TOML files of flags, by path or by the name of one that comes with the package.
+"""Files of flags: recipes (TOML), by path or by a name that comes with the package; settings that a flag names.
 
 Built in are the demo's (`rltrain/demo`) and one for each of many models (`rltrain/models`).
 """
@@ -6,16 +6,25 @@ Built in are the demo's (`rltrain/demo`) and one for each of many models (`rltra
 from __future__ import annotations
 
 import difflib
+import json
+import tomllib
 from collections.abc import Collection
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from rltrain.arguments import flags as flag_data
-from rltrain.arguments.errors import UserError
 from rltrain.arguments.flags import Flags
+from rltrain.run.errors import UserError
 
 _FOLDERS = ("demo", "models")
+
+# Options of `python -m hpc.submit` itself, which a recipe may hold too: where and how the job is started.
+SUBMIT_OPTIONS = frozenset({
+    *("name", "runs-dir", "dry-run", "share", "sweep", "sweep-parallel", "max-engine-restarts", "partition", "nodes"),
+    *("placement", "account", "qos", "time", "gpu-type", "after", "detach", "test-only", "template"),
+    *("max-restarts", "max-failures", "chain"),
+})  # fmt: skip
 
 
 def builtin_recipes() -> list[str]:
@@ -49,3 +58,39 @@ def _builtin() -> dict[str, Traversable]:
         for entry in (package / folder).iterdir()
         if entry.name.endswith(".toml")
     }
+
+
+def read_config_file(path: str, flag: str) -> dict[str, object]:
+    """The settings in a file; its suffix tells the format.
+
+    Raises:
+        UserError: it can't be read, or holds no names with values.
+    """
+    file = Path(path).expanduser()
+    try:
+        text = file.read_text()
+        if file.suffix == ".toml":
+            settings = tomllib.loads(text)
+        elif file.suffix == ".json":
+            settings = json.loads(text)
+        else:
+            import yaml  # type: ignore[import-untyped]
+
+            settings = yaml.safe_load(text)
+    except ImportError:
+        raise UserError(f"{flag} {path}: YAML needs PyYAML; write it as TOML or JSON.") from None
+    except Exception as error:
+        raise UserError(f"{flag} {path}: {type(error).__name__}: {error}.") from None
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise UserError(f"{flag} {path}: it must hold names with values.")
+    return settings
+
+
+def read_custom_config(path: str) -> dict[str, object]:
+    """The settings of `--custom-config-path`, which become attributes of `args`.
+
+    Raises:
+        UserError: as for `read_config_file`.
+    """
+    settings = read_config_file(path, "--custom-config-path")
+    return {name.replace("-", "_"): value for name, value in settings.items()}

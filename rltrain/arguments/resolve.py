@@ -1,272 +1,278 @@
-"""Fill in what follows from other flags, and refuse what can't be right. Pure: looks at no file."""
+"""Fill in what follows from other flags, and refuse what is wrong. Pure, but for the files of settings.
+
+The rules of one group stand in that group's file. This file has their order, and the rules of several groups.
+"""
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
 
-from rltrain.arguments.algorithm_flags import resolve_algorithm
-from rltrain.arguments.checkpoint_flags import resolve_checkpoints
-from rltrain.arguments.debug_flags import resolve_debug
-from rltrain.arguments.errors import UserError
-from rltrain.arguments.eval_sets import resolve_eval_sets
-from rltrain.arguments.external import check_external, uses_external_engines
+from rltrain.arguments.config import Config
+from rltrain.arguments.declare import check_ranges, declared
+from rltrain.arguments.external import check_external
 from rltrain.arguments.fleet import read_models
-from rltrain.arguments.megatron_flags import resolve_schedule
-from rltrain.arguments.parallel import ParallelSizes, check_parallel
-from rltrain.arguments.slime_defaults import DEFAULT_ROLLOUT_FUNCTION, SFT_ROLLOUT_FUNCTION
+from rltrain.arguments.groups.agents import resolve_agents
+from rltrain.arguments.groups.algorithm import resolve_algorithm
+from rltrain.arguments.groups.checkpoint import check_checkpoint
+from rltrain.arguments.groups.critic import check_critic
+from rltrain.arguments.groups.data import absolute, resolve_data
+from rltrain.arguments.groups.debug import resolve_debug
+from rltrain.arguments.groups.engines import Engines, check_health, resolve_count, resolve_offload
+from rltrain.arguments.groups.evaluation import only_evaluates, resolve_defaults, resolve_sets
+from rltrain.arguments.groups.functions import DEFAULT_ROLLOUT_FUNCTION, SFT_ROLLOUT_FUNCTION, Functions
+from rltrain.arguments.groups.model import Model, check_recomputation
+from rltrain.arguments.groups.parallel import ParallelSizes, check_parallel
+from rltrain.arguments.groups.rollout import check_temperature, resolve_rollout
+from rltrain.arguments.groups.training import check_micro_batches, check_schedule, resolve_training
+from rltrain.arguments.slime_names import our_path
+from rltrain.run.errors import UserError
 
 _PATHS = (
     "hf_checkpoint", "load", "ref_load", "save", "save_hf", "wandb_dir", "critic_load", "critic_save",
     "opd_teacher_load", "rollout_external_engines_file",
 )  # fmt: skip
 
+# Flags of Megatron with which what comes of a token depends on how many others there are.
+_DEPEND_ON_OTHERS = (
+    "moe_z_loss_coeff", "moe_expert_capacity_factor", "moe_input_jitter_eps", "moe_router_force_load_balancing",
+    "moe_router_enable_expert_bias",
+)  # fmt: skip
 
-def resolve(args: argparse.Namespace) -> argparse.Namespace:
-    """Resolve in place and return the namespace.
+
+def resolve(config: Config) -> Config:
+    """The configuration with everything filled in.
 
     Raises:
         UserError: names the flags that contradict each other, with their values.
     """
-    resolve_debug(args)
-    _fine_tuning(args)
-    _require(args)
-    _batch(args)
-    _micro_batch(args)
-    _parallel(args)
-    resolve_schedule(args)
-    resolve_checkpoints(args)
-    _engines(args)
-    _health(args)
-    _rollout(args)
-    _evaluation(args)
-    _staleness(args)
-    _algorithm(args)
-    _absolute_paths(args)
-    return args
+    debug, functions = resolve_debug(config.debug, _our_functions(config.functions))
+    check_ranges([config.agents])
+    agents, functions = resolve_agents(config.agents, functions)
+    config = _resolve_fine_tuning(replace(config, debug=debug, functions=functions, agents=agents))
+    _check_required(config)
+    check_ranges([getattr(config, name) for name in ("rollout", "training", "checkpoint", "evaluation")])
+    check_ranges([config.parallel, config.weights, config.algorithm])
+    config = replace(config, training=resolve_training(config.training, config.rollout))
+    config = _resolve_parallel(config)
+    check_schedule(config.optimizer)
+    check_checkpoint(config.checkpoint)
+    config = _resolve_engines(config)
+    check_health(config.engines)
+    config = replace(config, rollout=resolve_rollout(config.rollout), data=resolve_data(config.data))
+    config = _resolve_evaluation(config)
+    config = _resolve_staleness(config)
+    config = _resolve_routing(_resolve_algorithm(config))
+    _check_shared_prompts(config)
+    return _absolute_paths(config)
 
 
-def _fine_tuning(args: argparse.Namespace) -> None:
+def _our_functions(functions: Functions) -> Functions:
+    """Functions that come with slime are taken from where they are here."""
+    ours: dict[str, Any] = {}
+    for each in declared(Functions):
+        if each.flag.call is not None and (given := getattr(functions, each.name)):
+            several = isinstance(given, list)
+            paths = [our_path(path, each.option) for path in (given if several else [given])]
+            ours[each.name] = paths if several else paths[0]
+    return replace(functions, **ours)
+
+
+def _our_functions_of_set(settings: dict[str, Any]) -> dict[str, Any]:
+    paths = {name: path for name, path in settings.items() if name.endswith("_path")}
+    return settings | {
+        name: our_path(path, f"evaluation set {settings['name']!r}: {name}") for name, path in paths.items()
+    }
+
+
+def _resolve_fine_tuning(config: Config) -> Config:
     """Nothing is generated for the loss on given responses, unless a rollout function is named that does so."""
-    if args.loss_type == "sft_loss" and args.rollout_function_path == DEFAULT_ROLLOUT_FUNCTION:
-        args.rollout_function_path, args.debug_train_only = SFT_ROLLOUT_FUNCTION, True
+    functions = config.functions
+    if (
+        config.algorithm.loss_type != "sft_loss"
+        or functions.rollout_function_path != DEFAULT_ROLLOUT_FUNCTION
+    ):
+        return config
+    return replace(
+        config,
+        functions=replace(functions, rollout_function_path=SFT_ROLLOUT_FUNCTION),
+        debug=replace(config.debug, debug_train_only=True),
+    )
 
 
-def _require(args: argparse.Namespace) -> None:
-    wanted = {
-        "--hf-checkpoint": (args.hf_checkpoint, "the model's Hugging Face directory"),
+def _check_required(config: Config) -> None:
+    rollout, data = config.rollout, config.data
+    wanted: dict[str, tuple[Any, str]] = {
+        "--hf-checkpoint": (config.model.hf_checkpoint, "the model's Hugging Face directory"),
         "--prompt-data": (
-            args.prompt_data or args.prompt_data_mix or args.load_debug_rollout_data,
+            data.prompt_data or data.prompt_data_mix or config.debug.load_debug_rollout_data,
             "a JSONL or Parquet file of prompts",
         ),
-        "--rollout-batch-size": (args.rollout_batch_size, "prompts in a rollout"),
-        "--num-rollout": (args.num_rollout or args.num_epoch, "rollouts in the run (or --num-epoch)"),
+        "--rollout-batch-size": (rollout.rollout_batch_size, "prompts in a rollout"),
+        "--num-rollout": (
+            rollout.num_epoch if rollout.num_rollout is None else rollout.num_rollout,
+            "rollouts in the run (or --num-epoch)",
+        ),
     }
-    missing = [f"{flag} ({what})" for flag, (value, what) in wanted.items() if value is None]
-    if missing:
+    if missing := [f"{flag} ({what})" for flag, (value, what) in wanted.items() if value is None]:
         raise UserError("missing " + ", ".join(missing) + ".")
-    for name in ("rollout_batch_size", "n_samples_per_prompt", "num_rollout", "micro_batch_size", "save_interval",
-                 "global_batch_size", "num_steps_per_rollout", "max_tokens_per_gpu", "eval_interval",
-                 "rollout_max_response_len", "update_weights_interval", "update_weight_buffer_size",
-                 "max_skipped_steps", "keep_last_k",
-                 "save_retain_interval"):  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1.")
-
-
-def _batch(args: argparse.Namespace) -> None:
-    samples = args.rollout_batch_size * args.n_samples_per_prompt
-    product = (
-        f"--rollout-batch-size {args.rollout_batch_size} × --n-samples-per-prompt {args.n_samples_per_prompt}"
-    )
-    if args.global_batch_size is None:
-        steps = args.num_steps_per_rollout or 1
-        if samples % steps:
-            raise UserError(
-                f"{product} = {samples} samples do not divide into --num-steps-per-rollout {steps} optimizer steps."
-            )
-        args.global_batch_size, args.num_steps_per_rollout = samples // steps, steps
-    elif args.num_steps_per_rollout is None:
-        if samples % args.global_batch_size:
-            raise UserError(
-                f"{product} = {samples} samples are no multiple of --global-batch-size {args.global_batch_size}."
-            )
-        args.num_steps_per_rollout = samples // args.global_batch_size
-    elif samples != args.global_batch_size * args.num_steps_per_rollout:
+    if config.debug.debug_rollout_only and config.model.random_init:
         raise UserError(
-            f"{product} = {samples} samples, but --global-batch-size {args.global_batch_size} ×"
-            f" --num-steps-per-rollout {args.num_steps_per_rollout} ="
-            f" {args.global_batch_size * args.num_steps_per_rollout}: they must be equal. Leave one of the last"
-            " two out and it is worked out for you."
+            "--debug-rollout-only: engines generate with the weights of --hf-checkpoint, and --random-init has none."
         )
 
 
-def _micro_batch(args: argparse.Namespace) -> None:
-    if args.use_dynamic_batch_size and args.max_tokens_per_gpu is None:
-        raise UserError(
-            "--use-dynamic-batch-size needs --max-tokens-per-gpu: the tokens of a packed micro-batch."
-        )
-    if args.log_probs_max_tokens_per_gpu is None:
-        args.log_probs_max_tokens_per_gpu = args.max_tokens_per_gpu
+def _resolve_parallel(config: Config) -> Config:
+    parallel = config.parallel
+    check_parallel(parallel)
+    check_micro_batches(config.training, ParallelSizes.of(parallel).data)
+    check_recomputation(config.model)
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        return replace(config, parallel=replace(parallel, sequence_parallel=False))
+    return config
 
 
-def _parallel(args: argparse.Namespace) -> None:
-    check_parallel(args)
-    data = ParallelSizes.of(args).data
-    if not args.use_dynamic_batch_size and args.global_batch_size % (data * args.micro_batch_size):
-        raise UserError(
-            f"--global-batch-size {args.global_batch_size} is no multiple of --micro-batch-size"
-            f" {args.micro_batch_size} × {data} data parallel ranks; --use-dynamic-batch-size has no such limit."
-        )
-    if args.sequence_parallel and args.tensor_model_parallel_size == 1:
-        args.sequence_parallel = False
-    if args.recompute_granularity == "full" and not (args.recompute_method and args.recompute_num_layers):
-        raise UserError("--recompute-granularity full needs --recompute-method and --recompute-num-layers.")
-
-
-def _engines(args: argparse.Namespace) -> None:
-    size = args.rollout_num_gpus_per_engine
-    for name in ("offload_train", "offload_rollout"):
-        if args.offload or getattr(args, name) is None:
-            setattr(args, name, args.offload or args.colocate)
-    if args.update_weight_transport == "nccl":  # slime's word
-        args.update_weight_transport = "distributed"
-    if args.update_weight_transport == "auto" and uses_external_engines(args):
-        args.update_weight_transport = "disk"
-    if args.update_weight_mode == "delta" and args.update_weight_transport == "tensor":
+def _resolve_engines(config: Config) -> Config:
+    engines, weights = resolve_offload(config.engines), config.weights
+    if weights.update_weight_transport == "nccl":  # slime's word
+        weights = replace(weights, update_weight_transport="distributed")
+    if weights.update_weight_transport == "auto" and engines.are_external:
+        weights = replace(weights, update_weight_transport="disk")
+    if weights.update_weight_mode == "delta" and weights.update_weight_transport == "tensor":
         raise UserError(
             "--update-weight-mode delta saves nothing with --update-weight-transport tensor, which is for one machine:"
             " leave one of them out."
         )
-    if args.update_weight_transport == "tensor" and args.actor_num_nodes > 1:
+    if weights.update_weight_transport == "tensor" and config.parallel.actor_num_nodes > 1:
         raise UserError(
             "--update-weight-transport tensor is for one machine, and --actor-num-nodes is"
-            f" {args.actor_num_nodes}: take distributed, or disk with --colocate."
+            f" {config.parallel.actor_num_nodes}: take distributed, or disk with --colocate."
         )
-    check_external(args)
-    if args.sglang_config:
-        _models(args)
-        return
-    external = uses_external_engines(args)
-    if args.rollout_num_gpus is None:
-        args.rollout_num_gpus = 0 if external else size
-    if size < 1 or args.rollout_num_gpus < (not external) or args.rollout_num_gpus % size:
+    check_external(engines, weights)
+    if engines.sglang_config:
+        engines = _read_fleet(config.model, engines)
+    else:
+        engines = resolve_count(engines, config.parallel.num_ranks)
+    return replace(config, engines=engines, weights=weights)
+
+
+def _read_fleet(model_config: Model, engines: Engines) -> Engines:
+    path = absolute(engines.sglang_config or "")
+    models = read_models(path, model_config.hf_checkpoint, engines.rollout_num_gpus_per_engine)
+    total = sum(group["num_gpus"] for model in models for group in model["groups"])
+    if engines.rollout_num_gpus not in (None, total):
         raise UserError(
-            f"--rollout-num-gpus {args.rollout_num_gpus} is no multiple of --rollout-num-gpus-per-engine {size}."
+            f"--rollout-num-gpus {engines.rollout_num_gpus}, but the groups of --sglang-config have {total} GPUs"
+            " together."
         )
+    return replace(engines, sglang_config=path, sglang_models=models, rollout_num_gpus=total)
 
 
-def _models(args: argparse.Namespace) -> None:
-    args.sglang_config = _absolute(args.sglang_config)
-    args.sglang_models = read_models(args.sglang_config, args)
-    total = sum(group["num_gpus"] for model in args.sglang_models for group in model["groups"])
-    if args.rollout_num_gpus not in (None, total):
+def _resolve_evaluation(config: Config) -> Config:
+    evaluation = resolve_defaults(config.evaluation, config.data, config.rollout, config.rewards)
+    evaluation = resolve_sets(evaluation, config.values())
+    if config.rollout.num_rollout == 0:
+        evaluation = only_evaluates(evaluation)
+    sets = [_our_functions_of_set(each) for each in evaluation.eval_datasets]
+    evaluation = replace(evaluation, eval_datasets=sets)
+    if (
+        evaluation.eval_datasets
+        and config.debug.debug_train_only
+        and config.algorithm.loss_type != "sft_loss"
+    ):
         raise UserError(
-            f"--rollout-num-gpus {args.rollout_num_gpus}, but the groups of --sglang-config have {total} GPUs together."
+            "--eval-prompt-data needs engines, and --debug-train-only starts none. Only --loss-type sft_loss is"
+            " evaluated without: by its loss."
         )
-    args.rollout_num_gpus = total
+    return replace(config, evaluation=evaluation)
 
 
-def _health(args: argparse.Namespace) -> None:
-    for name, least in (("interval", 0.1), ("timeout", 0.1), ("first_wait", 0.0)):
-        value = getattr(args, f"rollout_health_check_{name}")
-        if not least <= value < float("inf"):
-            flag = f"--rollout-health-check-{name.replace('_', '-')}"
-            raise UserError(f"{flag} {value:g}: a number of seconds, at least {least:g}, is needed.")
-
-
-def _rollout(args: argparse.Namespace) -> None:
-    if args.over_sampling_batch_size is None:
-        args.over_sampling_batch_size = args.rollout_batch_size
-    if args.over_sampling_batch_size < args.rollout_batch_size:
+def _resolve_staleness(config: Config) -> Config:
+    staleness, engines, algorithm = config.rollout.max_staleness, config.engines, config.algorithm
+    if not staleness:
+        return config
+    if engines.colocate or engines.offload_rollout:
+        flag = "--colocate" if engines.colocate else "--offload-rollout"
         raise UserError(
-            f"--over-sampling-batch-size {args.over_sampling_batch_size} is less than --rollout-batch-size"
-            f" {args.rollout_batch_size}: it is how many prompts are sampled to get that many."
-        )
-    if args.mask_offpolicy_in_partial_rollout and not args.partial_rollout:
-        raise UserError("--mask-offpolicy-in-partial-rollout needs --partial-rollout.")
-    _prompt_mix(args)
-    if not 0 <= args.max_failed_fraction <= 1:
-        raise UserError(f"--max-failed-fraction {args.max_failed_fraction}: it is between 0 and 1.")
-
-
-def _staleness(args: argparse.Namespace) -> None:
-    if args.max_staleness < 0:
-        raise UserError(f"--max-staleness {args.max_staleness}: it must be at least 0, which is on-policy.")
-    if not args.max_staleness:
-        return
-    if args.colocate or args.offload_rollout:
-        flag = "--colocate" if args.colocate else "--offload-rollout"
-        raise UserError(
-            f"--max-staleness {args.max_staleness} generates while the trainer trains, and with {flag} both"
+            f"--max-staleness {staleness} generates while the trainer trains, and with {flag} both"
             " take turns on the same GPUs. Leave one of them out."
         )
-    if args.loss_type == "policy_loss" and not args.use_rollout_logprobs:
+    if algorithm.loss_type == "policy_loss" and not algorithm.use_rollout_logprobs:
         # The ratio must have the policy that sampled below it; see "Old samples" in docs/algorithms.md.
-        args.use_tis = True
+        return replace(config, algorithm=replace(algorithm, use_tis=True))
+    return config
 
 
-def _prompt_mix(args: argparse.Namespace) -> None:
-    mix = args.prompt_data_mix or []
-    if mix and args.prompt_data:
-        raise UserError("--prompt-data and --prompt-data-mix: give one of them.")
-    if len(mix) % 2:
-        raise UserError(
-            f"--prompt-data-mix takes pairs of a file and a weight, but {len(mix)} words were given."
-        )
-    for word in mix[1::2]:
-        try:
-            positive = float(word) > 0
-        except ValueError:
-            positive = False
-        if not positive:
-            raise UserError(f"--prompt-data-mix: the weight {word!r} is no number greater than 0.")
-
-
-def _evaluation(args: argparse.Namespace) -> None:
-    for name in ("input_key", "label_key", "reward_key", "tool_key"):
-        if getattr(args, f"eval_{name}") is None:
-            setattr(args, f"eval_{name}", getattr(args, name))
-    for name in ("temperature", "top_p", "top_k", "max_response_len"):
-        if getattr(args, f"eval_{name}") is None:
-            setattr(args, f"eval_{name}", getattr(args, f"rollout_{name}"))
-    args.eval_datasets = resolve_eval_sets(args)
-    if args.eval_interval is not None and not args.eval_datasets:
-        raise UserError("--eval-interval needs --eval-prompt-data NAME FILE, or --eval-config.")
-    if args.eval_datasets and args.debug_train_only:
-        raise UserError("--eval-prompt-data needs engines, and --debug-train-only starts none.")
-
-
-def _algorithm(args: argparse.Namespace) -> None:
-    resolve_algorithm(args)
-    if args.loss_type != "sft_loss" and args.debug_train_only and not args.load_debug_rollout_data:
+def _resolve_algorithm(config: Config) -> Config:
+    algorithm, debug = resolve_algorithm(config.algorithm, config.functions), config.debug
+    check_critic(config.critic, algorithm)
+    if algorithm.loss_type != "sft_loss" and debug.debug_train_only and not debug.load_debug_rollout_data:
         raise UserError(
             "--debug-train-only starts no engines: train with --loss-type sft_loss, or on recorded rollouts with"
             " --load-debug-rollout-data."
         )
-    if args.rollout_temperature <= 0:
-        raise UserError(
-            "--rollout-temperature must be positive: training needs samples, not the greedy response."
-        )
+    check_temperature(config.rollout)
+    return replace(config, algorithm=algorithm)
 
 
-def _absolute_paths(args: argparse.Namespace) -> None:
+def _resolve_routing(config: Config) -> Config:
+    """Routes of experts that are replayed have to come from the engines, or from a pass of the trainer."""
+    algorithm = config.algorithm
+    for flag, given in (
+        ("--use-routing-replay", algorithm.use_routing_replay),
+        ("--use-rollout-routing-replay", algorithm.use_rollout_routing_replay),
+    ):
+        if given and config.model.megatron.get("transformer", {}).get("moe_router_fusion"):
+            raise UserError(
+                f"{flag}: the fused router of --moe-router-fusion takes no routes. Leave one out."
+            )
+        if given and algorithm.loss_type == "sft_loss":
+            raise UserError(
+                f"{flag}: with --loss-type sft_loss nothing has been routed before. Leave it out."
+            )
+    if not algorithm.use_rollout_routing_replay:
+        return config
+    # What the engine did is replayed in all passes of the trainer: there is nothing left to record.
+    return replace(config, algorithm=replace(algorithm, use_routing_replay=False))
+
+
+def _absolute_paths(config: Config) -> Config:
     """The job may run in another directory than the one it was submitted from."""
-    for name in _PATHS:
-        if getattr(args, name) is not None:
-            setattr(args, name, _absolute(getattr(args, name)))
-    if args.prompt_data is not None:
-        args.prompt_data = _absolute(args.prompt_data)
-    if args.prompt_data_mix:
-        args.prompt_data_mix = [
-            word if i % 2 else _absolute(word) for i, word in enumerate(args.prompt_data_mix)
-        ]
-    if args.eval_prompt_data:
-        args.eval_prompt_data = [
-            word if i % 2 == 0 else _absolute(word) for i, word in enumerate(args.eval_prompt_data)
-        ]
+    values = config.values()
+    return config.replace(**{name: absolute(values[name]) for name in _PATHS if values[name] is not None})
 
 
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+def why_separate(config: Config) -> str | None:
+    """Why every sample goes through the model by itself, in words, or None where prompts can be shared."""
+    if config.training.share_prompts is False:
+        return "--no-share-prompts"
+    if config.parallel.context_parallel_size > 1:
+        return "with --context-parallel-size every sequence is cut by itself"
+    if not config.training.use_dynamic_batch_size and config.training.micro_batch_size == 1:
+        return "a micro-batch is one sample, without --use-dynamic-batch-size"
+    if config.functions.custom_model_provider_path:
+        return "a model of --custom-model-provider-path may not know of it"
+    if config.algorithm.use_routing_replay or config.algorithm.use_rollout_routing_replay:
+        return "with routing replay the same token has other experts in other samples"
+    if flags := _counting(config.model):
+        return f"{flags[0]} counts tokens, and would count shared ones once"
+    return None
+
+
+def _check_shared_prompts(config: Config) -> None:
+    """Refuse --share-prompts where it cannot be.
+
+    Raises:
+        UserError: says why.
+    """
+    reason = why_separate(config) if config.training.share_prompts else None
+    if reason is not None:
+        raise UserError(f"--share-prompts: {reason}. Without the flag, prompts are shared where it is exact.")
+
+
+def _counting(model: Model) -> list[str]:
+    given = model.megatron.get("transformer", {})
+    names = [name for name in _DEPEND_ON_OTHERS if given.get(name)]
+    if model.moe_aux_loss_coeff:
+        names.append("moe_aux_loss_coeff")
+    return [f"--{name.replace('_', '-')}" for name in names]

@@ -1,4 +1,8 @@
-"""What the trainer trains on: the samples of one rollout as arrays."""
+"""What the trainer trains on: the samples of one rollout as arrays, and which of their tokens are trainable.
+
+Trainable are the response tokens whose loss mask is 1. Per-token values of the trainer are kept as one array a sample
+over just these tokens, so that nothing behind this module knows about masks or prompts.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,8 @@ class TrainBatch:
         None  # [response], where the rollout asked a teacher
     )
     indices: NDArray[np.int64] | None = None  # of the samples in the run; None: not known
+    # [tokens − 1, layers · experts a token]: the experts that the engine sent each token to; -1: not known
+    routes: list[NDArray[np.int16]] | None = None
 
     def __post_init__(self) -> None:
         for i, (tokens, length, mask) in enumerate(
@@ -111,7 +117,23 @@ class TrainBatch:
             ],
             teacher_log_probs=_log_probs(teacher, masks, response_lengths),
             indices=indices if indices is None else indices.to_numpy(),
+            routes=_routes(table),
         )
+
+
+def _routes(table: pa.Table) -> list[NDArray[np.int16]] | None:
+    """None where no sample has any; a sample without has none of any token."""
+    if "routed_experts" not in table.column_names:
+        return None
+    rows = [
+        (max(0, len(tokens) - 1), np.frombuffer(stored, np.int16) if stored else None)
+        for tokens, stored in zip(table["tokens"], table["routed_experts"].to_pylist(), strict=True)
+    ]
+    width = next((len(flat) // count for count, flat in rows if flat is not None), 1)
+    return [
+        np.full((count, width), -1, np.int16) if flat is None else flat.reshape(count, width)
+        for count, flat in rows
+    ]
 
 
 def _rollout_ids(table: pa.Table) -> NDArray[np.int64] | None:
@@ -150,3 +172,45 @@ def _log_probs(
             return None
         filled.append(np.zeros(length, np.float32) if row is None else row)
     return filled
+
+
+Flat = list[NDArray[np.float32]]  # one array a sample, over its trainable tokens
+
+
+@dataclass(frozen=True)
+class TrainableTokens:
+    """Where they are; one entry a sample.
+
+    Attributes:
+        masks: [response_length] bool.
+        positions: [trainable tokens]: the position in the sequence whose logits predict the token.
+    """
+
+    masks: list[NDArray[np.bool_]]
+    positions: list[NDArray[np.int64]]
+
+    @classmethod
+    def of(cls, batch: TrainBatch) -> TrainableTokens:
+        """The trainable tokens of every sample of a rollout."""
+        masks = [mask.astype(bool) for mask in batch.loss_masks]
+        # The logits at position t predict token t + 1.
+        positions = [
+            np.flatnonzero(mask) + len(tokens) - len(mask) - 1
+            for tokens, mask in zip(batch.tokens, masks, strict=True)
+        ]
+        return cls(masks, positions)
+
+    def count(self, sample: int) -> int:
+        """Trainable tokens of a sample."""
+        return len(self.positions[sample])
+
+    def spread(self, values: Sequence[float] | NDArray[Any]) -> Flat:
+        """A sample's value on each of its tokens."""
+        return [
+            np.full(len(positions), value, dtype=np.float32)
+            for positions, value in zip(self.positions, values, strict=True)
+        ]
+
+    def select(self, values: Sequence[NDArray[np.float32]]) -> Flat:
+        """The trainable ones of values that were given for every response token."""
+        return [value[mask] for value, mask in zip(values, self.masks, strict=True)]

@@ -3,6 +3,9 @@
 Nothing is known of the chat template. Where a turn begins is where the prompt for it ends; where it ends is seen by
 rendering the conversation with other content in the message after it. So this also works for templates that drop
 earlier turns' reasoning.
+
+Some templates, such as GLM's, have no mark for the end of a turn: the model writes the token that begins the next
+message, and generation stops there. That token is then the end mark, and it is put after the last turn, too.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rltrain.arguments.errors import UserError
+from rltrain.run.errors import UserError
 from rltrain.sample import Message
 
 Render = Callable[[list[Message], bool], str]
@@ -41,7 +44,7 @@ def tokens_and_mask(
     def render(messages: list[Message], prompt: bool) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **kwargs)
 
-    text, spans = text_and_spans(messages, render)
+    text, spans = _closed(*text_and_spans(messages, render), messages, render, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = [
         int(any(start <= begin < end for start, end in spans) and stop > begin)
@@ -69,6 +72,29 @@ def text_and_spans(messages: Sequence[Message], render: Render) -> tuple[str, li
     return text, [(_start(text, shown, i, render), _end(text, shown, i, render)) for i in turns]
 
 
+def _closed(
+    text: str, spans: list[Span], messages: Sequence[Message], render: Render, tokenizer: Any
+) -> tuple[str, list[Span]]:
+    """The same, with the token that begins the next message as the end of a turn, if there is no other end mark."""
+    between, mark, after = _between("user", render)
+    if not spans or mark or after.strip():
+        return text, spans
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if messages[-1]["role"] == "assistant":
+        text = text.rstrip() + (_first_of(special, between) or tokenizer.eos_token or "")
+    closed = []
+    for start, end in spans:
+        space = len(text[end:]) - len(text[end:].lstrip())
+        begins = _first_of(special, text[end:])
+        closed.append((start, end + space + len(begins) if begins else end))
+    return text, closed
+
+
+def _first_of(tokens: Sequence[str], text: str) -> str:
+    """The longest of the tokens that the text begins with, after white space; "" if it begins with none."""
+    return max((token for token in tokens if text.lstrip().startswith(token)), key=len, default="")
+
+
 def _start(text: str, messages: list[Message], turn: int, render: Render) -> int:
     prompt = render(messages[:turn], True)
     if not text.startswith(prompt):
@@ -85,7 +111,7 @@ def _end(text: str, messages: list[Message], turn: int, render: Render) -> int:
     if turn == len(messages) - 1:
         return len(text.rstrip())
     role = messages[turn + 1]["role"]
-    between, mark = _between(role, render)
+    between, mark, _ = _between(role, render)
     following = _common_prefix(*(render(_with_content(messages, turn + 1, each), False) for each in (_A, _B)))
     if not text[:following].endswith(between):
         raise UserError(
@@ -95,14 +121,15 @@ def _end(text: str, messages: list[Message], turn: int, render: Render) -> int:
     return following - len(between) + len(mark)
 
 
-def _between(role: str, render: Render) -> tuple[str, str]:
-    """What stands between a turn's content and that of a message of `role`, and the end mark it begins with."""
+def _between(role: str, render: Render) -> tuple[str, str, str]:
+    """What stands between a turn's content and that of a message of `role`, the end mark it begins with, and what
+    stands after the last turn."""
     turn: list[Message] = [{"role": "user", "content": "u"}, {"role": "assistant", "content": _A}]
     after = render(turn, False).partition(_A)[2]
     both = render([*turn, {"role": role, "content": _B}], False)
     between = both.partition(_A)[2].partition(_B)[0]
     mark = after.rstrip()
-    return between, mark if between.startswith(mark) else ""
+    return between, mark if between.startswith(mark) else "", after
 
 
 def _with_content(messages: list[Message], index: int, content: str) -> list[Message]:

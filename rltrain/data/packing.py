@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+
+from rltrain.data.prefixes import Prefixes
+from rltrain.data.tree_packing import even_tree, pack_tree, tree_size
 
 Bin = tuple[int, ...]  # indices of the sequences of one micro-batch
 
@@ -71,6 +76,8 @@ def plan_step(
     micro_batch_size: int = 1,
     multiple: int = 1,
     costs: Sequence[float] | None = None,
+    prefixes: Prefixes | None = None,
+    prefix_cost: Callable[[int], float] = float,
 ) -> StepPlan:
     """Share the sequences of one optimizer step out over ranks and micro-batches, balanced by cost.
 
@@ -84,9 +91,18 @@ def plan_step(
         micro_batch_size: Sequences of a micro-batch when there is no token budget.
         multiple: Every rank's number of micro-batches is a multiple of this, as virtual pipeline stages need.
         costs: What is evened out over ranks: of each sequence, in any unit. The tokens by default.
+        prefixes: What sequences have in common at their beginnings, which counts once in a micro-batch.
+        prefix_cost: Of so many first tokens, in the unit of `costs`.
     """
     costs = lengths if costs is None else costs
     size = data_parallel_size
+    if prefixes is not None and any(prefixes.common):
+        bins = _sharing(lengths, prefixes, size, max_tokens, micro_batch_size, multiple)
+        loads = [
+            sum(costs[i] for i in b) - sum(prefix_cost(common) for _, common in prefixes.among(b))
+            for b in bins
+        ]
+        return _deal(bins, loads, size)
     if max_tokens is None:
         most = max(1, math.ceil(len(lengths) / (size * micro_batch_size))) * micro_batch_size
         ranks = _spread(costs, size, most=most)
@@ -98,10 +114,30 @@ def plan_step(
     count = _round_up(len(bins), size * multiple)
     if count < dealt_first.num_micro_batches * size or dealt_first.num_empty > max(0, count - len(lengths)):
         bins = _even(lengths, bins, count, max_tokens)
-        loads = [sum(costs[i] for i in b) for b in bins]
-        dealt = _spread(loads, size, most=count // size)
-        return StepPlan(tuple(tuple(tuple(sorted(bins[b])) for b in rank) for rank in dealt))
+        return _deal(bins, [sum(costs[i] for i in b) for b in bins], size)
     return dealt_first
+
+
+def _deal(bins: list[list[int]], loads: Sequence[float], size: int) -> StepPlan:
+    """Each of `size` ranks as many of the bins, with nearly equal loads."""
+    dealt = _spread(loads, size, most=len(bins) // size)
+    return StepPlan(tuple(tuple(tuple(sorted(bins[b])) for b in rank) for rank in dealt))
+
+
+def _sharing(
+    lengths: Sequence[int],
+    prefixes: Prefixes,
+    size: int,
+    max_tokens: int | None,
+    micro_batch_size: int,
+    multiple: int,
+) -> list[list[int]]:
+    """Bins of sequences that share their beginnings, as many as `size` ranks can have equally many of."""
+    if max_tokens is None:
+        count = _round_up(math.ceil(len(lengths) / micro_batch_size), size * multiple)
+        return [[int(i) for i in part] for part in np.array_split(prefixes.order, count)]
+    tight = pack_tree(lengths, prefixes, max_tokens)
+    return even_tree(lengths, prefixes, max_tokens, _round_up(len(tight), size * multiple), tight)
 
 
 def pack_ranks(
@@ -111,6 +147,7 @@ def pack_ranks(
     max_tokens: int | None = None,
     micro_batch_size: int = 1,
     multiple: int = 1,
+    prefixes: Prefixes | None = None,
 ) -> StepPlan:
     """Micro-batches of the sequences that each rank already has, as many on every rank, longest first.
 
@@ -120,7 +157,10 @@ def pack_ranks(
         max_tokens: As for `plan_step`, like the rest.
     """
     own = [[lengths[i] for i in rank] for rank in ranks]
-    if max_tokens is None:
+    trees = [(prefixes or Prefixes.none(len(lengths))).subset(rank) for rank in ranks]
+    if any(any(tree.common) for tree in trees):
+        binned = _sharing_of_ranks(own, trees, max_tokens, micro_batch_size, multiple)
+    elif max_tokens is None:
         count = _round_up(max(math.ceil(len(each) / micro_batch_size) for each in own), multiple)
         binned = [_spread(each, count, most=micro_batch_size) for each in own]
     else:
@@ -132,11 +172,35 @@ def pack_ranks(
         tuple(
             tuple(
                 tuple(sorted(rank[j] for j in b))
-                for b in sorted(bins, key=lambda b: -sum(each[j] for j in b))
+                for b in sorted(bins, key=lambda b: -tree_size(each, tree, b))
             )
-            for rank, each, bins in zip(ranks, own, binned, strict=True)
+            for rank, each, tree, bins in zip(ranks, own, trees, binned, strict=True)
         )
     )
+
+
+def _sharing_of_ranks(
+    own: list[list[int]],
+    trees: list[Prefixes],
+    max_tokens: int | None,
+    micro_batch_size: int,
+    multiple: int,
+) -> list[list[list[int]]]:
+    """Bins of each rank's sequences, as many on every rank.
+
+    Args:
+        own: Lengths of each rank's sequences.
+        trees: What they have in common.
+    """
+    if max_tokens is None:
+        count = _round_up(max(math.ceil(len(each) / micro_batch_size) for each in own), multiple)
+        return [[[int(i) for i in part] for part in np.array_split(tree.order, count)] for tree in trees]
+    tight = [pack_tree(each, tree, max_tokens) for each, tree in zip(own, trees, strict=True)]
+    count = _round_up(max(map(len, tight)), multiple)
+    return [
+        even_tree(each, tree, max_tokens, count, bins)
+        for each, tree, bins in zip(own, trees, tight, strict=True)
+    ]
 
 
 def _even(lengths: Sequence[int], tight: list[list[int]], count: int, max_tokens: int) -> list[list[int]]:

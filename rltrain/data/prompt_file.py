@@ -1,21 +1,143 @@
-"""Prompt files as sequences that stay on disk: any row is read when it is asked for, so files may exceed memory.
+"""Prompt files: JSONL, one object a line, as slime reads them, or Parquet (`.parquet`), one row a prompt.
 
-Of a JSONL file only where each line begins is kept, 8 bytes a line. A Parquet file is unpacked once into a temporary
-Arrow file (under `TMPDIR`) that is mapped into memory, because its own rows can only be read in large groups.
+`path@[a:b]` takes the lines (rows) a to b, as a Python slice does. Files stay on disk and may exceed memory: any row is
+read when it is asked for. Of a JSONL file only the start of each line is kept, 8 bytes a line. A Parquet file is
+unpacked once into a temporary Arrow file (under `TMPDIR`) that is mapped into memory, because its own rows can only be
+read in large groups.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import json
 import os
+import re
 import tempfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rltrain.arguments.errors import UserError
-from rltrain.data.prompts import Prompt, parse_line, parse_row, split_slice
+from rltrain.run.errors import UserError
+from rltrain.sample import Message
+
+_SLICE = re.compile(r"(?P<path>.+)@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt file."""
+
+    prompt: str | list[Message]
+    label: Any = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None
+
+
+def split_slice(path: str) -> tuple[Path, slice]:
+    """`file@[a:b]` → the file and slice(a, b); without it, everything."""
+    match = _SLICE.fullmatch(path)
+    if match is None:
+        return Path(path), slice(None)
+    start, stop = (int(match[name]) if match[name] else None for name in ("start", "stop"))
+    return Path(match["path"]), slice(start, stop)
+
+
+def parse_line(
+    line: str,
+    where: str,
+    input_key: str,
+    label_key: str | None = None,
+    metadata_key: str = "metadata",
+    tool_key: str = "tools",
+) -> Prompt:
+    """One line of a prompt file; `where` (file:line) is for the message.
+
+    Raises:
+        UserError: it is not a JSON object with these keys.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(
+            f"{where}: not valid JSON ({error}). A prompt file has one JSON object a line."
+        ) from None
+    if "\\u" in line:
+        _check_characters(row, where)
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a JSON {type(row).__name__}; expected an object with the prompt.")
+    return parse_row(row, where, input_key, label_key, metadata_key, tool_key)
+
+
+def _check_characters(row: Any, where: str) -> None:
+    r"""Refuse halves of characters, such as an escape \ud83d without the second one: no tokenizer takes them."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise UserError(
+            f"{where}: the text has {half}, half a character, perhaps of an emoji that was cut in two. Write the"
+            " whole character, or leave it out."
+        ) from None
+
+
+def parse_row(
+    row: dict[str, Any],
+    where: str,
+    input_key: str,
+    label_key: str | None = None,
+    metadata_key: str = "metadata",
+    tool_key: str = "tools",
+) -> Prompt:
+    """A prompt from its keys and values; `where` is for the message.
+
+    Raises:
+        UserError: a key is missing, or its value has the wrong type.
+    """
+    prompt = _require(row, input_key, "--input-key", where)
+    if not isinstance(prompt, str) and not _is_conversation(prompt):
+        raise UserError(
+            f"{where}: {input_key!r} holds a {type(prompt).__name__}; expected a text or a list of messages, each"
+            " with 'role' and 'content'."
+        )
+    return Prompt(
+        prompt=prompt,
+        label=None if label_key is None else _require(row, label_key, "--label-key", where),
+        metadata=_metadata(row.get(metadata_key), metadata_key, where),
+        tools=row.get(tool_key),
+    )
+
+
+def _require(row: dict[str, Any], key: str, flag: str, where: str) -> Any:
+    if key not in row:
+        keys = ", ".join(map(repr, row)) or "none at all"
+        raise UserError(
+            f"{where}: no key {key!r}; the keys of this line are {keys}. {flag} says which to read."
+        )
+    return row[key]
+
+
+def _metadata(value: Any, key: str, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if isinstance(value, str):  # Parquet files often hold it as JSON
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {key!r} holds a {type(value).__name__}; expected an object.")
+    return value
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(isinstance(each, dict) and "role" in each and "content" in each for each in prompt)
+    )
+
 
 _BATCH = 128  # rows of a Parquet file that are in memory at a time
 
@@ -54,7 +176,7 @@ class PromptFile:
         """Row i of the slice.
 
         Raises:
-            UserError: it is no prompt; the message has file and line.
+            UserError: the row does not hold a prompt; the message has file and line.
         """
         return self._rows.read(i)
 
@@ -125,8 +247,9 @@ def _line_starts(descriptor: int, stop: int | None) -> array[int]:
         for line in file:
             if stop is not None and len(starts) == stop:
                 break
-            if not line.isspace():
-                starts.append(at)
+            mark = len(codecs.BOM_UTF8) if at == 0 and line.startswith(codecs.BOM_UTF8) else 0
+            if not line[mark:].isspace() and line[mark:]:
+                starts.append(at + mark)
                 end = at + len(line)
             at += len(line)
     starts.append(end)

@@ -1,18 +1,177 @@
-"""`RolloutDataSource`: which prompts come next, over epochs and restarts."""
+"""Where samples come from: the prompts of the files, and `RolloutDataSource`, which says what comes next.
+
+The order of an epoch is a pure function of the seed and the epoch's number.
+"""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import os
+import random
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from rltrain.arguments.errors import UserError
-from rltrain.data.epochs import Epochs, prompt_files
-from rltrain.data.prompt_set import PromptSet
+from rltrain.arguments.config import Config
+from rltrain.arguments.groups.data import Data
+from rltrain.data.prompt_file import Prompt, PromptFile
+from rltrain.data.tokenizer import encode, load_tokenizer, render
 from rltrain.functions import load_function
-from rltrain.sample import Sample
+from rltrain.run.errors import UserError
+from rltrain.run.files import replace_text
+from rltrain.sample import Message, Sample
+
+_CHUNK = 128  # prompts tokenised in one go, and in memory at a time
+
+
+class PromptSet:
+    """Prompts in file order, without those that are longer than `--rollout-max-prompt-len`.
+
+    Attributes:
+        sizes: Prompts of each file.
+        num_too_long: Prompts that were left out.
+    """
+
+    def __init__(self, config: Config, paths: Sequence[str], input_key: str, label_key: str | None) -> None:
+        """Read the files.
+
+        Raises:
+            UserError: a file cannot be read as prompts, or every prompt of it is too long.
+        """
+        self._config = config
+        self._tokenizer = load_tokenizer(config.model.hf_checkpoint)
+        self._files: list[PromptFile] = []
+        self._kept: list[Sequence[int]] = []  # rows of each file
+        self.sizes: list[int] = []
+        self.num_too_long = 0
+        limit = config.rollout.rollout_max_prompt_len
+        for path in paths:
+            file = PromptFile(path, input_key, label_key, config.data.metadata_key, config.data.tool_key)
+            kept = range(len(file)) if limit is None else self._shorter_than(file, limit)
+            if not kept:
+                raise UserError(
+                    f"{path}: all {len(file)} prompts are longer than --rollout-max-prompt-len {limit}."
+                )
+            self._files.append(file)
+            self._kept.append(kept)
+            self.sizes.append(len(kept))
+            self.num_too_long += len(file) - len(kept)
+        self._starts = list(accumulate(self.sizes, initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, position: int) -> Prompt:
+        """The prompt at a position in the joined files."""
+        file = bisect_right(self._starts, position) - 1
+        return self._files[file][self._kept[file][position - self._starts[file]]]
+
+    def groups(
+        self, positions: Sequence[int], size: int, *, first_group: int = 0, first_index: int = 0
+    ) -> list[list[Sample]]:
+        """For each position a group of `size` samples to generate; `tokens` holds the prompt.
+
+        Groups and samples are numbered on from `first_group` and `first_index`.
+        """
+        prompts = [self[position] for position in positions]
+        texts, tokens = self._tokenize(prompts)
+        return [
+            [
+                Sample(
+                    group_index=first_group + i,
+                    index=first_index + i * size + j,
+                    prompt=texts[i],
+                    tokens=list(tokens[i]),
+                    label=prompt.label,
+                    metadata=copy.deepcopy(prompt.metadata) if prompt.metadata else {},
+                )
+                for j in range(size)
+            ]
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def _tokenize(self, prompts: Sequence[Prompt]) -> tuple[list[str | list[Message]], list[list[int]]]:
+        """What the samples' `prompt` is, and its token ids: none for messages that stay messages."""
+        config = self._config
+        takes_messages = (
+            config.functions.custom_generate_function_path or config.algorithm.loss_type == "sft_loss"
+        )
+        if takes_messages and not config.data.apply_chat_template:
+            shown = [prompt.prompt for prompt in prompts]
+        else:
+            kwargs = config.data.apply_chat_template_kwargs
+            shown = [
+                render(prompt, self._tokenizer, chat_template=config.data.apply_chat_template, kwargs=kwargs)
+                for prompt in prompts
+            ]
+        texts = {i: text for i, text in enumerate(shown) if isinstance(text, str)}
+        ids = dict(zip(texts, encode(list(texts.values()), self._tokenizer), strict=True))
+        return shown, [ids.get(i, []) for i in range(len(shown))]
+
+    def _shorter_than(self, file: PromptFile, limit: int) -> Sequence[int]:
+        kept, prompts, start = array("q"), iter(file), 0
+        while chunk := list(islice(prompts, _CHUNK)):
+            _, tokens = self._tokenize(chunk)
+            kept.extend(start + i for i, ids in enumerate(tokens) if len(ids) <= limit)
+            start += len(chunk)
+        return kept
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """Positions in the joined prompts of several files.
+
+    A file of weight 2 has each prompt twice in an epoch; of weight 0.5, half of its prompts, the other half
+    in the next epoch: over epochs all prompts of a file come equally often.
+    """
+
+    sizes: tuple[int, ...]  # prompts of each file
+    weights: tuple[float, ...]
+    seed: int = 0
+    shuffle: bool = False
+
+    def __len__(self) -> int:
+        """Prompts of an epoch."""
+        return sum(self._share(i) for i in range(len(self.sizes)))
+
+    def order(self, epoch: int) -> Sequence[int]:
+        """The positions of an epoch: the same for the same seed, on every machine."""
+        return _order(self, epoch)
+
+    def _share(self, file: int) -> int:
+        return max(1, round(self.sizes[file] * self.weights[file]))
+
+
+@lru_cache(maxsize=1)
+def _order(epochs: Epochs, epoch: int) -> Sequence[int]:
+    positions = array("q")  # 8 bytes a prompt
+    first = 0
+    for file, size in enumerate(epochs.sizes):
+        share = epochs._share(file)
+        own: Sequence[int] = range(size)
+        if share % size:  # which ones come is drawn; where that goes on is the next epoch's start
+            own = array("q", own)
+            random.Random(f"{epochs.seed}/file {file}").shuffle(own)
+        positions.extend(first + own[(epoch * share + i) % size] for i in range(share))
+        first += size
+    if epochs.shuffle:
+        random.Random(f"{epochs.seed}/{epoch}").shuffle(positions)
+    return positions
+
+
+def prompt_files(data: Data) -> list[tuple[str, float]]:
+    """The prompt files that the flags name, each with its weight."""
+    if data.prompt_data_mix:
+        mix = data.prompt_data_mix
+        return [(path, float(weight)) for path, weight in zip(mix[::2], mix[1::2], strict=True)]
+    assert data.prompt_data is not None
+    return [(data.prompt_data, 1.0)]
 
 
 class RolloutDataSource:
@@ -32,8 +191,9 @@ class RolloutDataSource:
             UserError: see `PromptSet`, or too few prompts are short enough for a batch.
         """
         self._args = args
-        files = prompt_files(args)
-        self._prompts = PromptSet(args, [path for path, _ in files], args.input_key, args.label_key)
+        config = Config.of(args)
+        files = prompt_files(config.data)
+        self._prompts = PromptSet(config, [path for path, _ in files], args.input_key, args.label_key)
         weights = tuple(weight for _, weight in files)
         self._epochs = Epochs(
             tuple(self._prompts.sizes), weights, args.rollout_seed, args.rollout_shuffle or len(files) > 1
@@ -74,7 +234,7 @@ class RolloutDataSource:
         return len(self._buffer)
 
     def save(self, rollout_id: int) -> None:
-        """Store the state as it is after rollout `rollout_id`."""
+        """Store the state after rollout `rollout_id`."""
         state = {
             "epoch": self._epoch,
             "position": self._position,
@@ -84,7 +244,9 @@ class RolloutDataSource:
             "metadata": self.metadata,
             "buffer": [[sample.to_dict() for sample in group] for group in self._buffer],
         }
-        _write_atomically(self._state_file(rollout_id), json.dumps(state))
+        file = self._state_file(rollout_id)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, json.dumps(state), durable=True)
 
     def load(self, rollout_id: int | None = None) -> None:
         """Go on as after rollout `rollout_id`; None or -1 for the very start.
@@ -121,8 +283,8 @@ class RolloutDataSource:
         groups = load_function(path, flag="--buffer-filter-path")(self._args, None, self._buffer, num_samples)
         if not isinstance(groups, list) or len(groups) > num_samples:
             raise UserError(
-                f"--buffer-filter-path {path} returned {type(groups).__name__}, where a list of at most"
-                f" {num_samples} groups is wanted."
+                f"--buffer-filter-path {path} returned {type(groups).__name__}; expected a list of at most"
+                f" {num_samples} groups."
             )
         taken = {id(group) for group in groups}
         self._buffer = [group for group in self._buffer if id(group) not in taken]
@@ -149,13 +311,3 @@ class RolloutDataSource:
         if self._args.load:
             candidates.append(Path(self._args.load) / file.parent.name / file.name)
         return next((each for each in candidates if each.is_file()), None)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from rltrain.arguments.errors import UserError
-from rltrain.data.prompts import Prompt
+from rltrain.data.prompt_file import Prompt
+from rltrain.run.errors import UserError
+from rltrain.run.plain import clean_text
 
 
 @cache
@@ -54,4 +55,5 @@ def render(prompt: Prompt, tokenizer: Any, *, chat_template: bool, kwargs: dict[
 
 def encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
     """Token ids of each text. No special tokens are added: chat templates write their own."""
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    # A function of a user may have made the text: half a character, which no tokenizer takes, must not end the run.
+    return tokenizer([*map(clean_text, texts)], add_special_tokens=False)["input_ids"] if texts else []

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch.distributed as dist
+from torch import Tensor
 
-from rltrain.arguments.critic_flags import use_critic
-from rltrain.data.batch import TrainBatch
-from rltrain.data.trainable import Flat
-from rltrain.megatron import hooks
-from rltrain.megatron.checkpoint_dir import iteration_of
-from rltrain.megatron.checkpoint_save import CheckpointWriter
-from rltrain.megatron.critic import Critic
+from rltrain.arguments.config import Config
+from rltrain.arguments.groups.critic import use_critic
+from rltrain.data.batch import Flat, TrainBatch
+from rltrain.megatron import routing_replay
+from rltrain.megatron.checkpoint.directory import iteration_of
+from rltrain.megatron.checkpoint.resume import (
+    WeightSource,
+    continued_checkpoint,
+    first_weights,
+    initial_source,
+    own_checkpoint,
+    resume,
+)
+from rltrain.megatron.checkpoint.save import CheckpointWriter
 from rltrain.megatron.custom_loss import custom_loss
-from rltrain.megatron.debug_data import write_train_data
 from rltrain.megatron.device import megatron_scope, reset_peak_memory
-from rltrain.megatron.exporter import Exporter
-from rltrain.megatron.forward_backward import forward_log_probs, token_loss
-from rltrain.megatron.model import build_model, read_shape
-from rltrain.megatron.offload import MemoryEngine, Offload
-from rltrain.megatron.other_policies import OtherPolicies
-from rltrain.megatron.policy_values import add_advantages, add_log_probs, check_rollout
-from rltrain.megatron.rank_share import RankShare
-from rltrain.megatron.speed import measure
-from rltrain.megatron.start import continued_checkpoint, first_weights, own_checkpoint, resume
-from rltrain.megatron.steps import SkippedSteps, prefixed, train_steps
-from rltrain.megatron.trained_model import TrainedModel
-from rltrain.megatron.trainer_tokens import SeenTokens, TokenWriter, token_columns
-from rltrain.megatron.weight_updates import WeightUpdates
-from rltrain.runtime import Registry, RoleContext
-from rltrain.timing import Timers
-from rltrain.weights.transport import Engine as WeightsEngine
+from rltrain.megatron.memory import EngineMemory, MemoryEngine, Offload
+from rltrain.megatron.model import customize
+from rltrain.megatron.model.build import build_model, read_shape
+from rltrain.megatron.model.export import Exporter
+from rltrain.megatron.push import WeightPush
+from rltrain.megatron.training.advantages import with_advantages
+from rltrain.megatron.training.critic import Critic
+from rltrain.megatron.training.forward_backward import forward_log_probs, token_loss
+from rltrain.megatron.training.micro_batch import LossInputs, MicroBatch, computed_length
+from rltrain.megatron.training.other_policies import OtherPolicies, check_rollout, with_log_probs
+from rltrain.megatron.training.recording import SeenTokens, TokenWriter, token_columns, write_train_data
+from rltrain.megatron.training.rollout_data import post_processes
+from rltrain.megatron.training.share import RankShare
+from rltrain.megatron.training.speed import measure
+from rltrain.megatron.training.steps import SkippedSteps, prefixed, train_steps
+from rltrain.megatron.training.trained_model import TrainedModel
+from rltrain.run.errors import UserError
+from rltrain.run.role import Registry, RoleContext
+from rltrain.run.timing import Timers
+from rltrain.weights.engine import Engine as WeightsEngine
 
 
 class Engine(WeightsEngine, MemoryEngine, Protocol):
@@ -53,36 +64,54 @@ class MegatronTrainActor:
         offload: Who has the memory of GPUs that trainer and engines share.
     """
 
-    def __init__(self, args: argparse.Namespace, context: RoleContext, registry: Registry) -> None:
+    def __init__(
+        self,
+        config: Config,
+        context: RoleContext,
+        registry: Registry,
+        engine_memory: EngineMemory | None = None,
+    ) -> None:
         """Build the model on this rank; `distributed.init_process_group` has run.
+
+        Args:
+            config: resolved.
+            context: the role's.
+            registry: the job's.
+            engine_memory: what engines on the same GPUs have given up already.
 
         Raises:
             UserError: the model, its weights or the flags cannot be used.
         """
-        self.args, self._layout, self._registry = args, context.layout, registry
-        hooks.at_start(args)
-        self.shape = read_shape(args)
+        config = customize.call_at_start(config)
+        self.config, self._layout, self._registry = config, context.layout, registry
+        self.shape = read_shape(config)
         with megatron_scope():
-            self.models = build_model(self.shape, args)
-            first = first_weights(args, self.shape, self.models)
-            self.others = OtherPolicies(args, self.shape, self.models)
+            self.models = build_model(self.shape, config)
+            first = first_weights(config, self.shape, self.models)
+            self.others = OtherPolicies(config, self.shape, self.models)
             first()
-        self._exporter = Exporter(self.models, self.shape, Path(args.hf_checkpoint))
-        self._updates = WeightUpdates(args, context, self._exporter, self._event)
-        self.critic = Critic(args, self.shape, self.models) if use_critic(args) else None
-        if args.critic_load:  # it may have been read through the policy
+        if config.algorithm.use_routing_replay or config.algorithm.use_rollout_routing_replay:
+            routing_replay.install(self.models)
+        self._exporter = Exporter(self.models, self.shape, Path(config.model.hf_checkpoint))
+        self._weight_push = WeightPush(config, context, self._exporter, self._event)
+        self.critic = Critic(config, self.shape, self.models) if use_critic(config.algorithm) else None
+        if config.critic.critic_load:  # it may have been read through the policy
             with megatron_scope():
                 first()
-        self.policy = TrainedModel(self.models, args)
-        if args.save:
-            self._checkpoints = CheckpointWriter(args, self._checkpoint_saved, self._checkpoint_failed)
+        self.policy = TrainedModel(self.models, config)
+        if config.checkpoint.save:
+            self._checkpoints = CheckpointWriter(
+                config.checkpoint, self._checkpoint_saved, self._checkpoint_failed
+            )
         done = self._resume()
-        self.start_rollout_id = done if args.start_rollout_id is None else args.start_rollout_id
-        self._skipped = SkippedSteps(args.max_skipped_steps, self._event, self.save)
+        self.start_rollout_id = (
+            done if config.rollout.start_rollout_id is None else config.rollout.start_rollout_id
+        )
+        self._skipped = SkippedSteps(config.training.max_skipped_steps, self._event, self.save)
         self._tokens = TokenWriter(
             context, lambda reason: self._event("trainer_tokens_not_saved", reason=reason)
         )
-        self.offload = Offload(args, self._trained_models())
+        self.offload = Offload(config, self._trained_models(), engine_memory or EngineMemory(config))
 
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
         """Train on one rollout: --num-steps-per-rollout optimizer steps over its samples, in order.
@@ -99,20 +128,27 @@ class MegatronTrainActor:
         metrics: dict[str, float] = {}
         self.offload.for_training()
         reset_peak_memory()
-        if self.args.save:
+        if self.config.checkpoint.save:
             self._checkpoints.poll()
         with timers("train_all"):
-            share = RankShare(self.args, self.shape, batch)
-            values = share.loss_values()
-            if self.args.loss_type != "sft_loss":
-                metrics |= self._prepare(rollout_id, share, values, timers)
-            if self.args.save_debug_train_data:
-                write_train_data(self.args.save_debug_train_data, rollout_id, dist.get_rank(), share, values)
-            if self.critic is None or rollout_id >= self.args.num_critic_only_steps:
+            share = RankShare(self.config, self.shape, batch)
+            inputs = share.loss_inputs()
+            if self.config.algorithm.loss_type != "sft_loss":
+                inputs, metrics = self._prepare(rollout_id, share, inputs, timers)
+            elif post_processes(self.config):
+                raise UserError(
+                    "--rollout-data-postprocess-path: with --loss-type sft_loss it takes (args, groups), as the trainer"
+                    " has nothing more of them."
+                )
+            if self.config.debug.save_debug_train_data:
+                write_train_data(
+                    self.config.debug.save_debug_train_data, rollout_id, dist.get_rank(), share, inputs
+                )
+            if self.critic is None or rollout_id >= self.config.critic.num_critic_only_steps:
                 with timers("actor_train"):
-                    metrics |= self._train_policy(rollout_id, share, values)
+                    metrics |= self._train_policy(rollout_id, share, inputs)
         self.others.after_rollout(rollout_id, self.models)
-        return metrics | measure(self.shape, share, timers)
+        return metrics | measure(share, timers)
 
     def save(self, rollout_id: int) -> Path | None:
         """Checkpoint after training on `rollout_id`; also as a Hugging Face directory with --save-hf.
@@ -120,19 +156,21 @@ class MegatronTrainActor:
         Returns:
             The checkpoint, or None without --save.
         """
-        args, checkpoint = self.args, None
-        if args.save:
+        config, checkpoint = self.config, None
+        if config.checkpoint.save:
             # The policy's last: a run goes on from the newest of these, and then finds the others.
             checkpoint = self._checkpoints.save(rollout_id + 1, self.policy.state(), self._save_companions)
-        if args.save_hf:
-            self.export(Path(args.save_hf.format(rollout_id=rollout_id)))
+        if config.checkpoint.save_hf:
+            self.export(Path(config.checkpoint.save_hf.format(rollout_id=rollout_id)))
         self._tokens.wait()
         return checkpoint
 
-    def finish(self) -> None:
-        """Wait for a checkpoint that is still being written."""
-        if self.args.save:
-            self._checkpoints.wait()
+    def finish(self) -> str | None:
+        """Wait for a checkpoint that is still being written; returns why the last weights are not saved, if so."""
+        if not self.config.checkpoint.save:
+            return None
+        self._checkpoints.wait()
+        return self._checkpoints.unsaved
 
     def _save_companions(self, iteration: int) -> None:
         self.others.save(iteration, self.models)
@@ -154,16 +192,16 @@ class MegatronTrainActor:
         """Have every engine load the present weights; only rank 0 asks `find_engines` for them."""
         if self.others.past is not None:
             self.others.past.remember(version, self.models)
-        if self.args.debug_train_only:
+        if self.config.debug.debug_train_only:
             return
         self.offload.for_push(find_engines)
-        self._updates.push(find_engines, version)
+        self._weight_push.push(find_engines, version)
         self.offload.for_generating()
         self._event("weights_updated", version=version)
 
     def lacks_weights(self, find_engines: Callable[[], Sequence[Engine]]) -> bool:
-        """Whether there is an engine that needs `update_weights`, as it did not get the last; for rank 0."""
-        return self._updates.are_lacked(find_engines)
+        """Whether there is an engine that needs `update_weights` because it missed the last one; for rank 0."""
+        return self._weight_push.is_lacked(find_engines)
 
     def log_probs(self, share: RankShare, prefix: str = "") -> Flat:
         """log π of this rank's samples, with the weights that the model has now; other samples' entries are empty.
@@ -171,61 +209,87 @@ class MegatronTrainActor:
         Args:
             prefix: Whose weights they are, as slime's hook is told: `ref_`, `teacher_`, or nothing.
         """
-        hooks.before_log_probs(self.args, self.policy, prefix)
-        return share.per_token(
-            lambda each: forward_log_probs(
-                self.policy.wrapped, each, self.shape, self.args.rollout_temperature
-            )
+        customize.call_before_log_probs(self.config, self.policy.wrapped, prefix)
+
+        def forward(micro_batches: list[MicroBatch]) -> list[Tensor]:
+            return forward_log_probs(self.policy.wrapped, micro_batches, self.shape, self.config)
+
+        if prefix or not self.config.algorithm.use_routing_replay:
+            return share.per_token(forward, None if prefix else share.routes)
+        with routing_replay.recording(self.models):
+            return share.per_token(lambda each: self._recorded(share, each, forward(each)))
+
+    def _recorded(
+        self, share: RankShare, micro_batches: list[MicroBatch], values: list[Tensor]
+    ) -> list[Tensor]:
+        """The values; the experts that the micro-batches' tokens were sent to are those of the passes that follow."""
+        lengths = [computed_length(tokens) for tokens in share.batch.tokens]
+        share.routes = routing_replay.recorded_routes(
+            self.models, micro_batches, lengths, self.shape.num_layers
         )
+        return values
 
     def _trained_models(self) -> list[TrainedModel]:
         """Those that are in GPU memory while the policy is trained."""
-        critic = [self.critic.trained] if self.critic is not None and not self.args.swap_critic else []
+        critic = (
+            [self.critic.trained] if self.critic is not None and not self.config.critic.swap_critic else []
+        )
         return [self.policy, *critic]
 
     def _resume(self) -> int:
         """Go on from this run's newest checkpoint; returns how many rollouts it was trained on."""
-        own = own_checkpoint(self.args)
+        own = own_checkpoint(self.config.checkpoint)
         iteration = iteration_of(own) if own else 0
         self.others.resume(iteration, self.models)
         if self.critic is not None:
             self.critic.resume(iteration)
-        checkpoint = own or continued_checkpoint(self.args)
-        return resume(self.args, self.policy.full_state(), checkpoint)  # last: it restores the random numbers
+        source = WeightSource(checkpoint=own, flag="--save") if own else initial_source(self.config)
+        if dist.get_rank() == 0:
+            print(f"the policy's weights are those of {source}", flush=True)
+        checkpoint = continued_checkpoint(self.config.checkpoint, source)
+        return resume(
+            self.config.checkpoint, self.policy.full_state(), checkpoint
+        )  # last: it restores the random numbers
 
     def _prepare(
-        self, rollout_id: int, share: RankShare, values: dict[str, Flat], timers: Timers
-    ) -> dict[str, float]:
-        """Add what the policy's loss needs, and train the critic; returns the critic's metrics."""
-        args, critic = self.args, self.critic
-        check_rollout(args, share)
-        add_log_probs(args, values, share, self.models, self.log_probs, self.others, rollout_id, timers)
+        self, rollout_id: int, share: RankShare, inputs: LossInputs[Flat], timers: Timers
+    ) -> tuple[LossInputs[Flat], dict[str, float]]:
+        """What the policy's loss needs beside the batch; the critic is trained, and these are its metrics."""
+        config, critic = self.config, self.critic
+        check_rollout(config.algorithm, share)
+        inputs = with_log_probs(
+            config, inputs, share, self.models, self.log_probs, self.others, rollout_id, timers
+        )
         if critic is None:
-            add_advantages(args, values, share)
-            return {}
+            return with_advantages(config, share, inputs, rollout_id), {}
         after = partial(self._skipped.record, "critic", rollout_id)
         with timers("critic_train"), critic.in_place_of(self.policy):
-            values["old_values"] = critic.values(share)
-            add_advantages(args, values, share)
-            metrics = critic.train(share, values, after)
-        return prefixed("critic", metrics)
+            inputs = with_advantages(
+                config, share, replace(inputs, old_values=critic.values(share)), rollout_id
+            )
+            metrics = critic.train(share, inputs, after)
+        return inputs, prefixed("critic", metrics)
 
-    def _train_policy(self, rollout_id: int, share: RankShare, values: dict[str, Flat]) -> dict[str, float]:
-        args, seen = self.args, SeenTokens()
-        if args.reset_optimizer_states:
-            self.policy.forget_averages()
-        is_custom = args.loss_type == "custom_loss"
-        loss = custom_loss(self.shape, args) if is_custom else token_loss(self.shape, args, seen.note)
+    def _train_policy(self, rollout_id: int, share: RankShare, inputs: LossInputs[Flat]) -> dict[str, float]:
+        config, policy, seen = self.config, self.policy, SeenTokens()
+        if config.training.reset_optimizer_states:
+            policy.forget_averages()
+        is_custom = config.algorithm.loss_type == "custom_loss"
+        loss = custom_loss(self.shape, config) if is_custom else token_loss(self.shape, config, seen.note)
         metrics = train_steps(
-            self.policy,
+            policy,
             share,
-            values,
+            inputs,
             loss,
-            before=partial(hooks.before_step, args, rollout_id, self.policy),
+            before=lambda step: customize.call_before_step(
+                config, rollout_id, step, policy.wrapped, policy.optimizer, policy.scheduler
+            ),
             after=partial(self._skipped.record, "actor", rollout_id),
         )
-        if args.save_trainer_tokens:
-            self._tokens.write(rollout_id, share, token_columns(args, seen.collect(share), values))
+        if config.training.save_trainer_tokens:
+            self._tokens.write(
+                rollout_id, share, token_columns(config.algorithm, seen.collect(share), inputs)
+            )
         return prefixed("train", metrics)
 
     def _event(self, kind: str, **fields: object) -> None:

@@ -1,12 +1,11 @@
-"""Lets Megatron-core 0.16 run on a machine without CUDA. Never active where there is one.
+"""Lets Megatron-core run on a machine without CUDA. Never active where there is one.
 
 Megatron-core names CUDA in three ways, and each has its answer here:
 
 - it calls functions of `torch.cuda` without asking whether there is a device: `install` puts stand-ins there;
 - it creates tensors with `device="cuda"` and compares `tensor.type()` with CUDA's names: the function mode
   `CudaNamesMeanCpu` translates both, for the time that it is entered;
-- some of its own functions assume CUDA's generators, a process that outlives us, or a fused kernel that is
-  not there: `install` replaces them.
+- some of its own functions assume CUDA's generators or NCCL's uneven collectives: `install` replaces them.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -31,6 +31,8 @@ class CudaNamesMeanCpu(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Called instead of every torch function while the mode is entered, so it is kept short."""
+        if func is torch.Tensor.cuda:
+            return args[0]
         if kwargs:
             if kwargs.get("device") == "cuda":
                 kwargs["device"] = _CPU
@@ -41,8 +43,6 @@ class CudaNamesMeanCpu(TorchFunctionMode):
             # The optimizers sort parameters by names such as "torch.cuda.FloatTensor".
             # (With the mode entered twice, the name comes back translated already.)
             return re.sub(r"^torch\.(?!cuda\.)", "torch.cuda.", func(*args))
-        if func is torch.Tensor.cuda:
-            return args[0]
         return func(*args)
 
 
@@ -65,8 +65,6 @@ class _Stream(_Event):
 
 def install() -> None:
     """Make Megatron-core importable and usable on the CPU. Calling it again changes nothing."""
-    from rltrain.megatron.cpu_adam import fix_checkpointing
-    from rltrain.megatron.cpu_experts import replace_dispatching
 
     if torch.cuda.is_available():
         raise RuntimeError("the CPU adaptor must not be installed where CUDA is available")
@@ -77,9 +75,7 @@ def install() -> None:
     )
     _stub_torch_cuda()
     _replace_rng()
-    _replace_rope()
-    replace_dispatching()
-    fix_checkpointing()
+    _replace_dispatching()
 
 
 def _stub_torch_cuda() -> None:
@@ -121,17 +117,49 @@ def _replace_rng() -> None:
     random.CudaRNGStatesTracker.fork = fork
 
 
-def _replace_rope() -> None:
-    """Rotary embeddings of packed sequences by one lookup of each token's position.
+def _replace_dispatching() -> None:
+    """Tokens reach their experts: gloo gathers only parts of equal size.
 
-    The original slices the frequencies once a sequence in every layer: a tenth of a step of short sequences.
+    Megatron-core brings split sizes to the CPU only if they are not there. Calling this again changes nothing.
     """
-    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import token_dispatcher
 
-    from rltrain.megatron.context_parallel import positions_in_sequence
+    if hasattr(mappings, "_slurmlime_fixed"):
+        return
+    token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
-    def apply_thd(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *, cp_group: Any, **options: Any) -> Tensor:
-        positions = positions_in_sequence(cu_seqlens, cp_group.size(), cp_group.rank())
-        return rope_utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs[positions], **options).squeeze(1)
+    def gather_any(
+        own: Tensor, group: dist.ProcessGroup, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(own, group, output_split_sizes, use_global_buffer)
+        most = max(1, *output_split_sizes)
+        padded = own.new_zeros((most, *own.shape[1:]))
+        padded[: own.shape[0]] = own
+        parts = own.new_empty((group.size() * most, *own.shape[1:]))
+        dist.all_gather_into_tensor(parts, padded, group=group)
+        return torch.cat(
+            [part[:size] for part, size in zip(parts.split(most), output_split_sizes, strict=True)]
+        )
 
-    rope_utils._apply_rotary_pos_emb_thd = apply_thd
+    def scatter_any(
+        whole: Tensor,
+        group: dist.ProcessGroup,
+        input_split_sizes: Any = None,
+        use_global_buffer: bool = False,
+    ) -> Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(whole, group, input_split_sizes, use_global_buffer)
+        total = whole.clone()
+        dist.all_reduce(total, group=group)
+        return total.split(list(input_split_sizes))[group.rank()].clone()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_any, scatter_any
+    mappings._slurmlime_fixed = True
+
+
+def _split_sizes(sizes: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """The sizes as collectives take them; the original leaves tensors of the CPU as they are."""
+    return sizes.numpy() if as_numpy and isinstance(sizes, Tensor) else sizes

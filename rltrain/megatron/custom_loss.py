@@ -9,20 +9,22 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
+from numpy.typing import NDArray
 from torch import Tensor
 
+from rltrain.arguments.config import Config
 from rltrain.arguments.hf_config import ModelShape
 from rltrain.functions import load_function
-from rltrain.megatron.context_parallel import gather_outputs
-from rltrain.megatron.log_probs import log_probs_and_entropy
-from rltrain.megatron.loss import Sums
-from rltrain.megatron.micro_batch import MicroBatch
-from rltrain.megatron.responses import Responses
+from rltrain.megatron.model.context_parallel import gather_outputs
+from rltrain.megatron.training.log_probs import log_probs_and_entropy
+from rltrain.megatron.training.loss import Sums
+from rltrain.megatron.training.micro_batch import MicroBatch, Responses
 
-# Our names of per-token values, and slime's.
-_VALUES = {
+# Our names of inputs of the loss, and slime's.
+_SLIMES_NAMES = {
     "weights": "weights", "advantages": "advantages", "returns": "returns",
     "old_log_probs": "log_probs", "old_values": "values",
     "ref_log_probs": "ref_log_probs", "rollout_log_probs": "rollout_log_probs",
@@ -30,26 +32,27 @@ _VALUES = {
 }  # fmt: skip
 
 
-def custom_loss(
-    shape: ModelShape, args: argparse.Namespace
-) -> Callable[[MicroBatch, Tensor], tuple[Tensor, Sums]]:
+def custom_loss(shape: ModelShape, config: Config) -> Callable[[MicroBatch, Tensor], tuple[Tensor, Sums]]:
     """The user's loss of the logits of every token, for `forward_backward`.
 
     Raises (when called):
         ValueError: the function returned something else than a scalar and a dict of scalars.
     """
-    path = args.custom_loss_function_path
+    path = config.functions.custom_loss_function_path
     function = load_function(path, flag="--custom-loss-function-path")
 
     def loss(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Sums]:
         batch, all_logits = slime_batch(micro_batch, logits, shape)
         # An empty micro-batch has a response of padding, so that every rank has the same metrics.
-        share = micro_batch.values["normalizer"][0] if micro_batch.indices else logits.new_zeros(())
-        weights = torch.cat(batch["weights"]) / share.clamp_min(torch.finfo(torch.float32).tiny)
-        value, metrics = _checked(path, function(args, batch, all_logits, sum_of_sample_mean(weights)))
-        sums = {name: torch.as_tensor(each, device=logits.device).detach().float() * share
+        assert micro_batch.inputs.normalizer is not None
+        normalizer = micro_batch.inputs.normalizer[0] if micro_batch.indices else logits.new_zeros(())
+        weights = torch.cat(batch["weights"]) / normalizer.clamp_min(torch.finfo(torch.float32).tiny)
+        value, metrics = _checked(
+            path, function(config.namespace, batch, all_logits, sum_of_sample_mean(weights))
+        )
+        sums = {name: torch.as_tensor(each, device=logits.device).detach().float() * normalizer
                 for name, each in {"loss": value, **metrics}.items()}  # fmt: skip
-        return value * share + 0.0 * logits.sum(), sums
+        return value * normalizer + 0.0 * logits.sum(), sums
 
     return loss
 
@@ -74,9 +77,9 @@ def slime_batch(micro_batch: MicroBatch, logits: Tensor, shape: ModelShape) -> t
     computed = torch.ones(int(ends[-1]), dtype=torch.bool, device=logits.device)
     computed[ends - 1] = False
     positions = computed.nonzero().squeeze(1)
-    kept = _places(micro_batch, lengths).to(logits.device)
+    kept = torch.from_numpy(_places(micro_batch)).to(logits.device)
     given = _whole(logits[0], micro_batch).index_select(0, kept).float()
-    all_logits = given.new_zeros(len(computed), given.shape[-1]).index_copy(0, positions, given)
+    all_logits = given.new_zeros(len(computed), given.shape[-1]).index_copy_(0, positions, given)
     batch: dict[str, Any] = {
         "unconcat_tokens": _tokens(micro_batch, kept, lengths),
         "total_lengths": lengths,
@@ -84,11 +87,10 @@ def slime_batch(micro_batch: MicroBatch, logits: Tensor, shape: ModelShape) -> t
         "loss_masks": responses.loss_masks,
         "vocab_size": shape.vocab_size,
     }
-    for ours, slimes in _VALUES.items():
-        if ours in micro_batch.values:
-            flat = micro_batch.values[ours]
+    for name, flat in micro_batch.inputs.given().items():
+        if name in _SLIMES_NAMES:
             full = torch.zeros(1, device=logits.device) if empty else responses.expand(flat)
-            batch[slimes] = responses.split(full)
+            batch[_SLIMES_NAMES[name]] = responses.split(full)
     return batch, all_logits.unsqueeze(0)
 
 
@@ -110,6 +112,7 @@ def response_log_probs(
             temperature=args.rollout_temperature,
             vocab_size=batch["vocab_size"],
             group=parallel_state.get_tensor_model_parallel_group(),
+            chunk_size=args.log_probs_chunk_size,
         )
         log_probs.append(found[0])
         entropies.append(found[1])
@@ -129,18 +132,16 @@ def sum_of_sample_mean(weights: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _whole(own: Tensor, micro_batch: MicroBatch) -> Tensor:
-    """Something of all tokens, [t, …], from what context parallel ranks have of theirs, [own t, …]."""
+    """Something of all tokens, [t, …], gathered from the tokens of the context parallel ranks, [own t, …]."""
     order = micro_batch.sequences.order
     if order is None:
         return own
     return gather_outputs(own, order, parallel_state.get_context_parallel_group())
 
 
-def _places(micro_batch: MicroBatch, lengths: list[int]) -> Tensor:
-    """Where the tokens of `lengths` are, each sequence without its last: sequences may be followed by padding."""
-    starts = torch.tensor([0, *micro_batch.sequences.lengths]).cumsum(0).tolist()
-    parts = [torch.arange(start, start + length - 1) for start, length in zip(starts, lengths, strict=False)]
-    return torch.cat(parts)
+def _places(micro_batch: MicroBatch) -> NDArray[np.int64]:
+    """Where the tokens of all samples are, each without its last; of padding the first, if there is no sample."""
+    return np.concatenate(micro_batch.places) if micro_batch.places else np.zeros(1, np.int64)
 
 
 def _tokens(micro_batch: MicroBatch, kept: Tensor, lengths: list[int]) -> list[Tensor]:
@@ -153,12 +154,12 @@ def _tokens(micro_batch: MicroBatch, kept: Tensor, lengths: list[int]) -> list[T
     return [torch.cat([each, last[i : i + 1]]) for i, each in enumerate(packed)]
 
 
-def _checked(path: str, result: Any) -> tuple[Tensor, dict[str, Any]]:
+def _checked(path: str | None, result: Any) -> tuple[Tensor, dict[str, Any]]:
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
-        raise ValueError(f"{path} returned {result!r:.200}, where (loss, metrics) is wanted")
+        raise ValueError(f"{path} returned {result!r:.200}; expected (loss, metrics)")
     value, metrics = result
     for name, each in {"loss": value, **metrics}.items():
         if each.ndim if isinstance(each, Tensor) else not isinstance(each, int | float):
             what = f"of shape {tuple(each.shape)}" if isinstance(each, Tensor) else repr(each)
-            raise ValueError(f"{path}: {name} is {what:.200}, where a scalar is wanted")
+            raise ValueError(f"{path}: {name} is {what:.200}; expected a scalar")
     return value, metrics

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from rltrain.run.errors import UserError
+
 # Dense bf16 FLOP/s of GPUs, from NVIDIA's data sheets (without sparsity).
 _PEAK_FLOPS = {
     "B200": 2.25e15, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "H800": 989e12, "H20": 148e12,
     "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "A10": 125e12, "L4": 121e12,
 }  # fmt: skip
+_PEAK_FLOPS_OF_CARDS = {("H100", "PCIe"): 756e12, ("H100", "NVL"): 835e12, ("H200", "NVL"): 835e12}
 
 if TYPE_CHECKING:  # to be imported only after `set_up`
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -37,8 +40,18 @@ def backend(requested: str | None) -> str:
 
 def set_up() -> None:
     """Choose this rank's GPU, or make Megatron-core run on the CPU. Call before Megatron-core is imported."""
+    _choose()
+    from rltrain.megatron import repairs
+
+    repairs.install()
+
+
+def _choose() -> None:
+    # Kernels then start in the order of their launch, which the overlap of tensor parallelism counts on (Megatron-LM).
+    # CUDA reads it once, when it is first used.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if use_cuda():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own_device(os.environ, torch.cuda.device_count()))
         return
     if "OMP_NUM_THREADS" not in os.environ:
         # Every rank would start a thread a core, and more threads than cores wait for each other.
@@ -47,6 +60,23 @@ def set_up() -> None:
     from rltrain.megatron import cpu
 
     cpu.install()
+
+
+def own_device(env: Mapping[str, str], visible: int) -> int:
+    """The device of this rank, of `visible` ones: its local rank, or the only one, where each rank sees just its own.
+
+    Raises:
+        UserError: this machine's ranks are more than the devices that they see.
+    """
+    rank, ranks = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", "1"))
+    if visible >= ranks:
+        return rank
+    if visible == 1:
+        return 0
+    raise UserError(
+        f"{ranks} trainer ranks on this machine, but only {visible} GPUs to be seen"
+        f" (CUDA_VISIBLE_DEVICES={env.get('CUDA_VISIBLE_DEVICES', 'unset')}): one GPU for each rank is needed."
+    )
 
 
 def model_scope(config: TransformerConfig) -> AbstractContextManager[object]:
@@ -71,12 +101,20 @@ def peak_flops() -> float | None:
     """bf16 FLOP/s that this rank's GPU can do at most; None where that is not known."""
     if not use_cuda():
         return None
-    words = torch.cuda.get_device_name().replace("-", " ").split()
+    return peak_flops_of(torch.cuda.get_device_name())
+
+
+def peak_flops_of(name: str) -> float | None:
+    """bf16 FLOP/s of a GPU by the name that CUDA gives it; None if it is not known. Cards have less than modules."""
+    words = name.replace("-", " ").split()
+    for (chip, form), flops in _PEAK_FLOPS_OF_CARDS.items():
+        if chip in words and form in words:
+            return flops
     return next((_PEAK_FLOPS[word] for word in words if word in _PEAK_FLOPS), None)
 
 
 def reset_peak_memory() -> None:
-    """Begin to measure anew; on the CPU the system only knows the peak of the process's whole life."""
+    """Begin to measure afresh; on the CPU the system only knows the peak of the process's whole life."""
     if use_cuda():
         torch.cuda.reset_peak_memory_stats()
 
@@ -110,23 +148,30 @@ class HostSwap:
         """`tensors` is asked for them at every `out`, because an optimizer makes its state late."""
         self._tensors = tensors
         self._stored: list[tuple[torch.UntypedStorage, Tensor]] = []
+        self._pinned: dict[int, list[Tensor]] = {}  # by size: kept, as pinning costs more than the copy
         self.is_out = False
 
     def out(self) -> None:
         """To the host; no tensor may be used until `back`."""
         if not self.is_out and use_cuda():
-            self._stored = store(self._tensors())
+            self._stored = store(self._tensors(), self._pinned)
             torch.cuda.empty_cache()
         self.is_out = True
 
     def back(self) -> None:
         """To the GPU again."""
         restore(self._stored)
+        for _, held in self._stored:
+            self._pinned.setdefault(held.numel(), []).append(held)
         self._stored, self.is_out = [], False
 
 
-def store(tensors: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, Tensor]]:
+def store(
+    tensors: Iterable[Tensor], free: dict[int, list[Tensor]] | None = None
+) -> list[tuple[torch.UntypedStorage, Tensor]]:
     """Copy the memory of tensors to the host and release it. For `restore`.
+
+    `free` is host memory by its size (uint8), of which what fits is taken.
 
     Returns:
         Each storage, once however many tensors share it, with its bytes.
@@ -137,7 +182,8 @@ def store(tensors: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, Tensor]
         size = storage.nbytes()
         if not size or (storage.device.type == "cpu" and use_cuda()):
             continue  # Adam's step counters are on the host already
-        held = torch.empty(size, dtype=torch.uint8, pin_memory=use_cuda())
+        kept = (free or {}).get(size)
+        held = kept.pop() if kept else torch.empty(size, dtype=torch.uint8, pin_memory=use_cuda())
         held.copy_(_bytes(storage))
         storage.resize_(0)
         stored.append((storage, held))

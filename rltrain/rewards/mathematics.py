@@ -6,7 +6,7 @@ import argparse
 
 from math_verify import parse, verify
 
-from rltrain.rewards.answers import after_thinking, last_boxed, normalize_math
+from rltrain.rewards.text import after_thinking, last_boxed, normalize_math
 from rltrain.sample import Sample
 
 

@@ -5,18 +5,26 @@ a further process meanwhile: a few that hang do not hold up those that don't. A 
 a network) shares its process with others of its kind, and is cancelled after `--reward-timeout`. A process that does
 not answer by then is killed and replaced, and the sample has failed; where several rewards shared it, each
 is run again alone, so that only the one at fault fails.
+
+pebble's `ProcessPool` runs one task at a time in a process, so coroutines cannot share one (16 that wait 0.5 s take 4 s
+in two processes), and a late function keeps its place until its timeout. That is why this pool is our own.
+
+The rollout process has one pool a reward function, at module level: generation functions have slime's signatures, which
+hold no pool. `grade` and `grade_group` start it when they first need it.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import inspect
 import time
 from typing import Self
 
-from rltrain.functions import load_function
+from rltrain.arguments.config import Config
+from rltrain.arguments.groups.rollout import Rewards
+from rltrain.functions import explain, load_function
 from rltrain.rewards.processes import Processes, WorkerProcess
+from rltrain.rewards.rules import reward_function_path
 from rltrain.rewards.worker import Grade, read_message, write_message
 from rltrain.sample import Sample
 
@@ -31,25 +39,27 @@ _SMOOTHING = 0.05  # weight of the last reward in the mean
 class RewardPool:
     """Runs one reward function in `--reward-num-workers` processes."""
 
-    def __init__(self, args: argparse.Namespace, path: str, capacity: int, grace: float) -> None:
+    def __init__(self, config: Config, path: str, capacity: int, grace: float) -> None:
         """Use `start`."""
-        self._args, self._path, self._capacity, self._grace = args, path, capacity, grace
-        self._processes = Processes(args, path)
-        self._workers = {_Worker(args, self._processes) for _ in range(args.reward_num_workers)}
+        self._config, self._path, self._capacity, self._grace = config, path, capacity, grace
+        self._processes = Processes(config, path)
+        self._workers = {
+            _Worker(config.rewards, self._processes) for _ in range(config.rewards.reward_num_workers)
+        }
         self._free: asyncio.Queue[_Worker] = asyncio.Queue()
         self._late: set[_Worker] = set()
         self._mean_seconds: float | None = None
         self._alone: RewardPool | None = None
 
     @classmethod
-    async def start(cls, args: argparse.Namespace, path: str) -> Self:
+    async def start(cls, config: Config, path: str) -> Self:
         """Start the processes.
 
         Raises:
             UserError: the function can't be loaded.
         """
         is_coroutine = inspect.iscoroutinefunction(load_function(path, flag="--custom-rm-path"))
-        pool = cls(args, path, *((_COROUTINES_PER_WORKER, _KILL_GRACE) if is_coroutine else (1, 0.0)))
+        pool = cls(config, path, *((_COROUTINES_PER_WORKER, _KILL_GRACE) if is_coroutine else (1, 0.0)))
         await pool._start()
         return pool
 
@@ -66,13 +76,13 @@ class RewardPool:
             return await self._grade_plain(samples, subject)
         worker = await self._free.get()
         try:
-            return await worker.grade(subject, self._args.reward_timeout + self._grace)
+            return await worker.grade(subject, self._config.rewards.reward_timeout + self._grace)
         except _NoAnswerError:
             pass
         finally:
             self._free.put_nowait(worker)
         if self._alone is None:
-            self._alone = RewardPool(self._args, self._path, capacity=1, grace=self._grace)
+            self._alone = RewardPool(self._config, self._path, capacity=1, grace=self._grace)
             await self._alone._start()
         return await self._alone._grade(samples, subject)
 
@@ -83,7 +93,7 @@ class RewardPool:
             await worker.ensure_running()
             began = time.perf_counter()
             late = asyncio.get_running_loop().call_later(self._late_after(), self._replace, worker)
-            grades = await worker.grade(subject, self._args.reward_timeout + self._grace)
+            grades = await worker.grade(subject, self._config.rewards.reward_timeout + self._grace)
             self._remember(time.perf_counter() - began)
             return grades
         except _NoAnswerError as error:
@@ -101,7 +111,7 @@ class RewardPool:
     def _late_after(self) -> float:
         """Seconds after which a reward is late; never before the first one of all is there."""
         if self._mean_seconds is None:
-            return self._args.reward_timeout + self._grace
+            return self._config.rewards.reward_timeout + self._grace
         return max(_LATE_SECONDS, _LATE_FACTOR * self._mean_seconds)
 
     def _remember(self, seconds: float) -> None:
@@ -109,10 +119,10 @@ class RewardPool:
         self._mean_seconds = before + _SMOOTHING * (seconds - before)
 
     def _replace(self, worker: _Worker) -> None:
-        """Put another in the place of a worker whose reward is late."""
-        if len(self._late) < _MOST_LATE * self._args.reward_num_workers:
+        """Put another in place of a worker whose reward is late."""
+        if len(self._late) < _MOST_LATE * self._config.rewards.reward_num_workers:
             self._late.add(worker)
-            other = _Worker(self._args, self._processes)
+            other = _Worker(self._config.rewards, self._processes)
             self._workers.add(other)
             self._free.put_nowait(other)
 
@@ -142,8 +152,8 @@ class _NoAnswerError(Exception):
 class _Worker:
     """One process, and the rewards that it runs now. Started again after it died."""
 
-    def __init__(self, args: argparse.Namespace, processes: Processes) -> None:
-        self._args, self._processes = args, processes
+    def __init__(self, rewards: Rewards, processes: Processes) -> None:
+        self._rewards, self._processes = rewards, processes
         self._process: WorkerProcess | None = None
         self._pending: dict[
             int, asyncio.Future[list[Grade]]
@@ -157,15 +167,15 @@ class _Worker:
         number = self._count
         process, pending = self._process, self._pending
         future = pending[number] = asyncio.get_running_loop().create_future()
-        write_message(self._writer, (number, subject))
         try:
+            _send(self._writer, number, subject)
             async with asyncio.timeout(timeout):
                 return await future
         except TimeoutError:
             if self._process is process:  # else another reward has had it killed already
                 await self.stop()
             raise _NoAnswerError(
-                f"the reward took longer than --reward-timeout {self._args.reward_timeout:g} s"
+                f"the reward took longer than --reward-timeout {self._rewards.reward_timeout:g} s"
             ) from None
         finally:
             pending.pop(number, None)
@@ -208,3 +218,68 @@ class _Worker:
                 if not future.done():
                     future.set_exception(_NoAnswerError("the reward function ended its process"))
             await process.end()
+
+
+def _send(writer: asyncio.StreamWriter, number: int, subject: Sample | list[Sample]) -> None:
+    try:
+        write_message(writer, (number, subject))
+    except Exception as error:  # of a sample that a user's function has filled
+        raise _NoAnswerError(f"the sample can't be sent to the reward's process: {explain(error)}") from None
+
+
+_pools: dict[tuple[str | None, ...], asyncio.Future[RewardPool]] = {}
+
+
+async def grade(config: Config, sample: Sample) -> None:
+    """Grade the sample in place: sets `reward`, or `status` FAILED and `failure`.
+
+    Raises:
+        UserError: no reward function was asked for, or it can't be loaded.
+    """
+    pool = await start(config, sample)
+    _apply(sample, await pool.grade(sample))
+
+
+async def grade_group(config: Config, samples: list[Sample]) -> None:
+    """The same for the samples of one prompt together, with `--group-rm`."""
+    if samples:
+        pool = await start(config, samples[0])
+        for sample, grade in zip(samples, await pool.grade_group(samples), strict=True):
+            _apply(sample, grade)
+
+
+def _apply(sample: Sample, grade: Grade) -> None:
+    sample.reward, sample.reward_seconds = grade.reward, grade.seconds
+    if grade.metadata is not None:
+        sample.metadata = grade.metadata
+    if grade.failure is not None:
+        sample.status, sample.failure = Sample.Status.FAILED, grade.failure
+
+
+def check(config: Config) -> None:
+    """Check that the reward that the flags ask for can be loaded.
+
+    Raises:
+        UserError: see `grade`.
+    """
+    load_function(reward_function_path(config), flag="--custom-rm-path")
+
+
+async def start(config: Config, sample: Sample | None = None) -> RewardPool:
+    """The running pool for the reward that the flags, or the sample's metadata, ask for; started by the first call.
+
+    Raises:
+        UserError: see `grade`.
+    """
+    path = reward_function_path(config, sample)
+    key = (path, config.rewards.reward_key, config.rewards.rm_type)
+    if key not in _pools:
+        _pools[key] = asyncio.ensure_future(RewardPool.start(config, path))
+    return await _pools[key]
+
+
+async def close() -> None:
+    """End all pools."""
+    while _pools:
+        _, pool = _pools.popitem()
+        await (await pool).close()

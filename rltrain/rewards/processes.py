@@ -1,12 +1,11 @@
-"""The processes of a reward pool: forked from one that has loaded the reward function, so a new one costs milliseconds.
+"""The processes of a reward pool, forked from one that has loaded the reward function: a new one costs milliseconds.
 
-Python forks safely only what has a single thread. A function whose module has started threads (as a model would)
-gets processes that each load it anew.
+Python can safely fork only a process with a single thread. A function whose module has started threads (as a model
+would) gets processes that each load it again.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import pickle
@@ -16,8 +15,9 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from rltrain.arguments.errors import UserError
+from rltrain.arguments.config import Config
 from rltrain.rewards.worker import LENGTH, NUMBER
+from rltrain.run.errors import UserError
 
 _TRIES = 2
 _START_TIMEOUT = 120.0  # seconds: imports of a user's module can be slow
@@ -42,9 +42,9 @@ class WorkerProcess:
 class Processes:
     """Starts them, for one reward function."""
 
-    def __init__(self, args: argparse.Namespace, path: str) -> None:
+    def __init__(self, config: Config, path: str) -> None:
         """Start processes with `start`."""
-        self._args, self._path = args, path
+        self._config, self._path = config, path
         self._forks = True  # until known better
         self._template: socket.socket | None = None  # to the one that the others are forked from
         self._template_process: asyncio.subprocess.Process | None = None
@@ -120,7 +120,7 @@ class Processes:
         forks = False
         try:
             async with asyncio.timeout(_START_TIMEOUT):
-                message = pickle.dumps((self._args, self._path), protocol=pickle.HIGHEST_PROTOCOL)
+                message = pickle.dumps((self._config.namespace, self._path), protocol=pickle.HIGHEST_PROTOCOL)
                 await asyncio.get_running_loop().sock_sendall(ours, LENGTH.pack(len(message)) + message)
                 (length,) = LENGTH.unpack(await _receive(ours, LENGTH.size))
                 problem, forks = pickle.loads(await _receive(ours, length))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import random
 from typing import Any
 
 import aiohttp
 
+from rltrain.run.http import RETRIED, pauses
 from rltrain.sample import Sample
 
-_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-_FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
+_FIRST_PAUSE = 0.1
 
 
 async def remote_rm(args: argparse.Namespace, sample: Sample) -> Any:
@@ -29,18 +28,26 @@ async def remote_rm(args: argparse.Namespace, sample: Sample) -> Any:
         "label": sample.label,
         "metadata": sample.metadata,
     }
-    delay = _FIRST_DELAY
+    return await post_json(args.rm_url, payload)
+
+
+async def post_json(url: str, payload: dict[str, Any]) -> Any:
+    """The answer of a server outside the job; one that is away or overloaded is asked again, ever more slowly.
+
+    Raises:
+        RuntimeError: it refused the request.
+    """
+    waits = pauses(_FIRST_PAUSE)
     async with aiohttp.ClientSession(trust_env=False) as session:
         while True:
             try:
-                async with session.post(args.rm_url, json=payload) as response:
+                async with session.post(url, json=payload) as response:
                     if response.status == 200:
                         return await response.json(content_type=None)
-                    problem = f"{args.rm_url}: {response.status} {(await response.text())[:500].strip()}"
-                    if response.status not in _RETRIED:
+                    problem = f"{url}: {response.status} {(await response.text())[:500].strip()}"
+                    if response.status not in RETRIED:
                         raise RuntimeError(problem)
             except aiohttp.ClientConnectionError as error:
-                problem = f"{args.rm_url}: {type(error).__name__}: {error}"
+                problem = f"{url}: {type(error).__name__}: {error}"
             print(f"reward server: {problem}; trying again", flush=True)
-            await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # not all at once
-            delay = min(2 * delay, _LONGEST_DELAY)
+            await asyncio.sleep(next(waits))

@@ -6,9 +6,10 @@ import argparse
 import dataclasses
 from typing import Any
 
-from rltrain.arguments.errors import UserError
+from rltrain.arguments.config import Config
 from rltrain.functions import load_function
-from rltrain.rewards.answers import last_boxed
+from rltrain.rewards.text import last_boxed
+from rltrain.run.errors import UserError
 from rltrain.sample import Sample
 
 RULES = {
@@ -26,43 +27,51 @@ RULES = {
 _BOXED = "boxed_"
 
 
-def reward_function_path(args: argparse.Namespace, sample: Sample | None = None) -> str:
-    """Import path of the reward function that the sample's metadata (`rm_type`) or the flags ask for.
+def reward_function_path(config: Config, sample: Sample | None = None) -> str:
+    """Import path of the reward function: the sample's `custom_rm_path`, the flags', or its metadata's `rm_type`.
 
     Raises:
         UserError: no reward asked for, or an `--rm-type` that does not exist or lacks what it needs.
     """
-    if args.custom_rm_path:
-        return args.custom_rm_path
-    name = reward_name(args, sample)
+    if sample is not None and sample.custom_rm_path:
+        return sample.custom_rm_path
+    if config.functions.custom_rm_path:
+        return config.functions.custom_rm_path
+    name = reward_name(config.rewards.rm_type, sample)
     if not name:
         raise UserError(
             "no reward: give --custom-rm-path package.module.function, or --rm-type with one of "
             + ", ".join(sorted(RULES))
-            + "."
+            + "; or have the generation function set sample.reward."
         )
     plain = name.removeprefix(_BOXED)
     if plain not in RULES:
-        where = "--rm-type" if name == args.rm_type else "metadata rm_type"
+        where = "--rm-type" if name == config.rewards.rm_type else "metadata rm_type"
         raise UserError(
             f"{where} {name}: there is no such reward; there are {', '.join(sorted(RULES))}, and each with"
             f" {_BOXED} before it."
         )
-    if plain == "remote_rm" and not args.rm_url:
+    if plain == "remote_rm" and not config.rewards.rm_url:
         raise UserError("--rm-type remote_rm needs --rm-url.")
-    if plain == "dapo" and not args.reward_key:
+    if plain == "dapo" and not config.rewards.reward_key:
         raise UserError("--rm-type dapo returns a dict: say --reward-key score (or acc).")
     return "rltrain.rewards.rules.boxed" if name != plain else RULES[plain]
 
 
-def reward_name(args: argparse.Namespace, sample: Sample | None) -> str | None:
-    """The `--rm-type` of a sample: its own, from its metadata, or the run's."""
+def asks_for_reward(config: Config) -> bool:
+    """Whether the flags ask for a reward, or must: without one, only a generation function can set it."""
+    given = config.functions.custom_rm_path or config.rewards.rm_type
+    return bool(given or not config.functions.custom_generate_function_path or config.agents.agent_command)
+
+
+def reward_name(rm_type: str | None, sample: Sample | None) -> str | None:
+    """The name of a sample's reward: its own, from its metadata, or the run's `--rm-type`."""
     own = sample.metadata.get("rm_type") if sample is not None and isinstance(sample.metadata, dict) else None
-    return own or args.rm_type
+    return own or rm_type
 
 
 def boxed(args: argparse.Namespace, sample: Sample) -> Any:
     """`boxed_NAME`: the reward NAME of what stands in the response's last box; of nothing if there is none."""
-    name = (reward_name(args, sample) or "").removeprefix(_BOXED)
+    name = (reward_name(args.rm_type, sample) or "").removeprefix(_BOXED)
     answer = dataclasses.replace(sample, response=last_boxed(sample.response) or "")
     return load_function(RULES[name], flag="--rm-type")(args, answer)

@@ -25,9 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rltrain.arguments.errors import UserError
-from rltrain.functions import explain_fully, load_function
-from rltrain.processes import die_with_parent
+from rltrain.functions import explain, explain_fully, load_function
+from rltrain.run.errors import UserError
+from rltrain.run.processes import die_with_parent
 from rltrain.sample import Sample
 
 LENGTH = struct.Struct(">I")
@@ -36,7 +36,7 @@ NUMBER = struct.Struct(">I")  # of a process
 
 @dataclass(frozen=True)
 class Grade:
-    """What became of one sample: its reward, or the reason why there is none."""
+    """The result for one sample: its reward, or the reason why there is none."""
 
     reward: float | dict[str, Any] | None
     failure: str | None
@@ -96,8 +96,6 @@ def _has_one_thread() -> bool:
 
 async def _serve(connection: socket.socket, function: Callable[..., Any], args: Any) -> None:
     reader, writer = await asyncio.open_connection(sock=connection)
-    if inspect.iscoroutinefunction(function):
-        _let_ask_models()
     running: set[asyncio.Task[None]] = set()
     try:
         while True:
@@ -112,15 +110,6 @@ async def _serve(connection: socket.socket, function: Callable[..., Any], args: 
         return  # the pool is gone
 
 
-def _let_ask_models() -> None:
-    """Let `rltrain.rollout.sglang_rollout.post` be used here, so that a reward can ask a judge that the run serves."""
-    token = os.environ.get("SLURMLIME_TOKEN")
-    if token:
-        from rltrain.rollout.http import HttpClient, set_client
-
-        set_client(HttpClient(token))
-
-
 async def _answer(
     writer: asyncio.StreamWriter,
     number: int,
@@ -130,7 +119,16 @@ async def _answer(
 ) -> None:
     together = isinstance(subject, list)
     grades = await (grade_group(function, args, subject) if together else grade(function, args, subject))  # type: ignore[arg-type]
-    write_message(writer, (number, grades if together else [grades]))
+    answer = grades if isinstance(grades, list) else [grades]
+    try:
+        write_message(writer, (number, answer))
+    except (
+        Exception
+    ) as error:  # what a function returned, or left in the metadata, can't be sent to another process
+        failure = (
+            f"what the reward function returned or put into the metadata can't be pickled: {explain(error)}"
+        )
+        write_message(writer, (number, [Grade(None, failure, grade.seconds) for grade in answer]))
 
 
 async def grade(function: Callable[..., Any], args: Any, sample: Sample) -> Grade:
@@ -145,9 +143,7 @@ async def grade_group(function: Callable[..., Any], args: Any, samples: list[Sam
 
     def check(rewards: Any) -> list[Any]:
         if not isinstance(rewards, list | tuple) or len(rewards) != len(samples):
-            raise ValueError(
-                f"the reward is {rewards!r}, where a list of {len(samples)}, one a sample, is wanted"
-            )
+            raise ValueError(f"the reward is {rewards!r}; expected a list of {len(samples)}, one a sample")
         return [checked(reward, args.reward_key) for reward in rewards]
 
     return await _run(function, args, samples, samples, check)
@@ -175,34 +171,40 @@ async def _run(
         return [Grade(None, failure, seconds) for _ in samples]
     seconds = time.perf_counter() - began
     return [
-        Grade(reward, None, seconds, sample.metadata if pickle.dumps(sample.metadata) != old else None)
+        Grade(reward, None, seconds, _changed(sample, old))
         for reward, sample, old in zip(rewards, samples, before, strict=True)
     ]
 
 
+def _changed(sample: Sample, old: bytes) -> dict[str, Any] | None:
+    """The sample's metadata if the function has changed it. What can't be pickled is not as it was."""
+    try:
+        return None if pickle.dumps(sample.metadata) == old else sample.metadata
+    except Exception:
+        return sample.metadata
+
+
 def checked(reward: Any, reward_key: str | None) -> float | dict[str, Any]:
-    """The reward as a float, or as the dict that holds one under `reward_key`.
+    """The reward as a float, or a dict: with one under `reward_key`, or without a key as it is.
 
     Raises:
-        ValueError: it is neither, or not a finite number.
+        ValueError: it is neither of them, or the number is not finite.
     """
     value = reward
     if reward_key:
         if not isinstance(reward, dict) or reward_key not in reward:
             raise ValueError(
-                f"the reward is {reward!r}, where a dict with the --reward-key {reward_key!r} is wanted"
+                f"the reward is {reward!r}; expected a dict with the --reward-key {reward_key!r}"
             )
         value = reward[reward_key]
     elif isinstance(reward, dict):
-        raise ValueError(
-            f"the reward is a dict with {', '.join(map(repr, reward))}: name one with --reward-key"
-        )
+        return reward  # --custom-reward-post-process-path may make a number of it
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"the reward is {value!r}, where a number is wanted") from None
+        raise ValueError(f"the reward is {value!r}; expected a number") from None
     if not math.isfinite(number):
-        raise ValueError(f"the reward is {number}, where a finite number is wanted")
+        raise ValueError(f"the reward is {number}; expected a finite number")
     return {**reward, reward_key: number} if reward_key else number
 
 

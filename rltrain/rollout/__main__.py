@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from rltrain.arguments.errors import UserError
-from rltrain.rollout.server import serve
-from rltrain.runtime import EXIT_NEVER_RESTART, RoleContext
+from rltrain.rollout.service.server import serve
+from rltrain.run.errors import EXIT_NEVER_RESTART, run_main
+from rltrain.run.lifeline import end_without_supervisor
+from rltrain.run.role import RoleContext
+
+
+def main() -> None:
+    """Be the role that the supervisor asks for."""
+    context = RoleContext.from_env()
+    end_without_supervisor(context)
+    asyncio.run(serve(context))
+
 
 if __name__ == "__main__":
-    try:
-        asyncio.run(serve(RoleContext.from_env()))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_NEVER_RESTART)
+    sys.exit(run_main(main, EXIT_NEVER_RESTART))

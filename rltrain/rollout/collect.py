@@ -1,25 +1,27 @@
-"""A batch of groups, collected while a filter may drop some of them: sampled until there are enough."""
+"""A batch of groups: prompts are sampled until a filter has kept enough of them."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from rltrain.arguments.config import Config
 from rltrain.data.source import RolloutDataSource
 from rltrain.functions import load_function
-from rltrain.rollout.batch import GroupRunner, sampling_params
 from rltrain.rollout.filters import DynamicFilterOutput
-from rltrain.rollout.http import get, post
-from rltrain.rollout.shared import abort_lock
+from rltrain.rollout.generate.group import GroupRunner
+from rltrain.rollout.generate.http import get, post
+from rltrain.rollout.generate.single_turn import sampling_params
 from rltrain.sample import Sample
 
 _FLAG = "--dynamic-sampling-filter-path"
 _ABORT_AGAIN = 1.0  # seconds
+_locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 _MOST_DROPPED = 20  # batches: a filter that drops more than that will drop everything
 
 
@@ -32,20 +34,22 @@ class Collected:
     metrics: dict[str, float]
 
 
-async def collect(args: argparse.Namespace, rollout_id: int, data_source: RolloutDataSource) -> Collected:
+async def collect(config: Config, rollout_id: int, data_source: RolloutDataSource) -> Collected:
     """`--rollout-batch-size` groups that the filter keeps, from waves of `--over-sampling-batch-size` prompts.
 
     As soon as there are enough, what is still being generated is stopped; it goes back to the data source, to
-    come first the next time: it is what has long responses, which must not be lost. With `--partial-rollout`
-    the tokens that are there are kept, and gone on with; else those prompts begin anew.
+    come first the next time: these are the long responses, which must not be lost. With `--partial-rollout`
+    the present tokens are kept and continued; otherwise these prompts start over.
 
     Raises:
         RuntimeError: the filter drops too much; says what was dropped for which reason.
     """
-    path = args.dynamic_sampling_filter_path
+    path = config.functions.dynamic_sampling_filter_path
     keep = load_function(path, flag=_FLAG) if path else None
-    samples_more = keep is not None or args.over_sampling_batch_size != args.rollout_batch_size
-    runner = GroupRunner(args, rollout_id, sampling_params(args))
+    samples_more = (
+        keep is not None or config.rollout.over_sampling_batch_size != config.rollout.rollout_batch_size
+    )
+    runner = GroupRunner(config, rollout_id, sampling_params(config.rollout))
     running: dict[asyncio.Task[list[Sample]], list[Sample]] = {}
     kept: list[list[Sample]] = []
     finished: list[list[Sample]] = []
@@ -53,9 +57,9 @@ async def collect(args: argparse.Namespace, rollout_id: int, data_source: Rollou
     given_back: list[list[Sample]] = []
     ended: asyncio.Queue[asyncio.Task[list[Sample]]] = asyncio.Queue()
     try:
-        while len(kept) < args.rollout_batch_size:
-            if len(kept) + len(running) < args.rollout_batch_size:
-                for group in data_source.get_samples(args.over_sampling_batch_size):
+        while len(kept) < config.rollout.rollout_batch_size:
+            if len(kept) + len(running) < config.rollout.rollout_batch_size:
+                for group in data_source.get_samples(config.rollout.over_sampling_batch_size):
                     task = asyncio.create_task(runner.run(group))
                     task.add_done_callback(ended.put_nowait)  # waiting for the first of many is slow
                     running[task] = [_unused(sample) for sample in group] if samples_more else group
@@ -66,14 +70,15 @@ async def collect(args: argparse.Namespace, rollout_id: int, data_source: Rollou
                 del running[task]
                 group = task.result()
                 finished.append(group)
-                verdict = judge(keep, args, group)
-                if not verdict.keep:
+                verdict = judge(keep, config, group)
+                enough_without = len(kept) + len(running) >= config.rollout.rollout_batch_size
+                if not verdict.keep and (enough_without or not verdict.keep_when_insufficient):
                     dropped[verdict.reason or "no reason"] += 1
-                elif len(kept) < args.rollout_batch_size:
+                elif len(kept) < config.rollout.rollout_batch_size:
                     kept.append(group)
-            _check_drops(args, len(kept), dropped)
-        if args.partial_rollout and running:
-            given_back = await stop_early(args, rollout_id, runner, running)
+            _check_drops(config, len(kept), dropped)
+        if config.rollout.partial_rollout and running:
+            given_back = await stop_early(config, rollout_id, runner, running)
         else:
             given_back = list(running.values())
     finally:
@@ -87,7 +92,7 @@ async def collect(args: argparse.Namespace, rollout_id: int, data_source: Rollou
     metrics = {f"rollout/dynamic_filter/drop_{reason}": float(n) for reason, n in dropped.items()}
     if keep is not None:
         metrics["rollout/dynamic_filter/kept_ratio"] = len(kept) / (len(kept) + dropped.total())
-    if args.partial_rollout:
+    if config.rollout.partial_rollout:
         metrics["rollout/partial/continued"] = float(continued)
         metrics["rollout/partial/given_back"] = float(len(given_back))
     return Collected(
@@ -96,7 +101,7 @@ async def collect(args: argparse.Namespace, rollout_id: int, data_source: Rollou
 
 
 async def stop_early(
-    args: argparse.Namespace,
+    config: Config,
     rollout_id: int,
     runner: GroupRunner,
     running: dict[asyncio.Task[list[Sample]], list[Sample]],
@@ -107,6 +112,7 @@ async def stop_early(
     a request in between.
     """
     runner.aborting = True
+    args = config.namespace  # has the router of now, should it have been started again
     router = f"http://{args.sglang_router_ip}:{args.sglang_router_port}"
     stopped: list[list[Sample]] = []
     while running:
@@ -123,7 +129,7 @@ async def stop_early(
             begun = running.pop(task)
             group = task.result()
             if [sample.index for sample in group] != [sample.index for sample in begun]:
-                group = begun  # a rollout of several samples begins anew
+                group = begun  # a rollout of several samples starts over
             for sample in group:
                 if sample.response_length:
                     sample.metadata.setdefault("start_rollout_id", rollout_id)
@@ -131,43 +137,58 @@ async def stop_early(
     return stopped
 
 
-def judge(
-    keep: Callable[..., Any] | None, args: argparse.Namespace, group: list[Sample]
-) -> DynamicFilterOutput:
-    """The filter's verdict on a group; True and False are taken too, as slime does.
+def abort_lock() -> asyncio.Lock:
+    """Held by an evaluation, and by a rollout that aborts all requests of the engines: they must not meet."""
+    return _locks.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+
+
+def judge(keep: Callable[..., Any] | None, config: Config, group: list[Sample]) -> DynamicFilterOutput:
+    """The filter's verdict on a group; True and False are taken too, as slime does, also of NumPy and torch.
 
     Raises:
         RuntimeError: it returned something else.
     """
     if keep is None:
         return DynamicFilterOutput(True)
-    verdict = keep(args, group)
-    if isinstance(verdict, bool):
-        return DynamicFilterOutput(verdict)
-    if not isinstance(getattr(verdict, "keep", None), bool):
+    verdict = keep(config.namespace, group)
+    if isinstance(_plain(verdict), bool):
+        return DynamicFilterOutput(_plain(verdict))
+    kept = _plain(getattr(verdict, "keep", None))
+    if not isinstance(kept, bool):
         raise RuntimeError(
-            f"{_FLAG} {args.dynamic_sampling_filter_path} returned {verdict!r}, where a DynamicFilterOutput or a"
-            " bool is wanted"
+            f"{_FLAG} {config.functions.dynamic_sampling_filter_path} returned {verdict!r};"
+            " expected a DynamicFilterOutput or a bool"
         )
-    return DynamicFilterOutput(verdict.keep, getattr(verdict, "reason", None))
+    fallback = bool(getattr(verdict, "keep_when_insufficient", False))
+    return DynamicFilterOutput(kept, getattr(verdict, "reason", None), fallback)
 
 
-def _check_drops(args: argparse.Namespace, kept: int, dropped: Counter[str]) -> None:
-    if dropped.total() <= _MOST_DROPPED * args.rollout_batch_size:
+def _plain(value: Any) -> Any:
+    """The bool in an array or a tensor of one."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _check_drops(config: Config, kept: int, dropped: Counter[str]) -> None:
+    if dropped.total() <= _MOST_DROPPED * config.rollout.rollout_batch_size:
         return
     reasons = ", ".join(f"{count} × {reason}" for reason, count in dropped.most_common())
     raise RuntimeError(
-        f"{_FLAG} {args.dynamic_sampling_filter_path} dropped {dropped.total()} groups and kept {kept}, of the"
-        f" {args.rollout_batch_size} that a batch needs ({reasons}). Give other prompts, or another filter."
+        f"{_FLAG} {config.functions.dynamic_sampling_filter_path} dropped {dropped.total()} groups and"
+        f" kept {kept}, of the {config.rollout.rollout_batch_size} that a batch needs ({reasons}). Give other prompts,"
+        " or another filter."
     )
 
 
 def _unused(sample: Sample) -> Sample:
-    """The sample as it is now, untouched by what is generated for the other."""
+    """A copy that keeps the sample's present state while the original is generated."""
     unused = copy.copy(sample)
     for name in ("tokens", "loss_mask", "rollout_log_probs", "weight_versions", "weight_version_spans"):
         if (value := getattr(sample, name)) is not None:
             setattr(unused, name, list(value))
+    unused.spec_info, unused.prefix_cache_info = (
+        copy.copy(sample.spec_info),
+        copy.copy(sample.prefix_cache_info),
+    )
     unused.metadata = copy.deepcopy(sample.metadata) if sample.metadata else {}
     return unused
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rltrain.sample import Sample
 
 
-@dataclass(frozen=True)
+@dataclass
 class DynamicFilterOutput:
-    """Whether a group is kept, and why not; groups that are dropped are counted by reason."""
+    """Whether a group is kept, and why not; groups that are dropped are counted by reason.
+
+    `keep_when_insufficient`: keep it all the same where its wave of prompts would else give too few groups, rather than
+    sample another wave.
+    """
 
     keep: bool
     reason: str | None = None
+    keep_when_insufficient: bool = False
 
 
 def check_reward_nonzero_std(
@@ -30,6 +35,14 @@ def check_reward_nonzero_std(
     if min(rewards) == max(rewards):
         return DynamicFilterOutput(False, f"zero_std_{rewards[0]:.1f}")
     return DynamicFilterOutput(True)
+
+
+def check_reward_nonzero_std_with_fallback(
+    args: argparse.Namespace, samples: list[Sample], **kwargs: Any
+) -> DynamicFilterOutput:
+    """The same, but as many of the others as are missing from a batch are kept: no second wave is sampled."""
+    verdict = check_reward_nonzero_std(args, samples, **kwargs)
+    return replace(verdict, keep_when_insufficient=verdict.reason != "failed")
 
 
 def remove_truncated(args: argparse.Namespace, groups: list[list[Sample]]) -> None:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rltrain.arguments.errors import UserError
+from rltrain.arguments.config import Config
+from rltrain.arguments.groups.data import Data
+from rltrain.arguments.groups.model import Model
 from rltrain.data.conversation import tokens_and_mask
 from rltrain.data.source import RolloutDataSource
 from rltrain.data.tokenizer import encode, load_tokenizer
 from rltrain.rollout.base_types import RolloutFnTrainOutput
+from rltrain.run.errors import UserError
 from rltrain.sample import Sample
 
 
@@ -26,24 +29,35 @@ def generate_rollout(
     Raises:
         UserError: a prompt has no label, the tokenizer no end-of-sequence token, or an evaluation was asked for.
     """
-    if evaluation:
-        raise UserError("fine-tuning has no engines that could be evaluated: leave --eval-interval out.")
-    tokenizer = load_tokenizer(args.hf_checkpoint)
+    if evaluation:  # the trainer has it: rltrain/validation.py
+        raise UserError(
+            "fine-tuning generates nothing: leave --rollout-function-path out, or --eval-interval."
+        )
     groups = data_source.get_samples(args.rollout_batch_size)
     samples = [sample for group in groups for sample in group]
-    _add_labels([sample for sample in samples if isinstance(sample.prompt, str)], args, tokenizer)
-    for sample in samples:
-        if not isinstance(sample.prompt, str):
-            _add_turns(sample, args, tokenizer)
-        sample.status = Sample.Status.COMPLETED
+    add_responses(samples, Config.of(args), load_tokenizer(args.hf_checkpoint))
     return RolloutFnTrainOutput(groups)
 
 
-def _add_turns(sample: Sample, args: argparse.Namespace, tokenizer: Any) -> None:
+def add_responses(samples: list[Sample], config: Config, tokenizer: Any) -> None:
+    """Tokens and masks of what is trained on.
+
+    Raises:
+        UserError: a prompt has no label, or the tokenizer no end-of-sequence token.
+    """
+    labelled = [sample for sample in samples if isinstance(sample.prompt, str)]
+    _add_labels(labelled, config.model, tokenizer)
+    for sample in samples:
+        if not isinstance(sample.prompt, str):
+            _add_turns(sample, config.data, tokenizer)
+        sample.status = Sample.Status.COMPLETED
+
+
+def _add_turns(sample: Sample, data: Data, tokenizer: Any) -> None:
     """Tokens and mask of a conversation; the response begins with its first turn that is trained on."""
     assert isinstance(sample.prompt, list)
-    kwargs = args.apply_chat_template_kwargs
-    tools = sample.metadata.get(args.tool_key)
+    kwargs = data.apply_chat_template_kwargs
+    tools = sample.metadata.get(data.tool_key)
     tokens, mask = tokens_and_mask(sample.prompt, tokenizer, tools=tools, **kwargs)
     if 1 not in mask:
         raise UserError(
@@ -56,13 +70,13 @@ def _add_turns(sample: Sample, args: argparse.Namespace, tokenizer: Any) -> None
     sample.response = tokenizer.decode(tokens[first:])
 
 
-def _add_labels(samples: list[Sample], args: argparse.Namespace, tokenizer: Any) -> None:
+def _add_labels(samples: list[Sample], model: Model, tokenizer: Any) -> None:
     """The label, and the end-of-sequence token, as the response; all of it is trained on."""
     if not samples:
         return
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"the tokenizer in {args.hf_checkpoint} has no end-of-sequence token to end a label with."
+            f"the tokenizer in {model.hf_checkpoint} has no end-of-sequence token to end a label with."
         )
     unlabelled = next((sample for sample in samples if not isinstance(sample.label, str)), None)
     if unlabelled is not None:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import argparse
 
+from rltrain.arguments.config import Config, group_of
+from rltrain.arguments.groups.rollout import Rollout
 from rltrain.data.source import RolloutDataSource
 from rltrain.data.tokenizer import load_tokenizer
 from rltrain.functions import load_function
 from rltrain.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput
-from rltrain.rollout.batch import check_failures, sampling_params
 from rltrain.rollout.collect import collect
 from rltrain.rollout.eval import eval_rollout
-from rltrain.rollout.http import post
-from rltrain.rollout.loop_lag import LoopLag
-from rltrain.rollout.single_turn import generate
+from rltrain.rollout.generate.group import check_failures
+from rltrain.rollout.generate.http import post, session_headers
+from rltrain.rollout.generate.single_turn import generate, sampling_params
+from rltrain.rollout.generate.timing import LoopLag
 from rltrain.sglang.routers import get_model_url
 
-__all__ = ["GenerateState", "generate", "generate_rollout", "get_model_url", "post"]
+__all__ = ["GenerateState", "generate", "generate_rollout", "get_model_url", "post", "session_headers"]
 
 
 class GenerateState:
@@ -29,7 +31,7 @@ class GenerateState:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.tokenizer = load_tokenizer(args.hf_checkpoint)
-        self.sampling_params = sampling_params(args)
+        self.sampling_params = sampling_params(group_of(args, Rollout))
 
 
 async def generate_rollout(
@@ -40,12 +42,13 @@ async def generate_rollout(
     Raises:
         RuntimeError: too many samples failed, or the filter kept too few groups.
     """
+    config = Config.of(args)
     if evaluation:
-        return await eval_rollout(args, rollout_id)
+        return await eval_rollout(config, rollout_id)
     async with LoopLag() as lag:
-        collected = await collect(args, rollout_id, data_source)
+        collected = await collect(config, rollout_id, data_source)
     groups = collected.kept
-    check_failures(args, [sample for group in groups for sample in group])
+    check_failures(config.rollout, [sample for group in groups for sample in group])
     if args.rollout_sample_filter_path:
         load_function(args.rollout_sample_filter_path, flag="--rollout-sample-filter-path")(args, groups)
     if args.rollout_all_samples_process_path:

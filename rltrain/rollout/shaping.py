@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from rltrain.rollout.convert import graded_reward
-from rltrain.rollout.normalize import train_rewards
+from rltrain.arguments.config import group_of
+from rltrain.arguments.groups.algorithm import Algorithm
+from rltrain.arguments.groups.rollout import Rewards
+from rltrain.rollout.train_data.convert import graded_reward, train_rewards
 from rltrain.sample import Sample
 
 
@@ -19,12 +21,13 @@ def overlong(args: argparse.Namespace, samples: list[Sample]) -> tuple[list[floa
     limit = args.rollout_max_response_len
     buffer = getattr(args, "overlong_buffer_len", max(1, limit // 5))
     factor = getattr(args, "overlong_penalty_factor", 1.0)
-    raw = [graded_reward(args, sample) for sample in samples]
+    rewards = group_of(args, Rewards)
+    raw = [graded_reward(rewards, sample) for sample in samples]
     shaped = [
         None if reward is None else reward + overlong_penalty(sample.response_length, limit, buffer, factor)
         for reward, sample in zip(raw, samples, strict=True)
     ]
-    return raw, train_rewards(args, samples, shaped)
+    return raw, train_rewards(group_of(args, Algorithm), samples, shaped)
 
 
 def overlong_penalty(length: int, limit: int, buffer: int, factor: float) -> float:

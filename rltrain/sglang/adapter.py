@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
 
-from rltrain.processes import reserve_port
-from rltrain.sglang import workers
+from rltrain.run.http import HttpError, call, get_status
+from rltrain.run.processes import reserve_port
 from rltrain.sglang.health import HealthLimits, watch
-from rltrain.sglang.http import HttpError, call, get_status
 from rltrain.sglang.process import READY_TIMEOUT, ServerProcess
+from rltrain.sglang.routers import add_worker, remove_worker
 from rltrain.weights import LOADER
 
 _UPDATE_TIMEOUT = 1800.0  # seconds; large models load slowly from a busy filesystem
@@ -122,11 +122,11 @@ class HttpServerEngineAdapter:
         engine that computes only prompts or only responses.
         """
         worker = {"url": self.url, "api_key": self._token, **role}
-        workers.add_worker(router_url, router_token or self._token, worker, timeout)
+        add_worker(router_url, router_token or self._token, worker, timeout)
 
     def unregister(self, router_url: str, timeout: float = 60.0, router_token: str | None = None) -> None:
         """Leave the router, and wait until it has forgotten us."""
-        workers.remove_worker(router_url, router_token or self._token, self.url, timeout)
+        remove_worker(router_url, router_token or self._token, self.url, timeout)
 
     def health(self, timeout: float = 5.0) -> bool:
         """Whether the server answers; never raises."""
@@ -175,7 +175,7 @@ class HttpServerEngineAdapter:
         self._call("POST", "/release_memory_occupation", {"tags": [tag]}, _UPDATE_TIMEOUT)
 
     def resume_memory(self, tag: str) -> None:
-        """Take that memory again; weights have to be sent anew."""
+        """Take that memory again; weights have to be sent again."""
         self._call("POST", "/resume_memory_occupation", {"tags": [tag]}, _UPDATE_TIMEOUT)
 
     def abort(self, request_id: str | None = None) -> None:
@@ -229,7 +229,7 @@ class HttpServerEngineAdapter:
         }
 
     def randomize_weights(self) -> None:
-        """Put random numbers in the place of all weights; the engine is idle."""
+        """Put random numbers in place of all weights; the engine is idle."""
         self._call("POST", "/weights_checker", {"action": "reset_tensors"}, _UPDATE_TIMEOUT)
 
     def tensor_parallel_size(self) -> int:

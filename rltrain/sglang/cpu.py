@@ -1,12 +1,19 @@
-"""Lets the unmodified SGLang run on a machine without a GPU; does nothing on a machine with one.
+"""Lets the unmodified SGLang run, and sample by seeds, on a machine without a GPU; does nothing on a machine with one.
 
 SGLang imports triton, torchvision and sgl_kernel at module level, although a dense text model on the CPU
-calls nothing in them, and their wheels are large or linked to CUDA. Each that is not installed gets an
-import-only stand-in, so call `install()` before the first `import sglang`, in every process.
+calls nothing in them, and their wheels are large or linked to CUDA. Each package that is not installed, or that
+can't be imported because it is linked to CUDA, gets an import-only stand-in, so call `install()` before the first
+`import sglang`, in every process.
+
+SGLang honours a request's `sampling_seed` only with `enable_deterministic_inference`, which it offers with
+CUDA kernels. On the CPU `allow_deterministic_sampling()` makes it work, so that a run can be repeated token for token:
+for the `torch_native` backend only the seeded sampler matters. It admits the backend, leaves out the batch-invariant
+Triton kernels, and gives in torch the hash that the sampler takes from sgl_kernel.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -16,26 +23,59 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_CANDIDATES = ("triton", "torchvision", "sgl_kernel")
+import torch
+
+_LINKED_TO_CUDA = "sgl_kernel"
+_CANDIDATES = ("triton", "torchvision", _LINKED_TO_CUDA)
+_MASK = 0xFFFFFFFF  # of 32 bits
 
 
 def has_accelerator() -> bool:
     """Whether torch can reach a GPU here."""
-    import torch
-
     return torch.cuda.is_available()
 
 
 def install() -> None:
-    """Put stand-ins for the missing packages on the import path. Idempotent; a no-op beside a GPU."""
-    if any(isinstance(finder, _StandInFinder) for finder in sys.meta_path):
+    """Put stand-ins for packages that can't be used on the import path. Idempotent; a no-op beside a GPU."""
+    if has_accelerator() or any(isinstance(finder, _StandInFinder) for finder in sys.meta_path):
         return
-    missing = frozenset(name for name in _CANDIDATES if importlib.util.find_spec(name) is None)
-    if not missing or has_accelerator():
-        return
+    # Without it SGLang, finding no GPU of NVIDIA, looks for kernels of other makers, and for vllm.
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+    if torch.version.cuda is not None:
+        _do_not_reach_for_cuda()
+    missing = frozenset(name for name in _CANDIDATES if not _is_usable(name))
+    if not missing:
+        return
     _let_libraries_notice_what_is_missing()
-    sys.meta_path.append(_StandInFinder(missing))
+    sys.meta_path.insert(0, _StandInFinder(missing))  # before what is installed and can't be imported
+
+
+def _do_not_reach_for_cuda() -> None:
+    """What a CPU build of torch does by itself; a build for CUDA takes its parts for those of this machine."""
+    # Ranks of an engine would speak through its NCCL; SGLang does without where that can't be loaded.
+    os.environ.setdefault("SGLANG_NCCL_SO_PATH", "no-nccl-without-a-gpu")
+    of_device = torch.get_device_module
+
+    @functools.cache
+    def cpu_unless_told(device: torch.device | str | None = None) -> ModuleType:
+        return of_device("cpu" if device is None else device)
+
+    torch.get_device_module = cpu_unless_told
+
+
+def _is_usable(name: str) -> bool:
+    """Whether it is installed, and, if it is linked to CUDA, can be imported here."""
+    if importlib.util.find_spec(name) is None:
+        return False
+    if name != _LINKED_TO_CUDA:
+        return True
+    try:
+        importlib.import_module(name)
+    except (ImportError, OSError):
+        for module in [each for each in sys.modules if each.partition(".")[0] == name]:
+            del sys.modules[module]  # what was imported before it failed
+        return False
+    return True
 
 
 def _let_libraries_notice_what_is_missing() -> None:
@@ -101,3 +141,60 @@ class _StandInFinder(MetaPathFinder, Loader):
         if module.__name__ == "triton":  # the two helpers that are called while modules load
             module.cdiv = lambda a, b: -(a // -b)  # type: ignore[attr-defined]
             module.next_power_of_2 = lambda n: 1 << (n - 1).bit_length() if n > 0 else 1  # type: ignore[attr-defined]
+
+
+def allow_returned_routes() -> None:
+    """Make `enable_return_routed_experts` work: SGLang would have CUDA pin the memory that it keeps the routes in."""
+    from sglang.srt.mem_cache.pool_host import common
+
+    def allocate(shape: tuple[int, ...], dtype: torch.dtype, **_: Any) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
+
+
+def allow_deterministic_sampling() -> None:
+    """Make `enable_deterministic_inference` work with `attention_backend="torch_native"`; idempotent."""
+    from sglang.srt import batch_invariant_ops
+    from sglang.srt.server_args import add_deterministic_attention_backend_choices
+
+    add_deterministic_attention_backend_choices(["torch_native"])
+    batch_invariant_ops.enable_batch_invariant_mode = lambda *args, **kwargs: None
+    _register_hash()
+
+
+def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3 (x86, 32 bit) of (seed, position, column): uint32 of shape [len(seed), len(columns)].
+
+    `seed` (64 bits) and `positions` have one entry a request; `columns` are token ids.
+    """
+    seed = seed.view(torch.int64)
+    state = torch.zeros_like(seed)
+    for word in (seed & _MASK, (seed >> 32) & _MASK, positions.to(torch.int64) & _MASK):
+        state = _mix(state, word)
+    state = _mix(state[:, None], (columns.to(torch.int64) & _MASK)[None, :]) ^ 16  # 16 bytes were hashed
+    state = ((state ^ (state >> 16)) * 0x85EBCA6B) & _MASK
+    state = ((state ^ (state >> 13)) * 0xC2B2AE35) & _MASK
+    return (state ^ (state >> 16)).to(torch.uint32)
+
+
+def _mix(state: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
+    word = (word * 0xCC9E2D51) & _MASK
+    word = ((word << 15) | (word >> 17)) & _MASK
+    state = state ^ ((word * 0x1B873593) & _MASK)
+    state = ((state << 13) | (state >> 19)) & _MASK
+    return (state * 5 + 0xE6546B64) & _MASK
+
+
+@functools.cache
+def _register_hash() -> torch.library.Library:
+    """Returned (and so kept by the cache): the operator lives as long as its library object."""
+    library = torch.library.Library("sgl_kernel", "FRAGMENT")
+    library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor col_indices) -> Tensor")
+    library.impl("murmur_hash32_cpu", murmur_hash32, "CompositeExplicitAutograd")
+
+    @torch.library.register_fake("sgl_kernel::murmur_hash32_cpu", lib=library)
+    def _(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
+        return torch.empty((seed.shape[0], col_indices.shape[0]), dtype=torch.uint32)
+
+    return library

@@ -1,107 +1,110 @@
 """The engine role: `python -m rltrain.sglang.engine` runs one SGLang server and joins it to the router.
 
-An engine that spans nodes is one such process a node. The first serves; the others only compute.
+An engine that spans nodes is one such process per node. The first serves; the others only compute.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import contextlib
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpc.layout import RunLayout
 from rltrain import arguments
+from rltrain.arguments.config import Config
 from rltrain.arguments.fleet import engine_specs, engines_load_alone, models
-from rltrain.processes import reserve_port
-from rltrain.runtime import Registry, RoleContext
-from rltrain.sglang import workers
+from rltrain.run.http import HttpError
+from rltrain.run.processes import reserve_port
+from rltrain.run.role import Registry, RoleContext
 from rltrain.sglang.adapter import HttpServerEngineAdapter
-from rltrain.sglang.engines import ExpelledError
-from rltrain.sglang.health import HealthLimits, HungError
-from rltrain.sglang.membership import Membership, Place
-from rltrain.sglang.process import ServerDiedError
-from rltrain.sglang.role import run_server_role
-from rltrain.sglang.routers import wait_for_router
-from rltrain.weights.current import current_weights, load_weights, weight_version
+from rltrain.sglang.engines import expulsion
+from rltrain.sglang.health import HungError, health_limits, is_loading
+from rltrain.sglang.process import ExpelledError, ServerDiedError, run_server_role
+from rltrain.sglang.routers import RouterAddress, find_router, remove_worker, wait_for_router
+from rltrain.weights.transports.current import current_weights, load_from_disk, weight_version
+
+_LEAVE_SECONDS = 5.0
 
 
-def engine_server_args(args: argparse.Namespace, index: int, weights: Path | None = None) -> dict[str, Any]:
+def engine_server_args(config: Config, index: int, weights: Path | None = None) -> dict[str, Any]:
     """`ServerArgs` of engine number `index`: what the job decides, then what `--sglang-*` and `--sglang-config` say.
 
-    `weights` is a directory of the trainer's, in place of the model that the run began with.
+    `weights` is a directory that the trainer has written; it replaces the model that the run began with.
     """
-    spec = engine_specs(args)[index]
-    model = models(args)[spec.model]
+    spec = engine_specs(config)[index]
+    model = models(config)[spec.model]
     decided = {
         "model_path": model["model_path"],
         "tp_size": spec.num_gpus,
         # Engines with one seed would all draw the same tokens for the same prompt.
-        "random_seed": args.seed + index,
+        "random_seed": config.optimizer.seed + index,
     }
     if spec.worker_type != "regular":
         decided["disaggregation_mode"] = spec.worker_type
     if weights is not None:
         decided |= {"model_path": str(weights), "weight_version": str(weight_version(weights))}
-    elif args.random_init and model["update_weights"]:
+    elif config.model.random_init and model["update_weights"]:
         decided["load_format"] = "dummy"  # there are no weights yet: the trainer sends them
-    if args.debug_rollout_only:
-        decided["weight_version"] = "0"  # as weights are called that no rollout has trained
-    if args.offload_rollout and model["update_weights"]:
+    if config.algorithm.use_rollout_routing_replay and model["update_weights"]:
+        decided["enable_return_routed_experts"] = True
+    if config.debug.debug_rollout_only:
+        decided["weight_version"] = "0"  # the version of weights that no rollout has trained
+    if config.engines.offload_rollout and model["update_weights"]:
         decided["enable_memory_saver"] = True
         # Released weights are lost, and not sent again after every step.
-        decided["enable_weights_cpu_backup"] = args.update_weights_interval > 1
-    return {**decided, **args.sglang, **spec.overrides}
+        decided["enable_weights_cpu_backup"] = config.weights.update_weights_interval > 1
+    return {**decided, **config.engines.sglang, **spec.overrides}
 
 
 def main(context: RoleContext) -> None:
     """Start the engine, join the router, announce it, and watch it."""
-    args = arguments.load(context.run_dir)
+    config = arguments.load(context.run_dir)
     registry = Registry(context)
-    weights = _newest_weights(args, context) if context.restarts else None
-    server_args = engine_server_args(args, context.index, weights)
+    weights = _newest_weights(config, context) if context.restarts else None
+    server_args = engine_server_args(config, context.index, weights)
     with ExitStack() as held:
         if context.nnodes > 1:
             server_args |= _meet(context, registry, held)
-        place = Place.of(args, context, held)
+        place = Place.of(config, context, held)
         if context.replaces:
-            router = wait_for_router(args, registry, context.token, place.model)
-            workers.remove_worker(router.url, router.token, context.replaces)
+            router = wait_for_router(config, registry, context.token, place.model)
+            remove_worker(router.url, router.token, context.replaces)
         engine = held.enter_context(
             HttpServerEngineAdapter.launch(server_args | place.server_args, context.token, host=context.host)
         )
         if context.node_rank:
             engine.wait()
-        membership = Membership(engine, args, registry, place)
-        if context.restarts and _is_trained(args, context) and not engines_load_alone(args):
+        membership = Membership(engine, config, registry, place)
+        if context.restarts and _is_trained(config, context) and not engines_load_alone(config.weights):
             membership.join_after(engine.get_weight_version())
             registry.register(engine.url)
         elif context.restarts:
-            _join_again(membership, engine, registry, weights, lambda: _newest_weights(args, context))
+            _join_again(membership, engine, registry, weights, lambda: _newest_weights(config, context))
         else:
             membership.join()
             registry.register(engine.url)
         try:
-            engine.watch(health_limits(args), lambda: is_loading(context.layout), membership.look)
+            engine.watch(health_limits(config.engines), lambda: is_loading(context.layout), membership.look)
         except (HungError, ServerDiedError, ExpelledError):
             membership.leave()
             raise
 
 
-def _newest_weights(args: argparse.Namespace, context: RoleContext) -> Path | None:
+def _newest_weights(config: Config, context: RoleContext) -> Path | None:
     """What the trainer has written last in this attempt; None for a model that it does not train.
 
-    Only for an engine that is started again. The weights of an earlier attempt are none of ours: the trainer sends what
+    Only for an engine that is started again. Weights of an earlier attempt do not count: the trainer sends those that
     it has resumed from.
     """
-    is_there = _is_trained(args, context) and engines_load_alone(args)
+    is_there = _is_trained(config, context) and engines_load_alone(config.weights)
     return current_weights(context.layout.weights) if is_there else None
 
 
-def _is_trained(args: argparse.Namespace, context: RoleContext) -> bool:
-    return models(args)[engine_specs(args)[context.index].model]["update_weights"]
+def _is_trained(config: Config, context: RoleContext) -> bool:
+    return models(config)[engine_specs(config)[context.index].model]["update_weights"]
 
 
 def _meet(context: RoleContext, registry: Registry, held: ExitStack) -> dict[str, Any]:
@@ -124,33 +127,101 @@ def _join_again(
     weights: Path | None,
     newest_weights: Callable[[], Path | None],
 ) -> None:
-    """Be found by requests only with the current weights; `weights` are those that the engine has.
+    """Join the router only with the current weights; `weights` are those that the engine has.
 
-    The trainer looks for engines when it has written new weights, and sends them to those that it finds. One that comes
-    too late to be found sees them there, and has them before its first request.
+    When the trainer has written new weights, it looks for engines and sends them the weights. An engine that comes too
+    late to be found loads them from there, before its first request.
     """
     registry.register(engine.url)
     newest = newest_weights()
     if newest is not None and newest != weights:
-        load_weights(engine, newest)
+        load_from_disk(engine, newest)
     membership.join()
 
 
-def health_limits(args: argparse.Namespace) -> HealthLimits:
-    """The limits that the flags name."""
-    return HealthLimits(
-        args.rollout_health_check_interval,
-        args.rollout_health_check_timeout,
-        args.rollout_health_check_first_wait,
-    )
+@dataclass(frozen=True)
+class Place:
+    """Where an engine belongs.
+
+    Attributes:
+        model: position of its model, see `rltrain.arguments.fleet`.
+        token: of the job.
+        router_role: what the router is told of an engine that computes only prompts or only responses.
+        server_args: arguments of the engine that go with that.
+    """
+
+    model: int
+    token: str
+    router_role: dict[str, Any] = field(default_factory=dict)
+    server_args: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Config, context: RoleContext, held: ExitStack) -> Place:
+        """The place of this engine role; a port that it needs is kept in `held`."""
+        spec = engine_specs(config)[context.index]
+        if spec.worker_type == "regular":
+            return cls(spec.model, context.token)
+        role: dict[str, Any] = {"worker_type": spec.worker_type}
+        if spec.worker_type == "decode":
+            return cls(spec.model, context.token, role)
+        port = held.enter_context(reserve_port(context.host)).getsockname()[1]
+        return cls(
+            spec.model,
+            context.token,
+            role | {"bootstrap_port": port},
+            {"disaggregation_bootstrap_port": port},
+        )
 
 
-def is_loading(layout: RunLayout) -> bool:
-    """Whether the engines are being given weights now."""
-    try:
-        return json.loads(layout.status.read_text())["phase"] == "weights"
-    except (OSError, ValueError, KeyError):
-        return False
+class Membership:
+    """The engine's place behind the router of its model, kept when that router dies and another takes its place."""
+
+    def __init__(
+        self, engine: HttpServerEngineAdapter, config: Config, registry: Registry, place: Place
+    ) -> None:
+        self._engine, self._config, self._registry, self._place = engine, config, registry, place
+        self._router: RouterAddress | None = None
+        self._outdated: str | None = None
+
+    def join_after(self, version: str) -> None:
+        """Join as soon as the engine has other weights than those of this version, see `look`."""
+        self._outdated = version
+
+    def join(self) -> None:
+        """Join the router as soon as there is one."""
+        place = self._place
+        self._join(wait_for_router(self._config, self._registry, place.token, place.model))
+
+    def look(self) -> None:
+        """Join the router that has replaced the one that we joined, if there is one; call once a second.
+
+        Raises:
+            ExpelledError: the trainer says that the engine did not get its weights.
+        """
+        place, engine = self._place, self._engine
+        try:
+            if reason := self._registry.offered(expulsion(engine.url, os.getpid())):
+                raise ExpelledError(f"expelled by the trainer: {reason}")
+            if self._outdated is not None and engine.get_weight_version() == self._outdated:
+                return
+            self._outdated = None
+            router = find_router(self._config.engines, self._registry, place.token, place.model)
+            if router not in (None, self._router):
+                self._join(router)
+                print(f"joined the router {router.url}", flush=True)
+        except (OSError, HttpError, TimeoutError) as error:  # it is not up yet, or is gone again
+            print(f"the router can't be joined yet: {error}", flush=True)
+
+    def leave(self) -> None:
+        """Leave the router, if it still answers: it must not send requests to an engine that is gone."""
+        if self._router is None:
+            return
+        with contextlib.suppress(OSError, HttpError, TimeoutError):
+            self._engine.unregister(self._router.url, _LEAVE_SECONDS, self._router.token)
+
+    def _join(self, router: RouterAddress) -> None:
+        self._engine.register(router.url, router_token=router.token, **self._place.router_role)
+        self._router = router
 
 
 if __name__ == "__main__":

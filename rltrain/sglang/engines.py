@@ -1,24 +1,33 @@
-"""The engines of a job as the trainer finds them: looked up anew each time, as one that died is started again."""
+"""The engines of a job as the trainer finds them, and whether they serve the model that it trains.
+
+Engines are looked up again each time, because one that died is started again.
+"""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import json
 import socket
 import time
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from rltrain.arguments.external import external_token, external_urls, uses_external_engines
+from rltrain.arguments.config import Config
+from rltrain.arguments.external import external_token, external_urls
 from rltrain.arguments.fleet import trained_engines
-from rltrain.runtime import Registry, RoleAddress
+from rltrain.arguments.groups.engines import Engines
+from rltrain.arguments.groups.model import Model
+from rltrain.arguments.hf_config import ModelShape, read_model_shape
+from rltrain.run.errors import UserError
+from rltrain.run.role import Registry, RoleAddress
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 
 # The supervisor sees a dead process within a second or two.
 _DEATH_SECONDS = 30.0
 _POLL_SECONDS = 0.2
-
-
-class ExpelledError(RuntimeError):
-    """The trainer could not give the engine its weights; the message says why."""
+# The weights do not depend on these.
+_UNIMPORTANT = {"max_positions", "init_std"}
 
 
 class JobEngine(HttpServerEngineAdapter):
@@ -30,7 +39,7 @@ class JobEngine(HttpServerEngineAdapter):
         self.is_here = address.host == socket.gethostname()
 
     def has_died(self) -> bool:
-        """Whether the supervisor says so; waits for its word, as an engine that does not answer may be about to."""
+        """Whether the supervisor says so; waits, because an engine that does not answer may be about to die."""
         deadline = time.monotonic() + _DEATH_SECONDS
         while any(address.url == self.url for address in self._registry.find("engine")):
             if time.monotonic() > deadline:
@@ -39,7 +48,7 @@ class JobEngine(HttpServerEngineAdapter):
         return True
 
     def expel(self, reason: str) -> None:
-        """Have its own role end it, for which the supervisor starts another one."""
+        """Have its own role end it; the supervisor then starts another one."""
         self._registry.offer(expulsion(self.url, self._pid), reason)
 
 
@@ -49,7 +58,7 @@ def expulsion(url: str, pid: int) -> str:
 
 
 class ExternalEngine(HttpServerEngineAdapter):
-    """One that the job does not start."""
+    """An engine that the job does not start."""
 
     is_ours = False
     is_here = False
@@ -62,20 +71,79 @@ class ExternalEngine(HttpServerEngineAdapter):
         """Nothing: without the current weights `rltrain.sglang.external` takes it off the router."""
 
 
-def find_engines(
-    args: argparse.Namespace, registry: Registry, token: str
-) -> list[JobEngine | ExternalEngine]:
+def find_engines(config: Config, registry: Registry, token: str) -> list[JobEngine | ExternalEngine]:
     """The engines that are ready now and take the trainer's weights: the job's by index, then external ones."""
-    trained = trained_engines(args)
+    trained = trained_engines(config)
     own = [
         JobEngine(address, token, registry) for address in registry.find("engine") if address.index in trained
     ]
-    return [*own, *(engine for engine in external_engines(args) if engine.makes_progress())]
+    return [*own, *(engine for engine in external_engines(config.engines) if engine.makes_progress())]
 
 
-def external_engines(args: argparse.Namespace) -> list[ExternalEngine]:
+def external_engines(engines: Engines) -> list[ExternalEngine]:
     """The external engines that are named now, whether they answer or not."""
-    if not uses_external_engines(args):
+    if not engines.are_external:
         return []
     token = external_token()
-    return [ExternalEngine(url, token) for url in external_urls(args)]
+    return [ExternalEngine(url, token) for url in external_urls(engines)]
+
+
+def check_engine(model: Model, engine: HttpServerEngineAdapter) -> list[str]:
+    """Check that the engine can take the trainer's weights, when it is met for the first time.
+
+    Returns:
+        Differences that do no harm, in words.
+
+    Raises:
+        UserError: the model has another shape or vocabulary; says what differs.
+    """
+    info = engine.get_model_info()
+    ours, path = _config(Path(model.hf_checkpoint)), Path(info["model_path"])
+    if ours is None:
+        return []
+    notes = []
+    if info.get("architectures") not in (None, ours.get("architectures")):
+        raise UserError(
+            f"the engine {engine.url} serves {path}, a {info['architectures']}, but the trainer trains"
+            f" {model.hf_checkpoint}, a {ours.get('architectures')}. Start it with that model."
+        )
+    theirs = _config(path)
+    if theirs is None:
+        notes.append(
+            f"the engine {engine.url} serves {path}, which can't be read from here: its shape is not checked"
+        )
+    elif differences := shape_differences(read_model_shape(ours), read_model_shape(theirs)):
+        raise UserError(
+            f"the engine {engine.url} serves {path}, which differs from the trainer's {model.hf_checkpoint}:"
+            f" {'; '.join(differences)}. Weights of the one do not fit the other: start the engine with that model."
+        )
+    return notes + dtype_notes(model, engine)
+
+
+def shape_differences(ours: ModelShape, theirs: ModelShape) -> list[str]:
+    """What is different, with both values; a padded vocabulary is explained."""
+    differences = []
+    for field in dataclasses.fields(ModelShape):
+        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        if mine != other and field.name not in _UNIMPORTANT:
+            padded = " (it is padded differently)" if field.name == "vocab_size" else ""
+            differences.append(f"{field.name} is {other} there and {mine} here{padded}")
+    return differences
+
+
+def dtype_notes(model: Model, engine: HttpServerEngineAdapter) -> list[str]:
+    """That weights are converted on their way, if the engine computes with another type than the trainer."""
+    trainer = "bfloat16" if model.bf16 else "float32"
+    server = engine.get_server_info().get("dtype")
+    if server in (None, "auto", trainer):
+        return []
+    return [
+        f"the engine {engine.url} computes in {server}, the trainer in {trainer}: weights are converted on loading"
+    ]
+
+
+def _config(directory: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,19 +1,17 @@
-"""External engines: which come and go while the run goes on, and generate only with the trainer's current weights."""
+"""Keeps external engines behind the router: they come and go, and generate only with the trainer's current weights."""
 
 from __future__ import annotations
 
-import argparse
 from typing import Protocol
 
-from hpc.layout import RunLayout
-from rltrain.arguments.errors import UserError
-from rltrain.sglang import workers
-from rltrain.sglang.check import check_engine
-from rltrain.sglang.engine import is_loading
-from rltrain.sglang.engines import ExternalEngine, external_engines
-from rltrain.sglang.http import HttpError
-from rltrain.sglang.routers import RouterAddress
-from rltrain.weights.current import current_weights, load_weights, weight_version
+from rltrain.arguments.config import Config
+from rltrain.run.errors import UserError
+from rltrain.run.http import HttpError
+from rltrain.run.layout import RunLayout
+from rltrain.sglang.engines import ExternalEngine, check_engine, external_engines
+from rltrain.sglang.health import is_loading
+from rltrain.sglang.routers import RouterAddress, find_worker, remove_worker
+from rltrain.weights.transports.current import current_weights, load_from_disk, weight_version
 
 _PROBE_SECONDS = 5.0
 _REGISTER_SECONDS = 20.0
@@ -21,7 +19,7 @@ _TROUBLE = (OSError, HttpError, TimeoutError, UserError)
 
 
 class EventSink(Protocol):
-    """What is needed of `rltrain.runtime.Registry`."""
+    """What is needed of `rltrain.run.role.Registry`."""
 
     def event(self, kind: str, **fields: object) -> None:
         """Append an event."""
@@ -30,21 +28,21 @@ class EventSink(Protocol):
 class ExternalFleet:
     """Keeps the router's list of external engines as it should be; call `look` every few seconds."""
 
-    def __init__(self, args: argparse.Namespace, layout: RunLayout, events: EventSink) -> None:
-        self._args, self._layout, self._events = args, layout, events
+    def __init__(self, config: Config, layout: RunLayout, events: EventSink) -> None:
+        self._config, self._layout, self._events = config, layout, events
         self._joined: dict[str, ExternalEngine] = {}
         self._last_words: dict[str, str] = {}
 
     def look(self, router: RouterAddress) -> None:
-        """Take off the router who has gone, hangs or has other weights; add who has the current ones, or load them.
+        """Take engines off the router that are gone, hang or have other weights; load the current ones and add them.
 
         Nothing is done while the trainer hands out weights: it speaks to these engines itself.
         """
         if is_loading(self._layout):
             return
         try:
-            named = {engine.url: engine for engine in external_engines(self._args)}
-        except (OSError, UserError) as error:  # a file that is being edited: who is there stays
+            named = {engine.url: engine for engine in external_engines(self._config.engines)}
+        except (OSError, UserError) as error:  # a file that is being edited: engines that are there stay
             self._say("", str(error))
             return
         for url in set(self._joined) - set(named):
@@ -64,9 +62,9 @@ class ExternalFleet:
             raise TimeoutError("it does not answer, or hangs")
         if engine.get_weight_version() != str(weight_version(newest)):
             self._leave(router, engine.url, "it has other weights than the trainer sent")
-            check_engine(self._args, engine)
-            load_weights(engine, newest)
-        if workers.find_worker(router.url, router.token, engine.url) is None:
+            check_engine(self._config.model, engine)
+            load_from_disk(engine, newest)
+        if find_worker(router.url, router.token, engine.url) is None:
             engine.register(router.url, _REGISTER_SECONDS, router.token)
             self._joined[engine.url] = engine
             self._last_words.pop(engine.url, None)
@@ -74,9 +72,9 @@ class ExternalFleet:
 
     def _leave(self, router: RouterAddress, url: str, why: str) -> None:
         try:
-            if workers.find_worker(router.url, router.token, url) is None:
+            if find_worker(router.url, router.token, url) is None:
                 return
-            workers.remove_worker(router.url, router.token, url)
+            remove_worker(router.url, router.token, url)
         except _TROUBLE as error:
             self._say(url, f"external engine {url} can't be taken off the router: {error}")
             return

@@ -1,17 +1,21 @@
 """Whether an engine makes progress. `/health` answers from a process that computes nothing, so it tells little.
 
-What is asked instead is `/server_info`, which the scheduler has to answer: between two batches, while generation
-is paused and while its memory is released, but not while it hangs. Nor while it loads weights, so then it is given
-more time. A process that somebody stopped can't be asked, but can be seen.
+`/server_info` is asked instead, which the scheduler has to answer: it does so between two batches, while generation
+is paused and while its memory is released, but not while it hangs. It does not answer while it loads weights either,
+so it is given more time then. A process that somebody stopped can't be asked, but can be seen.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
+
+from rltrain.arguments.groups.engines import Engines
+from rltrain.run.layout import RunLayout
 
 LOADING_FACTOR = 10.0  # so much more time while the weights are exchanged
 _TICK = 1.0  # seconds between two looks at the processes
@@ -24,6 +28,15 @@ class HealthLimits:
     interval: float
     timeout: float
     first_wait: float = 0.0
+
+
+def health_limits(engines: Engines) -> HealthLimits:
+    """The limits that the flags name."""
+    return HealthLimits(
+        engines.rollout_health_check_interval,
+        engines.rollout_health_check_timeout,
+        engines.rollout_health_check_first_wait,
+    )
 
 
 class HungError(RuntimeError):
@@ -78,5 +91,13 @@ def stopped_process(pid: int) -> str | None:
             if process.status() == psutil.STATUS_STOPPED:
                 return f"{process.name()} (pid {process.pid})"
     except psutil.Error:
-        pass  # it has ended: not for us to say
+        pass  # it has ended, which is reported elsewhere
     return None
+
+
+def is_loading(layout: RunLayout) -> bool:
+    """Whether the engines are being given weights now."""
+    try:
+        return json.loads(layout.status.read_text())["phase"] == "weights"
+    except (OSError, ValueError, KeyError):
+        return False

@@ -1,19 +1,25 @@
-"""A server that runs as a child process and is ready when it answers: used for engines and for the router."""
+"""A server that runs as a child process and is ready when it answers, and the roles that watch one: engine, router."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
 from typing import Any, NoReturn, Self
 
-import psutil
-
-from rltrain.sglang.http import get_status
+from rltrain.run.errors import EXIT_NEVER_RESTART, run_main
+from rltrain.run.http import get_status
+from rltrain.run.lifeline import end_without_supervisor
+from rltrain.run.processes import dying_with_us
+from rltrain.run.role import RoleContext
+from rltrain.sglang.health import HungError
+from rltrain.sglang.leftovers import NodeDirectory
 
 READY_TIMEOUT = 600.0  # seconds; imports alone take a minute on a busy machine
 _PROBE_INTERVAL = 0.1
@@ -23,8 +29,12 @@ class ServerDiedError(RuntimeError):
     """The server's process ended by itself; the message says with which code."""
 
 
+class ExpelledError(RuntimeError):
+    """The trainer could not give the engine its weights; the message says why."""
+
+
 class ServerProcess:
-    """`python -m module PARENT_PID`, with its settings as JSON on stdin (they hold a secret), and its URL.
+    """`python -m module`, with its settings as JSON on stdin (they hold a secret), and its URL.
 
     Must be started from the main thread: the kernel ends such a process with the thread that started it.
     """
@@ -32,13 +42,12 @@ class ServerProcess:
     def __init__(self, module: str, settings: dict[str, Any], url: str) -> None:
         self.url = url
         self._module = module
-        self._tmp = tempfile.TemporaryDirectory(
-            prefix="slurmlime-"
-        )  # for the sockets that SGLang leaves behind
+        self._directory = NodeDirectory()
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", module, str(os.getpid())],
+            [sys.executable, "-W", "ignore", "-m", module],
             stdin=subprocess.PIPE,
-            env={**os.environ, "TMPDIR": self._tmp.name},
+            env={**os.environ, "TMPDIR": str(self._directory.path)},
+            preexec_fn=partial(_prepare, dying_with_us(signal.SIGKILL)),
         )
         assert self._process.stdin is not None
         with self._process.stdin as stdin:
@@ -68,6 +77,7 @@ class ServerProcess:
                 self._raise_died("while it started; its output is above")
             try:
                 if get_status(self.url + path, timeout=5.0) == 200:
+                    self._directory.note_shared_memory(self.pid)
                     return
             except OSError:
                 pass  # not listening yet
@@ -89,12 +99,10 @@ class ServerProcess:
 
     def stop(self) -> None:
         """Kill the process, which has nothing to save and takes seconds when asked. Its children end with it."""
-        left_behind = _shared_memory_files(self.pid)
+        self._directory.note_shared_memory(self.pid)
         self._process.kill()
         self._process.wait()
-        for path in left_behind:
-            path.unlink(missing_ok=True)
-        self._tmp.cleanup()
+        self._directory.remove()
 
     def _raise_died(self, when: str) -> NoReturn:
         code = self._process.returncode
@@ -102,11 +110,32 @@ class ServerProcess:
         raise ServerDiedError(f"{self._module} (pid {self.pid}) ended with {how} {when}")
 
 
-def _shared_memory_files(pid: int) -> set[Path]:
-    """Shared memory that SGLang's schedulers have made under names, and do not remove when they end."""
-    try:
-        processes = psutil.Process(pid).children(recursive=True)
-        files = [Path(file.path) for process in processes for file in process.open_files()]
-    except psutil.Error:
-        return set()  # it has ended by itself, and took what it knew with it
-    return {path for path in files if path.parent == Path("/dev/shm") and path.name.startswith("sglang_")}
+def _prepare(die_with_role: Callable[[], None]) -> None:
+    """In a server, before its program: SIGUSR1 reaches every process of a step, and is for the role, which ends it."""
+    die_with_role()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
+
+def run_server_role(main: Callable[[RoleContext], None]) -> None:
+    """Run `main` as this process: exit 0 when told to stop, 93 on bad input, 1 when the server died.
+
+    On Slurm SIGTERM is an announcement that is blocked (`hpc/supervisor/task.py`); there SIGUSR1 says it.
+    """
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGUSR1, _stop)
+
+    def run_role() -> None:
+        context = RoleContext.from_env()
+        end_without_supervisor(context)
+        main(context)
+
+    def run() -> int:
+        return run_main(run_role, EXIT_NEVER_RESTART)
+
+    sys.exit(run_main(run, 1, (ServerDiedError, HungError, ExpelledError, TimeoutError)))
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the clean-up must not be interrupted by a second one
+    sys.exit(0)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from contextlib import ExitStack
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 from rltrain import arguments
-from rltrain.arguments.errors import UserError
+from rltrain.arguments.config import Config
 from rltrain.arguments.fleet import is_disaggregated
-from rltrain.processes import reserve_port
-from rltrain.runtime import Registry, RoleContext
-from rltrain.sglang.process import READY_TIMEOUT, ServerProcess
-from rltrain.sglang.role import run_server_role
+from rltrain.run.errors import UserError
+from rltrain.run.processes import reserve_port
+from rltrain.run.role import Registry, RoleContext
+from rltrain.sglang.process import READY_TIMEOUT, ServerProcess, run_server_role
 from rltrain.sglang.router_server import PACKAGES
 
-# Engines share nothing that would make one better for a prompt than another until caches are large; and a
-# dead engine should be noticed within seconds. A paused engine answers /health but no requests, for as long
-# as an update takes, which must not open its circuit breaker.
+# Until caches are large, no engine is better for a prompt than another. A dead engine should be noticed within
+# seconds. During a push a paused engine answers /health but no requests, which must not open its circuit breaker.
 DEFAULTS = {
     "policy": "round_robin",
     "log_level": "warn",
@@ -86,28 +84,28 @@ class Router:
 
 def main(context: RoleContext) -> None:
     """Start the router, announce it, and watch it."""
-    args = arguments.load(context.run_dir)
-    check_installed(args.rollout_router)
+    config = arguments.load(context.run_dir)
+    check_installed(config.engines.rollout_router)
     registry = Registry(context)
     port = _last_port(registry, context)
     with Router(
-        router_args(args, context.index), context.token, context.host, port, args.rollout_router
+        router_args(config, context.index), context.token, context.host, port, config.engines.rollout_router
     ) as router:
         registry.register(router.url)
         router.wait()
 
 
-def router_args(args: argparse.Namespace, model: int) -> dict[str, Any]:
+def router_args(config: Config, model: int) -> dict[str, Any]:
     """`RouterArgs` of the router of a model, as the `--router-*` flags and `--sglang-config` say."""
-    apart = {"pd_disaggregation": True} if is_disaggregated(args, model) else {}
-    return {**apart, **args.router}
+    apart = {"pd_disaggregation": True} if is_disaggregated(config, model) else {}
+    return {**apart, **config.engines.router}
 
 
 def check_installed(program: str) -> None:
-    """See that the router that is asked for is there.
+    """Check that the wanted router is installed.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not installed.
     """
     if importlib.util.find_spec(PACKAGES[program]) is None:
         raise UserError(
@@ -117,7 +115,7 @@ def check_installed(program: str) -> None:
 
 
 def _last_port(registry: Registry, context: RoleContext) -> int:
-    """Where the router before this one listened: who is still asking there need not be told anything."""
+    """Port of the router before this one, so that whoever still asks there need not be told anything."""
     before = [each for each in registry.find(context.role) if each.index == context.index]
     return urlsplit(before[0].url).port or 0 if before else 0
 

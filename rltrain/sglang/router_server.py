@@ -1,4 +1,4 @@
-"""The router's process: `python -m rltrain.sglang.router_server PARENT_PID`, its settings as JSON on stdin.
+"""The router's process: `python -m rltrain.sglang.router_server`, its settings as JSON on stdin.
 
 `program` is sglang-router or its successor smg, which has the same interface; `router_args` are its flags. They come
 over stdin because the API key is one of them.
@@ -11,14 +11,11 @@ import json
 import sys
 from argparse import Namespace
 
-from rltrain.processes import die_with_parent
-
 PACKAGES = {"sglang-router": "sglang_router", "smg": "smg"}
 
 
 def main() -> None:
     """Read the arguments and route until told to stop."""
-    die_with_parent(int(sys.argv[1]))
     settings = json.load(sys.stdin)
     package = PACKAGES[settings["program"]]
     launch_router = importlib.import_module(f"{package}.launch_router").launch_router

@@ -1,4 +1,4 @@
-"""The process of one SGLang server: `python -m rltrain.sglang.server PARENT_PID`, `ServerArgs` as JSON on stdin.
+"""The process of one SGLang server: `python -m rltrain.sglang.server`, `ServerArgs` as JSON on stdin.
 
 Started by `rltrain.sglang.adapter`. The arguments come over stdin because the API key is one of them and a
 command line can be read by everybody on the machine. With a GPU this is SGLang's stock server; without one
@@ -13,9 +13,9 @@ import multiprocessing
 import os
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
-from rltrain.processes import die_with_parent
 from rltrain.sglang import cpu
 
 # Without the two memory limits the scheduler takes all the memory there is; "auto" would turn fp32 weights
@@ -24,7 +24,8 @@ CPU_DEFAULTS = {
     "device": "cpu",
     "attention_backend": "torch_native",
     "dtype": "float32",
-    "mem_fraction_static": 0.1,
+    # Room for other processes that start meanwhile and take memory; the number of tokens below is the limit.
+    "mem_fraction_static": 0.3,
     "max_total_tokens": 65536,
     "disable_overlap_schedule": True,
     "sleep_on_idle": True,
@@ -40,15 +41,31 @@ _SECRET = re.compile(r"""(api_key['"]?\s*[=:]\s*)(['"])[^'"]+\2""")
 
 def main() -> None:
     """Read the arguments, start the server, and serve until told to stop."""
-    die_with_parent(int(sys.argv[1]))
     server_args = json.load(sys.stdin)
     # Asked to generate, an engine without its memory would fail, and a paused one be taken for dead by the router:
     # whether it makes progress is asked in another way (`rltrain/sglang/health.py`).
     os.environ.setdefault("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION", "0")
+    os.environ.update(allocator_settings(os.environ, uses_memory_saver="enable_memory_saver" in server_args))
     if cpu.has_accelerator():
         run_server(server_args)
     else:
         run_cpu_server({**CPU_DEFAULTS, **server_args})
+
+
+def allocator_settings(env: Mapping[str, str], *, uses_memory_saver: bool) -> dict[str, str]:
+    """torch's settings of its allocator, without what SGLang's memory saver refuses: expandable segments.
+
+    One environment serves all roles, and to the trainer they are of use.
+    """
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF") if uses_memory_saver else ()
+    kept = {}
+    for name in names:
+        if "expandable_segments" in env.get(name, ""):
+            parts = env[name].split(",")
+            kept[name] = ",".join(
+                part for part in parts if part.split(":")[0].strip() != "expandable_segments"
+            )
+    return kept
 
 
 def run_cpu_server(server_args: dict[str, Any]) -> None:
@@ -61,9 +78,11 @@ def run_cpu_server(server_args: dict[str, Any]) -> None:
     set_cpu_environment(server_args)
     cpu.install()
     if server_args.get("enable_deterministic_inference"):
-        from rltrain.sglang.cpu_sampling import allow_deterministic_sampling
+        from rltrain.sglang.cpu import allow_deterministic_sampling
 
         allow_deterministic_sampling()
+    if server_args.get("enable_return_routed_experts"):
+        cpu.allow_returned_routes()
     import sglang.srt.managers.scheduler
     import sglang.srt.model_executor.model_runner  # noqa: F401
     from sglang.srt.entrypoints import engine
@@ -73,7 +92,7 @@ def run_cpu_server(server_args: dict[str, Any]) -> None:
 
 
 def set_cpu_environment(server_args: dict[str, Any]) -> None:
-    """Set what is not set; in this process too, where OpenMP is loaded and reads its variable no more."""
+    """Set what is not set; in this process too, where OpenMP is loaded and no longer reads its variable."""
     for name, value in {**CPU_ENVIRONMENT, **_thread_binding(server_args)}.items():
         os.environ.setdefault(name, value)
     import torch
@@ -92,7 +111,7 @@ class _ForkContext(multiprocessing.context.ForkContext):
     """`multiprocessing` for SGLang's engine module: forks, whatever start method it asks for."""
 
     def set_start_method(self, method: str | None, force: bool = False) -> None:
-        """Ignored: SGLang asks for "spawn" because of CUDA, of which there is none here."""
+        """Ignored: SGLang asks for "spawn" because of CUDA, which is not used here."""
 
 
 def run_server(server_args: dict[str, Any]) -> None:

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from pathlib import Path
 
 from rltrain import arguments
-from rltrain.arguments.errors import UserError
+from rltrain.arguments.config import Config
+from rltrain.run.errors import UserError
 
 # A conversion has no rollouts, but these are flags that no run can do without.
 _UNUSED = ["--prompt-data=none", "--num-rollout=1", "--use-dynamic-batch-size", "--max-tokens-per-gpu=1"]
 
 
-def model_args(argv: list[str], directory: Path) -> argparse.Namespace:
+def model_args(argv: list[str], directory: Path) -> Config:
     """Flags of a model, as for training; the type of its weights is the one in `config.json`.
 
     Raises:
-        UserError: they can't be right, or `directory` is no Hugging Face model.
+        UserError: the flags cannot be right, or `directory` is not a Hugging Face model.
     """
     ranks = world_size()
     unused = [*_UNUSED, f"--rollout-batch-size={ranks}", f"--actor-num-gpus-per-node={ranks}"]
-    args = arguments.parse([*unused, *argv, f"--hf-checkpoint={directory}"])
+    config = arguments.parse([*unused, *argv, f"--hf-checkpoint={directory}"])
     path = directory / "config.json"
     if not path.is_file():
-        raise UserError(f"{directory}: no config.json in it, so it is no Hugging Face model.")
-    config = json.loads(path.read_text())
-    args.bf16 = args.bf16 or (config.get("dtype") or config.get("torch_dtype")) == "bfloat16"
-    return args
+        raise UserError(f"{directory}: there is no config.json in it, so it is not a Hugging Face model.")
+    hf_config = json.loads(path.read_text())
+    bf16 = (hf_config.get("dtype") or hf_config.get("torch_dtype")) == "bfloat16"
+    # Converting only copies: it needs host memory, which a large model fits into, and no GPU, which it may not fit on.
+    return config.replace(bf16=bf16 or bool(config.model.bf16), distributed_backend="gloo")
 
 
 def world_size() -> int:
@@ -36,8 +37,9 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
-def start(args: argparse.Namespace) -> None:
-    """Form the process group, unless there is one already."""
+def start(config: Config) -> None:
+    """Form the process group, unless there is one already, on the CPU: no GPU is seen from here on."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from rltrain.megatron import device
 
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
@@ -45,12 +47,12 @@ def start(args: argparse.Namespace) -> None:
     device.set_up()
     import torch.distributed as dist
 
-    from rltrain.megatron import distributed
+    from rltrain.megatron import ranks as distributed
 
     if dist.is_initialized():
-        distributed.split_ranks(args)
+        distributed.split_ranks(config)
     elif world_size() == 1:
-        distributed.join(args, dist.HashStore(), 0, 1)
+        distributed.join(config, dist.HashStore(), 0, 1)
     else:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        distributed.join(args, dist.TCPStore(address, port, world_size(), rank == 0), rank, world_size())
+        distributed.join(config, dist.TCPStore(address, port, world_size(), rank == 0), rank, world_size())

@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rltrain.arguments.errors import UserError
+from rltrain.run.errors import UserError, run_main
+from rltrain.run.files import replace_text
 from rltrain.tools.conversion import model_args, start
 
 
@@ -25,27 +26,27 @@ def main(argv: list[str]) -> Path:
     source = next((word.partition("=")[2] for word in words if word.startswith("--hf-checkpoint=")), None)
     if source is None:
         raise UserError("--hf-checkpoint: give the Hugging Face directory.")
-    args = model_args(words, Path(source).expanduser().absolute())
-    if args.save is None:
+    config = model_args(words, Path(source).expanduser().absolute())
+    if config.checkpoint.save is None:
         raise UserError("--save: give the directory for the checkpoint.")
-    start(args)
+    start(config)
     import torch.distributed as dist
 
-    from rltrain.megatron.checkpoint import TrainState
-    from rltrain.megatron.checkpoint_dir import RELEASE, replace_text
-    from rltrain.megatron.checkpoint_save import SaveOptions, save_checkpoint
-    from rltrain.megatron.hf_weights import load_hf_weights
-    from rltrain.megatron.model import build_model, read_shape
+    from rltrain.megatron.checkpoint.directory import RELEASE
+    from rltrain.megatron.checkpoint.save import SaveOptions, save_checkpoint
+    from rltrain.megatron.checkpoint.state import TrainState
+    from rltrain.megatron.model.build import build_model, read_shape
+    from rltrain.megatron.model.load import load_hf_weights
 
-    shape = read_shape(args)
-    models = build_model(shape, args)
-    load_hf_weights(models, shape, Path(args.hf_checkpoint))
-    saved = save_checkpoint(Path(args.save), 0, TrainState(models), SaveOptions(save_rng=False))
+    shape = read_shape(config)
+    models = build_model(shape, config)
+    load_hf_weights(models, shape, Path(config.model.hf_checkpoint))
+    saved = save_checkpoint(Path(config.checkpoint.save), 0, TrainState(models), SaveOptions(save_rng=False))
     # As slime's tool leaves it: Megatron's name for weights that begin a run.
     final = saved.with_name(RELEASE)
     if dist.get_rank() == 0:
         saved.rename(final)
-        replace_text(final.parent / "latest_checkpointed_iteration.txt", RELEASE)
+        replace_text(final.parent / "latest_checkpointed_iteration.txt", RELEASE, durable=True)
     dist.barrier()
     return final
 
@@ -58,8 +59,4 @@ def _joined(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        print(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_main(lambda: print(main(sys.argv[1:]))))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import chain
 from pathlib import Path
 
-from rltrain.arguments.errors import UserError
+from rltrain.run.errors import UserError, run_main
 from rltrain.tools.conversion import model_args, start
 
 
@@ -25,30 +26,34 @@ def main(argv: list[str]) -> Path:
     output, origin = given.output_dir.absolute(), given.origin_hf_dir.absolute()
     if output.exists() and not given.force:
         raise UserError(f"--output-dir {output} exists already: give --force to replace it.")
-    args = model_args([], origin)
-    start(args)
+    config = model_args([], origin)
+    start(config)
     from megatron.core import dist_checkpointing
 
-    from rltrain.megatron.checkpoint import TrainState, is_legacy, load_checkpoint
-    from rltrain.megatron.hf_export import export_hf_weights
-    from rltrain.megatron.model import build_model, read_shape
-    from rltrain.megatron.start import usable_checkpoint
-    from rltrain.weights.hf_directory import write_hf_directory
+    from rltrain.megatron.checkpoint.legacy import is_legacy
+    from rltrain.megatron.checkpoint.load import load_checkpoint
+    from rltrain.megatron.checkpoint.resume import usable_checkpoint
+    from rltrain.megatron.checkpoint.state import TrainState
+    from rltrain.megatron.model.build import build_model, read_shape
+    from rltrain.megatron.model.export import export_hf_weights, kept_heads
+    from rltrain.weights.transports.hf_directory import write_hf_directory
 
     checkpoint = usable_checkpoint(given.input_dir.absolute())
     if checkpoint is None:
         raise UserError(f"--input-dir {given.input_dir}: there is no complete checkpoint in it.")
-    shape = read_shape(args)
+    shape = read_shape(config)
     if given.vocab_size not in (None, shape.vocab_size):
         raise UserError(
             f"--vocab-size {given.vocab_size}: {origin}/config.json has a vocabulary of {shape.vocab_size}."
         )
     if not is_legacy(checkpoint):
         stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-        args.bf16 = str(stored["decoder.final_layernorm.weight"].dtype) == "torch.bfloat16"
-    models = build_model(shape, args)
+        dtype = stored["decoder.final_layernorm.weight"].dtype
+        config = config.replace(bf16=str(dtype) == "torch.bfloat16")
+    models = build_model(shape, config)
     load_checkpoint(checkpoint, TrainState(models))
-    write_hf_directory(output, export_hf_weights(models, shape), origin, given.chunk_size)
+    tensors = chain(export_hf_weights(models, shape), kept_heads(origin, shape))
+    write_hf_directory(output, tensors, origin, given.chunk_size)
     return output
 
 
@@ -78,8 +83,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        print(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_main(lambda: print(main(sys.argv[1:]))))

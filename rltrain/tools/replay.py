@@ -19,18 +19,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hpc.layout import RunLayout
 from rltrain import arguments
-from rltrain.arguments.errors import UserError
+from rltrain.arguments.config import Config
 from rltrain.data.tokenizer import load_tokenizer
-from rltrain.rollout.batch import sampling_params, with_seed
-from rltrain.rollout.parquet import read_table
-from rltrain.rollout.setup import prepare_args
+from rltrain.rollout.generate.single_turn import sampling_params, with_seed
+from rltrain.rollout.service.server import prepare
+from rltrain.run.errors import UserError
+from rltrain.run.http import HttpError, call
+from rltrain.run.layout import RunLayout
 from rltrain.sample import Sample
-from rltrain.schema import table_to_samples
+from rltrain.schema import read_table, table_to_samples
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.sglang.engine import engine_server_args
-from rltrain.sglang.http import HttpError, call
 from rltrain.tools.compare import Comparison, Scored, compare, first_turn
 from rltrain.tools.replay_weights import find_weights, hf_directory
 
@@ -55,18 +55,18 @@ def replay(options: argparse.Namespace) -> int:
         UserError: there is no such sample, or no weights for it.
     """
     layout = RunLayout(options.run.absolute())
-    args = load_args(layout)
+    config = load_args(layout)
     sample = find_sample(layout, options.step, options.index)
-    params = replay_params(args, sample, options.step)
+    params = replay_params(config, sample, options.step)
     print(
         f"{layout.name}, step {options.step}, sample {sample.index}: {sample.prompt_length} prompt and"
         f" {sample.response_length} response tokens, weights {' '.join(sample.weight_versions) or 'unknown'}"
     )
-    with engine(options, layout, args, sample) as (url, token):
+    with engine(options, layout, config, sample) as (url, token):
         parted = False
         if params["temperature"] == 1.0:
             recorded, scored = as_recorded(sample), score(url, token, sample)
-            parted |= report("log-probs of the recorded tokens", recorded, scored, args)
+            parted |= report("log-probs of the recorded tokens", recorded, scored, config)
         else:
             print("the recorded log-probs are at temperature"
                   f" {params['temperature']:g}, and those of given tokens at 1: not compared")  # fmt: skip
@@ -75,25 +75,24 @@ def replay(options: argparse.Namespace) -> int:
         )
         if "sampling_seed" not in params and params["temperature"]:
             print(
-                "the sampling had no seed (--sglang-enable-deterministic-inference), so other tokens are no surprise"
+                "the sampling had no seed (--sglang-enable-deterministic-inference), so other tokens are to be expected"
             )
         parted |= report(
-            "sampled again", recorded, generate(url, token, sample, params, len(recorded.tokens)), args
+            "sampled again", recorded, generate(url, token, sample, params, len(recorded.tokens)), config
         )
     return int(parted)
 
 
-def load_args(layout: RunLayout) -> argparse.Namespace:
+def load_args(layout: RunLayout) -> Config:
     """The run's flags, as the rollout process had them.
 
     Raises:
-        UserError: it is no run directory.
+        UserError: it is not a run directory.
     """
     if not layout.config.is_file():
-        raise UserError(f"{layout.root} is no run directory: it has no {layout.config.name}.")
-    args = arguments.load(layout.root)
-    prepare_args(args, layout)
-    return args
+        raise UserError(f"{layout.root} is not a run directory: it has no {layout.config.name}.")
+    config = arguments.load(layout.root)
+    return prepare(config, layout)
 
 
 def find_sample(layout: RunLayout, step: int, index: int) -> Sample:
@@ -120,29 +119,29 @@ def find_sample(layout: RunLayout, step: int, index: int) -> Sample:
     return sample
 
 
-def replay_params(args: argparse.Namespace, sample: Sample, step: int) -> dict[str, Any]:
+def replay_params(config: Config, sample: Sample, step: int) -> dict[str, Any]:
     """The sampling parameters that the sample had."""
     first = sample if sample.rollout_id is None else Sample(index=sample.rollout_id)
     return {
-        **with_seed(args, sampling_params(args), step, first),
+        **with_seed(config, sampling_params(config.rollout), step, first),
         **sample.metadata.get("sampling_params", {}),
     }
 
 
 @contextmanager
 def engine(
-    options: argparse.Namespace, layout: RunLayout, args: argparse.Namespace, sample: Sample
+    options: argparse.Namespace, layout: RunLayout, config: Config, sample: Sample
 ) -> Iterator[tuple[str, str]]:
     """The address and the key of the engine that was asked for."""
     if options.engine:
         yield options.engine.rstrip("/"), os.environ.get("SLURMLIME_TOKEN", "")
         return
-    weights = options.frozen or find_weights(layout, args, sample)
+    weights = options.frozen or find_weights(layout, config, sample)
     token = secrets.token_urlsafe(16)
-    with hf_directory(weights, Path(args.hf_checkpoint)) as model:
+    with hf_directory(weights, Path(config.model.hf_checkpoint)) as model:
         own = {"model_path": str(model), "load_format": "auto", "log_level": "error"}
         print(f"starting an engine with {weights}")
-        with HttpServerEngineAdapter.launch(engine_server_args(args, 0) | own, token) as started:
+        with HttpServerEngineAdapter.launch(engine_server_args(config, 0) | own, token) as started:
             yield started.url, token
 
 
@@ -178,15 +177,15 @@ def generate(url: str, token: str, sample: Sample, params: dict[str, Any], lengt
     return Scored([entry[1] for entry in entries], [entry[0] for entry in entries])
 
 
-def report(title: str, recorded: Scored, replayed: Scored, args: argparse.Namespace) -> bool:
+def report(title: str, recorded: Scored, replayed: Scored, config: Config) -> bool:
     """Print how far they agree; returns whether they part."""
     result = compare(recorded, replayed)
-    tolerance = 1e-4 if args.sglang.get("dtype") == "float32" or not args.bf16 else 5e-2
+    tolerance = 1e-4 if config.engines.sglang.get("dtype") == "float32" or not config.model.bf16 else 5e-2
     print(f"{title}: {result.same} of {len(recorded.tokens)} tokens are the same; of {result.compared} log-probs the"
           f" mean |difference| is {result.mean:.2e}, the largest {result.largest:.2e}")  # fmt: skip
     parted = result.parts_at is not None or result.largest > tolerance
     if parted:
-        print(table(recorded, replayed, result, load_tokenizer(args.hf_checkpoint)))
+        print(table(recorded, replayed, result, load_tokenizer(config.model.hf_checkpoint)))
     return parted
 
 

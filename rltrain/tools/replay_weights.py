@@ -1,8 +1,7 @@
-"""The weights that wrote a sample, as a Hugging Face directory: as they lie there, or converted from a checkpoint."""
+"""The weights that wrote a sample, as a Hugging Face directory: found as one, or converted from a checkpoint."""
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -10,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpc.layout import RunLayout
-from rltrain.arguments.errors import UserError
-from rltrain.megatron.checkpoint_dir import is_complete, iteration_directory
+from rltrain.arguments.config import Config
+from rltrain.arguments.groups.checkpoint import starts_elsewhere
+from rltrain.megatron.checkpoint.directory import is_complete, iteration_directory
+from rltrain.run.errors import UserError
+from rltrain.run.layout import RunLayout
 from rltrain.sample import Sample
 
 
@@ -25,7 +26,7 @@ def hf_directory(weights: Path, origin: Path) -> Iterator[Path]:
         origin: Model that config.json and tokenizer are taken from.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither of them.
     """
     if any(weights.glob("*.safetensors")):
         yield weights
@@ -37,7 +38,7 @@ def hf_directory(weights: Path, origin: Path) -> Iterator[Path]:
         yield output
 
 
-def find_weights(layout: RunLayout, args: argparse.Namespace, sample: Sample) -> Path:
+def find_weights(layout: RunLayout, config: Config, sample: Sample) -> Path:
     """The weights that wrote the sample: a Hugging Face directory, or else a checkpoint of the run.
 
     Raises:
@@ -46,12 +47,12 @@ def find_weights(layout: RunLayout, args: argparse.Namespace, sample: Sample) ->
     versions = [int(version) for version in sample.weight_versions if version.isdigit()]
     version = versions[-1] if versions else 0
     places = [layout.weights / f"v{version:06d}"]
-    if version and args.save_hf:
-        places.append(Path(args.save_hf.format(rollout_id=version - 1)))
-    if not version and not args.random_init and not args.load:
-        places.append(Path(args.hf_checkpoint))
+    if version and config.checkpoint.save_hf:
+        places.append(Path(config.checkpoint.save_hf.format(rollout_id=version - 1)))
+    if not version and not config.model.random_init and not starts_elsewhere(config.checkpoint):
+        places.append(Path(config.model.hf_checkpoint))
     found = next((place for place in places if any(place.glob("*.safetensors"))), None)
-    checkpoint = iteration_directory(Path(args.save or layout.checkpoints), version)
+    checkpoint = iteration_directory(Path(config.checkpoint.save or layout.checkpoints), version)
     if found is None and checkpoint.is_dir() and is_complete(checkpoint):
         return checkpoint
     if found is None:
@@ -77,5 +78,5 @@ def _convert(checkpoint: Path, origin: Path, output: Path) -> None:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it said nothing"]
         raise UserError(
-            f"{checkpoint} is no model, and converting it failed: {lines[-1].removeprefix('error: ')}"
+            f"{checkpoint} is not a model, and its conversion failed: {lines[-1].removeprefix('error: ')}"
         )

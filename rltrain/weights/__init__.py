@@ -1,4 +1,4 @@
-"""Weights on their way out of the trainer: Hugging Face directories and updates of the engines."""
+"""Weights on their way from the trainer into the engines: cut into buckets, sent, received, confirmed."""
 
-# Import path of what runs in the engines, for their `--custom-weight-loader`.
+# Import path of the loader that runs in the engines (`--custom-weight-loader`). Running engines know this name.
 LOADER = "rltrain.weights.receive.load_weights"

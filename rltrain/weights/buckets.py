@@ -1,4 +1,4 @@
-"""Weights in pieces of bounded size, so that nobody holds more than a few of them at a time. Pure."""
+"""Weights in buckets of bounded size, so that nobody holds more than a few of them at a time. Pure."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Bucket:
     """What lies in a flat buffer of bytes.
 
     Attributes:
-        digests: of the pieces, see `sample_digests`.
+        digests: checksums of the pieces, see `sample_digests`.
         keep: name of the file in which the engines keep it, because changes to it will be sent; or None.
     """
 
@@ -106,7 +106,7 @@ def write(bucket: Sequence[Part], pieces: Sequence[Piece], buffer: Tensor) -> No
 
 
 def sample_digests(pieces: Sequence[Piece], buffer: Tensor) -> list[int]:
-    """Of each piece a checksum of a few bytes: enough to see one that is not the one that was meant."""
+    """A checksum of a few bytes of each piece: enough to notice another tensor than the one that was meant."""
     if not pieces:
         return []
     sizes = torch.tensor([piece.end - piece.start for piece in pieces])
@@ -114,13 +114,13 @@ def sample_digests(pieces: Sequence[Piece], buffer: Tensor) -> list[int]:
     within = torch.arange(_SAMPLED_BYTES)
     places = torch.stack([torch.zeros_like(sizes), sizes // 2, (sizes - _SAMPLED_BYTES).clamp(min=0)], dim=1)
     places = (places[:, :, None] + within).flatten(1).minimum(sizes[:, None] - 1) + starts[:, None]
-    # One gather for all, as a GPU would else be asked three times a tensor.
+    # One gather for all: otherwise a GPU would be asked three times per tensor.
     samples = buffer[places.to(buffer.device)].cpu().numpy()
     return [zlib.crc32(sample.tobytes()) for sample in samples]
 
 
 def to_json(bucket: Bucket, source: Mapping[str, Any]) -> str:
-    """A bucket, and where its bytes are, as text."""
+    """A bucket, and where its bytes are, as JSON."""
     return json.dumps({**asdict(bucket), "source": source})
 
 

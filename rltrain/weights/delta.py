@@ -1,20 +1,22 @@
 """Only what has changed: the elements of a tensor that differ from what was sent before, and where they are.
 
-After an optimizer step with the learning rates of reinforcement learning about one in a hundred bf16 weights has
-another value, anywhere in its tensor. So changes are kept by element: its value, and in one byte how far it is from the
-one before. Where the next is more than 255 away, an element in between is sent again as it is. What is sent replaces
-what was there, so sending it twice does no harm, and the result is bit for bit what sending all would have given.
+After an optimizer step with the learning rates of reinforcement learning, about one in a hundred bf16 weights has
+another value, anywhere in its tensor. So changes are sent by element: its value, and in one byte its distance from the
+element before. Where that is more than 255, an unchanged element in between is sent too. New values replace the old, so
+sending them twice does no harm, and the result is bit for bit what sending everything would have given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rltrain.weights.buckets import NamedTensor, Part, Piece
+from rltrain.weights.engine import ServerEngine
 
 _MOST = 255  # a gap in one byte
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -40,6 +42,42 @@ class Sent:
             if part is not None:
                 before.copy_(tensor)
                 yield part
+
+
+class DeltaState:
+    """What this rank has sent, and which engines have all of it.
+
+    Attributes:
+        keep: the name under which engines keep what they get.
+    """
+
+    def __init__(self) -> None:
+        self.keep = f"slurmlime-weights-{uuid.uuid4().hex}"
+        self._sent = Sent()
+        self._version: int | None = None  # of what was sent last
+        self._known: set[str] = set()  # URLs of engines that have it
+
+    def begin(self, version: int, engines: Sequence[ServerEngine]) -> bool:
+        """Begin a push; returns whether one of these engines, and so all, must be sent everything."""
+        is_enough = all(engine.url in self._known for engine in engines)
+        if version != self._version:
+            self._known = set()  # if this push fails half-way, no engine has all of it
+        elif not is_enough:
+            self._known -= {engine.url for engine in engines}
+        return not is_enough
+
+    def parts(self, tensors: Iterable[NamedTensor], everything: bool) -> Iterator[Part]:
+        """What to send of these tensors."""
+        return self._sent.whole(tensors) if everything else self._sent.changes(tensors)
+
+    def end(self, version: int, engines: Sequence[ServerEngine], failures: dict[str, str]) -> None:
+        """These engines have got it, except the failed ones."""
+        self._version = version
+        self._known = (self._known | {engine.url for engine in engines}) - failures.keys()
+
+    def forget(self) -> None:
+        """No engine has it any more."""
+        self._known.clear()
 
 
 def change(name: str, before: Tensor, after: Tensor) -> Part | None:

@@ -1,9 +1,9 @@
-"""Runs inside an SGLang engine: loads weights that the trainer offers, and says whether they are those it meant.
+"""The engine's side of a push, inside SGLang: receives the trainer's buckets, checks and loads them, and reports.
 
-SGLang calls it on every rank, because it is one of the engine's `--custom-weight-loader` (`rltrain.sglang.adapter`).
-What comes over HTTP is only where to call the trainer, who then says bucket by bucket which tensors there are, their
-checksums, and where to read them. Everything that goes wrong is reported there: an exception in a loader would end the
-engine.
+SGLang calls `load_weights` on every rank, because it is one of the engine's `--custom-weight-loader`
+(`rltrain.sglang.adapter`). HTTP only tells a rank where to call the trainer. The trainer then says bucket by bucket
+which tensors there are, their checksums, and where to read them. Everything that goes wrong is reported to the trainer:
+an exception in a loader would end the engine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import logging
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,53 +21,57 @@ import torch
 from torch import Tensor
 
 from rltrain.weights.buckets import Bucket, Piece, from_json, sample_digests
+from rltrain.weights.channel import LOADED, call_trainer, receive_message, send_message
+from rltrain.weights.cuda_threads import Mark, finish_work, thread_pool
 from rltrain.weights.delta import apply
-from rltrain.weights.line import call_trainer, receive_text, send_text
 from rltrain.weights.sources import source_of
-
-LOADED = "loaded"
 
 logger = logging.getLogger(__name__)
 
 # The weights as the trainer has sent them, if it is going to send changes: views of files in this engine's temporary
-# directory, which all its ranks on a machine share. They all write the same.
+# directory. All its ranks on a machine share them, and all write the same.
 _base: dict[str, Tensor] = {}
 
 
 def load_weights(model: Any, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Load buckets until the trainer hangs up; reports `LOADED` for each, or what went wrong.
+    """Load buckets until the trainer closes the channel; reports `LOADED` for each, or what went wrong.
 
-    The name of the only entry is JSON: the arguments of `rltrain.weights.line.call_trainer`, and whether to receive
-    the next bucket ahead, while one is loaded. Its tensor is empty.
+    The name of the only entry is JSON: the arguments of `rltrain.weights.channel.call_trainer`, and whether to receive
+    the next bucket ahead, while one is being loaded. Its tensor is empty.
     """
     ((text, _),) = named_tensors
     try:
         call = json.loads(text)
         ahead = call.pop("ahead")
-        with closing(call_trainer(**call)) as line:
-            for bucket, buffer in _received(line, ahead):
-                send_text(line, buffer if isinstance(buffer, str) else _load(model, bucket, buffer))
+        with closing(call_trainer(**call)) as trainer:
+            for bucket, buffer, received in _receive(trainer, ahead):
+                received.wait()
+                report = buffer if isinstance(buffer, str) else _load(model, bucket, buffer)
+                send_message(trainer, report)
     except Exception:
         logger.exception("weights can't be received")
 
 
-def _received(line: socket.socket, ahead: bool) -> Iterator[tuple[Bucket, Tensor | str]]:
-    """Every bucket and its bytes, or why they can't be read; where that takes time, the next while one is loaded."""
+def _receive(trainer: socket.socket, ahead: bool) -> Iterator[tuple[Bucket, Tensor | str, Mark]]:
+    """Every bucket and its bytes, or why they can't be read; with `ahead` the next is read while one is loaded.
 
-    def receive() -> tuple[Bucket, Tensor | str] | None:
-        message = receive_text(line)
+    On a GPU the bytes are there once it has come to the mark.
+    """
+
+    def receive() -> tuple[Bucket, Tensor | str, Mark] | None:
+        message = receive_message(trainer)
         if message is None:
             return None
         bucket, source = from_json(message)
         try:
-            return bucket, source_of(source).read()
+            return bucket, source_of(source).read(), Mark()
         except Exception as error:
-            return bucket, f"{error}"
+            return bucket, f"{error}", Mark()
 
     if not ahead:
         yield from iter(receive, None)
         return
-    with ThreadPoolExecutor(1) as receiver:
+    with thread_pool(1, own_streams=True) as receiver:
         coming = receiver.submit(receive)
         while (received := coming.result()) is not None:
             coming = receiver.submit(receive)
@@ -76,6 +79,7 @@ def _received(line: socket.socket, ahead: bool) -> Iterator[tuple[Bucket, Tensor
 
 
 def _load(model: Any, bucket: Bucket, buffer: Tensor) -> str:
+    """Check the bucket against the trainer's checksums and load it; returns the report."""
     pieces = bucket.pieces
     for piece, digest, found in zip(pieces, bucket.digests, sample_digests(pieces, buffer), strict=True):
         if found != digest:
@@ -84,6 +88,7 @@ def _load(model: Any, bucket: Bucket, buffer: Tensor) -> str:
         if bucket.keep is not None:
             _keep(bucket.keep, pieces, buffer)
         model.load_weights([(piece.name, _tensor(piece, buffer)) for piece in pieces])
+        finish_work()  # the trainer, or the next bucket but one, writes into this buffer again
     except Exception as error:
         return f"{pieces[0].name} to {pieces[-1].name} can't be loaded: {type(error).__name__}: {error}"
     return LOADED
@@ -97,7 +102,7 @@ def _keep(file_name: str, pieces: Sequence[Piece], buffer: Tensor) -> None:
 
 
 def _tensor(piece: Piece, buffer: Tensor) -> Tensor:
-    """The whole tensor; what is kept of it is changed too."""
+    """The whole tensor; the copy that is kept is updated too."""
     kept = _base.get(piece.name)
     if piece.changed is None:
         if kept is not None:

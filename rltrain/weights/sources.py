@@ -1,12 +1,15 @@
-"""Where a rank of an engine reads a bucket: shared memory, a broadcast, or a file. Runs inside SGLang."""
+"""Where a rank of an engine reads a bucket: shared memory, a broadcast, or a file.
+
+The trainer describes a source in JSON; the engine's rank reads it, inside SGLang.
+"""
 
 from __future__ import annotations
 
 import itertools
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
+
+from rltrain.weights.page_lock import lock_pages, unlock_pages
 
 GROUP_TIMEOUT = timedelta(minutes=10)
 
@@ -23,8 +28,8 @@ class Memory:
     """The trainer's shared memory.
 
     Attributes:
-        path: of the memory, which has no name, among the trainer's open files.
-        name: by which it is recognised: on another machine the same path may be any file.
+        path: among the trainer's open files, because the memory has no path of its own.
+        name: to recognise it by: on another machine the same path may be any file.
     """
 
     path: str
@@ -32,14 +37,22 @@ class Memory:
     size: int
 
     def read(self) -> Tensor:
-        """The memory, mapped once, as it is used again and again."""
+        """The memory; it is mapped once and used again and again."""
         path = Path(self.path)
         if not path.is_symlink() or self.name not in path.readlink().name:
             raise FileNotFoundError(
                 "the trainer's shared memory is not to be seen from here. --update-weight-transport tensor is for"
                 " engines on the trainer's machine: take distributed or disk"
             )
-        return _mapped(self.path, self.name, self.size)
+        kept = _mapped.get(self.name)
+        if kept is None or len(kept) < self.size:
+            if kept is not None:
+                unlock_pages(kept)
+            kept = _mapped[self.name] = torch.from_file(
+                self.path, shared=True, size=self.size, dtype=torch.uint8
+            )
+            lock_pages(kept)
+        return kept
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ class Group:
     def read(self) -> Tensor:
         """The broadcast, in memory that is kept: fresh memory costs more than the copy.
 
-        It is good until the one after the next, as one is loaded while the next is received.
+        It is good until the broadcast after the next: one is loaded while the next is received.
         """
         buffer = kept_buffer(_buffers, next(_turns) % 2, self.size, self.backend)
         dist.broadcast(buffer, src=0, group=self._group())
@@ -70,7 +83,7 @@ class Group:
 
     def _group(self) -> dist.ProcessGroup:
         kept = _groups.get(self.sender)
-        if kept is None or kept[0] != self.name:  # it is the first, or the sender has given that up
+        if kept is None or kept[0] != self.name:  # there is none yet, or the sender has given it up
             store = dist.TCPStore(self.host, self.port, is_master=False, timeout=GROUP_TIMEOUT)
             group = join_group(store, self.name, self.rank, self.world_size, self.backend)
             kept = _groups[self.sender] = (self.name, group, store)
@@ -96,14 +109,15 @@ class File:
 Source = Memory | Group | File
 
 _KINDS: dict[str, type[Source]] = {"memory": Memory, "group": Group, "file": File}
-# By the trainer's rank; the group needs the store as long as it lives.
+# By the trainer's rank. A group needs its store as long as it lives.
 _groups: dict[int, tuple[str, dist.ProcessGroup, dist.Store]] = {}
 _turns = itertools.count()
 _buffers: dict[int, Tensor] = {}
+_mapped: dict[str, Tensor] = {}  # the trainer's memory by name: two for each of its ranks, which only grow
 
 
 def describe(source: Source) -> dict[str, Any]:
-    """A source as JSON can have it."""
+    """A source as a JSON object."""
     kind = next(kind for kind, each in _KINDS.items() if isinstance(source, each))
     return {"kind": kind, **asdict(source)}
 
@@ -115,7 +129,7 @@ def source_of(described: Mapping[str, Any]) -> Source:
 
 
 def join_group(store: dist.Store, name: str, rank: int, world_size: int, backend: str) -> dist.ProcessGroup:
-    """Join a group beside torch's default one, of processes that have none in common."""
+    """Join a group beside torch's default one, with processes that are not in that one."""
     group, _ = distributed_c10d._new_process_group_helper(
         world_size,
         rank,
@@ -130,7 +144,7 @@ def join_group(store: dist.Store, name: str, rank: int, world_size: int, backend
 
 
 def kept_buffer(kept: dict[int, Tensor], slot: int, size: int, backend: str) -> Tensor:
-    """So many bytes where a group of this backend has its tensors, of the buffer that is kept for a slot."""
+    """The first `size` bytes of the buffer that is kept for a slot, on the device that this backend sends from."""
     buffer = kept.get(slot)
     if buffer is None or len(buffer) < size:
         device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else "cpu"
@@ -138,6 +152,19 @@ def kept_buffer(kept: dict[int, Tensor], slot: int, size: int, backend: str) -> 
     return buffer[:size]
 
 
-@lru_cache(maxsize=64)  # two of each trainer rank of a machine
-def _mapped(path: str, name: str, size: int) -> Tensor:
-    return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+def open_store(host: str, timeout: timedelta, world_size: int | None = None) -> dist.TCPStore:
+    """A store for a process group, which listens at the address `host` only.
+
+    Bound here and handed over: the store would listen on every interface by itself.
+    """
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )

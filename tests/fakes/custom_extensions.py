@@ -13,7 +13,7 @@ calls = []
 
 async def generate(args, sample, sampling_params):
     """Odd samples end at once with reward 1, even ones with 0."""
-    sample.append_response_tokens([4, 5], [-1.0, -2.0])
+    sample.append_response_tokens(tokens=[4, 5], log_probs=[-1.0, -2.0])
     sample.response, sample.reward = "ab", float(sample.index % 2)
     sample.status = sample.Status.COMPLETED
     return sample
@@ -29,6 +29,22 @@ def every_third(args, samples, **kwargs):
     calls.append(("filter", [sample.index for sample in samples]))
     number = samples[0].group_index
     return DynamicFilterOutput(number % 3 == 0, None if number % 3 == 0 else f"mod_{number % 3}")
+
+
+def falls_back(args, samples):
+    calls.append(samples[0].group_index)
+    number = samples[0].group_index
+    return DynamicFilterOutput(number % 3 == 0, "other", keep_when_insufficient=True)
+
+
+def tensor_bool(args, samples):
+    import torch
+
+    return DynamicFilterOutput(torch.tensor(samples[0].group_index != 1), "one")
+
+
+def in_the_trainer(args, rollout_id, rollout_data):
+    raise AssertionError("the rollout process must not call it")
 
 
 def drops_all(args, samples):

@@ -22,6 +22,10 @@ class FakeEngine:
         self.most_in_flight = 0
         self._in_flight = 0
 
+    def routes(self) -> list[web.RouteDef]:
+        """What it listens to."""
+        return [web.post("/generate", self.generate)]
+
     async def generate(self, request: web.Request) -> web.Response:
         """POST /generate."""
         if request.headers.get("Authorization") != f"Bearer {self.token}":
@@ -79,7 +83,7 @@ async def fake_engine(token: str, kind: type[T] = FakeEngine) -> AsyncIterator[T
     """A running one, on a free port."""
     engine = kind(token)
     app = web.Application()
-    app.add_routes([web.post("/generate", engine.generate)])
+    app.add_routes(engine.routes())
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -6,11 +6,13 @@ import sys
 
 from submit import fake_argv, fake_plan
 
-from hpc import cli, plan, resubmit, run
-from rltrain import arguments
+from hpc import cli, resubmit
+from hpc.planning import job_plan
+from hpc.submitting import start_run
+from rltrain import inputs
 
 if __name__ == "__main__":
-    run.make_plan = lambda args: fake_plan(json.loads(os.environ["FAKE_PLAN"]))
-    plan._argv = fake_argv
-    arguments.check_inputs = lambda args, to_come=None: None
+    start_run.make_plan = lambda args, **_: fake_plan(json.loads(os.environ["FAKE_PLAN"]))
+    job_plan._argv = fake_argv
+    inputs.check_inputs = lambda args, to_come=None: None
     sys.exit(cli.run_main(resubmit.main))

@@ -8,7 +8,8 @@ import sys
 import time
 import tomllib
 
-from rltrain.runtime import Registry, RoleContext
+from rltrain.run.role import Registry, RoleContext
+from rltrain.sglang.leftovers import NodeDirectory
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 
@@ -17,6 +18,17 @@ def serve(context: RoleContext, registry: Registry) -> int:
     """Be ready until told to end."""
     registry.register("http://127.0.0.1:1")
     signal.pause()
+    return 0
+
+
+def clean_up(context: RoleContext, registry: Registry) -> int:
+    """Be ready, and leave a mark on the node that is removed when told to end; on Slurm that is SIGUSR1."""
+    directory = NodeDirectory(context.run_dir)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
+    registry.register("http://127.0.0.1:1")
+    signal.pause()
+    directory.remove()
     return 0
 
 
@@ -48,7 +60,35 @@ def _train_as_first(context: RoleContext, registry: Registry) -> int:
             saved.parent.mkdir(exist_ok=True)
             saved.write_text(str(step + 1))
             return 75
+    registry.prove_finished(num_rollout)
     return 0
+
+
+def leave_early(context: RoleContext, registry: Registry) -> int:
+    """In the first attempt end with 0 in the middle, as srun does when Slurm gives up on a step; later train."""
+    if context.attempt:
+        return train(context, registry)
+    registry.register("tcp://127.0.0.1:1")
+    registry.event("checkpoint_saved", step=1)
+    registry.status("training", 1)
+    return 0
+
+
+def save_fails(context: RoleContext, registry: Registry) -> int:
+    """Train all steps, and stop on a full disk instead of proving it."""
+    registry.register("tcp://127.0.0.1:1")
+    registry.event("checkpoint_failed", step=2, reason="iter_0000002 was not saved: OSError: [Errno 28]")
+    print(
+        "error: all 2 steps are trained, but their last checkpoint is lost: [Errno 28] No space left on device"
+    )
+    return 93
+
+
+def killed(context: RoleContext, registry: Registry) -> int:
+    """In its first life be killed from outside, before it is ready; then be ready until told to end."""
+    if not context.restarts:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return serve(context, registry)
 
 
 def die(context: RoleContext, registry: Registry) -> int:

@@ -6,9 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-from hpc import plan, run, submit, supervisor
-from hpc.plan import JobPlan, RoleProcess
-from rltrain import arguments
+from hpc import submit
+from hpc.planning import job_plan
+from hpc.planning.job_plan import JobPlan, RoleProcess
+from hpc.submitting import start_run
+from hpc.supervisor import supervisor
+from rltrain import inputs
 
 ROLE = str(Path(__file__).with_name("role.py"))
 TRAIN_FLAGS = ["--hf-checkpoint=/x", "--prompt-data=/x", "--rollout-batch-size=1"]
@@ -30,9 +33,9 @@ def fake_argv(role: str, python: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    run.make_plan = lambda args: fake_plan(json.loads(os.environ["FAKE_PLAN"]))
-    plan._argv = fake_argv
-    arguments.check_inputs = lambda args, to_come=None: None
+    start_run.make_plan = lambda args, **_: fake_plan(json.loads(os.environ["FAKE_PLAN"]))
+    job_plan._argv = fake_argv
+    inputs.check_inputs = lambda args, to_come=None: None
     grace = float(os.environ.get("FAKE_GRACE", "120"))
     if not any(word.startswith("--partition") for word in sys.argv):  # the batch job has not imported this
         supervisor.Supervisor = functools.partial(supervisor.Supervisor, stop_grace=grace, kill_grace=1.0)

@@ -1,37 +1,41 @@
-"""Tiny models, rollouts and arguments for tests of the trainer, and a way to run a test on several ranks."""
+"""Tiny models, rollouts and configurations for tests of the trainer, and a way to run a test on several ranks."""
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
+import multiprocessing
 import os
 import pickle
 import socket
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from helpers.rank import run_in_process
+from rltrain.arguments.config import Config
 from rltrain.data.batch import TrainBatch
-from rltrain.runtime import RoleContext
+from rltrain.models.families import FAMILIES
+from rltrain.run.role import RoleContext
 
-REPOSITORY = Path(__file__).parents[2]
+# Ranks are forked from a process that has imported what they need: that takes longer than most of them run.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["rltrain.megatron.actor"])
+_SPAWNS = multiprocessing.get_context("spawn")
 _LIMIT = 570  # seconds of a process group; pytest's own limit is 600
 VOCAB_SIZE = 61  # a prime, so that tensor parallelism has to pad it
 
 
 def tiny_config(architecture: str = "Qwen3ForCausalLM", **changes: Any) -> dict[str, Any]:
     """A config.json of a model with two layers."""
-    model_type = {"Qwen3MoeForCausalLM": "qwen3_moe"}.get(
-        architecture, architecture.removesuffix("ForCausalLM").lower()
-    )
     return {
         "architectures": [architecture],
-        "model_type": model_type,
+        "model_type": FAMILIES[architecture].model_type,
         "num_hidden_layers": 2,
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -50,15 +54,17 @@ def tiny_config(architecture: str = "Qwen3ForCausalLM", **changes: Any) -> dict[
     }
 
 
-def tiny_experts_config() -> dict[str, Any]:
+def tiny_experts_config(**changes: Any) -> dict[str, Any]:
     """Four layers, of which the second has no experts; four experts, two of them for a token."""
     experts = {
+        "num_hidden_layers": 4,
+        "mlp_only_layers": [1],
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 16,
         "norm_topk_prob": True,
     }
-    return tiny_config("Qwen3MoeForCausalLM", num_hidden_layers=4, mlp_only_layers=[1], **experts)
+    return tiny_config("Qwen3MoeForCausalLM", **experts | changes)
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> Path:
@@ -80,22 +86,20 @@ def write_hf_model(directory: Path, config: dict[str, Any], seed: int = 0) -> Pa
         for name, weight in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 weight.add_(torch.randn_like(weight) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(directory)
     return directory
 
 
-def make_args(hf_checkpoint: Path, **changes: Any) -> argparse.Namespace:
-    """Arguments as `rltrain.arguments` resolves them, for the trainer."""
+def make_config(hf_checkpoint: Path, **changes: Any) -> Config:
+    """The configuration of a trainer, with `changes` by flag name after everything has been resolved."""
     from rltrain import arguments
 
     argv = ["--hf-checkpoint", str(hf_checkpoint), "--prompt-data", "unused.jsonl"]
     argv += ["--rollout-batch-size", "8", "--num-rollout", "4", "--lr", "1e-3", "--weight-decay", "0.1"]
-    args = arguments.parse(argv)
-    for name, value in changes.items():
-        if not hasattr(args, name):
-            raise AttributeError(name)
-        setattr(args, name, value)
-    return args
+    return arguments.parse(argv).replace(**changes)
 
 
 class RecordingRegistry:
@@ -108,13 +112,13 @@ class RecordingRegistry:
         self.events.append((kind, fields))
 
 
-def make_actor(args: argparse.Namespace, run_dir: Path) -> Any:
+def make_actor(config: Config, run_dir: Path) -> Any:
     """A trainer of this process's rank, outside of a job. Its metrics lack `perf/…`, which no two runs have alike."""
     from rltrain.megatron.actor import MegatronTrainActor
 
     rank = int(os.environ.get("RANK", "0"))
     context = RoleContext(run_dir, 0, "trainer", rank, "http://127.0.0.1:9", "")
-    actor = MegatronTrainActor(args, context, RecordingRegistry())  # type: ignore[arg-type]
+    actor = MegatronTrainActor(config, context, RecordingRegistry())  # type: ignore[arg-type]
     whole = actor.train
     actor.train = lambda rollout_id, batch: {  # type: ignore[method-assign]
         name: value for name, value in whole(rollout_id, batch).items() if not name.startswith("perf/")
@@ -124,9 +128,9 @@ def make_actor(args: argparse.Namespace, run_dir: Path) -> Any:
 
 def log_probs_of(actor: Any, batch: TrainBatch) -> Any:
     """log π of the trainable tokens of every sample, with the present weights."""
-    from rltrain.megatron.rank_share import RankShare
+    from rltrain.megatron.training.share import RankShare
 
-    return actor.log_probs(RankShare(actor.args, actor.shape, batch))
+    return actor.log_probs(RankShare(actor.config, actor.shape, batch))
 
 
 def make_batch(
@@ -157,32 +161,23 @@ def init_single_process() -> None:
     """This process as the only trainer rank. Calling it again starts from the same random numbers."""
     import torch.distributed as dist
 
-    from rltrain.megatron import device, distributed
+    from rltrain.megatron import device
+    from rltrain.megatron import ranks as distributed
 
     device.set_up()
     if not dist.is_initialized():
-        args = argparse.Namespace(
-            distributed_backend=None,
-            distributed_timeout_minutes=1,
-            tensor_model_parallel_size=1,
-            pipeline_model_parallel_size=1,
-            context_parallel_size=1,
-            expert_model_parallel_size=1,
-            expert_tensor_parallel_size=None,
-            seed=1234,
-        )
-        distributed.join(args, dist.HashStore(), 0, 1)
+        distributed.join(Config().replace(distributed_timeout_minutes=1), dist.HashStore(), 0, 1)
     distributed.set_seeds(1234)
 
 
 def in_each_layout(
-    function: Callable[[argparse.Namespace, Path], Any], args: dict[str, argparse.Namespace], work: Path
+    function: Callable[[Config, Path], Any], configs: dict[str, Config], work: Path
 ) -> dict[str, Any]:
     """`function` in one layout after the other, within the same processes. For a function given to `run_ranks`."""
-    from rltrain.megatron.distributed import split_ranks
+    from rltrain.megatron.ranks import split_ranks
 
     results = {}
-    for name, each in args.items():
+    for name, each in configs.items():
         leave_groups()
         split_ranks(each)
         results[name] = function(each, work / name)
@@ -198,7 +193,7 @@ def leave_groups() -> None:
     from megatron.core import parallel_state
     from torch.distributed import distributed_c10d
 
-    from rltrain.megatron.distributed import control_group
+    from rltrain.megatron.ranks import control_group
 
     dist.barrier(group=control_group())
     parallel_state.destroy_model_parallel()
@@ -208,45 +203,80 @@ def leave_groups() -> None:
     gc.collect()
 
 
+@dataclass(frozen=True)
+class Rank:
+    """A process of `running_ranks`."""
+
+    process: BaseProcess
+    output: Path
+
+    def wait(self, seconds: float = _LIMIT) -> int:
+        """Its exit code, negative for a signal."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"it did not end in {seconds:.0f} s:\n{self.said()}"
+        return self.process.exitcode
+
+    def said(self) -> str:
+        """The end of what it printed."""
+        return self.output.read_text(errors="replace")[-5000:]
+
+
+@contextmanager
+def running_ranks(
+    function: Callable[..., Any], config: Any, work: Path, *, world_size: int = 2
+) -> Iterator[list[Rank]]:
+    """`function(config, work)` on every rank of a new process group, each rank a new process; see `run_ranks`."""
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "job.pickle").write_bytes(pickle.dumps((function.__module__, function.__qualname__, config)))
+    with socket.create_server(("127.0.0.1", 0)) as supervisor:  # ranks look which address leads here
+        url = "http://{}:{}".format(*supervisor.getsockname())
+        ranks = [_start_rank(work, url, rank, world_size) for rank in range(world_size)]
+        try:
+            yield ranks
+        finally:
+            for rank in ranks:
+                rank.process.kill()
+                rank.process.join()
+
+
 def run_ranks(
     function: Callable[..., Any],
-    args: argparse.Namespace | dict[str, argparse.Namespace],
+    config: Config | dict[str, Config],
     work: Path,
     *,
     world_size: int = 2,
 ) -> list[Any]:
-    """Call `function(args, work)` on every rank of a new process group, each rank a new process.
+    """Call `function(config, work)` on every rank of a new process group, each rank a new process.
 
     Args:
         function: A function at the top of a test module.
-        args: Of the trainer, or of several layouts that `function` goes through itself.
+        config: Of the trainer, or of several layouts that `function` goes through itself.
         work: A directory for files of the exchange, and for the function's own.
 
     Returns:
         What each rank returned.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "job.pickle").write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
-    with socket.create_server(("127.0.0.1", 0)) as supervisor:  # ranks look which address leads here
-        url = "http://{}:{}".format(*supervisor.getsockname())
-        processes = [_start_rank(work, url, rank, world_size) for rank in range(world_size)]
-        try:
-            outputs = [process.communicate(timeout=_LIMIT)[0].decode() for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    for rank, process in enumerate(processes):
-        assert process.returncode == 0, f"rank {rank}:\n{outputs[rank][-5000:]}"
+    with running_ranks(function, config, work, world_size=world_size) as ranks:
+        for index, rank in enumerate(ranks):
+            assert rank.wait() == 0, f"rank {index}:\n{rank.said()}"
     return [pickle.loads((work / f"result-{rank}.pickle").read_bytes()) for rank in range(world_size)]
 
 
-def _start_rank(work: Path, url: str, rank: int, world_size: int) -> subprocess.Popen[bytes]:
+def _new_processes() -> Any:
+    """CUDA does not survive a fork, and what is imported may have asked it for the number of GPUs."""
+    import torch
+
+    return _SPAWNS if torch.cuda.is_available() else _FORKS
+
+
+def _start_rank(work: Path, url: str, rank: int, world_size: int) -> Rank:
     env = os.environ | {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_RANK": str(rank),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
     }
-    command = [sys.executable, "-m", "helpers.rank", str(work), url]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = work / f"output-{rank}.txt"
+    process = _new_processes().Process(target=run_in_process, args=(work, url, env, output))
+    process.start()
+    return Rank(process, output)

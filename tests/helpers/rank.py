@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+import gc
 import importlib
 import os
 import pickle
-import sys
 import time
 from pathlib import Path
 
-from rltrain.runtime import RoleAddress, RoleContext
+from rltrain.run.role import RoleAddress, RoleContext
 
 
 class FileRegistry:
@@ -38,21 +37,29 @@ class FileRegistry:
 def main(work: Path, registry_url: str) -> None:
     import torch.distributed as dist
 
-    from rltrain.megatron.distributed import init_process_group
+    from rltrain.megatron.ranks import init_process_group
 
-    module, name, args = pickle.loads((work / "job.pickle").read_bytes())
+    module, name, config = pickle.loads((work / "job.pickle").read_bytes())
     rank = int(os.environ["RANK"])
     context = RoleContext(work, 0, "trainer", rank, registry_url, "token")
-    # A test of several layouts has the arguments of each; the ranks are split anew for all but the first.
-    first = args if isinstance(args, argparse.Namespace) else next(iter(args.values()))
+    # A test of several layouts has the configuration of each; the ranks are split anew for all but the first.
+    first = next(iter(config.values())) if isinstance(config, dict) else config
     registry = FileRegistry(work)
     init_process_group(context, registry, first)
     # Code of the user's finds them as under torchrun.
     assert registry.read() == f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    result = getattr(importlib.import_module(module), name)(args, work)
+    function = getattr(importlib.import_module(module), name)
+    gc.freeze()  # a collection between two layouts need not look at what was imported: that took a second
+    result = function(config, work)
     (work / f"result-{rank}.pickle").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+def run_in_process(work: Path, registry_url: str, env: dict[str, str], output: Path) -> None:
+    """What a new process does: it has the environment and the output of a rank."""
+    os.environ.clear()
+    os.environ.update(env)
+    with output.open("wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    main(work, registry_url)

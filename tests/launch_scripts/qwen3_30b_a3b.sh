@@ -87,7 +87,7 @@ OPTIMIZER_ARGS=(
 SGLANG_ARGS=(
    --rollout-num-gpus-per-engine 8
    --sglang-mem-fraction-static 0.7
-   --sglang-cuda-graph-bs-decode 1 2 4 8 16 24 32
+   --sglang-cuda-graph-bs 1 2 4 8 16 24 32
    --sglang-max-running-requests 512
 )
 MISC_ARGS=(

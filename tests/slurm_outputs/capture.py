@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
-from slurm_fixture import open_directory, submit, until, wait_for  # noqa: E402
+from helpers.slurm_fixture import open_directory, submit, until, wait_for  # noqa: E402
 
 from hpc.sandbox import ClusterSpec, Sandbox  # noqa: E402
 from hpc.slurm import JobState, SlurmClient, parse  # noqa: E402

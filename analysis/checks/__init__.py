@@ -1,0 +1,1 @@
+"""The checks of `run.doctor()`, and the findings that they give."""

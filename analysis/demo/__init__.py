@@ -1,0 +1,1 @@
+"""Recorded runs to try the analysis on."""

@@ -1,0 +1,1 @@
+"""The frames of a run: what was read, as tidy pandas tables."""

@@ -1,0 +1,199 @@
+"""What each fault of a storm does to the cluster, the job and the run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc.chaos.faults import Fault
+from hpc.sandbox import Sandbox
+from rltrain.run.layout import RunLayout
+from rltrain.run.processes import parse_stat
+
+Undo = Callable[[], object]
+_TORN = b'{"step": 3, "atte'  # of a line of metrics or events
+
+
+class NobodyError(Exception):
+    """The fault meets nobody at the moment: its role, step or job is not there."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process on any node, as this machine sees it."""
+
+    pid: int
+    command: tuple[str, ...]
+    env: dict[str, str]
+
+
+def processes_of(run_dir: Path) -> list[Process]:
+    """The living processes of a run, on all nodes: those that have its directory in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            env = _split_env((path / "environ").read_bytes())
+            if env.get("SLURMLIME_RUN_DIR") == str(run_dir):
+                command = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if parse_stat((path / "stat").read_text(errors="replace"))[2] not in "ZX":
+                    found.append(Process(int(path.name), tuple(command[:-1]), env))
+    return found
+
+
+class Weather:
+    """Does faults to one run on a sandbox."""
+
+    def __init__(self, cluster: Sandbox, layout: RunLayout) -> None:
+        self._cluster, self._layout = cluster, layout
+
+    def do(self, fault: Fault, job: str) -> Undo | None:
+        """Do a fault; returns what ends it, for one that lasts.
+
+        Raises:
+            NobodyError: it meets nobody.
+        """
+        act: Callable[[Fault, str], Undo | None] = getattr(self, "_" + fault.kind.replace("-", "_"))
+        return act(fault, job)
+
+    def _kill(self, fault: Fault, job: str) -> None:
+        _signal(self._role(fault), signal.SIGKILL)
+
+    def _freeze(self, fault: Fault, job: str) -> Undo:
+        pids = self._role(fault)
+        _signal(pids, signal.SIGSTOP)
+        return lambda: _signal(pids, signal.SIGCONT)
+
+    def _end_step(self, fault: Fault, job: str) -> None:
+        role, index = _role_and_index(fault)
+        sruns = [p.pid for p in processes_of(self._layout.root)
+                 if Path(p.command[0]).name == "srun" and f"--job-name={role}" in p.command]  # fmt: skip
+        _signal(_one(sorted(sruns), index), signal.SIGKILL)
+
+    def _lose_step(self, fault: Fault, job: str) -> None:
+        above = {_ancestor(pid, "slurmstepd") for pid in self._role(fault)} - {None}
+        _signal([pid for pid in above if pid], signal.SIGKILL)
+
+    def _requeue(self, fault: Fault, job: str) -> None:
+        self._slurm("scontrol", "requeue", job)
+
+    def _requeue_part(self, fault: Fault, job: str) -> None:
+        self._slurm("scontrol", "requeue", f"{job}+1")
+
+    def _warn(self, fault: Fault, job: str) -> None:
+        self._slurm("scancel", "--batch", "--signal=USR2", job)
+
+    def _terminate(self, fault: Fault, job: str) -> None:
+        self._slurm("scancel", "--signal=TERM", job)
+
+    def _suspend(self, fault: Fault, job: str) -> Undo:
+        self._slurm("scontrol", "suspend", job)
+        return lambda: self._slurm("scontrol", "resume", job)
+
+    def _power_off(self, fault: Fault, job: str) -> Undo:
+        assert fault.target is not None
+        node = fault.target
+        self._cluster.power_off(node)
+        return lambda: self._cluster.power_on(node)
+
+    def _silence(self, fault: Fault, job: str) -> Undo:
+        self._cluster.silence()
+        return self._cluster.speak
+
+    def _restart_controller(self, fault: Fault, job: str) -> None:
+        self._cluster.restart_controller()
+
+    def _cancel(self, fault: Fault, job: str) -> None:
+        self._slurm("scancel", job)
+
+    def _kill_supervisor(self, fault: Fault, job: str) -> None:
+        batch = {_supervisor_of(process) for process in processes_of(self._layout.root)} - {None}
+        _signal([pid for pid in batch if pid], signal.SIGKILL)
+
+    def _tear_metrics(self, fault: Fault, job: str) -> None:
+        _append(self._layout.metrics, _TORN)
+
+    def _tear_events(self, fault: Fault, job: str) -> None:
+        _append(self._layout.events, _TORN)
+
+    def _role(self, fault: Fault) -> list[int]:
+        """The processes of a role, without those that started it."""
+        role, index = _role_and_index(fault)
+        found = [
+            process.pid
+            for process in processes_of(self._layout.root)
+            if process.env.get("SLURMLIME_ROLE") == role
+            and process.env.get("SLURMLIME_INDEX") == str(index)
+            and process.command[1:2] == ("-m",)
+        ]
+        if not found:
+            raise NobodyError(f"no {fault.target}")
+        return found
+
+    def _slurm(self, *command: str) -> None:
+        try:
+            self._cluster.run(*command)
+        except subprocess.CalledProcessError as error:
+            raise NobodyError(error.stderr.strip()) from None
+
+
+def _split_env(data: bytes) -> dict[str, str]:
+    pairs = (entry.partition(b"=") for entry in data.split(b"\0") if entry)
+    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+
+
+def _role_and_index(fault: Fault) -> tuple[str, int]:
+    assert fault.target is not None
+    role, _, index = fault.target.partition("-")
+    return role, int(index)
+
+
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _one(pids: list[int], index: int) -> list[int]:
+    if not pids:
+        raise NobodyError("no srun of this role")
+    return [pids[min(index, len(pids) - 1)]]
+
+
+def _parent(pid: int) -> tuple[int, str]:
+    """Parent and name of a process."""
+    text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    return parse_stat(text)[1], text.partition("(")[2].rpartition(")")[0]
+
+
+def _ancestor(pid: int, name: str) -> int | None:
+    """The nearest process above one that has this name."""
+    with contextlib.suppress(OSError):
+        while pid > 1:
+            parent, found = _parent(pid)
+            if found == name:
+                return pid
+            pid = parent
+    return None
+
+
+def _supervisor_of(process: Process) -> int | None:
+    """The parent of an srun, which is the supervisor."""
+    if not process.command or Path(process.command[0]).name != "srun":
+        return None
+    with contextlib.suppress(OSError):
+        parent, _ = _parent(process.pid)
+        name = _parent(parent)[1]
+        return parent if name.startswith("python") else None
+    return None
+
+
+def _append(path: Path, data: bytes) -> None:
+    if not path.exists():
+        raise NobodyError(f"no {path.name}")
+    with path.open("ab") as file:
+        file.write(data)

@@ -1,0 +1,102 @@
+"""What must be true of a run that has weathered a storm: nothing lost, nothing done twice, nothing left behind."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from hpc.chaos.actions import processes_of
+from hpc.chaos.roles import curve
+from hpc.runs.find import read_run
+from hpc.runs.slurm_jobs import ask_slurm
+from hpc.runs.state import to_status
+from hpc.sandbox import Sandbox
+from hpc.slurm.client import SlurmClient
+from rltrain.run.files import read_json, read_lines
+from rltrain.run.finished import finished_steps
+from rltrain.run.layout import RunLayout
+
+_PATIENCE_SECONDS = 30.0  # Slurm takes its time to end the last steps of a job
+
+
+def judge(layout: RunLayout, steps: int, cluster: Sandbox) -> list[str]:
+    """What is not as it must be, in words.
+
+    Args:
+        layout: of the run, which has ended.
+        steps: that it was to train.
+        cluster: on which it ran.
+    """
+    return [
+        *_of_metrics(layout, steps),
+        *_of_state(layout, steps, SlurmClient(cluster.env)),
+        *_of_attempts(layout),
+        *_of_what_is_left(layout.root, cluster),
+    ]
+
+
+def _of_metrics(layout: RunLayout, steps: int) -> list[str]:
+    """Each step has one line, or more that say the same; the newest lines are the undisturbed curve."""
+    rows = [row for row in read_lines(layout.metrics) if "rollout/reward" in row]
+    seen = [int(row["step"]) for row in rows]
+    problems = []
+    if missing := sorted(set(range(steps)) - set(seen)):
+        problems.append(f"metrics.jsonl lacks steps {missing}")
+    want = curve(steps)
+    if wrong := sorted({step for step, row in zip(seen, rows, strict=True)
+                        if step < steps and row["rollout/reward"] != want[step]}):  # fmt: skip
+        problems.append(f"the curve is another one at steps {wrong}")
+    for before, step in itertools.pairwise(seen):
+        if step > before + 1:
+            problems.append(f"step {step} follows step {before}")
+    by_attempt = [(int(row["attempt"]), int(row["step"])) for row in rows]
+    if twice := sorted({entry for entry in by_attempt if by_attempt.count(entry) > 1}):
+        problems.append(f"an attempt logged a step twice: {twice}")
+    return problems
+
+
+def _of_state(layout: RunLayout, steps: int, client: SlurmClient) -> list[str]:
+    problems = []
+    if finished_steps(layout) != steps:
+        problems.append(f"finished.json says {finished_steps(layout)} steps, not {steps}")
+    phase = (read_json(layout.status) or {}).get("phase")
+    if phase != "finished":
+        problems.append(f"status.json says {phase!r}")
+    record = read_run(layout)
+    status = to_status(record, ask_slurm(record.slurm_jobs, client))
+    if status.state not in ("finished", "COMPLETING") or status.step != steps:
+        problems.append(f"hpc.status says {status.state} with {status.step} steps")
+    return problems
+
+
+def _of_attempts(layout: RunLayout) -> list[str]:
+    """Attempts are numbered without a gap, and one at a time is at work."""
+    begun = [event["attempt"] for event in read_lines(layout.events) if event["kind"] == "attempt_started"]
+    if begun != list(range(len(begun))):
+        return [f"attempts have the numbers {begun}"]
+    return []
+
+
+def _of_what_is_left(run_dir: Path, cluster: Sandbox) -> list[str]:
+    problems = []
+    if not _until(lambda: not processes_of(run_dir)):
+        left = [" ".join(process.command)[:80] for process in processes_of(run_dir)]
+        problems.append(f"processes are left: {left}")
+    queue = ("squeue", "-h", "--states=PENDING,RUNNING,SUSPENDED", "-o", "%i %T %r")
+    if not _until(lambda: not cluster.run(*queue).strip()):
+        problems.append(f"jobs are left: {cluster.run(*queue).split()}")
+    names = [path.name for path in run_dir.rglob("*") if path.name.endswith((".tmp", ".partial"))]
+    if names:
+        problems.append(f"unfinished files are left: {names}")
+    return problems
+
+
+def _until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

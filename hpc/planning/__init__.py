@@ -1,0 +1,1 @@
+"""From a request to a batch script: pure functions that read only what they are given."""

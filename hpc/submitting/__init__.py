@@ -1,0 +1,1 @@
+"""Starts runs from a login node or a laptop."""

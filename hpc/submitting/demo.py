@@ -1,0 +1,85 @@
+"""The built-in demo: a tiny model learns to add, first from careless examples, then by reinforcement."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+from hpc.planning.job_plan import make_plan
+from hpc.planning.request import SubmitOptions, read_request
+from hpc.submitting.start_run import describe, submit_run
+from rltrain import arguments, inputs
+from rltrain.arguments import flags as flag_data
+from rltrain.arguments.config import Config
+from rltrain.arguments.flags import Flags
+from rltrain.run.layout import RunLayout
+
+
+def submit_demo(options: SubmitOptions) -> int:
+    """Run the recipe `@demo-sft` as run `NAME-sft`, then `@demo` as run `NAME`; returns an exit code.
+
+    On Slurm these are two jobs, of which the second waits for the first.
+    """
+    data = options.runs_dir / "demo-data"
+    first = dataclasses.replace(options, name=f"{options.name}-sft")
+    sft, grpo = _sft_flags(data, first.layout), _rl_flags(data, first.layout)
+    if not options.dry_run:
+        subprocess.run([sys.executable, "-m", "rltrain.demo.assets", str(data)], check=True)
+    if options.partition:
+        return _submit_to_slurm(options, first, sft, grpo, data)
+    if options.dry_run:  # the second can't be checked before the first has run
+        for flags in (sft, grpo):
+            print(describe(make_plan(arguments.parse(flag_data.to_argv(flags)))))
+        return 0
+    for phase, flags in [(first, sft), (options, grpo)]:
+        if code := submit_run(phase, flags):
+            return code
+    print("reward curve:", end=" ", flush=True)
+    subprocess.run([sys.executable, "-m", "analysis.plot", str(options.layout.root)], check=True)
+    return 0
+
+
+def _submit_to_slurm(
+    options: SubmitOptions, first: SubmitOptions, sft: Flags, grpo: Flags, data: Path
+) -> int:
+    # The recipes are made for one machine; a tiny model wants one rank and one engine a node.
+    small: Flags = dict.fromkeys(("colocate", "actor-num-gpus-per-node", "rollout-num-gpus"))
+    small["num-gpus-per-node"] = ["1"]
+    if options.dry_run:  # what the scripts need is not written either
+        return max(
+            submit_run(job, flags | small, _no_check) for job, flags in [(first, sft), (options, grpo)]
+        )
+    if code := submit_run(dataclasses.replace(first, detach=True), sft | small):
+        return code
+    to_come = {str(first.layout.checkpoints / "hf"): str(data / "model")}
+    after = () if options.test_only else (first.name,)
+    check = functools.partial(inputs.check_inputs, to_come=to_come)
+    return submit_run(dataclasses.replace(options, after=after), grpo | small, check)
+
+
+def _no_check(config: Config) -> Config:
+    """For files that are not there yet."""
+    return config
+
+
+def _sft_flags(data: Path, layout: RunLayout) -> Flags:
+    return _recipe("@demo-sft") | {
+        "hf-checkpoint": [str(data / "model")],
+        "prompt-data": [str(data / "sft.jsonl")],
+        "save-hf": [str(layout.checkpoints / "hf")],
+    }
+
+
+def _rl_flags(data: Path, sft: RunLayout) -> Flags:
+    return _recipe("@demo") | {
+        "hf-checkpoint": [str(sft.checkpoints / "hf")],
+        "prompt-data": [str(data / "train.jsonl")],
+        "eval-prompt-data": ["addition", str(data / "eval.jsonl")],
+    }
+
+
+def _recipe(name: str) -> Flags:
+    return read_request([name]).train

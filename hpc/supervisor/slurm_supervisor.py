@@ -1,0 +1,245 @@
+"""The supervisor as the batch process of a Slurm job: steps instead of subprocesses, and requeues."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from hpc.planning.slurm_tables import Value
+from hpc.slurm.client import SlurmClient, SlurmError
+from hpc.slurm.records import JobDetail
+from hpc.slurm.states import JobState
+from hpc.supervisor.launcher import Launcher
+from hpc.supervisor.restart import (
+    Action,
+    Ending,
+    JobView,
+    Limits,
+    bad_nodes,
+    can_be_spared,
+    decide,
+    idle_attempts,
+    idle_failures,
+    why_not_begin,
+)
+from hpc.supervisor.srun import Allocation, SrunLauncher, failed_nodes
+from hpc.supervisor.supervisor import JobFailedError, Supervisor
+from rltrain import arguments
+from rltrain.run.errors import EXIT_REQUEUE
+from rltrain.run.files import append_event, read_lines
+from rltrain.run.finished import is_finished
+from rltrain.run.layout import RunLayout
+
+_ENDED_BY_US = 60.0  # seconds that Slurm has to end this process after it took a requeue
+_SETTLE_SECONDS = 3.0  # a dead node, or a cancelled job, is first seen in the roles that die of it
+
+
+@dataclass(frozen=True)
+class SlurmSupervisor(Supervisor):
+    """Run one attempt of a job, and have Slurm run the next one if there should be one.
+
+    Attributes:
+        srun: further flags of srun.
+        python: interpreter of the roles.
+        limits: bounds of running again.
+    """
+
+    srun: Mapping[str, Value] = field(default_factory=dict)
+    python: str = sys.executable
+    limits: Limits = field(default_factory=Limits)
+
+    def __call__(self) -> dict[str, Any]:
+        """See `Supervisor`. Does not return if the job is requeued."""
+        for number in (
+            signal.SIGTERM,
+            signal.SIGUSR2,
+        ):  # before and after the attempt; during it they are seen
+            signal.signal(number, signal.SIG_IGN)
+        job = CurrentJob.from_env()
+        layout = RunLayout(self.run_dir)
+        if job.is_half_requeued() and job.restarts < self.limits.max_restarts:
+            self._requeue(job, layout, "only a part of the job had been requeued")
+        if is_finished(layout, arguments.load(layout.root).rollout.num_rollout):
+            return {"state": "finished", "reason": "an earlier job has finished the run", "saved": True}
+        if reason := why_not_begin(read_lines(layout.events), self.limits, was_requeued=job.restarts > 0):
+            _note(layout, "not_started", reason)
+            print(
+                f"nothing is started: {reason}. To try again: python -m hpc.resubmit {layout.root}",
+                flush=True,
+            )
+            return {"state": "stopped", "reason": reason, "saved": False}
+        try:
+            report = super().__call__()
+        except JobFailedError as error:
+            self._after(job, layout, _failed_ending(layout, error))
+            raise
+        _note_failed_nodes(layout)
+        idle = idle_attempts(read_lines(layout.events))
+        ending = Ending(report["state"], report.get("signal"), idle_attempts=idle)
+        self._after(job, layout, ending)
+        return report
+
+    def _after(self, job: CurrentJob, layout: RunLayout, ending: Ending) -> None:
+        """Requeue the job, wait for Slurm to, or return."""
+        if ending.state == "failed":
+            job.wait_until_it_ends(_SETTLE_SECONDS)
+        decision = decide(ending, job.view(), job.restarts, self.limits)
+        if decision.action is Action.REQUEUE:
+            self._requeue(job, layout, decision.reason)
+        if decision.action is Action.WAIT:
+            _exclude_bad_nodes(job, layout)
+            _wait_for_the_end()
+        if ending.state != "finished":
+            _note(layout, "not_requeued", decision.reason)
+            print(
+                f"not requeued: {decision.reason}. To go on: python -m hpc.resubmit {layout.root}", flush=True
+            )
+
+    def _requeue(self, job: CurrentJob, layout: RunLayout, reason: str) -> None:
+        _note(layout, "requeued", reason)
+        print(f"requeue: {reason}", flush=True)
+        try:
+            job.requeue()
+        except SlurmError as error:
+            print(f"Slurm did not requeue the job: {error}", flush=True)
+            sys.exit(EXIT_REQUEUE)
+        _exclude_bad_nodes(job, layout)
+        _wait_for_the_end()
+
+    def _launcher(self) -> Launcher:
+        return SrunLauncher(Allocation.from_env(os.environ), self.srun, self.python)
+
+    def _host(self) -> str:
+        return choose_address(Allocation.from_env(os.environ), os.environ)
+
+
+@dataclass(frozen=True)
+class CurrentJob:
+    """The job that this process is the batch script of.
+
+    Attributes:
+        restarts: how often it had been requeued when this attempt began.
+    """
+
+    job_id: str
+    restarts: int
+    client: SlurmClient
+
+    @classmethod
+    def from_env(cls) -> CurrentJob:
+        """Read what Slurm tells the batch script."""
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        return cls(os.environ["SLURM_JOB_ID"], restarts, SlurmClient(timeout_s=20))
+
+    def details(self) -> list[JobDetail]:
+        """Slurm's details of each component; none if Slurm does not answer."""
+        try:
+            return self.client.job_details(self.job_id)
+        except SlurmError as error:
+            print(f"Slurm can't be asked about job {self.job_id}: {error}", flush=True)
+            return []
+
+    def view(self) -> JobView | None:
+        """The facts that `decide` needs; None if Slurm does not answer."""
+        details = self.details()
+        if not details:
+            return None
+        leader = details[0]
+        return JobView(
+            state=leader.state,
+            restarts=max(each.restarts for each in details),
+            may_requeue=all(each.requeue for each in details),
+            is_preempted=any(each.preempted is not None for each in details),
+            is_out_of_time=leader.state is JobState.TIMEOUT or leader.reason == "TimeLimit",
+        )
+
+    def is_half_requeued(self) -> bool:
+        """Whether only this component was started again: the others have been running for longer."""
+        if not self.restarts:
+            return False
+        started = [each.started for each in self.details() if each.started]
+        return bool(started) and (max(started) - min(started)).total_seconds() > 1
+
+    def wait_until_it_ends(self, seconds: float) -> None:
+        """Give Slurm a moment to say that the job is over, or restarted."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            view = self.view()
+            if view and (view.restarts > self.restarts or view.state is not JobState.RUNNING):
+                return
+            time.sleep(0.5)
+
+    def requeue(self) -> None:
+        """Back into the queue, with all components."""
+        self.client.requeue(self.job_id)
+
+    def exclude(self, bad: list[str]) -> None:
+        """Avoid these nodes from now on, if there are enough others; Slurm accepts this for a waiting job only."""
+        if not bad:
+            return
+        names = os.environ.get("SLURM_JOB_PARTITION", "").split(",")
+        nodes = {node for each in self.client.partitions() if each.name in names for node in each.nodes}
+        needed = len(Allocation.from_env(os.environ).all_nodes)
+        listed = ",".join(can_be_spared(bad, nodes, needed))
+        for each in self.details():
+            self.client.run("scontrol", "update", f"JobId={each.raw_id}", f"ExcNodeList={listed}")
+
+
+def choose_address(allocation: Allocation, env: Mapping[str, str]) -> str:
+    """The address of this node that the job's other nodes reach; loopback if there are none.
+
+    A node's own name may mean a loopback address to the node itself; then the way to another node tells.
+    """
+    others = [node for node in allocation.all_nodes if node != env.get("SLURMD_NODENAME")]
+    if not others:
+        return "127.0.0.1"
+    own = socket.gethostbyname(env.get("SLURMD_NODENAME") or socket.gethostname())
+    if not own.startswith(("127.0.", "0.")):
+        return own
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((others[0], 9))  # sends nothing: only looks up the route
+        return probe.getsockname()[0]
+
+
+def _failed_ending(layout: RunLayout, error: JobFailedError) -> Ending:
+    nodes = _note_failed_nodes(layout)
+    events = read_lines(layout.events)
+    return Ending(
+        "failed",
+        never_restart=error.never_restart,
+        node_failed=bool(nodes),
+        cause=error.cause,
+        idle_failures=idle_failures(events),
+        idle_attempts=idle_attempts(events),
+    )
+
+
+def _exclude_bad_nodes(job: CurrentJob, layout: RunLayout) -> None:
+    """Let the attempt that waits now avoid nodes that failed repeatedly."""
+    try:
+        job.exclude(bad_nodes(read_lines(layout.events), time.time()))
+    except SlurmError as error:
+        print(f"nodes that failed could not be excluded: {error}", flush=True)
+
+
+def _note_failed_nodes(layout: RunLayout) -> list[str]:
+    nodes = failed_nodes(layout.log_dir(max(layout.attempts())))
+    for node in nodes:
+        append_event(layout.events, max(layout.attempts()), "node_failed", {"node": node})
+    return nodes
+
+
+def _note(layout: RunLayout, kind: str, reason: str) -> None:
+    append_event(layout.events, max(layout.attempts(), default=0), kind, {"reason": reason})
+
+
+def _wait_for_the_end() -> NoReturn:
+    """Slurm ends this process; leave without a result, as there is going to be another attempt."""
+    time.sleep(_ENDED_BY_US)
+    sys.exit(EXIT_REQUEUE)

@@ -1,0 +1,1 @@
+"""The HTTP server that agents speak to."""

@@ -1,0 +1,1 @@
+"""Places to run programs that are not trusted: start, run, read, write, stop."""

@@ -1,0 +1,191 @@
+"""Training: batches, the parameters that are trained, the optimizer and its schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from rltrain.arguments.declare import Owner, flag
+from rltrain.arguments.groups.rollout import Rollout
+from rltrain.run.errors import UserError
+
+# Bytes that a GPU works on at a time where it makes log-probs of logits, unless --log-probs-chunk-size says.
+LOGITS_WORKSPACE = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Training:
+    """Training."""
+
+    global_batch_size: int = flag("samples per optimizer step", metavar="N", at_least=1)
+    num_steps_per_rollout: int = flag("optimizer steps per rollout", metavar="N", at_least=1)
+    micro_batch_size: int = flag("samples in a micro-batch (default: 1)", 1, metavar="N", at_least=1)
+    use_dynamic_batch_size: bool = flag(
+        "pack samples into micro-batches of up to --max-tokens-per-gpu tokens", False
+    )
+    max_tokens_per_gpu: int | None = flag("tokens in a packed micro-batch", metavar="N", at_least=1)
+    log_probs_max_tokens_per_gpu: int | None = flag(
+        "tokens in a packed micro-batch where no gradient is needed", metavar="N"
+    )
+    log_probs_chunk_size: int = flag(
+        "positions whose log-probs are computed at a time: fewer take less memory, results are the same"
+        " (default: -1, as many as is best)",
+        -1,
+        metavar="N",
+    )
+    balance_data: bool = flag("always on: data parallel ranks get even shares of tokens", False)
+    balance_by_flops: bool = flag("even shares of arithmetic, not of tokens: long samples cost more", False)
+    share_prompts: bool | None = flag(
+        "what samples of a micro-batch have in common at their beginnings goes through the model once"
+        " (default: where it is exact)",
+        owner="slurmlime",
+    )
+    only_train_params_name_list: list[str] | None = flag(
+        "train only parameters that match one", metavar="REGEX", empty=True
+    )
+    freeze_params_name_list: list[str] | None = flag(
+        "train no parameter that matches one", metavar="REGEX", empty=True
+    )
+    reset_optimizer_states: bool = flag("forget Adam's averages before every rollout", False)
+    max_skipped_steps: int = flag(
+        "stop the run after so many optimizer steps in a row with a non-finite loss or gradient (default: 10)",
+        10,
+        metavar="N",
+        at_least=1,
+        owner="slurmlime",
+    )
+    save_trainer_tokens: bool = flag(
+        "do not write the trainer's log-probs, entropies and advantages of every token",
+        True,
+        option="--no-save-trainer-tokens",
+        owner="slurmlime",
+    )
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Optimizer and schedule of Megatron."""
+
+    owner: ClassVar[Owner] = "Megatron"
+
+    optimizer: Literal["adam", "sgd"] = flag("default: adam (with decoupled weight decay)", "adam")
+    lr: float = flag("learning rate (default: 1e-6, as in slime)", 1e-06, metavar="LR", owner="slime")
+    min_lr: float = flag("learning rate at the end of the decay (default: 0)", 0.0, metavar="LR")
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = flag(
+        "default: constant", "constant"
+    )
+    lr_warmup_iters: int = flag("warm-up, in optimizer steps (default: 0)", 0, metavar="N")
+    lr_warmup_fraction: float | None = flag("warm-up, as a share of the schedule's steps", metavar="F")
+    lr_warmup_init: float = flag("learning rate at the start of the warm-up (default: 0)", 0.0, metavar="LR")
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = flag(
+        "how WSD's last part decays (default: exponential)", "exponential"
+    )
+    lr_wsd_decay_iters: int | None = flag("length of WSD's last part, in optimizer steps", metavar="N")
+    lr_decay_iters: int | None = flag("length of the decay, in optimizer steps (default: all)", metavar="N")
+    weight_decay: float = flag("default: 0.01", 0.01, metavar="W")
+    start_weight_decay: float | None = flag("of a weight decay that changes", metavar="W")
+    end_weight_decay: float | None = flag("of a weight decay that changes", metavar="W")
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = flag(
+        "how the weight decay changes (default: constant)", "constant"
+    )
+    adam_beta1: float = flag("default: 0.9", 0.9, metavar="B")
+    adam_beta2: float = flag("default: 0.999", 0.999, metavar="B")
+    adam_eps: float = flag("default: 1e-8", 1e-08, metavar="E")
+    clip_grad: float = flag("largest gradient norm (default: 1.0)", 1.0, metavar="NORM", owner="slime")
+    seed: int = flag("default: 1234", 1234, metavar="SEED", owner="slime")
+
+
+def logits_rows(chunk_size: int, columns: int, workspace: int = LOGITS_WORKSPACE) -> int:
+    """Positions whose log-probs are computed at a time: `chunk_size`, or if that is -1 what `workspace` has room for.
+
+    Args:
+        columns: Logits of a position on this rank, each of which takes two fp32 numbers meanwhile.
+    """
+    return chunk_size if chunk_size > 0 else max(1, workspace // (2 * 4 * max(1, columns)))
+
+
+def resolve_training(training: Training, rollout: Rollout) -> Training:
+    """Fill in what follows from other flags.
+
+    Raises:
+        UserError: names the flags that contradict each other, with their values.
+    """
+    training = _resolve_steps(training, rollout)
+    if training.log_probs_chunk_size < 1 and training.log_probs_chunk_size != -1:
+        raise UserError(
+            f"--log-probs-chunk-size is {training.log_probs_chunk_size}: it is a number of positions, or -1."
+        )
+    if training.use_dynamic_batch_size and training.max_tokens_per_gpu is None:
+        raise UserError(
+            "--use-dynamic-batch-size needs --max-tokens-per-gpu: the tokens of a packed micro-batch."
+        )
+    if training.log_probs_max_tokens_per_gpu is None:
+        return replace(training, log_probs_max_tokens_per_gpu=training.max_tokens_per_gpu)
+    return training
+
+
+def check_micro_batches(training: Training, data_ranks: int) -> None:
+    """Check that data parallel ranks get equal shares of a step; packed micro-batches always fit.
+
+    Raises:
+        UserError: names the flags, with their values.
+    """
+    size, batch = training.micro_batch_size, training.global_batch_size
+    if not training.use_dynamic_batch_size and batch % (data_ranks * size):
+        raise UserError(
+            f"--global-batch-size {batch} is not a multiple of --micro-batch-size {size} × {data_ranks} data parallel"
+            " ranks; --use-dynamic-batch-size has no such limit."
+        )
+
+
+def check_schedule(optimizer: Optimizer) -> None:
+    """Refuse schedules that can't be right.
+
+    Raises:
+        UserError: names the flags.
+    """
+    if optimizer.lr_warmup_fraction is not None and optimizer.lr_warmup_iters:
+        raise UserError("--lr-warmup-fraction and --lr-warmup-iters say the same thing: give one of them.")
+    if optimizer.lr_warmup_fraction is not None and not 0 <= optimizer.lr_warmup_fraction < 1:
+        raise UserError(f"--lr-warmup-fraction {optimizer.lr_warmup_fraction}: it is between 0 and 1.")
+    if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
+        raise UserError("--lr-decay-style WSD needs --lr-wsd-decay-iters: the steps of its last part.")
+    weight_decays = (optimizer.start_weight_decay, optimizer.end_weight_decay)
+    if optimizer.weight_decay_incr_style != "constant" and None in weight_decays:
+        raise UserError(
+            f"--weight-decay-incr-style {optimizer.weight_decay_incr_style} needs --start-weight-decay and"
+            " --end-weight-decay."
+        )
+    if optimizer.weight_decay_incr_style == "constant" and weight_decays != (None, None):
+        raise UserError(
+            "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine."
+        )
+
+
+def _resolve_steps(training: Training, rollout: Rollout) -> Training:
+    samples = rollout.rollout_batch_size * rollout.n_samples_per_prompt
+    product = (
+        f"--rollout-batch-size {rollout.rollout_batch_size} × --n-samples-per-prompt"
+        f" {rollout.n_samples_per_prompt}"
+    )
+    if training.global_batch_size is None:
+        steps = training.num_steps_per_rollout or 1
+        if samples % steps:
+            raise UserError(
+                f"{product} = {samples} samples do not divide into --num-steps-per-rollout {steps} optimizer steps."
+            )
+        return replace(training, global_batch_size=samples // steps, num_steps_per_rollout=steps)
+    if training.num_steps_per_rollout is None:
+        if samples % training.global_batch_size:
+            raise UserError(
+                f"{product} = {samples} samples are not a multiple of --global-batch-size {training.global_batch_size}."
+            )
+        return replace(training, num_steps_per_rollout=samples // training.global_batch_size)
+    if samples != training.global_batch_size * training.num_steps_per_rollout:
+        raise UserError(
+            f"{product} = {samples} samples, but --global-batch-size {training.global_batch_size} ×"
+            f" --num-steps-per-rollout {training.num_steps_per_rollout} ="
+            f" {training.global_batch_size * training.num_steps_per_rollout}: they must be equal. Leave one of the last"
+            " two out and it is worked out for you."
+        )
+    return training

@@ -1,0 +1,161 @@
+"""Names in slime's launch scripts: functions that are elsewhere here, flags that do nothing, flags that are refused."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rltrain.arguments.config import Config
+from rltrain.arguments.engine_names import RENAMED
+from rltrain.run.errors import UserError
+
+# Known to slime, not built here yet: better refused than silently ignored.
+NOT_YET = frozenset(
+    """
+    allgather-cp ci-disable-kl-checker ci-load-grad-norm ci-save-grad-norm ci-test
+    ci-train-rollout-logprob-abs-diff-threshold custom-update-weight-post-write-path
+    data-pad-size-multiplier disable-rollout-global-dataset disable-wandb-random-suffix dump-details
+    enable-mtp-training fetch-trajectory-retry-times http-proxy memory-recorder memory-snapshot-dir
+    memory-snapshot-num-steps min-batch-collection-ratio multimodal-keys profile-target
+    record-memory-history release-train rollout-buffer-url rollout-task-type train-env-vars
+    update-weight-disk-dir update-weight-disk-keep-files use-distributed-post use-rollout-entropy
+    wandb-always-use-train-step
+    """.split()  # noqa: SIM905 (a hundred quoted strings read worse)
+)
+
+# Refused for good, and why.
+REFUSED = {
+    "use-stateless-adam": "megatron-core has no Adam without averages. --optimizer sgd keeps none, and"
+    " --optimizer-cpu-offload keeps Adam's in host memory",
+}
+
+# Functions that come with slime, and where the same is here.
+_OURS = {
+    "slime.rollout.sglang_rollout.generate_rollout": "rltrain.rollout.sglang_rollout.generate_rollout",
+    "slime.rollout.sglang_rollout.generate": "rltrain.rollout.sglang_rollout.generate",
+    "slime.rollout.sft_rollout.generate_rollout": "rltrain.rollout.sft_rollout.generate_rollout",
+    "slime.rollout.data_source.RolloutDataSource": "rltrain.data.source.RolloutDataSource",
+    "slime.rollout.data_source.RolloutDataSourceWithBuffer": "rltrain.data.source.RolloutDataSource",
+    "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std": (
+        "rltrain.rollout.filters.check_reward_nonzero_std"
+    ),
+    "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std_with_fallback": (
+        "rltrain.rollout.filters.check_reward_nonzero_std_with_fallback"
+    ),
+    "slime.rollout.on_policy_distillation.reward_func": "rltrain.rewards.distillation.reward_func",
+    "slime.rollout.on_policy_distillation.post_process_rewards": "rltrain.rewards.distillation.post_process_rewards",
+    "slime.backends.megatron_utils.loss.vanilla_tis_function": "rltrain.algorithms.mismatch.tis",
+    "slime.backends.megatron_utils.loss.icepop_function": "rltrain.algorithms.mismatch.icepop",
+} | {
+    f"examples.{folder}train_infer_mismatch_helper.mis.compute_mis_weights{suffix}": "rltrain.algorithms.mismatch.mis"
+    for folder in ("", "infra_features.")
+    for suffix in ("", "_with_cp")
+}  # fmt: skip
+# Those that have no counterpart, and what to do; by the beginning of the path.
+_INSTEAD = {
+    "fully_async_rollout.": "--max-staleness K generates ahead of the trainer with the default rollout function",
+    "examples.fully_async.": "--max-staleness K generates ahead of the trainer with the default rollout function",
+    "slime.rollout.fully_async_rollout.": (
+        "--max-staleness K generates ahead of the trainer with the default rollout function"
+    ),
+    "slime.rollout.rm_hub.": "--rm-type has these rewards; see docs/rewards.md",
+    "slime.": "see docs/from_slime.md",
+    "slime_plugins.": "see docs/from_slime.md",
+}
+
+
+def our_path(path: str, flag: str) -> str:
+    """The import path here of a function that comes with slime; other paths stay.
+
+    Raises:
+        UserError: it comes with slime, and there is none here.
+    """
+    path = path.replace(":", ".") if path.startswith("slime.") else path
+    for beginning, instead in _INSTEAD.items():
+        if path not in _OURS and path.startswith(beginning):
+            raise UserError(f"{flag} {path} comes with slime and has no counterpart here: {instead}.")
+    return _OURS.get(path, path)
+
+
+# Flag → why; a name that begins with `=` takes no value.
+_WHY = {
+    "seq-length": "sequences are packed at their own lengths",
+    "max-position-embeddings": "rotary embeddings have no table; the limit is config.json's",
+    "tokenizer-type": "the tokenizer is that of --hf-checkpoint",
+    "tokenizer-model": "the tokenizer is that of --hf-checkpoint",
+    "train-iters": "the length of a run is --num-rollout or --num-epoch",
+    "eval-iters": "evaluation sets are evaluated whole",
+    "log-interval": "every step is logged",
+    "num-workers": "prompts are read by the rollout process",
+    "loss-mask-type": "the tokenizer's own chat template tells which turns are trained on",
+    "train-backend": "there is one backend, Megatron",
+    "rotary-scaling-factor": "only multi-latent attention has it; Llama 3's factor is config.json's",
+    "spec": "layers are those of config.json's architecture; --custom-model-provider-path builds others",
+    "transformer-impl": "TransformerEngine is used if it and a GPU are present",
+    "update-weight-delta-encoding": "changes replace what was there, element by element",
+    "update-weight-delta-checksum": "a sample of every tensor is always checked",
+    "update-weight-local-checkpoint-dir": "engines keep the weights that a delta applies to in their TMPDIR",
+    "=use-mcore-models": "the models of megatron-core are the only ones here",
+    "=use-flash-attn": "--attention-backend chooses",
+    "=no-create-attention-mask-in-dataloader": "no attention mask is ever made",
+    "=log-throughput": "throughput is always logged",
+    "=auto-detect-ckpt-format": "the format of a checkpoint is always detected",
+    "=use-persistent-ckpt-worker": "--async-save uses one process a checkpoint",
+    "=override-opt_param-scheduler": "the flags of the present start always count",
+    "=use-dist-ckpt": "--ckpt-format chooses",
+    "=enable-experimental": "megatron-core asks for it itself",
+    "=log-multi-turn": "every message and turn is in the rollout files",
+    "=log-passrate": "pass rates are always logged",
+    "=recompute-loss-function": "the loss keeps nothing of the logits' size, and computes that again when it is needed",
+}
+IGNORED = {name.removeprefix("="): why for name, why in _WHY.items()}
+_SWITCHES = {name[1:] for name in _WHY if name.startswith("=")}
+_SEVERAL = {"spec"}
+
+
+class _Ignore(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        name = (option_string or "").removeprefix("--")
+        namespace.ignored_flags = sorted({*getattr(namespace, "ignored_flags", []), name})
+
+
+def add_ignored_flags(parser: argparse.ArgumentParser) -> None:
+    """Add those that the parser does not have; `--help` does not show them."""
+    for name in IGNORED:
+        if f"--{name}" not in parser._option_string_actions:
+            parser.add_argument(
+                f"--{name}",
+                action=_Ignore,
+                nargs=0 if name in _SWITCHES else "+" if name in _SEVERAL else None,
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
+
+
+def _renamed(name: str) -> str:
+    now = RENAMED[name.removeprefix("sglang-")]
+    value = f" {now.value}" if now.value else ""
+    return f"--{name} is taken as --sglang-{now.name}{value}, which SGLang calls it since {now.since}"
+
+
+def remarks(config: Config) -> list[str]:
+    """One line for every flag that was given and changes nothing, or has another name now."""
+    always = {
+        "use-fault-tolerance": config.engines.use_fault_tolerance,
+        "balance-data": config.training.balance_data,
+    }
+    ignored = [
+        _renamed(name) if name.startswith("sglang-") else f"--{name} is ignored: {IGNORED[name]}"
+        for name in config.ignored_flags
+    ]
+    if saved := config.debug.save_debug_rollout_data:
+        ignored.append(
+            f"--save-debug-rollout-data writes Parquet, with one row a sample, and not torch's format: {saved}"
+        )
+    return ignored + [f"--{name} changes nothing: it is always on" for name, given in always.items() if given]

@@ -1,0 +1,164 @@
+"""Check the files that the flags name before anything is started: prompts, model, custom functions."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from rltrain.agents.program import readable, search_path
+from rltrain.agents.sandbox import kinds
+from rltrain.arguments.config import Config
+from rltrain.arguments.external import external_token
+from rltrain.arguments.groups.agents import command_words
+from rltrain.arguments.groups.debug import check_recorded
+from rltrain.arguments.groups.engines import Engines
+from rltrain.arguments.groups.functions import (
+    DEFAULT_DATA_SOURCE,
+    DEFAULT_ROLLOUT_FUNCTION,
+    check_functions,
+)
+from rltrain.arguments.hf_config import check_hf_config, read_hf_config, read_model_shape
+from rltrain.arguments.model_flags import check_model_flags
+from rltrain.models.windows import check_engines
+from rltrain.run.errors import UserError
+
+
+def check_inputs(config: Config, to_come: Mapping[str, str] | None = None) -> Config:
+    """Check every input file of a run.
+
+    Args:
+        config: resolved flags.
+        to_come: model directories that an earlier job will write, each with one that has the same shape.
+
+    Returns:
+        The configuration with `num_rollout`, where `--num-epoch` was given.
+
+    Raises:
+        UserError: one paragraph with the file, the line where there is one, and what to do.
+    """
+    if config.engines.are_external or config.engines.sglang_router_ip:
+        external_token()
+    check_agents(config)
+    _check_served_models(config.engines, config.model.hf_checkpoint)
+    model = _check_model(config, to_come or {})
+    if config.data.apply_chat_template:
+        _check_chat_template(model)
+    if config.debug.load_debug_rollout_data:
+        check_recorded(config.debug, config.rollout.num_rollout)
+        check_functions(config.functions)
+        return config
+    config = _check_prompts(config)
+    _check_functions(config)
+    return config
+
+
+def check_agents(config: Config) -> None:
+    """Check that an agent's program, its files and its sandbox are here.
+
+    Raises:
+        UserError: what is missing.
+    """
+    agents = config.agents
+    if not agents.agent_command:
+        return
+    kinds.check(agents.agent_sandbox)
+    if agents.agent_python and not os.access(agents.agent_python, os.X_OK):
+        raise UserError(f"--agent-python {agents.agent_python} is not a program.")
+    for path in [*agents.agent_files, *(word for word in command_words(agents)[1:] if word.endswith(".py"))]:
+        if not Path(path).exists():
+            raise UserError(f"--agent-command: there is no {path}.")
+    if agents.agent_sandbox in ("bubblewrap", "none"):  # else it is looked for in the image
+        program = command_words(agents)[0]
+        if shutil.which(program, path=search_path(agents)) is None:
+            raise UserError(
+                f"--agent-command: there is no program {program} in {search_path(agents)}. Give its full path."
+            )
+        for path in readable(agents):
+            if not Path(path).exists():
+                raise UserError(f"--agent-files: there is no {path}.")
+    elif (
+        agents.agent_image
+        and agents.agent_image.startswith(("/", "."))
+        and not Path(agents.agent_image).exists()
+    ):
+        raise UserError(f"--agent-image: there is no {agents.agent_image}.")
+
+
+def _check_served_models(engines: Engines, hf_checkpoint: str) -> None:
+    for served in engines.sglang_models:
+        path = served["model_path"]
+        if path != hf_checkpoint and not (Path(path) / "config.json").is_file():
+            raise UserError(f"--sglang-config: model {served['name']}: {path} is not a model directory.")
+
+
+def _check_model(config: Config, to_come: Mapping[str, str]) -> Path:
+    hf_checkpoint = config.model.hf_checkpoint
+    model = Path(to_come.get(hf_checkpoint, hf_checkpoint))
+    without_weights = config.model.random_init or hf_checkpoint in to_come
+    hf_config = read_hf_config(model, without_weights)
+    check_hf_config(hf_config, config.parallel, hf_checkpoint)
+    check_model_flags(config.shape, hf_config, hf_checkpoint)
+    if not config.debug.debug_train_only:
+        shape = read_model_shape(hf_config)
+        longest = config.rollout.rollout_max_context_len
+        check_engines(shape.window, shape.family.windows, longest, hf_checkpoint)
+    algorithm = config.algorithm
+    replays = algorithm.use_routing_replay or algorithm.use_rollout_routing_replay
+    if replays and read_model_shape(hf_config).experts is None:
+        raise UserError(
+            f"--use-routing-replay and --use-rollout-routing-replay: {hf_checkpoint} has no experts to route tokens to."
+        )
+    return model
+
+
+def _check_prompts(config: Config) -> Config:
+    """Look at every prompt file; `--num-epoch` becomes a number of rollouts."""
+    from rltrain.data.prompt_file import check_prompt_file
+    from rltrain.data.source import Epochs, prompt_files
+
+    data, rollout = config.data, config.rollout
+    files = prompt_files(data)
+    sizes = [check_prompt_file(path, data.input_key, data.label_key, data.metadata_key) for path, _ in files]
+    prompts = len(Epochs(tuple(sizes), tuple(weight for _, weight in files)))
+    if prompts < rollout.rollout_batch_size and config.functions.data_source_path == DEFAULT_DATA_SOURCE:
+        raise UserError(
+            f"{' and '.join(path for path, _ in files)}: an epoch has {prompts} prompts, fewer than"
+            f" --rollout-batch-size {rollout.rollout_batch_size}: one batch would hold the same prompt twice."
+        )
+    for each in config.evaluation.eval_datasets:
+        check_prompt_file(each["path"], each["input_key"], each.get("label_key"), each["metadata_key"])
+    if rollout.num_rollout is None:
+        num_rollout = max(1, (rollout.num_epoch or 0) * prompts // rollout.rollout_batch_size)
+        return replace(config, rollout=replace(rollout, num_rollout=num_rollout))
+    return config
+
+
+def _check_functions(config: Config) -> None:
+    from rltrain.rewards.rules import asks_for_reward, reward_function_path
+
+    sets = [config.of_eval_set(each) for each in config.evaluation.eval_datasets]
+    if (
+        config.algorithm.loss_type != "sft_loss"
+        and config.functions.rollout_function_path == DEFAULT_ROLLOUT_FUNCTION
+    ):
+        for each in (config, *sets):
+            if asks_for_reward(each):
+                reward_function_path(each)
+    for each in (config, *sets):
+        check_functions(each.functions)
+
+
+def _check_chat_template(directory: Path) -> None:
+    config = directory / "tokenizer_config.json"
+    if any(directory.glob("chat_template.*")) or (directory / "additional_chat_templates").is_dir():
+        return
+    if config.is_file() and json.loads(config.read_text()).get("chat_template"):
+        return
+    raise UserError(
+        f"--apply-chat-template: the tokenizer in {directory} has no chat template. Give a model whose"
+        " tokenizer has one, or write prompts as plain text and leave the flag out."
+    )

@@ -1,0 +1,361 @@
+"""A Hugging Face model's shape as a Megatron-core GPT model, and Megatron-core's configuration objects.
+
+A rank holds a list of chunks of the model: one, or several with virtual pipeline stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from rltrain.arguments.config import Config
+from rltrain.arguments.groups.model import Model
+from rltrain.arguments.groups.parallel import virtual_stages
+from rltrain.arguments.hf_config import (
+    ModelShape,
+    check_hf_config,
+    check_same_shape,
+    read_hf_config,
+    read_model_shape,
+)
+from rltrain.arguments.megatron_names import given
+from rltrain.arguments.model_flags import check_model_flags
+from rltrain.megatron.device import device, use_cuda
+from rltrain.megatron.model.customize import custom_model
+from rltrain.megatron.model.layers.latent import complete_latent_attention
+from rltrain.megatron.model.layers.rotary import inverse_frequencies, set_frequencies
+from rltrain.megatron.model.specs import decoder_spec, use_transformer_engine
+from rltrain.megatron.ranks import together
+from rltrain.megatron.versions import normalises_plain_queries
+from rltrain.models.as_transformers import standard_config
+from rltrain.models.latent import LatentAttention
+from rltrain.run.errors import UserError
+
+T = TypeVar("T")
+
+_FLAG_GROUPS = {
+    "TransformerConfig": "transformer",
+    "MLATransformerConfig": "transformer",
+    "OptimizerConfig": "optimizer",
+    "DistributedDataParallelConfig": "ddp",
+}
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.uint8,  # as TransformerEngine stores it
+}
+
+
+def read_shape(config: Config) -> ModelShape:
+    """The model's shape, from the `config.json` of `--hf-checkpoint`. All ranks call it together.
+
+    Raises:
+        UserError: there is no `config.json`, it describes a model that cannot be trained, or it means another one to
+            transformers.
+    """
+    directory = config.model.hf_checkpoint
+    hf_config = read_hf_config(Path(directory), without_weights=True)
+    check_hf_config(hf_config, config.parallel, directory)
+    check_model_flags(config.shape, hf_config, directory)
+    together(lambda: _compare(hf_config, directory) if dist.get_rank() == 0 else None, UserError)
+    return read_model_shape(hf_config)
+
+
+def _compare(hf_config: dict[str, Any], directory: str) -> None:
+    standard = standard_config(Path(directory), hf_config)
+    if standard is not None:
+        check_same_shape(hf_config, standard, directory)
+
+
+def params_dtype(model: Model) -> torch.dtype:
+    """The weights' type; gradients and the optimizer are in fp32 either way."""
+    return torch.bfloat16 if model.bf16 else torch.float32
+
+
+def padded_vocab_size(shape: ModelShape, config: Config) -> int:
+    """The vocabulary with as many unused rows as it takes to divide it over tensor parallel ranks."""
+    size = config.parallel.tensor_model_parallel_size * config.model.make_vocab_size_divisible_by
+    return -(-shape.vocab_size // size) * size
+
+
+def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
+    """Megatron-core's configuration."""
+    fused = use_transformer_engine()
+    stages = virtual_stages(config.parallel, shape.num_layers)
+    return build_config(
+        MLATransformerConfig if shape.latent else TransformerConfig,
+        config.model,
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        layernorm_epsilon=shape.norm_eps,
+        add_qkv_bias=shape.qkv_bias,
+        rotary_interleaved=shape.family.rotary_interleaved,
+        # Of queries and keys, so that it counts twice.
+        softmax_scale=shape.rope.attention_factor**2
+        * (shape.multipliers.attention or 1 / math.sqrt(shape.head_dim)),
+        no_rope_freq=[int(i in shape.unrotated) for i in range(shape.num_layers)]
+        if shape.unrotated
+        else None,
+        **_window_config(shape, config),
+        **(_latent_config(shape) if shape.latent else {"qk_layernorm": shape.qk_norm}),
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=gelu_tanh if shape.family.gelu else F.silu,
+        layernorm_zero_centered_gamma=shape.family.zero_centered_norms,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=shape.init_std,
+        # Not switched off where weights are loaded afterwards: only initialising marks a weight as split over
+        # tensor parallel ranks, without which the gradient's norm misses the other ranks' parts.
+        perform_initialization=True,
+        # The same random weights for every number of ranks; and on the CPU there is no other way.
+        use_cpu_initialization=config.model.random_init or not use_cuda(),
+        bf16=bool(config.model.bf16),
+        params_dtype=params_dtype(config.model),
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        sequence_parallel=config.parallel.sequence_parallel,
+        context_parallel_size=config.parallel.context_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=stages,
+        num_layers_in_first_pipeline_stage=config.parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=config.parallel.decoder_last_pipeline_num_layers,
+        pipeline_dtype=params_dtype(config.model),
+        # Micro-batches of different length tell the next stage their shape, which Megatron-core cannot do where
+        # both neighbours are one rank, so with virtual stages all are padded to one length.
+        variable_seq_lengths=config.parallel.pipeline_model_parallel_size > 1
+        and not uniform_micro_batches(config),
+        moe_token_dispatcher_type=config.model.moe_token_dispatcher_type,
+        # Two stages with virtual ones exchange two messages at a time, which only this keeps apart.
+        overlap_p2p_comm=stages is not None,
+        batch_p2p_comm=stages is None,
+        recompute_granularity=config.model.recompute_granularity,
+        recompute_method=config.model.recompute_method,
+        recompute_num_layers=config.model.recompute_num_layers,
+        # Fused kernels: TransformerEngine has them; without it they cost a torch.compile in the first step.
+        bias_activation_fusion=fused and not shape.family.gelu,
+        bias_dropout_fusion=fused,
+        # TransformerEngine's kernel for packed sequences rotates halves only.
+        apply_rope_fusion=fused and not (shape.family.rotary_interleaved or shape.latent),
+        masked_softmax_fusion=False,
+        persist_layer_norm=fused,
+        gradient_accumulation_fusion=False,  # the output layer would need Apex, see docs/gpu.md
+        **_experts_config(shape, config),
+    )
+
+
+def _window_config(shape: ModelShape, config: Config) -> dict[str, Any]:
+    window = shape.window
+    if window is None:
+        return {}
+    if use_transformer_engine() and config.parallel.context_parallel_size > 1:
+        raise UserError(
+            f"--context-parallel-size {config.parallel.context_parallel_size}: {config.model.hf_checkpoint} has"
+            f" attention with a sliding window of {window.size} tokens, which TransformerEngine's context parallelism"
+            " does not have. Use --context-parallel-size 1, with more --tensor-model-parallel-size."
+        )
+    return {
+        "window_size": (window.size - 1, 0),  # tokens before and after a token's own
+        "window_attn_skip_freq": [int(i in window.layers) for i in range(shape.num_layers)],
+    }
+
+
+def _latent_config(shape: ModelShape) -> dict[str, Any]:
+    latent, rope = shape.latent, shape.rope
+    assert latent is not None
+    return {
+        "q_lora_rank": latent.query_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_head_dim": latent.plain_size,
+        "qk_pos_emb_head_dim": latent.rotated_size,
+        "v_head_dim": latent.value_size,
+        **_latent_norms(latent),
+        "rope_type": "yarn",  # all kinds: `complete_latent_attention` brings the angles
+        # These two make the scale of queries with keys.
+        "rotary_scaling_factor": rope.factor,
+        "mscale_all_dim": rope.mscale_all_dim,
+    }
+
+
+def _latent_norms(latent: LatentAttention) -> dict[str, Any]:
+    """The norms of compressed queries, keys and values, which are parts of the projections behind them.
+
+    Raises:
+        UserError: Megatron-core would normalise what it must not.
+    """
+    if not use_transformer_engine():
+        return {"transformer_impl": "local", "qk_layernorm": False}  # our own projections have them
+    if latent.query_rank is None and normalises_plain_queries():
+        raise UserError(
+            "the model's config.json sets q_lora_rank to null: with TransformerEngine, this megatron-core normalises"
+            " the input of such queries. Install megatron-core 0.16, or remove TransformerEngine."
+        )
+    return {"qk_layernorm": True}
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """tanh's approximation of GELU."""
+    return F.gelu(x, approximate="tanh")
+
+
+def uniform_micro_batches(config: Config) -> bool:
+    """Whether all micro-batches of a step must have the same number of tokens, on all ranks."""
+    virtual = (
+        config.parallel.num_virtual_stages_per_pipeline_rank
+        or config.parallel.num_layers_per_virtual_pipeline_stage
+    )
+    return bool(virtual or config.model.moe_token_dispatcher_type == "allgather")
+
+
+def _experts_config(shape: ModelShape, config: Config) -> dict[str, Any]:
+    experts = shape.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_layer_freq": [int(i in experts.layers) for i in range(shape.num_layers)],
+        "moe_router_topk": experts.top_k,
+        # The softmax over the chosen experts alone is the softmax over all, normalised afterwards.
+        "moe_router_pre_softmax": experts.score == "softmax" and not experts.normalized,
+        "moe_router_score_function": experts.score,
+        "moe_router_enable_expert_bias": experts.correction_bias,
+        # As loaded: Megatron-core would move it in every step. --moe-router-bias-update-rate asks for that.
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_num_groups": experts.groups if experts.groups > 1 else None,
+        "moe_router_group_topk": experts.groups_taken if experts.groups > 1 else None,
+        "moe_router_topk_scaling_factor": experts.scale if experts.scale != 1 else None,
+        "moe_shared_expert_intermediate_size": experts.shared_size or None,
+        "moe_shared_expert_gate": experts.shared_gate,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": config.model.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": config.model.moe_aux_loss_coeff,
+        "moe_grouped_gemm": True,
+        "expert_model_parallel_size": config.parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": config.parallel.expert_tensor_parallel_size,
+    }
+
+
+def build_model(shape: ModelShape, run_config: Config) -> list[GPTModel]:
+    """This rank's chunks of the model, on its device, with the random weights that `args.seed` gives."""
+    config = transformer_config(shape, run_config)
+    stages = config.virtual_pipeline_model_parallel_size
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(stages)
+    each_stage = range(stages) if stages else [None]
+    models = [_build_chunk(shape, run_config, config, stage) for stage in each_stage]
+    if shape.family.whole_qk_norm:
+        # From here on it only says that gradients of such norms are added over tensor parallel ranks, but one over all
+        # heads is split.
+        config.qk_layernorm = False
+    return models
+
+
+def _build_chunk(
+    shape: ModelShape, run_config: Config, config: TransformerConfig, stage: int | None
+) -> GPTModel:
+    where: dict[str, Any] = {"ignore_virtual": stage is None, "vp_stage": stage}
+    first, last = (
+        parallel_state.is_pipeline_first_stage(**where),
+        parallel_state.is_pipeline_last_stage(**where),
+    )
+    if run_config.functions.custom_model_provider_path:
+        own = custom_model(run_config, config, pre_process=first, post_process=last, vp_stage=stage)
+        return own.to(device())
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=decoder_spec(
+            config, stage, family=shape.family, residual=shape.multipliers.residual
+        ),
+        vocab_size=padded_vocab_size(shape, run_config),
+        max_sequence_length=shape.max_positions,
+        pre_process=first,
+        post_process=last,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope.theta,
+        rotary_percent=shape.rope.percent,
+        vp_stage=stage,
+    )
+    if shape.latent:
+        size = shape.latent.rotated_size
+        complete_latent_attention(model, shape.rope, inverse_frequencies(shape.rope, size), size)
+    else:
+        set_frequencies(model, shape)
+    embedding = _embedding_factor(shape, config.params_dtype)
+    if first and embedding != 1:
+        model.embedding.register_forward_hook(lambda *call: call[-1] * embedding)
+    if last and shape.multipliers.logits != 1:
+        model.output_layer.register_forward_hook(
+            lambda *call: (call[-1][0] * shape.multipliers.logits, *call[-1][1:])
+        )
+    return model.to(device())
+
+
+def _embedding_factor(shape: ModelShape, dtype: torch.dtype) -> float:
+    if shape.family.root_embedding:
+        return torch.tensor(math.sqrt(shape.hidden_size)).to(dtype).item()
+    return shape.multipliers.embedding
+
+
+def wrap_data_parallel(models: list[GPTModel], run_config: Config) -> list[DistributedDataParallel]:
+    """The chunks with Megatron-core's gradient buffers and reduction over data parallel ranks."""
+    config = build_config(
+        DistributedDataParallelConfig,
+        run_config.model,
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=bool(run_config.parallel.use_distributed_optimizer),
+        check_for_nan_in_grad=False,  # `TrainedModel.update` checks, and skips the step on all ranks
+    )
+    wrapped = [DistributedDataParallel(model.config, config, model) for model in models]
+    models[0].config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def build_config(config: type[T], model: Model, **fields: Any) -> T:
+    """An object of `config`, one of Megatron-core's dataclasses; fields that flags have set come before `fields`.
+
+    Raises:
+        UserError: the installed megatron-core has no such field, or refuses the values.
+    """
+    flags = given(model, _FLAG_GROUPS[config.__name__])
+    if not flags:
+        return config(**fields)
+    known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    if missing := sorted(flags.keys() - known):
+        raise UserError(
+            f"--{missing[0].replace('_', '-')}: the installed megatron-core has no {config.__name__}.{missing[0]};"
+            " leave the flag out, or install a version that has it."
+        )
+    hints = typing.get_type_hints(config)
+    converted = {name: _converted(value, hints[name]) for name, value in flags.items()}
+    try:
+        return config(**{**fields, **converted})
+    except (AssertionError, ValueError) as error:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in flags)
+        raise UserError(f"megatron-core refuses {names}: {error}") from error
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    if hint is torch.dtype:
+        return _DTYPES[value]
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return hint[value]
+    return value

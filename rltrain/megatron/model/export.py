@@ -1,0 +1,328 @@
+"""The whole model's weights as Hugging Face tensors, whatever ranks hold them: all on rank 0, or shared out.
+
+Weights travel in buckets: the ranks that a weight is split over gather it. For rank 0 the first of them sends the
+finished tensors there (`export_hf_weights`); otherwise every rank keeps some of them (`export_own_share`). So no rank
+holds more than a bucket beside its own weights.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from rltrain.arguments.hf_config import ModelShape
+from rltrain.megatron.device import device
+from rltrain.megatron.model.load import LocalParameter, extra_heads, local_parameters
+from rltrain.megatron.model.names import join, split
+from rltrain.megatron.model.tensor_files import SafetensorsDirectory
+from rltrain.megatron.ranks import control_group, on_rank_0, together
+from rltrain.weights.buckets import NamedTensor
+from rltrain.weights.transports import hf_directory
+
+BUCKET_BYTES = 512 * 1024**2
+
+Named = list[tuple[str, Tensor]]
+Value = Callable[[Tensor], Tensor]
+
+
+def _own_weight(weight: Tensor) -> Tensor:
+    """What is exported unless something else is asked for."""
+    return weight.detach()
+
+
+@torch.no_grad()
+def export_hf_weights(
+    models: list[GPTModel], shape: ModelShape, value: Value = _own_weight, bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face names and whole tensors, on rank 0. Every rank must iterate to the end; the others get none.
+
+    Args:
+        models: This rank's chunks of the model.
+        value: What to take of each parameter: a tensor of its shape.
+        bucket_bytes: About how much is gathered and sent at a time.
+
+    Yields:
+        Tensors on the model's device; they may share memory with the model.
+    """
+    for part in _parts_of(models, shape):
+        tensors = _gathered(part, shape, value, bucket_bytes) if part.replica == 0 else iter(())
+        yield from _on_rank_0(tensors, sends=part.replica == 0 and part.group.rank() == 0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's weights of one kind, experts or all others.
+
+    Attributes:
+        parameters: in the same order on all ranks of `group`, over which they are split, and on all replicas.
+        replica: which of those that hold the same.
+        key: which weights of the model it holds.
+    """
+
+    parameters: list[LocalParameter]
+    group: dist.ProcessGroup
+    replica: int
+    key: tuple[int, ...]
+
+
+def _parts_of(models: list[GPTModel], shape: ModelShape) -> Iterator[Part]:
+    """First what is shared out over tensor parallel ranks, then the experts.
+
+    One rank has different peers for the two, and would otherwise wait for one that waits for it.
+    """
+    own = [parameter for parameter in local_parameters(models, shape) if not parameter.is_copy]
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    yield Part(
+        [parameter for parameter in own if not parameter.entry.is_expert],
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        (stage,),
+    )
+    if shape.experts:
+        yield Part(
+            [parameter for parameter in own if parameter.entry.is_expert],
+            parallel_state.get_expert_tensor_parallel_group(),
+            parallel_state.get_expert_data_parallel_rank(),
+            (stage, parallel_state.get_expert_model_parallel_rank()),
+        )
+
+
+def _gathered(part: Part, shape: ModelShape, value: Value, bucket_bytes: int) -> Iterator[Named]:
+    """Whole tensors, one bucket at a time, on every rank of the group."""
+    for bucket in _buckets_of(part.parameters, value, bucket_bytes // part.group.size()):
+        yield _gather(bucket, part, shape, value)
+
+
+def _gather(bucket: list[LocalParameter], part: Part, shape: ModelShape, value: Value) -> Named:
+    """The Hugging Face tensors of a bucket, on every rank of the part's group, which all gather it together."""
+    tensors = [value(each.weight) for each in bucket]
+    is_split = [each.entry.split_dim is not None for each in bucket]
+    split_tensors = [tensor for tensor, divided in zip(tensors, is_split, strict=True) if divided]
+    shards = iter(_all_gather(split_tensors, part.group))
+    named: Named = []
+    for each, tensor, divided in zip(bucket, tensors, is_split, strict=True):
+        named += _whole(each, next(shards) if divided else [tensor], shape)
+    return named
+
+
+def _buckets_of(parameters: list[LocalParameter], value: Value, size: int) -> Iterator[list[LocalParameter]]:
+    """Neighbours of one type, up to about `size` bytes."""
+    for _, same_type in groupby(parameters, key=lambda each: value(each.weight).dtype):
+        bucket: list[LocalParameter] = []
+        held = 0
+        for each in same_type:
+            nbytes = value(each.weight).nbytes
+            if bucket and held + nbytes > size:
+                yield bucket
+                bucket, held = [], 0
+            bucket.append(each)
+            held += nbytes
+        yield bucket
+
+
+def _all_gather(tensors: list[Tensor], group: dist.ProcessGroup) -> list[list[Tensor]]:
+    """Every rank's part of each tensor, with one message for all of them."""
+    if group.size() == 1 or not tensors:
+        return [[tensor] for tensor in tensors]
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    gathered = flat.new_empty(group.size() * flat.numel())
+    dist.all_gather_into_tensor(gathered, flat, group=group)
+    sizes = [tensor.numel() for tensor in tensors]
+    columns = zip(*(each.split(sizes) for each in gathered.chunk(group.size())), strict=True)
+    return [[part.view_as(t) for part in parts] for t, parts in zip(tensors, columns, strict=True)]
+
+
+def _whole(parameter: LocalParameter, shards: list[Tensor], shape: ModelShape) -> Named:
+    """The Hugging Face tensors of a parameter from all its shards."""
+    entry = parameter.entry
+    groups = shape.num_kv_heads // len(shards)
+    per_rank = [split(shard, entry.layout, shape, groups) for shard in shards]
+    named: Named = []
+    for hf_name, parts in zip(entry.hf_names, zip(*per_rank, strict=True), strict=True):
+        tensor = join(list(parts), entry.layout, entry.split_dim or 0, shape)
+        named.append((hf_name, tensor[: shape.vocab_size] if entry.layout == "vocab" else tensor))
+    return named
+
+
+def _on_rank_0(buckets: Iterator[Named], *, sends: bool) -> Iterator[tuple[str, Tensor]]:
+    """Rank 0's own buckets, then those of every other rank that sends."""
+    senders = [False] * dist.get_world_size()
+    if len(senders) > 1:
+        dist.all_gather_object(senders, sends, group=control_group())
+    if dist.get_rank() == 0:
+        for bucket in buckets:
+            yield from bucket
+        for source in (rank for rank, each in enumerate(senders) if each and rank):
+            yield from _receive(source)
+        return
+    for bucket in buckets:
+        if sends:
+            _send(bucket)
+    if sends:
+        _send([])
+
+
+def _send(bucket: Named) -> None:
+    """One bucket to rank 0; an empty one is the last."""
+    described = [(name, tensor.shape, tensor.dtype) for name, tensor in bucket]
+    dist.send_object_list([described], dst=0, group=control_group(), device=torch.device("cpu"))
+    if bucket:
+        dist.send(torch.cat([tensor.flatten() for _, tensor in bucket]), dst=0)
+
+
+def _receive(source: int) -> Iterator[tuple[str, Tensor]]:
+    while True:
+        message: list[list[tuple[str, torch.Size, torch.dtype]] | None] = [None]
+        dist.recv_object_list(message, src=source, group=control_group(), device=torch.device("cpu"))
+        described = message[0]
+        if not described:
+            return
+        sizes = [shape.numel() for _, shape, _ in described]
+        flat = torch.empty(sum(sizes), dtype=described[0][2], device=device())
+        dist.recv(flat, src=source)
+        for (name, shape, _), part in zip(described, flat.split(sizes), strict=True):
+            yield name, part.view(shape)
+
+
+@torch.no_grad()
+def export_own_share(
+    models: list[GPTModel],
+    shape: ModelShape,
+    bucket_bytes: int = BUCKET_BYTES,
+    takers: Collection[int] | None = None,
+) -> Iterator[Named]:
+    """Every rank gets some of the whole tensors, and all together each of them once.
+
+    Every rank must iterate to the end, in rounds: to get the next it may need others that are in the same round.
+
+    Args:
+        takers: Ranks that get a share (default: all). A weight that none of them has goes to a rank that has it.
+    """
+    parts = list(_parts_of(models, shape))
+    for part, replicas in zip(parts, _takers(parts, takers), strict=True):
+        yield from _dealt_out(part, replicas, shape, bucket_bytes)
+
+
+def _takers(parts: list[Part], takers: Collection[int] | None) -> list[dict[int, list[int]]]:
+    """Of each part the replicas that get some of it: which ranks of their groups do, and at least one."""
+    own = [(part.key, part.replica, part.group.rank()) for part in parts]
+    everyone: list[list[tuple[tuple[int, ...], int, int]]] = [own] * dist.get_world_size()
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, own, group=control_group())
+    found: list[dict[int, list[int]]] = []
+    for part in parts:
+        replicas: dict[int, list[int]] = {}
+        for rank, held in enumerate(everyone):
+            for key, replica, number in held:
+                if key == part.key and (takers is None or rank in takers):
+                    replicas.setdefault(replica, []).append(number)
+        found.append({replica: sorted(replicas[replica]) for replica in sorted(replicas)} or {0: [0]})
+    return found
+
+
+def _dealt_out(
+    part: Part, replicas: dict[int, list[int]], shape: ModelShape, bucket_bytes: int
+) -> Iterator[Named]:
+    """In a round each replica gathers one bucket; of its ranks the one that has least takes a tensor.
+
+    All have as many rounds, as some that meet again at the experts may have nothing to do here.
+    """
+    total = sum(parameter.weight.nbytes for parameter in part.parameters)
+    size = min(bucket_bytes // part.group.size(), -(-total // len(replicas)))
+    turn = list(replicas).index(part.replica) if part.replica in replicas else len(replicas)
+    taken = dict.fromkeys(replicas.get(part.replica, []), 0)
+    buckets = list(_buckets_of(part.parameters, _own_weight, size))
+    for first in range(0, len(buckets), len(replicas)):
+        mine: Named = []
+        for bucket in buckets[first : first + len(replicas)][turn : turn + 1]:
+            for name, tensor in _gather(bucket, part, shape, _own_weight):
+                taker = min(taken, key=lambda rank: (taken[rank], rank))
+                taken[taker] += tensor.nbytes
+                if taker == part.group.rank():
+                    mine.append((name, tensor))
+        yield mine
+
+
+class Exporter:
+    """Methods are called by all ranks together."""
+
+    def __init__(self, models: list[GPTModel], shape: ModelShape, template: Path) -> None:
+        """Of a directory all but the weights is copied from the model directory `template`."""
+        self._models, self._shape, self._template = models, shape, template
+
+    def stream(self, consume: Callable[[Iterable[NamedTensor]], object]) -> None:
+        """Bring the weights to rank 0 bucket by bucket; it consumes them, the others take part."""
+        tensors = export_hf_weights(self._models, self._shape)
+        if dist.get_rank() == 0:
+            consume(tensors)
+        for _ in tensors:  # to the end, also where nobody wants them: other ranks are sending
+            pass
+
+    def share(self, bucket_bytes: int, *, one_per_machine: bool) -> Iterator[Sequence[NamedTensor]]:
+        """This rank's share of the weights, in rounds that all ranks go through (see `export_own_share`).
+
+        With `one_per_machine` only the first rank of each has one, and the first of those that alone hold a weight.
+        """
+        takers = _first_of_machines() if one_per_machine else None
+        return export_own_share(self._models, self._shape, bucket_bytes, takers)
+
+    def write(self, directory: Path) -> None:
+        """Write the weights as a Hugging Face directory, every rank its share; done when this returns.
+
+        Layers of the template that predict further tokens are kept as they are.
+
+        Raises:
+            OSError: it can't be written, on every rank; what was there under its name is untouched.
+        """
+
+        def failure(problem: str) -> OSError:
+            return hf_directory.give_up(directory, problem)
+
+        temporary = Path(on_rank_0(lambda: str(hf_directory.begin(directory))))
+        tensors = chain.from_iterable(export_own_share(self._models, self._shape))
+        if dist.get_rank() == 0:
+            tensors = chain(tensors, kept_heads(self._template, self._shape))
+        written = together(lambda: _write(temporary, tensors), failure)
+        everything: list[hf_directory.Written | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everything, written, group=control_group())
+        complete = [each for each in everything if each is not None]
+        is_first = dist.get_rank() == 0
+        together(
+            lambda: hf_directory.finish(directory, complete, self._template) if is_first else None, failure
+        )
+
+
+def kept_heads(template: Path, shape: ModelShape) -> Iterator[NamedTensor]:
+    """Layers that predict further tokens, as they are in the model directory; nothing, if that has no weights."""
+    if not shape.family.extra_heads or not any(template.glob("model*.safetensors")):
+        return
+    source = SafetensorsDirectory(template)
+    for name in extra_heads(source.names, shape):
+        yield name, source.tensor(name, None)[:]
+
+
+def _first_of_machines() -> set[int]:
+    """The first rank of each machine."""
+    # Two nodes of a sandbox are one machine.
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    names: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, name, group=control_group())
+    return {names.index(name) for name in names}
+
+
+def _write(temporary: Path, tensors: Iterable[NamedTensor]) -> hf_directory.Written:
+    try:
+        return hf_directory.write_weights(temporary, tensors, writer=dist.get_rank())
+    finally:
+        for _ in tensors:  # to the end, also if the disk is full: other ranks gather with this one
+            pass

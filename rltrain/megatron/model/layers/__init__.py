@@ -1,0 +1,1 @@
+"""Parts of transformer layers that Megatron-core lacks."""

@@ -1,0 +1,152 @@
+"""Weights from a Hugging Face directory into this rank's part of a Megatron-core model, slice by slice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from rltrain.arguments.hf_config import ModelShape
+from rltrain.megatron.model.names import blocks, global_name, hf_shapes, merge, parameter
+from rltrain.megatron.model.tensor_files import SafetensorsDirectory
+from rltrain.megatron.ranks import control_group, together
+from rltrain.models.tensors import Parameter
+from rltrain.run.errors import UserError
+
+_OUTPUT = "lm_head.weight"
+_BUFFER = ".rotary_emb.inv_freq"  # old checkpoints have it; every model computes it
+
+
+@torch.no_grad()
+def load_hf_weights(models: list[GPTModel], shape: ModelShape, directory: Path) -> None:
+    """Fill a model (its chunks on this rank) with this rank's slices of the weights in a Hugging Face directory.
+
+    All ranks call it together: what one of them finds wrong, all raise.
+
+    Raises:
+        UserError: no safetensors; a tensor is missing, not used, quantised, or has another shape than
+            `config.json` says; a tied model with another output layer.
+    """
+    parameters = list(local_parameters(models, shape))
+    source = together(lambda: SafetensorsDirectory(directory), UserError)
+    _check_names(source, parameters, shape)
+    together(lambda: _fill(source, parameters, shape), UserError)
+
+
+def _fill(source: SafetensorsDirectory, parameters: list[LocalParameter], shape: ModelShape) -> None:
+    for each in parameters:
+        entry, weight, size = each.entry, each.weight, each.group.size()
+        wholes = hf_shapes(entry, tuple(weight.shape), size, shape)
+        tensors = [source.tensor(name, whole) for name, whole in zip(entry.hf_names, wholes, strict=True)]
+        parts = [_own_slice(tensor, each, shape) for tensor in tensors]
+        merged = merge(parts, entry.layout, shape, shape.num_kv_heads // size)
+        if entry.layout == "vocab":
+            merged = torch.nn.functional.pad(merged, (0, 0, 0, weight.shape[0] - merged.shape[0]))
+            _check_tied(source, each, merged, shape)
+        weight.copy_(merged)
+
+
+def _own_slice(tensor: Any, parameter: LocalParameter, shape: ModelShape) -> Tensor:
+    """This rank's slice of a tensor; the last ranks of a vocabulary may get less, or nothing."""
+    dim, size, rank = parameter.entry.split_dim, parameter.group.size(), parameter.group.rank()
+    if dim is None:
+        return tensor[:]
+    length = tensor.get_shape()[dim]
+    rows = blocks(parameter.entry.layout, length, shape)
+    if len(rows) > 1:
+        starts = [sum(rows[:i]) + rank * count // size for i, count in enumerate(rows)]
+        return torch.cat(
+            [tensor[start : start + count // size] for start, count in zip(starts, rows, strict=True)]
+        )
+    # Each rank's share of a vocabulary is one of its padded size, which the parameter has.
+    width = parameter.weight.shape[0] if parameter.entry.layout == "vocab" else length // size
+    start, stop = min(rank * width, length), min((rank + 1) * width, length)
+    return tensor[start:stop] if dim == 0 else tensor[:, start:stop]
+
+
+def _check_names(source: SafetensorsDirectory, parameters: list[LocalParameter], shape: ModelShape) -> None:
+    """Refuse weights that no rank of the model holds: it would compute something else than they were made for."""
+    own = sorted({name for each in parameters for name in each.entry.hf_names})
+    everyone: list[list[str]] = [own] * dist.get_world_size()
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, own, group=control_group())
+    used = {name for names in everyone for name in names}
+    if shape.tied_embeddings:
+        used.add(_OUTPUT)  # compared with the embedding
+    heads = set(extra_heads(source.names, shape))
+    extra = sorted(name for name in source.names - used - heads if not name.endswith(_BUFFER))
+    if extra:
+        few = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+        raise UserError(
+            f"{source.directory} has tensors that a {shape.architecture} with its config.json does not use: {few}."
+            " Either config.json or the weights belong to another model."
+        )
+
+
+def extra_heads(names: Iterable[str], shape: ModelShape) -> list[str]:
+    """Tensors of layers behind the last one, which predict further tokens: they are kept as they are."""
+    layers = re.compile(r"model\.layers\.(\d+)\.")
+    numbers = ((name, layers.match(name)) for name in names if shape.family.extra_heads)
+    return sorted(name for name, found in numbers if found and int(found[1]) >= shape.num_layers)
+
+
+def _check_tied(
+    source: SafetensorsDirectory, parameter: LocalParameter, weight: Tensor, shape: ModelShape
+) -> None:
+    if not shape.tied_embeddings or _OUTPUT not in source.names:
+        return
+    output = source.tensor(_OUTPUT, (shape.vocab_size, weight.shape[1]))
+    own = _own_slice(output, parameter, shape)
+    if not torch.equal(own, weight[: own.shape[0]]):
+        raise UserError(
+            f"{source.directory}: config.json sets tie_word_embeddings to true, but its {_OUTPUT} is not its"
+            f" {parameter.entry.hf_names[0]}. Set tie_word_embeddings to false, or remove {_OUTPUT}."
+        )
+
+
+def expert_biases(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What routers add to an expert's score where they choose: a weight of the model that gets no gradient."""
+    return ((name, buffer) for name, buffer in model.named_buffers() if name.endswith("router.expert_bias"))
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    """A weight of this rank's part of the model.
+
+    Attributes:
+        is_copy: A tied embedding's second copy, on the last pipeline stage.
+    """
+
+    weight: Tensor
+    entry: Parameter
+    is_copy: bool
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks that the weight is split over, if it is split."""
+        if self.entry.is_expert:
+            return parallel_state.get_expert_tensor_parallel_group()
+        return parallel_state.get_tensor_model_parallel_group()
+
+
+def local_parameters(models: list[GPTModel], shape: ModelShape) -> Iterator[LocalParameter]:
+    """All weights of this rank's chunks of a model, with their place in the whole model."""
+    for model in models:
+        config, layers = model.config, model.decoder.layers
+        first_layer = layers[0].layer_number - 1 if len(layers) else 0
+        experts = (config.num_moe_experts or 0) // config.expert_model_parallel_size
+        first_expert = parallel_state.get_expert_model_parallel_rank() * experts
+        for name, weight in chain(model.named_parameters(), expert_biases(model)):
+            is_copy = name == "output_layer.weight" and model.share_embeddings_and_output_weights
+            whole = "embedding.word_embeddings.weight" if is_copy else name
+            entry = parameter(global_name(whole, first_layer, first_expert), shape.family)
+            yield LocalParameter(weight, entry, is_copy)

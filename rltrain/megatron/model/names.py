@@ -1,0 +1,181 @@
+"""How Megatron-core's parameters correspond to Hugging Face's: names, and how their rows are laid out.
+
+One parameter of Megatron-core holds one or several tensors of Hugging Face (query, key and value; gate and
+up). Tensor parallelism splits each of these along one dimension, so converting is the same for every rank:
+take the rank's slice of each tensor, then merge the slices. Tensors are torch's; no process group is needed.
+Layers and experts count over the whole model here, whichever pipeline stage or rank holds them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rltrain.arguments.hf_config import ModelShape
+from rltrain.models.families.family import Family
+from rltrain.models.tensors import Layout, Parameter
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_TOP = {
+    "embedding.word_embeddings.weight": Parameter(("model.embed_tokens.weight",), "vocab", 0),
+    "output_layer.weight": Parameter(("lm_head.weight",), "vocab", 0),
+    "decoder.final_layernorm.weight": Parameter(("model.norm.weight",), "plain", None),
+}
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_IN_LAYER = {
+    "self_attention.linear_qkv.layer_norm_weight": Parameter(("input_layernorm.weight",), "plain", None),
+    "self_attention.linear_qkv.weight": Parameter(tuple(f"{name}.weight" for name in _QKV), "qkv", 0),
+    "self_attention.linear_qkv.bias": Parameter(tuple(f"{name}.bias" for name in _QKV), "qkv", 0),
+    "input_layernorm.weight": Parameter(("input_layernorm.weight",)),
+    "self_attention.linear_q_proj.weight": Parameter(("self_attn.q_proj.weight",), "plain", 0),
+    "self_attention.linear_q_down_proj.weight": Parameter(("self_attn.q_a_proj.weight",)),
+    "self_attention.linear_q_up_proj.layer_norm_weight": Parameter(("self_attn.q_a_layernorm.weight",)),
+    "self_attention.linear_q_up_proj.weight": Parameter(("self_attn.q_b_proj.weight",), "plain", 0),
+    "self_attention.linear_kv_down_proj.weight": Parameter(("self_attn.kv_a_proj_with_mqa.weight",)),
+    "self_attention.linear_kv_up_proj.layer_norm_weight": Parameter(("self_attn.kv_a_layernorm.weight",)),
+    "self_attention.linear_kv_up_proj.weight": Parameter(("self_attn.kv_b_proj.weight",), "plain", 0),
+    "self_attention.q_layernorm.weight": Parameter(("self_attn.q_norm.weight",), "plain", None),
+    "self_attention.k_layernorm.weight": Parameter(("self_attn.k_norm.weight",), "plain", None),
+    "self_attention.linear_proj.weight": Parameter(("self_attn.o_proj.weight",), "plain", 1),
+    "mlp.linear_fc1.layer_norm_weight": Parameter(("post_attention_layernorm.weight",), "plain", None),
+    "mlp.linear_fc1.weight": Parameter(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "stacked", 0),
+    "mlp.linear_fc2.weight": Parameter(("mlp.down_proj.weight",), "plain", 1),
+    "pre_mlp_layernorm.weight": Parameter(("post_attention_layernorm.weight",), "plain", None),
+    "mlp.router.weight": Parameter(("mlp.gate.weight",), "plain", None),
+    "mlp.router.expert_bias": Parameter(("mlp.gate.e_score_correction_bias",)),
+    "mlp.shared_experts.linear_fc1.weight": Parameter(
+        ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"), "stacked", 0
+    ),
+    "mlp.shared_experts.linear_fc2.weight": Parameter(("mlp.shared_experts.down_proj.weight",), "plain", 1),
+    "post_self_attn_layernorm.weight": Parameter(("post_self_attn_layernorm.weight",), "plain", None),
+    "post_mlp_layernorm.weight": Parameter(("post_mlp_layernorm.weight",), "plain", None),
+}
+_EXPERT = re.compile(r"mlp\.experts\.linear_fc([12])\.weight(\d+)")
+_EXPERTS = "mlp.experts.{}."
+_IN_EXPERT = {
+    "mlp.experts.linear_fc1.weight": Parameter(
+        (f"{_EXPERTS}gate_proj.weight", f"{_EXPERTS}up_proj.weight"), "stacked", 0, is_expert=True
+    ),
+    "mlp.experts.linear_fc2.weight": Parameter((f"{_EXPERTS}down_proj.weight",), "plain", 1, is_expert=True),
+}
+
+
+def parameter(name: str, family: Family) -> Parameter:
+    """The entry of a Megatron-core parameter, by its name in an unsplit model.
+
+    Raises:
+        KeyError: no supported model has such a parameter.
+    """
+    if name in _TOP:
+        return _TOP[name]
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        raise KeyError(f"no Hugging Face tensor is known for {name}")
+    prefix = f"model.layers.{match[1]}."
+    if expert := _EXPERT.fullmatch(match[2]):
+        kind = f"mlp.experts.linear_fc{expert[1]}.weight"
+        entry = family.tensors.get(kind, _IN_EXPERT[kind])
+        return replace(
+            entry, hf_names=tuple(prefix + hf_name.format(expert[2]) for hf_name in entry.hf_names)
+        )
+    if match[2] in family.tensors:
+        entry = family.tensors[match[2]]
+    elif match[2] in _IN_LAYER:
+        entry = _IN_LAYER[match[2]]
+    else:
+        raise KeyError(f"no Hugging Face tensor is known for {name}")
+    return replace(entry, hf_names=tuple(prefix + hf_name for hf_name in entry.hf_names))
+
+
+def global_name(name: str, first_layer: int, first_expert: int) -> str:
+    """A parameter's name in the whole model, from its name in one rank's part of it.
+
+    Args:
+        first_layer: How many layers of the model come before this part's.
+        first_expert: How many experts of each layer come before this rank's.
+    """
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return name
+    rest = match[2]
+    if expert := _EXPERT.fullmatch(rest):
+        rest = f"mlp.experts.linear_fc{expert[1]}.weight{int(expert[2]) + first_expert}"
+    return f"decoder.layers.{int(match[1]) + first_layer}.{rest}"
+
+
+def hf_shapes(
+    entry: Parameter, local: tuple[int, ...], size: int, shape: ModelShape
+) -> list[tuple[int, ...]]:
+    """The shapes of a parameter's whole Hugging Face tensors.
+
+    Args:
+        local: The shape of one rank's part of the parameter.
+        size: How many ranks it is split over.
+    """
+    if entry.split_dim is None:
+        return [local]
+    dim = entry.split_dim
+    whole = (*local[:dim], local[dim] * size, *local[dim + 1 :])
+    match entry.layout:
+        case "vocab":
+            return [(shape.vocab_size, *whole[1:])]
+        case "qkv":
+            heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+            return [(count * shape.head_dim, *whole[1:]) for count in heads]
+        case "stacked":
+            return [(whole[0] // 2, *whole[1:])] * 2
+        case _:
+            return [whole]
+
+
+def merge(parts: list[Tensor], layout: Layout, shape: ModelShape, groups: int) -> Tensor:
+    """One rank's Megatron-core parameter from its slices of the Hugging Face tensors.
+
+    Args:
+        parts: One slice for each of `Parameter.hf_names`.
+        groups: Key-value groups of this rank.
+    """
+    if layout == "fused_qkv":
+        parts = list(parts[0].split(blocks(layout, len(parts[0]), shape)))
+    elif layout != "qkv":
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    by_group = [part.unflatten(0, (groups, -1)) for part in parts]
+    return torch.cat(by_group, dim=1).flatten(0, 1)
+
+
+def split(weight: Tensor, layout: Layout, shape: ModelShape, groups: int) -> list[Tensor]:
+    """The inverse of `merge`."""
+    match layout:
+        case "qkv" | "fused_qkv":
+            queries = shape.num_heads // shape.num_kv_heads * shape.head_dim
+            sizes = [queries, shape.head_dim, shape.head_dim]
+            by_group = weight.unflatten(0, (groups, -1)).split(sizes, dim=1)
+            parts = [part.flatten(0, 1) for part in by_group]
+            return parts if layout == "qkv" else [torch.cat(parts)]
+        case "stacked":
+            return list(weight.chunk(2))
+        case _:
+            return [weight]
+
+
+def blocks(layout: Layout, length: int, shape: ModelShape) -> list[int]:
+    """How many rows the parts of a tensor, or of a rank's share of it, have: a rank holds a share of each."""
+    match layout:
+        case "halves":
+            return [length // 2] * 2
+        case "fused_qkv":
+            heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+            return [length // sum(heads) * count for count in heads]
+        case _:
+            return [length]
+
+
+def join(shards: list[Tensor], layout: Layout, dim: int, shape: ModelShape) -> Tensor:
+    """A whole Hugging Face tensor from the ranks' shares of it."""
+    if len(shards) == 1:
+        return shards[0]
+    parts = [shard.split(blocks(layout, shard.shape[dim], shape), dim) for shard in shards]
+    return torch.cat([part for same in zip(*parts, strict=True) for part in same], dim)

@@ -1,0 +1,156 @@
+"""Policies beside the one that is trained, and their log-probs: the reference, a teacher, the one that generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from megatron.core.models.gpt import GPTModel
+
+from rltrain.arguments.config import Config
+from rltrain.arguments.groups.algorithm import Algorithm
+from rltrain.arguments.hf_config import ModelShape
+from rltrain.data.batch import Flat
+from rltrain.megatron.checkpoint.load import load_checkpoint
+from rltrain.megatron.checkpoint.resume import load_source, matching, reference_source, teacher_source
+from rltrain.megatron.checkpoint.save import SaveOptions, save_checkpoint
+from rltrain.megatron.checkpoint.state import TrainState
+from rltrain.megatron.model.host_copy import PastPolicies, SavedWeights
+from rltrain.megatron.training.micro_batch import LossInputs
+from rltrain.megatron.training.rollout_data import post_processes
+from rltrain.megatron.training.share import RankShare
+from rltrain.run.timing import Timers
+
+LogProbs = Callable[[RankShare, str], Flat]
+
+
+class OtherPolicies:
+    """Those that the flags ask for; all have the model's shape, and use the model itself to compute.
+
+    Attributes:
+        reference: For the KL terms.
+        teacher: For on-policy distillation.
+        past: For --keep-old-actor.
+    """
+
+    def __init__(self, config: Config, shape: ModelShape, models: list[GPTModel]) -> None:
+        """Load them, one after the other, into a model whose own weights are loaded later.
+
+        Raises:
+            UserError: a flag names a directory that holds no weights.
+        """
+        self._config = config
+        self.reference = self.teacher = self.past = None
+        if config.algorithm.loss_type == "sft_loss":
+            return
+        if config.algorithm.use_kl_loss or config.algorithm.kl_coef:
+            load_source(models, shape, reference_source(config))
+            self.reference = SavedWeights(models)
+        if config.algorithm.opd_teacher_load:
+            load_source(models, shape, teacher_source(config.algorithm))
+            self.teacher = SavedWeights(models)
+        if config.algorithm.keep_old_actor:
+            self.past = PastPolicies(config.rollout.max_staleness)
+
+    def after_rollout(self, rollout_id: int, models: list[GPTModel]) -> None:
+        """Every --ref-update-interval rollouts the reference becomes what the policy is now."""
+        interval = self._config.algorithm.ref_update_interval
+        if interval and self.reference is not None and (rollout_id + 1) % interval == 0:
+            self.reference.take(models)
+
+    def save(self, iteration: int, models: list[GPTModel]) -> None:
+        """Write the reference, where it is no longer what the run started with."""
+        directory = self._directory()
+        if directory is not None and self.reference is not None:
+            with self.reference.in_place_of(models):
+                options = SaveOptions.of_companion(self._config.checkpoint)
+                save_checkpoint(directory, iteration, TrainState(models), options)
+
+    def resume(self, iteration: int, models: list[GPTModel]) -> None:
+        """Take up the reference that belongs to the policy's checkpoint.
+
+        Raises:
+            UserError: there is none of that step.
+        """
+        directory = self._directory()
+        if not iteration or directory is None or self.reference is None:
+            return
+        checkpoint = matching(directory, iteration)
+        with self.reference.in_place_of(models):
+            load_checkpoint(checkpoint, TrainState(models))
+            self.reference.take(models)
+
+    def _directory(self) -> Path | None:
+        save = self._config.checkpoint.save
+        return Path(save) / "reference" if save and self._config.algorithm.ref_update_interval else None
+
+
+def check_rollout(algorithm: Algorithm, share: RankShare) -> None:
+    """See that a rollout brings what the flags need of it.
+
+    Raises:
+        ValueError: names the flag and what is missing.
+    """
+    needs_engine = {"--use-tis": algorithm.use_tis, "--use-rollout-logprobs": algorithm.use_rollout_logprobs,
+                    "--get-mismatch-metrics": algorithm.get_mismatch_metrics}  # fmt: skip
+    for flag, given in needs_engine.items():
+        if given and share.batch.rollout_log_probs is None:
+            raise ValueError(f"{flag}, but the rollout has no log-probs")
+    if algorithm.use_rollout_routing_replay and share.routes is None:
+        raise ValueError(
+            "--use-rollout-routing-replay, but the samples have no routes: a generation function has to ask for them"
+            " (return_routed_experts) and to hand the answer's meta_info to Sample.append_response_tokens"
+        )
+    if algorithm.opd_type == "sglang" and share.batch.teacher_log_probs is None:
+        raise ValueError(
+            "--opd-type sglang, but the samples have no teacher_log_probs: the reward function or the generate"
+            " function has to set them, one a response token"
+        )
+
+
+def with_log_probs(
+    config: Config,
+    inputs: LossInputs[Flat],
+    share: RankShare,
+    models: list[GPTModel],
+    log_probs: LogProbs,
+    others: OtherPolicies,
+    rollout_id: int,
+    timers: Timers,
+) -> LossInputs[Flat]:
+    """The inputs with `ref_log_probs`, `teacher_log_probs` and `old_log_probs`, as far as the flags need them.
+
+    Args:
+        log_probs: Computes those of the weights that the models have then; it is given slime's prefix too.
+    """
+    reference = teacher = old = None
+    if others.reference is not None:
+        with timers("ref_log_probs"), others.reference.in_place_of(models):
+            reference = log_probs(share, "ref_")
+    if others.teacher is not None:
+        with timers("teacher_log_probs"), others.teacher.in_place_of(models):
+            teacher = log_probs(share, "teacher_")
+    elif share.batch.teacher_log_probs is not None:
+        teacher = share.trainable.select(share.batch.teacher_log_probs)
+    past = others.past.that_generated(rollout_id) if others.past is not None else None
+    if config.algorithm.use_rollout_logprobs:
+        old = inputs.rollout_log_probs
+    elif past is not None:
+        with timers("log_probs"), past.in_place_of(models):
+            old = log_probs(share, "")
+    elif share.num_steps > 1 or _needs_own_log_probs(config):
+        with timers("log_probs"):
+            old = log_probs(share, "")
+    return replace(inputs, ref_log_probs=reference, teacher_log_probs=teacher, old_log_probs=old)
+
+
+def _needs_own_log_probs(config: Config) -> bool:
+    """Whether something before the first optimizer step asks for the policy's log-probs."""
+    return bool(
+        config.algorithm.kl_coef
+        or config.functions.custom_advantage_function_path
+        or config.algorithm.use_opd
+        or config.algorithm.loss_type == "custom_loss"
+        or post_processes(config)
+    )

@@ -1,0 +1,1 @@
+"""Families of models: what their `config.json` means. Beside them, as recipes, the shapes of published models."""

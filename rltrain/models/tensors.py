@@ -1,0 +1,29 @@
+"""Which tensors of a Hugging Face checkpoint a parameter of Megatron-core holds, and how they lie in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Layout = Literal["plain", "qkv", "fused_qkv", "stacked", "halves", "vocab"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Where one Megatron-core parameter comes from.
+
+    Attributes:
+        hf_names: The Hugging Face tensors that it holds.
+        layout: `plain`: one tensor. `qkv`: query, key and value rows interleaved by key-value group.
+            `fused_qkv`: the same of one tensor, that has all query rows, all key rows, all value rows.
+            `stacked`: tensors below one another. `halves`: the same, but Hugging Face has them as one tensor,
+            of which a rank holds a share of each half. `vocab`: one tensor; rows of zeros pad it to what the
+            ranks hold together, so that the last ranks may hold fewer of its rows than others, or none.
+        split_dim: The dimension that tensor parallelism splits in the Hugging Face tensors; None: replicated.
+        is_expert: Held by the ranks of its expert alone, and split by expert tensor parallelism.
+    """
+
+    hf_names: tuple[str, ...]
+    layout: Layout = "plain"
+    split_dim: int | None = None
+    is_expert: bool = False

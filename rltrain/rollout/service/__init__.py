@@ -1,0 +1,1 @@
+"""The rollout process: what the trainer asks, and who answers."""

@@ -1,0 +1,234 @@
+"""A push in which every rank of the trainer sends its own share of the weights.
+
+All ranks go through the same rounds. In each round a rank fills one of its two buffers with a bucket, rank 0 tells the
+engines of the buckets of all ranks, and every rank sends its own. The next buckets are filled meanwhile.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from rltrain.weights.buckets import Bucket, Part, lay_out, sample_digests, write
+from rltrain.weights.cuda_threads import thread_pool
+from rltrain.weights.engine import ServerEngine
+from rltrain.weights.session import Session, outcomes
+from rltrain.weights.sources import Source
+
+T = TypeVar("T")
+
+
+class Ranks(Protocol):
+    """The trainer's ranks, which call these methods together.
+
+    Attributes:
+        rank: which of them this is.
+    """
+
+    rank: int
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all, in their order, on rank 0; nothing elsewhere."""
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value."""
+
+
+class Transport(Protocol):
+    """Where a rank has its two buffers, and how an engine gets what is in them.
+
+    Attributes:
+        sends: whether a buffer is sent, so that an engine can load one bucket while it receives the next; otherwise
+            engines read the buffer in place.
+        in_order: whether what is sent waits in the queue of a GPU. With CUDA_DEVICE_MAX_CONNECTIONS=1 it has only one,
+            and ranks that fill it in different orders wait for each other for ever.
+    """
+
+    sends: bool
+    in_order: bool
+
+    def connect(self, engines: Mapping[str, int]) -> None:
+        """Make ready for these engines: their URLs and numbers of ranks."""
+
+    def buffer(self, slot: int, nbytes: int) -> Tensor:
+        """The first bytes of a buffer (uint8, flat)."""
+
+    def sources(self, slot: int, nbytes: int, url: str) -> list[Source]:
+        """Where each rank of an engine finds them."""
+
+    def send(self, slot: int, nbytes: int, url: str) -> None:
+        """Have an engine get them.
+
+        Raises:
+            RuntimeError: it has died.
+        """
+
+    def disconnect(self, urls: Iterable[str]) -> None:
+        """Forget these engines, which have failed."""
+
+
+@dataclass(frozen=True)
+class FilledBuffer:
+    """A bucket in one of the two buffers."""
+
+    slot: int
+    nbytes: int
+    bucket: Bucket
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a rank has to say in a round.
+
+    Attributes:
+        bucket: None if the rank has nothing this time.
+        sources: for each rank of an engine, by the engine's URL.
+        is_last: whether the rank will have nothing more.
+        failures: engines that did not get what the rank sent in the round before.
+    """
+
+    bucket: Bucket | None
+    sources: dict[str, list[Source]]
+    is_last: bool
+    failures: dict[str, str]
+
+
+class Rounds:
+    """Sends shares by one transport. Methods are called by all ranks together."""
+
+    def __init__(self, transport: Transport, ranks: Ranks, host: str) -> None:
+        """Engines reach us at this machine's address `host`."""
+        self._transport, self._ranks, self._host = transport, ranks, host
+        self._urls: list[str] = []  # of the engines that still take part
+        self._count = 1  # of the ranks
+        self._failures: dict[str, str] = {}
+
+    def send(
+        self,
+        version: int,
+        engines: Sequence[ServerEngine],
+        rounds: Iterable[Sequence[Part]],
+        keep: str | None = None,
+    ) -> dict[str, str]:
+        """Have every engine load the weights and report their version; running requests go on with them.
+
+        Args:
+            version: of the weights.
+            engines: those of rank 0 count.
+            rounds: this rank's share; getting the next may need other ranks, each in the same round.
+            keep: a name under which the engines keep what they get, because changes to it will be sent.
+
+        Returns:
+            By URL, what went wrong with the engines that failed. They may have some of the new weights, and stay
+            paused.
+        """
+        session = Session(engines, version, self._host, ahead=self._transport.sends)
+        try:
+            self._connect(session)
+            self._go_through(session, iter(rounds), keep)
+            session.end()
+        finally:
+            session.drop()
+        failures = self._ranks.broadcast(session.failures)
+        self._transport.disconnect(failures)
+        return failures
+
+    def _connect(self, session: Session) -> None:
+        sizes: dict[str, int] = {}
+        session.each(lambda engine: sizes.update({engine.url: engine.tensor_parallel_size()}))
+        sizes = self._ranks.broadcast(sizes)
+        self._transport.connect(sizes)
+        self._urls, self._failures = list(sizes), {}
+
+    def _go_through(self, session: Session, rounds: Iterator[Sequence[Part]], keep: str | None) -> None:
+        """Fill a buffer while the one before is sent; the first while the engines are being paused.
+
+        In a GPU's queue what fills a buffer, which other ranks take part in, always comes after what is sent of the
+        one before.
+        """
+        with thread_pool(1) as sender:
+            begun = sender.submit(session.begin)
+            going: Future[bool] | None = None
+            for number in itertools.count():
+                if going is not None and self._transport.in_order:
+                    begun.result()
+                    wait([going])
+                parts = next(rounds, None)
+                filled = self._fill(number, parts, keep) if parts else None
+                if going is not None:
+                    begun.result()
+                    if going.result():
+                        return
+                going = sender.submit(self._round, session, filled, parts is None)
+
+    def _fill(self, number: int, parts: Sequence[Part], keep: str | None) -> FilledBuffer:
+        slot, pieces = number % 2, lay_out(parts)
+        nbytes = pieces[-1].end
+        buffer = self._transport.buffer(slot, nbytes)
+        write(parts, pieces, buffer)
+        name = f"{keep}-{self._ranks.rank}-{number}" if keep else None
+        return FilledBuffer(slot, nbytes, Bucket(pieces, sample_digests(pieces, buffer), name))
+
+    def _round(self, session: Session, filled: FilledBuffer | None, is_last: bool) -> bool:
+        """Send the buckets of all ranks; returns whether this was the last round, in which nobody has one."""
+        offers = self._ranks.gather(self._offer(filled, is_last))
+        for url, problem in [each for offer in offers for each in offer.failures.items()]:
+            session.leave_out(url, problem)
+        session.each(lambda engine: _announce(session, engine, offers))
+        urls = [engine.url for engine in session.engines]
+        self._urls, self._count, is_over = self._ranks.broadcast(
+            (urls, len(offers), all(offer.is_last for offer in offers))
+        )
+        self._failures = self._send_buffer(filled) if filled else {}
+        if self._transport.sends:
+            count = sum(offer.bucket is not None for offer in offers)
+            session.each(lambda engine: session.confirm(engine, left=count))
+        else:
+            session.each(session.confirm)
+            self._ranks.broadcast(None)  # so that nobody fills a buffer while it is being read
+        return is_over
+
+    def _offer(self, filled: FilledBuffer | None, is_last: bool) -> Offer:
+        if filled is None:
+            return Offer(None, {}, is_last, self._failures)
+        sources = {url: self._transport.sources(filled.slot, filled.nbytes, url) for url in self._urls}
+        return Offer(filled.bucket, sources, is_last, self._failures)
+
+    def _send_buffer(self, filled: FilledBuffer) -> dict[str, str]:
+        def send(url: str) -> None:
+            self._transport.send(filled.slot, filled.nbytes, url)
+
+        if self._transport.in_order:
+            urls = in_order(self._urls, self._ranks.rank, self._count)
+            sent = [each for url in urls for each in outcomes([url], send)]
+        else:
+            sent = outcomes(self._urls, send)
+        for _, error in sent:
+            if error is not None and not isinstance(error, OSError | RuntimeError):
+                raise error
+        return {url: f"{url}: {error}" for url, error in sent if error is not None}
+
+
+def in_order(engines: Sequence[str], rank: int, count: int) -> list[str]:
+    """The engines in the order in which the rank, of `count`, sends to them.
+
+    Engine number e takes the buckets of ranks e, e + 1, …, see `_announce`. So a rank sends to e as number (rank - e)
+    modulo `count`, and nobody waits for somebody who has still to do what comes later.
+    """
+    numbered = sorted(enumerate(engines), key=lambda each: ((rank - each[0]) % count, each[0]))
+    return [engine for _, engine in numbered]
+
+
+def _announce(session: Session, engine: ServerEngine, offers: Sequence[Offer]) -> None:
+    """Tell an engine of all buckets of a round. Each engine begins with another rank's, so all ranks have work."""
+    session.refresh_channel(engine)
+    first = session.engines.index(engine)
+    for i in range(len(offers)):
+        offer = offers[(first + i) % len(offers)]
+        if offer.bucket is not None:
+            session.send(engine, offer.bucket, offer.sources[engine.url])

@@ -1,0 +1,1 @@
+"""The ways that weights take to the engines."""

@@ -1,0 +1,282 @@
+"""What goes wrong between agent and gateway: an error in the protocol's own form, a record, and the run goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import pytest
+from fakes.agents import ScriptedEngine, agent_config, log_prob, make_agent_model, params, running_gateway
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rltrain.agents.gateway.parsers import Parsers
+from rltrain.agents.gateway.server import Gateway
+from rltrain.agents.gateway.session import Session
+from rltrain.arguments.config import Config
+from rltrain.data.tokenizer import load_tokenizer
+from rltrain.sample import Sample
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+USER = {"role": "user", "content": "12"}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
+
+Post = Callable[..., Awaitable[tuple[int, Any]]]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    directory = tmp_path_factory.mktemp("agent")
+    return agent_config(make_agent_model(directory / "model"), directory)
+
+
+@pytest.fixture(scope="module")
+def parsers(config: Config) -> Parsers:
+    return Parsers(load_tokenizer(config.model.hf_checkpoint), config.engines.sglang)
+
+
+def serve(
+    config: Config,
+    parsers: Parsers,
+    use: Callable[[Session, Post, ScriptedEngine, Gateway], Awaitable[Any]],
+    **limits: Any,
+) -> list[Sample]:
+    """Run `use` with a session and a plain HTTP client; the session's samples."""
+
+    async def main() -> list[Sample]:
+        async with (
+            running_gateway(config, parsers) as (gateway, engine),
+            gateway.open(Sample(index=1, prompt="task"), params(config), **limits) as session,
+            aiohttp.ClientSession() as client,
+        ):
+
+            async def post(path: str, body: Any, key: str | None = session.api_key) -> tuple[int, Any]:
+                data = (
+                    body if isinstance(body, bytes) else json.dumps({"model": session.model, **body}).encode()
+                )
+                headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+                url = session.anthropic_base_url + path
+                async with client.post(url, data=data, headers=headers) as response:
+                    return response.status, json.loads(await response.read())
+
+            await use(session, post, engine, gateway)
+            return session.samples()
+
+    return asyncio.run(main())
+
+
+BAD: list[tuple[str, Any, int, str]] = [
+    ("chat", b"{not json", 400, "not JSON"),
+    ("chat", b"[1]", 400, "not a JSON object"),
+    ("chat", b"[" * 100_000, 400, "not JSON"),
+    ("chat", {"messages": [USER], "model": "gpt-5"}, 404, "no model 'gpt-5'"),
+    ("chat", {}, 400, "messages is missing"),
+    ("chat", {"messages": "hello"}, 400, "expected a list"),
+    ("chat", {"messages": [{"role": "king", "content": "x"}]}, 400, "role"),
+    ("chat", {"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "the model takes text only"),
+    ("chat", {"messages": [USER], "n": 0}, 400, "at least 1"),
+    ("chat", {"messages": [USER], "n": 1000}, 400, "at most 128"),
+    ("chat", {"messages": [USER], "max_tokens": "many"}, 400, "whole number"),
+    ("chat", {"messages": [USER], "stop": [1]}, 400, "stop"),
+    ("chat", {"messages": [USER], "tools": [{"type": "web"}]}, 400, "tools[0]"),
+    ("chat", {"messages": [{"role": "user", "content": "x" * (10 << 20)}]}, 400, "leaves no room"),
+    ("chat", {"messages": [{"role": "user", "content": "x" * 5000}]}, 400, "leaves no room"),
+    ("chat", b" " * (33 << 20), 413, "exceeded"),
+    ("responses", {}, 400, "input is missing"),
+    ("responses", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 400, "text only"),
+    ("responses", {"input": [{"type": "item_reference", "id": "x"}]}, 400, "item_reference"),
+    ("responses", {"input": "x", "tools": [{"type": "web_search"}]}, 400, "web_search"),
+    ("responses", {"input": "x", "previous_response_id": "resp_none"}, 404, "resp_none"),
+    ("messages", {"messages": [USER]}, 400, "max_tokens is missing"),
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}], "max_tokens": 5}, 400, "text only"),
+    ("messages", {"messages": [USER], "max_tokens": 5, "tools": [{"name": "x"}]}, 400, "input_schema"),
+    ("messages", {"messages": [USER], "max_tokens": 5, "model": "claude"}, 404, "no model 'claude'"),
+]  # fmt: skip
+
+
+def test_each_request_that_cannot_be_right_is_answered_in_the_protocols_form(
+    config: Config, parsers: Parsers
+) -> None:
+    async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        for protocol, body, status, message in BAD:
+            got, answer = await post(PATHS[protocol], body)
+            assert (got, message in answer["error"]["message"]) == (status, True), (body, answer)
+            assert ("param" in answer["error"]) == (protocol != "messages")
+            assert answer.get("type") == ("error" if protocol == "messages" else None)
+        assert (await post("/v1/nothing", {}))[0] == 404
+        assert not engine.requests and not session.turns
+        assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200  # and it goes on
+
+    assert len(serve(config, parsers, use)) == 1
+
+
+def test_only_a_sessions_own_key_is_answered_and_it_ends_with_it(config: Config, parsers: Parsers) -> None:
+    async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        body = {"messages": [USER], "max_tokens": 5}
+        async with gateway.open(Sample(index=2), params(config)) as other:
+            for key in (None, "", "sk-guess", other.api_key):
+                for path in (*PATHS.values(), "/v1/nothing"):
+                    status, answer = await post(path, body, key)
+                    assert status == 401 and "key" in answer["error"]["message"]
+            assert gateway.session_count == 2
+            url, key = other.base_url + "/models", other.api_key
+        assert gateway.session_count == 1
+        async with (
+            aiohttp.ClientSession() as client,
+            client.get(url, headers={"x-api-key": key}) as response,
+        ):
+            assert response.status == 401  # of a session that has ended
+        assert not engine.requests
+        assert session.api_key not in json.dumps(session.record.as_json(session.id))
+
+    assert serve(config, parsers, use) == []  # nothing was sampled
+
+
+def test_limits_are_refused_for_good(config: Config, parsers: Parsers) -> None:
+    async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        engine.says = ["many words", "many words", "many words"]
+        assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200
+        assert (await post(PATHS["chat"], {"messages": [USER], "n": 5}))[0] == 403  # four turns
+        status, answer = await post(PATHS["messages"], {"messages": [USER], "max_tokens": 50})
+        assert status == 200 and answer["stop_reason"] == "max_tokens"  # what was left of 16 tokens
+        status, answer = await post(PATHS["messages"], {"messages": [USER], "max_tokens": 50})
+        assert (status, answer["error"]["type"]) == (403, "permission_error")
+        assert {event.kind for event in session.record.events} == {"limit"}
+        assert session.sampled_tokens == 16
+
+    assert len(serve(config, parsers, use, max_turns=4, max_tokens=16)) == 2
+
+
+def test_a_tool_call_that_does_not_parse_is_shown_as_it_was_written(config: Config, parsers: Parsers) -> None:
+    broken = '<tool_call>\n{"name": "add", "arguments": {"a":\n</tool_call>'
+
+    async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        engine.says = [broken, '<tool_call>\n{"name": "sub", "arguments": {}}\n</tool_call>']
+        for _ in range(2):
+            _, answer = await post(PATHS["chat"], {"messages": [USER], "tools": TOOLS})
+            assert answer["choices"][0]["finish_reason"] == "stop"
+            assert answer["choices"][0]["message"]["content"].startswith("<tool_call>")
+        assert [event.kind for event in session.record.events] == ["unparsed", "unparsed"]
+
+    first, _ = serve(config, parsers, use)
+    assert broken in first.response and first.metadata["agent_session"]["events"][0]["kind"] == "unparsed"
+
+
+def test_a_history_that_never_was_is_not_trained(config: Config, parsers: Parsers) -> None:
+    async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        invented = [
+            USER,
+            {"role": "assistant", "content": "never said"},
+            {"role": "tool", "content": "nor this"},
+        ]
+        assert (await post(PATHS["chat"], {"messages": invented}))[0] == 200
+
+    (sample,) = serve(config, parsers, use)
+    assert sample.response == "done<|im_end|>" and sample.loss_mask == [1] * 5
+
+
+def test_a_client_that_leaves_is_not_trained_on(config: Config, parsers: Parsers) -> None:
+    async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        for stream in (False, True):
+            engine.seconds = 30.0
+            body = {"messages": [USER], "stream": stream}
+            asking = asyncio.ensure_future(post(PATHS["chat"], body))
+            while len(engine.requests) < 1 + stream:
+                await asyncio.sleep(0.005)
+            asking.cancel()
+            while not session.record.events:
+                await asyncio.sleep(0.005)
+        engine.seconds = 0.0
+        assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200
+        assert [event.kind for event in session.record.events] == ["disconnected"]
+
+    assert len(serve(config, parsers, use)) == 1
+
+
+def test_a_rollout_that_is_stopped_starts_over(config: Config, parsers: Parsers) -> None:
+    async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200
+        engine.answer = lambda body, aborted: ScriptedEngine.answer(engine, body, aborted=True)  # type: ignore[method-assign]
+        for _ in range(2):
+            assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 403
+        assert session.aborted and len(engine.requests) == 2
+
+    (sample,) = serve(config, parsers, use)
+    assert (sample.status, sample.response_length) == (Sample.Status.ABORTED, 0)
+
+
+def test_an_engines_fault_is_told_and_kept_apart_from_the_agents(config: Config, parsers: Parsers) -> None:
+    async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        engine.faults = [400, 503]  # the second is tried again by the gateway itself
+        status, answer = await post(PATHS["messages"], {"messages": [USER], "max_tokens": 9})
+        assert (status, answer["error"]["type"]) == (503, "overloaded_error")
+        assert session.fault is not None and "made-up fault" in session.fault
+        assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200
+
+    assert len(serve(config, parsers, use)) == 1
+
+
+# What an agent does with its conversation before it asks: goes on with a question or a tool's result, asks again, edits
+# an answer, forgets the beginning, begins another one; and leaves out the reasoning, or not.
+MOVES = st.lists(
+    st.tuples(
+        st.sampled_from(["question", "result", "again", "edit", "compact", "other"]),
+        st.sampled_from(
+            ["the", "12 in", "<think>\nhm: then\n</think>\n\nan answer", "<think>\nx\n</think>\n\n"]
+        ),
+        st.booleans(),
+        st.none() | st.integers(1, 4),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(MOVES)
+def test_any_conversation_is_trained_on_what_was_sampled_once(
+    config: Config, parsers: Parsers, moves: list[Any]
+) -> None:
+    sampled: list[tuple[tuple[int, ...], int]] = []
+
+    async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        messages: list[Any] = [USER]
+        for move, says, keeps_reasoning, max_tokens in moves:
+            if move == "edit" and len(messages) > 1:
+                messages[1] = {"role": "assistant", "content": "edited"}
+            if move == "compact":
+                messages = [{"role": "system", "content": "so far: 12"}, *messages[-1:]]
+            if move == "other":
+                messages = [{"role": "user", "content": "another"}]
+            if move in ("question", "result"):
+                messages = [
+                    *messages,
+                    {"role": "user" if move == "question" else "tool", "content": "the 12"},
+                ]
+            engine.says = [says]
+            status, answer = await post(PATHS["chat"], {"messages": messages, "max_tokens": max_tokens})
+            assert status == 200
+            message = answer["choices"][0]["message"]
+            if not keeps_reasoning:
+                message.pop("reasoning_content", None)
+            if move != "again":
+                messages = [*messages, message]
+        for request, turn in zip(engine.requests, session.trajectory.turns.values(), strict=True):
+            ids = list(request["input_ids"])
+            for token in turn.sampled.tokens:
+                sampled.append((tuple(ids), token))
+                ids.append(token)
+
+    trained = []
+    for sample in serve(config, parsers, use):
+        for i, mask in enumerate(sample.loss_mask or []):
+            at = sample.prompt_length + i
+            if mask:
+                prefix = sample.tokens[:at]
+                assert (sample.rollout_log_probs or [])[i] == log_prob(prefix, sample.tokens[at])
+                trained.append((tuple(prefix), sample.tokens[at]))
+    assert sorted(trained) == sorted(sampled)

@@ -1,0 +1,213 @@
+"""Training flags: what follows from what, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.run_files import LEAST
+
+from rltrain import arguments
+from rltrain import inputs as input_files
+from rltrain.arguments.slime_names import NOT_YET
+from rltrain.run.errors import UserError
+
+
+def parse(*more: str) -> object:
+    return arguments.parse([*LEAST, *more])
+
+
+def refusal(*more: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(*more)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "batch", "steps"),
+    [
+        ([], 8, 1),
+        (["--global-batch-size", "4"], 4, 2),
+        (["--num-steps-per-rollout", "4"], 2, 4),
+        (["--num-steps-per-rollout", "2", "--global-batch-size", "4"], 4, 2),
+    ],
+)
+def test_batch_arithmetic_is_completed(flags: list[str], batch: int, steps: int) -> None:
+    args = parse("--n-samples-per-prompt", "2", *flags)
+    assert (args.training.global_batch_size, args.training.num_steps_per_rollout) == (batch, steps)
+
+
+def test_batch_arithmetic_that_contradicts_itself_shows_all_numbers() -> None:
+    message = refusal(
+        "--n-samples-per-prompt", "2", "--global-batch-size", "4", "--num-steps-per-rollout", "3"
+    )
+    for part in ("--rollout-batch-size 4", "--n-samples-per-prompt 2", "= 8", "= 12"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--global-batch-size", "3"], "not a multiple of --global-batch-size 3"),
+        (["--tensor-model-parallel-size", "2"], "does not divide the 1 trainer ranks"),
+        (["--actor-num-gpus-per-node", "3"], "not a multiple of --micro-batch-size"),
+        (["--use-dynamic-batch-size"], "needs --max-tokens-per-gpu"),
+        (["--rollout-num-gpus", "3", "--rollout-num-gpus-per-engine", "2"], "not a multiple of"),
+        (["--eval-interval", "2"], "needs --eval-prompt-data"),
+        (["--eval-prompt-data", "a", "b", "c"], "pairs"),
+        (["--num-rollout", "-1"], "--num-rollout is -1: it must be at least 0"),
+        (["--eval-prompt-data", "../x", "f"], "becomes a directory"),
+        (["--eval-prompt-data", "a", "b", "--debug-train-only"], "needs engines"),
+        (["--kl-coef", "0.1"], "--use-kl-loss"),
+        (["--eps-clip-c", "0.5"], "greater than 1"),
+        (["--rollout-temperature", "0"], "must be positive"),
+        (["--micro-batch-size", "0"], "at least 1"),
+        (["--rolout-seed", "1"], "did you mean --rollout-seed?"),
+        (["--sglang-mem-fration-static", "0.5"], "did you mean --sglang-mem-fraction-static?"),
+        (["--router-polcy", "random"], "did you mean --router-policy?"),
+        (["--sglang-port", "1"], "set by the job itself"),
+        (["--mask-offpolicy-in-partial-rollout"], "needs --partial-rollout"),
+        (["--over-sampling-batch-size", "3"], "less than --rollout-batch-size 4"),
+        (["--max-failed-fraction", "2"], "between 0 and 1"),
+        ([f"--{min(NOT_YET)}"], "a flag of slime that this version does not support yet"),
+        (["--gamma", "0.9"], "grpo discounts nothing"),
+        (["--gamma", "1.5", "--advantage-estimator", "reinforce_plus_plus"], "between 0 and 1"),
+        (["--kl-coef", "0.1", "--advantage-estimator", "rloo"], "reinforce_plus_plus_baseline"),
+        (["--use-unbiased-kl"], "needs --use-kl-loss"),
+        (["--use-tis", "--use-rollout-logprobs"], "count twice"),
+        (["--custom-tis-function-path", "a.b"], "needs --use-tis"),
+        (["--use-tis", "--tis-clip-low", "3"], "between 0 and --tis-clip"),
+        (["--advantage-estimator", "cispo", "--eps-clip-c", "3"], "no dual clip"),
+        (["--advantage-estimator", "vtrace"], "reinforce_plus_plus_baseline"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--lr", "fast"], "--lr"),
+    ],
+)
+def test_refusals_name_the_flag(flags: list[str], words: str) -> None:
+    assert words in refusal(*flags)
+
+
+def test_missing_flags_are_named_together() -> None:
+    with pytest.raises(
+        UserError, match=r"--hf-checkpoint.*--prompt-data.*--rollout-batch-size.*--num-rollout"
+    ):
+        arguments.parse([])
+
+
+def test_engine_flags_pass_through_with_their_types() -> None:
+    args = parse(
+        "--sglang-mem-fraction-static", "0.5", "--sglang-enable-metrics", "--router-policy", "random",
+        # SGLang reads these with converters of its own
+        "--sglang-max-total-tokens", "16384", "--sglang-extra-metric-labels", '{"a": "b"}',
+    )  # fmt: skip
+    assert args.engines.sglang == {
+        "mem_fraction_static": 0.5,
+        "enable_metrics": True,
+        "max_total_tokens": 16384,
+        "extra_metric_labels": {"a": "b"},
+    }
+    assert args.engines.router == {"policy": "random"}
+
+
+def test_two_parses_share_no_state() -> None:
+    parse("--sglang-enable-metrics")
+    assert parse().engines.sglang == {}
+
+
+def test_dump_and_load_carry_every_value(tmp_path: Path) -> None:
+    import tomli_w
+
+    args = parse(
+        "--sglang-enable-metrics", "--rollout-stop", "a", "b", "--apply-chat-template-kwargs", '{"x": 1}'
+    )
+    (tmp_path / "config.toml").write_text(tomli_w.dumps({"train": arguments.dump(args)}))
+    loaded = arguments.load(tmp_path)
+    assert loaded.checkpoint.save == str(tmp_path / "checkpoints")
+    assert loaded.replace(save=None) == args
+
+
+def test_paths_do_not_depend_on_the_working_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = parse("--eval-prompt-data", "held-out", "e.jsonl@[0:4]")
+    assert args.data.prompt_data == str(tmp_path / "p.jsonl")
+    assert args.evaluation.eval_prompt_data == ["held-out", str(tmp_path / "e.jsonl@[0:4]")]
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, Path]:
+    """A model directory and a prompt file that pass every check."""
+    from rltrain.demo.assets import write_assets
+
+    write_assets(tmp_path / "demo")
+    return {"model": tmp_path / "demo/model", "prompts": tmp_path / "demo/train.jsonl"}
+
+
+def check(inputs: dict[str, Path], *more: str) -> str:
+    args = arguments.parse([
+        "--hf-checkpoint", str(inputs["model"]), "--prompt-data", str(inputs["prompts"]),
+        "--rollout-batch-size", "4", "--label-key", "label", "--rm-type", "exact", *more,
+    ])  # fmt: skip
+    try:
+        args = input_files.check_inputs(args)
+    except UserError as error:
+        return str(error)
+    return f"fine: {args.rollout.num_rollout}"
+
+
+def test_good_inputs_pass_and_epochs_become_rollouts(inputs: dict[str, Path]) -> None:
+    assert check(inputs, "--random-init", "--num-epoch", "2") == f"fine: {2 * 4600 // 4}"
+
+
+def test_model_directory_is_checked(inputs: dict[str, Path], tmp_path: Path) -> None:
+    more = ["--num-rollout", "1"]
+    assert "--random-init" in check(inputs, *more)
+    assert "no such directory" in check({**inputs, "model": tmp_path / "nowhere"}, *more)
+    assert "no config.json" in check({**inputs, "model": tmp_path}, *more)
+    config = json.loads((inputs["model"] / "config.json").read_text())
+    (inputs["model"] / "config.json").write_text(
+        json.dumps({**config, "architectures": ["MambaForCausalLM"]})
+    )
+    assert "MambaForCausalLM" in check(inputs, "--random-init", *more)
+    (inputs["model"] / "config.json").write_text("{")
+    assert "not valid JSON" in check(inputs, "--random-init", *more)
+
+
+def test_tensor_parallel_size_must_divide_the_heads(inputs: dict[str, Path]) -> None:
+    flags = "--random-init --num-rollout 1 --tensor-model-parallel-size 3 --actor-num-gpus-per-node 3"
+    message = check(inputs, *flags.split(), "--use-dynamic-batch-size", "--max-tokens-per-gpu", "64")
+    assert "3" in message
+    assert "4" in message
+    assert "heads" in message
+
+
+def test_chat_template_must_exist(inputs: dict[str, Path]) -> None:
+    assert "no chat template" in check(inputs, "--random-init", "--num-rollout", "1", "--apply-chat-template")
+
+
+def test_policy_training_needs_a_reward_that_exists(inputs: dict[str, Path]) -> None:
+    more = ["--random-init", "--num-rollout", "1"]
+    assert "there is no such reward" in check(inputs, *more, "--rm-type", "exakt")
+    args = arguments.parse([
+        "--hf-checkpoint", str(inputs["model"]), "--prompt-data", str(inputs["prompts"]),
+        "--rollout-batch-size", "4", *more,
+    ])  # fmt: skip
+    with pytest.raises(UserError, match=r"no reward: give --custom-rm-path"):
+        args = input_files.check_inputs(args)
+
+
+def test_reward_function_must_exist(inputs: dict[str, Path]) -> None:
+    message = check(
+        inputs, "--random-init", "--num-rollout", "1", "--custom-rm-path", "rltrain.demo.task.rewrd"
+    )
+    assert "--custom-rm-path" in message
+    assert "rewrd" in message
+
+
+@pytest.mark.slow
+def test_engine_flag_list_is_that_of_the_installed_packages() -> None:
+    from rltrain.tools.snapshot_engine_flags import SNAPSHOT, installed_flags
+
+    assert SNAPSHOT.read_text().splitlines() == installed_flags()

@@ -1,0 +1,88 @@
+"""What slime's launch scripts ask for in slime's own way, and what is said where it differs here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.run_files import LEAST
+
+from hpc.planning.job_plan import make_plan
+from hpc.planning.nodes import read_ask, split_nodes
+from hpc.submitting.start_run import describe
+from rltrain import arguments
+from rltrain.arguments.fleet import engine_specs
+from rltrain.rollout.train_data.metrics import category_metrics, correct_metrics
+from rltrain.run.errors import UserError
+from rltrain.sample import Sample
+
+
+def test_a_run_without_rollouts_evaluates_whatever_the_other_flags_say() -> None:
+    only = ["--num-rollout", "0", "--eval-prompt-data", "dev", "dev.jsonl", "--skip-eval-before-train"]
+    evaluation = arguments.parse([*LEAST, *only]).evaluation
+    assert (evaluation.eval_interval, evaluation.skip_eval_before_train) == (1, False)
+    with pytest.raises(UserError, match="--num-rollout 0 only evaluates: it needs --eval-prompt-data"):
+        arguments.parse([*LEAST, "--num-rollout", "0"])
+
+
+def test_without_gpus_for_engines_there_is_only_a_router() -> None:
+    config = arguments.parse([*LEAST, "--rollout-num-gpus", "0"])
+    assert engine_specs(config) == []
+    roles = [line.partition(":")[0] for line in describe(make_plan(config)).splitlines()]
+    assert roles == ["router-0", "rollout-0", "trainer-0"]
+    split = split_nodes(read_ask({"rollout-num-gpus": ["0"]}, 2, None, has_engines=False), 8, 8)
+    assert (split.trainer_nodes, split.rollout_nodes, split.trainer_gpus) == (2, 0, 8)
+
+
+def test_names_of_torch_files_stand_for_parquet_files_and_that_is_said() -> None:
+    config = arguments.parse([*LEAST, "--save-debug-rollout-data", "/data/{rollout_id}.pt"])
+    assert config.debug.save_debug_rollout_data == "/data/{rollout_id}.parquet"
+    assert arguments.remarks(config) == [
+        "--save-debug-rollout-data writes Parquet, with one row a sample, and not torch's format:"
+        " /data/{rollout_id}.parquet"
+    ]
+    loaded = arguments.parse([*LEAST, "--load-debug-rollout-data", "/data/{rollout_id}.pt"])
+    assert loaded.debug.load_debug_rollout_data == "/data/{rollout_id}.parquet"
+
+
+@pytest.mark.parametrize("flag", ["--no-load-args", "--no-load-scheduler", "--no-rng", "--lora-alpha"])
+def test_a_flag_that_nobody_here_has_is_not_taken_for_another_one(flag: str) -> None:
+    with pytest.raises(UserError, match=f"unknown flag {flag}; see --help"):
+        arguments.parse([*LEAST, flag])
+
+
+def test_settings_of_an_evaluation_set_that_no_flag_has(tmp_path: Path) -> None:
+    file = tmp_path / "eval.yaml"
+    text = "eval: {datasets: [{name: dev, path: dev.jsonl, min_eval_samples: %s, metadata_overrides: {split: dev}}]}"
+    file.write_text(text % 3)
+    (only,) = arguments.parse([*LEAST, "--eval-config", str(file)]).evaluation.eval_datasets
+    assert (only["min_eval_samples"], only["metadata_overrides"]) == (3, {"split": "dev"})
+    file.write_text(text % 0)
+    with pytest.raises(UserError, match="min_eval_samples is 0; it is a number of samples, at least 1"):
+        arguments.parse([*LEAST, "--eval-config", str(file)])
+
+
+def test_flags_of_slimes_memory_are_refused_with_the_reason_or_said_to_be_ignored() -> None:
+    with pytest.raises(
+        UserError, match=r"--use-stateless-adam .* megatron-core has no Adam without averages"
+    ):
+        arguments.parse([*LEAST, "--use-stateless-adam"])
+    (line,) = arguments.remarks(arguments.parse([*LEAST, "--recompute-loss-function"]))
+    assert "--recompute-loss-function is ignored: the loss keeps nothing of the logits' size" in line
+
+
+def test_metrics_of_categories_and_of_correct_samples() -> None:
+    config = arguments.parse([*LEAST, "--log-reward-category", "why", "--log-correct-samples"])
+    assert (config.tracking.log_reward_category, config.tracking.log_correct_samples) == ("why", True)
+    samples = [
+        Sample(response_length=length, reward={"score": score, "why": why})
+        for length, score, why in [(2, 1.0, "ok"), (4, 0.0, "format"), (6, 1.0, "ok"), (8, 1.0, "slow")]
+    ]
+    assert category_metrics("why", [*samples, Sample(reward=None)]) == {
+        "rollout/error_cat/format": 0.2, "rollout/error_cat/ok": 0.4, "rollout/error_cat/slow": 0.2,
+    }  # fmt: skip
+    correct = correct_metrics(samples, [1.0, 0.0, 1.0, 1.0])
+    assert correct["rollout/correct_ratio"] == 0.75
+    lengths = [correct[f"rollout/correct_response_length_p{each}"] for each in (25, 50, 75, 100)]
+    assert lengths == [2.0, 6.0, 8.0, 8.0] and correct["rollout/correct_response_length"] == 16 / 3
+    assert correct_metrics(samples, [None] * 4) == {"rollout/correct_ratio": 0.0}

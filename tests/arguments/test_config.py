@@ -1,0 +1,100 @@
+"""The typed configuration: one declaration a flag, every value has a reader, and slime's `args` in between."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from rltrain import arguments
+from rltrain.arguments.config import Config, groups, places
+from rltrain.arguments.declare import declared
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "arguments.md"
+BASE = ["--hf-checkpoint", "m", "--prompt-data", "p", "--rollout-batch-size", "4", "--num-rollout", "3"]
+
+
+def sources() -> dict[Path, str]:
+    files = [path for room in ("hpc", "rltrain") for path in (ROOT / room).rglob("*.py")]
+    return {path: path.read_text() for path in files}
+
+
+def test_every_value_has_a_reader() -> None:
+    texts = sources()
+    read = {
+        node.attr
+        for text in texts.values()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    # Some are read by a name that is put together, or compared with config.json: those of whole groups.
+    compared = {field.name for field in dataclasses.fields(groups()["shape"])}
+    named = {name for name in places() if any(f'"{name}"' in text for text in texts.values())}
+    checked = {each.name for each in declared(groups()["functions"])}
+    health = {name for name in places() if name.startswith("rollout_health_check_")}
+    without = places().keys() - read - compared - named - checked - health
+    assert without == set()
+
+
+def test_a_value_belongs_to_one_group_and_a_flag_is_declared_once() -> None:
+    names = [field.name for kind in groups().values() for field in dataclasses.fields(kind)]
+    assert len(names) == len(set(names))
+    options = [each.option for kind in groups().values() for each in declared(kind)]
+    assert len(options) == len(set(options))
+
+
+def test_the_configuration_goes_to_slimes_args_and_back() -> None:
+    config = arguments.parse([*BASE, "--rollout-stop", "a", "b", "--sglang-enable-metrics"])
+    args = config.namespace
+    assert isinstance(args, argparse.Namespace) and args is config.namespace
+    assert args.rollout_stop == ["a", "b"] and args.sglang == {"enable_metrics": True}
+    assert Config.of(args) == config and Config.of(args).namespace is args
+    args.lr = 0.5  # as a function of a user may
+    assert Config.of(args).optimizer.lr == 0.5 and config.optimizer.lr == 1e-6
+
+
+def test_what_the_custom_file_adds_is_there_for_functions_of_users(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("alpha = 1\nlr = 3e-6\n")
+    config = arguments.parse([*BASE, "--custom-config-path", str(tmp_path / "c.toml")])
+    assert config.custom == {"alpha": 1} and config.optimizer.lr == 3e-6
+    assert config.namespace.alpha == 1
+    assert config.replace(lr=1.0).namespace.alpha == 1
+
+
+def test_a_name_that_no_group_has_cannot_be_replaced() -> None:
+    with pytest.raises(AttributeError, match="no group has learning_rate"):
+        Config().replace(learning_rate=1.0)
+
+
+@pytest.mark.parametrize(
+    "option", [each.option for kind in groups().values() for each in declared(kind) if each.flag.at_least]
+)
+def test_numbers_that_are_too_small_are_refused(option: str) -> None:
+    with pytest.raises(arguments.UserError, match=f"{option} is -1: it must be at least 1"):
+        arguments.parse([*BASE, f"{option}=-1"])
+
+
+def test_flags_that_are_always_on_say_so() -> None:
+    config = arguments.parse([*BASE, "--balance-data", "--use-fault-tolerance", "--seq-length", "5"])
+    assert arguments.remarks(config) == [
+        "--seq-length is ignored: sequences are packed at their own lengths",
+        "--use-fault-tolerance changes nothing: it is always on",
+        "--balance-data changes nothing: it is always on",
+    ]
+
+
+def test_the_docs_name_our_own_flags() -> None:
+    """Those that neither slime nor Megatron has: nobody can look them up there."""
+    ours = {
+        each.option
+        for kind in groups().values()
+        for each in declared(kind)
+        if each.owner == "slurmlime" and each.flag.help
+    }
+    section = DOCS.read_text().partition("## Flags of our own")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(--[\w-]+)`", section)) == ours

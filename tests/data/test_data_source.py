@@ -1,0 +1,151 @@
+"""The data source: order, groups, exact resume, prompts as tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.tiny_model import make_tokenizer
+
+from rltrain.data.prompt_file import Prompt
+from rltrain.data.source import RolloutDataSource
+from rltrain.data.tokenizer import load_tokenizer, render
+from rltrain.run.errors import UserError
+from rltrain.sample import Sample
+
+
+def prompts(groups: list[list[Sample]]) -> list[Any]:
+    return [group[0].prompt for group in groups]
+
+
+def flat(groups: list[list[Sample]]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(sample) for group in groups for sample in group]
+
+
+def test_groups_hold_numbered_samples_with_prompt_tokens(make_args) -> None:
+    source = RolloutDataSource(make_args().namespace)
+    groups = source.get_samples(3) + source.get_samples(1)
+    assert [[sample.index for sample in group] for group in groups] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [{sample.group_index for sample in group} for group in groups] == [{0}, {1}, {2}, {3}]
+    first, second = groups[3]
+    assert (first.prompt, first.label, first.metadata) == ("3+3=", "6", {"number": 3})
+    assert first.tokens == make_tokenizer()("3+3=").input_ids
+    first.tokens.append(1)
+    first.metadata["number"] = 9
+    assert second.tokens == make_tokenizer()("3+3=").input_ids and second.metadata == {"number": 3}
+
+
+def test_every_epoch_has_every_prompt_once_in_an_order_of_its_own(make_args) -> None:
+    source = RolloutDataSource(make_args("--rollout-shuffle").namespace)
+    taken = prompts(source.get_samples(15)) + prompts(source.get_samples(25))
+    assert len(source) == 20
+    assert sorted(taken[:20]) == sorted(taken[20:]) and len(set(taken[:20])) == 20
+    assert taken[:20] != taken[20:]
+    assert taken == prompts(RolloutDataSource(make_args("--rollout-shuffle").namespace).get_samples(40))
+    assert taken != prompts(
+        RolloutDataSource(make_args("--rollout-shuffle", "--rollout-seed", "7").namespace).get_samples(40)
+    )
+
+
+def test_without_shuffle_the_order_is_the_files(make_args) -> None:
+    taken = prompts(RolloutDataSource(make_args().namespace).get_samples(22))
+    assert taken[:3] == ["0+0=", "1+1=", "2+2="] and taken[20:] == taken[:2]
+
+
+@pytest.mark.parametrize("steps", [1, 5, 6, 11])
+def test_resume_goes_on_exactly_where_it_stopped(make_args, steps: int) -> None:
+    config = make_args("--rollout-shuffle")
+    unbroken, stopped = RolloutDataSource(config.namespace), RolloutDataSource(config.namespace)
+    for step in range(steps):
+        unbroken.get_samples(4)
+        stopped.get_samples(4)
+        stopped.save(step)
+    stopped.get_samples(3)  # taken, but the step never finished
+    resumed = RolloutDataSource(config.namespace)
+    resumed.load(steps - 1)
+    assert flat(resumed.get_samples(9)) == flat(unbroken.get_samples(9))
+
+
+def test_resume_keeps_groups_that_were_given_back(make_args) -> None:
+    config = make_args()
+    source = RolloutDataSource(config.namespace)
+    group = source.get_samples(2)[1]
+    group[0].append_response_tokens(tokens=[5, 6], log_probs=[-0.5, -0.25])
+    group[0].status = Sample.Status.ABORTED
+    source.add_samples([group])
+    source.save(0)
+    expected = flat(source.get_samples(3))
+    resumed = RolloutDataSource(config.namespace)
+    resumed.load(0)
+    assert resumed.get_buffer_length() == 1
+    assert flat(resumed.get_samples(3)) == expected
+    assert resumed.get_buffer_length() == 0
+
+
+def test_loading_minus_one_or_an_unknown_state_starts_at_the_beginning(make_args, capsys) -> None:
+    source = RolloutDataSource(make_args().namespace)
+    source.get_samples(3)
+    source.load(-1)
+    assert capsys.readouterr().out == ""
+    assert prompts(source.get_samples(1)) == ["0+0="]
+    source.load(41)
+    assert "no state of rollout 41" in capsys.readouterr().out
+    assert prompts(source.get_samples(1)) == ["0+0="]
+
+
+def test_the_state_beside_a_checkpoint_of_another_run_is_taken(make_args, tmp_path: Path) -> None:
+    config = make_args()
+    source = RolloutDataSource(config.namespace)
+    source.get_samples(3)
+    source.save(6)
+    other = make_args("--load", str(Path(config.rollout.rollout_state_dir).parent))
+    other = other.replace(rollout_state_dir=str(tmp_path / "other" / "checkpoints" / "rollout_state"))
+    resumed = RolloutDataSource(other.namespace)
+    resumed.load(6)
+    assert prompts(resumed.get_samples(1)) == ["3+3="]
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(make_args) -> None:
+    source = RolloutDataSource(
+        make_args("--rollout-max-prompt-len", "4").namespace
+    )  # "9+2=" fits, "10+3=" does not
+    assert (len(source), source.num_prompts_too_long) == (10, 10)
+    with pytest.raises(UserError, match="all 20 prompts are longer than --rollout-max-prompt-len 2"):
+        RolloutDataSource(make_args("--rollout-max-prompt-len", "2").namespace)
+
+
+def test_too_few_prompts_that_are_short_enough_are_refused(make_args) -> None:
+    with pytest.raises(
+        UserError, match=r"10 prompts are longer .* and the 10 others .* --rollout-batch-size 11"
+    ):
+        RolloutDataSource(make_args("--rollout-max-prompt-len", "4", "--rollout-batch-size", "11").namespace)
+
+
+def test_chat_template_is_applied_and_text_becomes_the_users_message(make_args) -> None:
+    source = RolloutDataSource(make_args("--apply-chat-template").namespace)
+    (sample, _), *_ = source.get_samples(1)
+    assert sample.prompt == "user:0+0=.assistant:"
+    assert sample.tokens == make_tokenizer()(sample.prompt).input_ids
+
+
+def test_messages_without_a_template_are_refused_unless_a_custom_function_takes_them(
+    make_args, tmp_path: Path
+) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"input": chat, "label": "x"}))
+    with pytest.raises(UserError, match="--apply-chat-template"):
+        RolloutDataSource(make_args("--prompt-data", str(path)).namespace).get_samples(1)
+    config = make_args("--prompt-data", str(path), "--custom-generate-function-path", "some.module.generate")
+    (sample, _), *_ = RolloutDataSource(config.namespace).get_samples(1)
+    assert sample.prompt == chat and sample.tokens == []
+
+
+def test_a_tokenizer_without_template_or_no_tokenizer_is_a_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no chat template"):
+        render(Prompt("hi"), make_tokenizer(chat_template=None), chat_template=True, kwargs={})
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        load_tokenizer(str(tmp_path))

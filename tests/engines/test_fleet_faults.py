@@ -1,0 +1,141 @@
+"""A fleet of real parts under a real supervisor, whose parts are killed and stopped while it works."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pytest
+from fakes.judged_reward import question, verdict
+from helpers.engine import load_weights, wait_until
+from helpers.fleet import Fleet, check_batch, running_fleet
+
+from rltrain.arguments.config import Config
+from rltrain.rollout.generate.http import HttpClient, session_headers
+from rltrain.run.http import HttpError, call
+from rltrain.sglang.router import Router
+from rltrain.sglang.routers import remove_worker
+from rltrain.weights.transports.current import current_weights
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with running_fleet(tmp_path_factory.mktemp("fleet"), "--update-weight-transport disk") as fleet:
+        yield fleet
+
+
+def test_a_reward_asks_a_second_model(fleet: Fleet) -> None:
+    table = fleet.generate(0)
+    check_batch(table, {"1"})
+    judge = fleet.router(1).url
+    for tokens, reward in list(zip(table["tokens"].to_pylist(), table["reward"].to_pylist(), strict=True))[
+        :3
+    ]:
+        asked = verdict(call("POST", f"{judge}/generate", fleet.token, question(tokens)))
+        assert reward == pytest.approx(asked, abs=1e-4)
+    infos = [call("GET", f"{worker['url']}/model_info", fleet.token) for worker in fleet.workers(1)]
+    assert [info["weight_version"] for info in infos] == ["default"]  # the trainer sends it nothing
+
+
+def test_every_part_asks_for_the_token(fleet: Fleet) -> None:
+    addresses = [each.url for role in ("engine", "router", "rollout") for each in fleet.registry.find(role)]
+    paths = ["/generate", "/workers", "/load", "/eval", "/update_weights_from_disk", "/flush_cache",
+             "/release_memory_occupation", "/pause_generation"]  # fmt: skip
+    refused = []
+    for url in (*addresses, fleet.url):
+        codes = []
+        for path in (*paths, "/roles", "/events", "/status"):
+            with pytest.raises(HttpError) as caught:
+                call("POST", url + path, "wrong", {})
+            codes.append(caught.value.status)
+        refused.append(401 in codes and set(codes) <= {401, 404, 405})
+    assert all(refused)
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "consistent_hashing"])
+def test_requests_of_a_session_go_to_one_engine_if_the_policy_is_so(fleet: Fleet, policy: str) -> None:
+    engines = fleet.find_engines()
+    with Router({"policy": policy}, fleet.token) as router:
+        for index, engine in enumerate(
+            engines
+        ):  # an engine's answers are known by the version of its weights
+            call("POST", f"{engine.url}/update_weight_version", fleet.token, {"new_version": str(index)})
+            engine.register(router.url)
+        try:
+            places = [asyncio.run(ask(router, fleet.token, f"session {i}")) for i in range(8)]
+        finally:
+            for engine in engines:
+                call("POST", f"{engine.url}/update_weight_version", fleet.token, {"new_version": "1"})
+    assert {len(each) for each in places} == ({2} if policy == "round_robin" else {1})
+    assert len(set.union(*places)) == 2
+
+
+async def ask(router: Router, token: str, session: str) -> set[str]:
+    """Versions of the weights that answer the requests of a session."""
+    client = HttpClient(token)
+    headers = session_headers(Config().replace(router={"policy": "consistent_hashing"}).namespace, session)
+    body = {"input_ids": [4, 13, 5, 16], "sampling_params": {"max_new_tokens": 2}}
+    try:
+        answers = [await client.post(f"{router.url}/generate", body, headers=headers) for _ in range(4)]
+    finally:
+        await client.close()
+    return {answer["meta_info"]["weight_version"] for answer in answers}
+
+
+def test_engine_and_router_are_killed_while_they_generate(fleet: Fleet) -> None:
+    def kill() -> None:
+        fleet.server(0).kill()
+        os.kill(fleet.router().pid, signal.SIGKILL)
+
+    before = fleet.router().pid
+    check_batch(fleet.generate(1, kill), {"1"})
+    wait_until(lambda: fleet.router().pid != before and fleet.is_whole(1))
+    died = {(event["role"], event["index"]) for event in fleet.events("role_died")}
+    assert {("engine", 0), ("router", 0)} <= died
+
+
+def test_a_scheduler_that_is_stopped_during_an_update_is_ended(fleet: Fleet) -> None:
+    fleet.scheduler(1).suspend()
+    fleet.push(2)  # returns although one engine can't answer
+    assert current_weights(fleet.layout.weights) == fleet.layout.weights / "v000002"
+    check_batch(fleet.generate(2), {"2"})
+    wait_until(lambda: fleet.is_whole(2))
+    log = (fleet.layout.log_dir(0) / "engine-1.log").read_text()
+    assert "has been stopped for" in log
+
+
+def test_weights_that_can_not_be_written_leave_those_before(fleet: Fleet) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # as a full disk: writing fails half-way
+    try:
+        with pytest.raises(OSError, match=r"v000003 can't be written .*File too large"):
+            fleet.push(3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+    assert current_weights(fleet.layout.weights) == fleet.layout.weights / "v000002"
+    assert fleet.is_whole(2)
+    fleet.push(3)
+    check_batch(fleet.generate(3), {"3"})
+
+
+def test_an_engine_with_other_weights_is_not_believed(fleet: Fleet) -> None:
+    """As one that has restarted by itself, where the router takes it back at once."""
+    broken = fleet.find_engines()[0]
+    load_weights(broken, fleet.models[2], "default")
+    remove_worker(fleet.router().url, fleet.token, fleet.find_engines()[1].url)
+    answers: list[pa.Table] = []
+    thread = threading.Thread(target=lambda: answers.append(fleet.generate(4)))
+    thread.start()
+    wait_until(fleet.is_generating)
+    fleet.push(4)  # repairs it
+    thread.join(timeout=120)
+    check_batch(answers[0], {"4"})

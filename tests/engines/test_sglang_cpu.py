@@ -1,0 +1,246 @@
+"""What makes SGLang run without a GPU, and the plumbing around it, without starting SGLang."""
+
+from __future__ import annotations
+
+import http.server
+import logging
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import psutil
+import pytest
+
+from rltrain.run.http import HttpError
+from rltrain.run.processes import reserve_port
+from rltrain.sglang.engine import engine_server_args
+from rltrain.sglang.process import ServerDiedError, ServerProcess
+from rltrain.sglang.routers import add_worker, find_worker, remove_worker
+from rltrain.sglang.server import allocator_settings, hide_secrets_in_logs
+
+
+def murmur3(data: bytes) -> int:
+    """MurmurHash3 x86 32 of whole words, seed 0, after Austin Appleby's description: the reference."""
+    state = 0
+    for (word,) in struct.iter_unpack("<I", data):
+        word = word * 0xCC9E2D51 % 2**32
+        word = (word << 15 | word >> 17) % 2**32
+        state ^= word * 0x1B873593 % 2**32
+        state = (state << 13 | state >> 19) % 2**32
+        state = (state * 5 + 0xE6546B64) % 2**32
+    state ^= len(data)
+    state = (state ^ state >> 16) * 0x85EBCA6B % 2**32
+    state = (state ^ state >> 13) * 0xC2B2AE35 % 2**32
+    return state ^ state >> 16
+
+
+def test_the_reference_gives_the_published_value() -> None:
+    assert murmur3(b"test") == 0xBA6BD213
+
+
+def test_the_samplers_hash_is_murmur3() -> None:
+    import torch
+
+    from rltrain.sglang.cpu import murmur_hash32
+
+    seeds, positions, columns = [0, 1, 2**40 + 17, -3], [0, 5, 6, 2**20], [0, 1, 31, 151_935]
+    hashes = murmur_hash32(torch.tensor(seeds), torch.tensor(positions), torch.tensor(columns))
+    expected = [
+        [murmur3(struct.pack("<qII", seed, position, column)) for column in columns]
+        for seed, position in zip(seeds, positions, strict=True)
+    ]
+    assert hashes.dtype == torch.uint32
+    assert hashes.to(torch.int64).tolist() == expected
+
+
+STAND_INS = """
+import importlib.util
+from rltrain.sglang import cpu
+missing = [name for name in ("triton", "torchvision", "sgl_kernel") if importlib.util.find_spec(name) is None]
+cpu.install(); cpu.install()
+import os, sys, torch
+# also where everything is installed, and torch is a build for CUDA
+assert os.environ["SGLANG_USE_CPU_ENGINE"] == "1" and torch.get_device_module() is torch.cpu
+import sgl_kernel
+assert sum(type(finder).__name__ == "_StandInFinder" for finder in sys.meta_path) <= 1
+from transformers.utils import import_utils
+for name in missing:
+    module = importlib.import_module(name + ".some.part")
+    class Mine(module.SomeClass): pass
+    Mine(1, a=2)
+if "triton" in missing:
+    import triton, triton.language as tl
+    @triton.jit
+    def kernel(x: tl.constexpr): return x
+    assert kernel(3) == 3 and triton.cdiv(7, 2) == 4 and triton.next_power_of_2(5) == 8
+    import torch.utils._triton
+    assert not torch.utils._triton.has_triton()
+if "torchvision" in missing:
+    assert not import_utils.is_torchvision_available()
+if "sgl_kernel" in missing:
+    import sgl_kernel
+    try:
+        sgl_kernel.anything()
+    except RuntimeError as error:
+        assert "stand-in" in str(error)
+    else:
+        raise AssertionError("a stand-in was called and nobody noticed")
+print("fine")
+"""
+
+
+@pytest.mark.slow
+def test_stand_ins_can_be_imported_and_not_called() -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", STAND_INS], capture_output=True, text=True, env=environment)
+    assert run.stdout.strip() == "fine", run.stderr
+
+
+def test_secrets_are_blanked_in_every_log_record(caplog: pytest.LogCaptureFixture) -> None:
+    before = logging.getLogRecordFactory()
+    hide_secrets_in_logs()
+    try:
+        logging.getLogger("x").warning("args: %s", {"api_key": "hush-hush", "port": 1})
+        logging.getLogger("x").warning("Args(admin_api_key='hush-hush', api_key=None)")
+    finally:
+        logging.setLogRecordFactory(before)
+    assert "hush-hush" not in caplog.text
+    assert "'port': 1" in caplog.text and "api_key=None" in caplog.text
+
+
+def test_engines_get_what_the_job_decides_and_what_the_user_says(make_args) -> None:
+    args = make_args(
+        "--sglang-dtype", "bfloat16", "--rollout-num-gpus-per-engine", "2", "--rollout-num-gpus", "4"
+    )
+    server_args = engine_server_args(args, index=1)
+    assert server_args["tp_size"] == 2 and server_args["dtype"] == "bfloat16"
+    assert server_args["model_path"] == args.model.hf_checkpoint and "load_format" not in server_args
+    assert server_args["random_seed"] != engine_server_args(args, index=0)["random_seed"]
+    assert engine_server_args(make_args("--random-init"), 0)["load_format"] == "dummy"
+
+
+def test_a_reserved_port_can_still_be_served_on_but_not_taken_by_chance() -> None:
+    with reserve_port("127.0.0.1") as reserved:
+        address = reserved.getsockname()
+        with socket.socket() as stranger, pytest.raises(OSError):
+            stranger.bind(address)
+        # create_server sets SO_REUSEADDR, as servers do.
+        with socket.create_server(address) as server, socket.create_connection(address):
+            server.accept()[0].close()
+
+
+def test_a_server_that_ends_while_it_starts_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_server.py").write_text(
+        "import sys, json\nassert json.load(sys.stdin) == {'a': 1}\nsys.exit(7)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    expected = pytest.raises(ServerDiedError, match=r"broken_server \(pid \d+\) ended with exit code 7")
+    with ServerProcess("broken_server", {"a": 1}, "http://127.0.0.1:9") as process, expected:
+        process.wait_until_ready(timeout=60)
+
+
+def test_a_server_that_never_answers_is_given_up_and_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "silent_server.py").write_text("import time\ntime.sleep(600)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with ServerProcess("silent_server", {}, "http://127.0.0.1:9") as process, pytest.raises(TimeoutError):
+        process.wait_until_ready(timeout=0.3)
+    assert not Path(f"/proc/{process.pid}").exists()
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also as a zombie: pid 1 of a container may not reap orphans."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_a_server_dies_with_its_role_before_its_own_program_has_begun(tmp_path: Path) -> None:
+    (tmp_path / "silent_server.py").write_text("import time\ntime.sleep(600)")
+    role = (
+        "from rltrain.sglang.process import ServerProcess\n"
+        "process = ServerProcess('silent_server', {}, 'http://127.0.0.1:9')\n"
+        "print(process.pid, flush=True)\n"
+        "process.wait()"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-c", role]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        server = psutil.Process(int(started.stdout.readline()))
+        started.kill()
+    deadline = time.monotonic() + 60
+    while not has_ended(server):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class OldRouter(http.server.BaseHTTPRequestHandler):
+    """Knows /add_worker and /remove_worker only, as routers before 0.3 did."""
+
+    urls: set[str] = set()  # noqa: RUF012 (one router a test)
+
+    def do_POST(self) -> None:
+        url = urlsplit(self.path)
+        worker = parse_qs(url.query).get("url", [""])[0]
+        if url.path == "/add_worker":
+            self.urls.add(worker)
+        elif url.path == "/remove_worker":
+            self.urls.discard(worker)
+        self.send_response(200 if url.path in ("/add_worker", "/remove_worker") else 404)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def old_router() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), OldRouter)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_older_routers_are_spoken_to_in_their_way(old_router: str) -> None:
+    add_worker(old_router, "token", {"url": "http://127.0.0.1:1/?a=b&c"})
+    assert OldRouter.urls == {"http://127.0.0.1:1/?a=b&c"}
+    remove_worker(old_router, "token", "http://127.0.0.1:1/?a=b&c")
+    assert OldRouter.urls == set()
+
+
+def test_a_refusal_comes_with_the_servers_words(old_router: str) -> None:
+    with pytest.raises(HttpError, match="404") as caught:
+        find_worker(old_router, "token", "x")
+    assert caught.value.status == 404
+
+
+def test_an_engine_with_the_memory_saver_has_no_expandable_segments() -> None:
+    """The saver refuses them; the trainer, in the same environment, is better off with them."""
+    env = {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,garbage_collection_threshold:0.8",
+        "HOME": "/",
+    }
+    assert allocator_settings(env, uses_memory_saver=True) == {
+        "PYTORCH_CUDA_ALLOC_CONF": "garbage_collection_threshold:0.8"
+    }
+    assert allocator_settings({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, uses_memory_saver=True) == {
+        "PYTORCH_ALLOC_CONF": ""
+    }
+    assert allocator_settings(env, uses_memory_saver=False) == {}

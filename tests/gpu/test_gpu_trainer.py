@@ -1,0 +1,148 @@
+"""What to run first on a GPU node, part two: the trainer's numbers against the CPU's, and its speed. `make test-gpu`.
+
+The ranks are new processes: of those for the CPU CUDA hides its GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.megatron import (
+    log_probs_of,
+    make_actor,
+    make_batch,
+    make_config,
+    run_ranks,
+    tiny_config,
+    write_config,
+    write_hf_model,
+)
+from on_gpu import CPU_ONLY, EVERYWHERE, environment, needs_gpu, report
+
+from rltrain.arguments.config import Config
+
+pytestmark = pytest.mark.slow
+
+# Kernels of GPUs want heads of 64 and more.
+SHAPE = tiny_config(hidden_size=128, head_dim=64, intermediate_size=256)
+BF16 = {"bf16": True, "use_distributed_optimizer": True}
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+CASES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": BF16,
+    "bf16, recompute": BF16 | RECOMPUTE,
+    "bf16, optimizer on every rank": {"bf16": True},
+    "bf16, without TransformerEngine": BF16,
+}
+SPEED_SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": SHAPE,
+    "0.5B": tiny_config(
+        num_hidden_layers=24, hidden_size=896, intermediate_size=4864, num_attention_heads=14, head_dim=64,
+        vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=4096, initializer_range=0.02,
+    ),
+    "1.7B": tiny_config(
+        num_hidden_layers=28, hidden_size=2048, intermediate_size=6144, num_attention_heads=16, head_dim=128,
+        num_key_value_heads=8, vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=4096,
+        initializer_range=0.02,
+    ),
+}  # fmt: skip
+ROOM = {"tiny": 0.0, "0.5B": 20e9, "1.7B": 60e9}  # bytes of a GPU, with room for logits
+
+
+def steps(configs: dict[str, Config], work: Path) -> dict[str, dict[str, Any]]:
+    """What the trainer makes of one rollout, for each configuration."""
+    return {name: step(name, each, work / name) for name, each in configs.items()}
+
+
+def step(name: str, config: Config, work: Path) -> dict[str, Any]:
+    from rltrain.megatron.model import build, specs
+
+    with pytest.MonkeyPatch.context() as patch:
+        if name.endswith("without TransformerEngine"):
+            patch.setattr(specs, "use_transformer_engine", lambda: False)
+            patch.setattr(build, "use_transformer_engine", lambda: False)
+        actor = make_actor(config, work)
+        batch = make_batch(8)  # of many lengths, packed together
+        before = np.concatenate(log_probs_of(actor, batch))
+        metrics = actor.train(0, batch)
+        after = np.concatenate(log_probs_of(actor, batch))
+    return {
+        "device": str(actor.models[0].output_layer.weight.device),
+        "log_probs": before,
+        "change": after - before,
+        "grad_norm": metrics["train/grad_norm"],
+    }
+
+
+def one_rank(
+    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], function: Callable[..., Any], *args: Any
+) -> Any:
+    with monkeypatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        return run_ranks(function, *args, world_size=1)[0]
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_a_step_is_that_of_fp32_on_the_cpu(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With packed attention in one call or a call a length, recomputation, and the optimizer sharded or not."""
+    model = write_hf_model(tmp_path / "model", SHAPE)
+    configs = {name: make_config(model, **changes) for name, changes in CASES.items()}
+    exact = one_rank(monkeypatch, CPU_ONLY, steps, {"fp32": configs["fp32"]}, tmp_path / "exact")["fp32"]
+    found = one_rank(monkeypatch, environment(where), steps, configs, tmp_path / "found")
+    assert exact["device"] == "cpu" and abs(exact["change"]).max() > 0.05
+    for name, each in found.items():
+        rounding = 5e-3 if name == "fp32" else 0.15  # TF32 on a GPU
+        assert each["device"].startswith(where), name
+        assert abs(each["log_probs"] - exact["log_probs"]).max() < rounding, name
+        assert abs(each["change"] - exact["change"]).max() < 2 * rounding, name
+        assert each["grad_norm"] == pytest.approx(exact["grad_norm"], rel=2 * rounding), name
+    print(f"{where}: log-probs differ from fp32 on the CPU by at most", end=" ")
+    print({name: float(abs(each["log_probs"] - exact["log_probs"]).max()) for name, each in found.items()})
+
+
+def speed(config: Config, work: Path) -> dict[str, float]:
+    """Metrics of the third rollout: kernels are chosen and memory is taken in the first."""
+    from rltrain.megatron.actor import MegatronTrainActor
+    from rltrain.run.role import RoleContext
+
+    actor = MegatronTrainActor(config, RoleContext(work, 0, "trainer", 0, "", ""), None)  # type: ignore[arg-type]
+    shape = actor.shape
+    batch = make_batch(32 if shape.vocab_size > 1000 else 8, longest=512, vocab_size=shape.vocab_size)
+    return [actor.train(number, batch) for number in range(3)][-1]
+
+
+@pytest.mark.parametrize(
+    ("where", "shape"),
+    [("cpu", "tiny"), *(pytest.param("cuda", shape, marks=needs_gpu) for shape in ("0.5B", "1.7B"))],
+)
+def test_speed(where: str, shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens a second and MFU of a step, with everything that the trainer does in it."""
+    if where == "cuda" and torch.cuda.mem_get_info()[1] < ROOM[shape]:
+        pytest.skip(f"a GPU of {ROOM[shape] / 1e9:.0f} GB is needed for the {shape} shape")
+    model = write_config(tmp_path / "model", SPEED_SHAPES[shape])
+    config = make_config(
+        model,
+        random_init=True,
+        use_dynamic_batch_size=True,
+        max_tokens_per_gpu=8192,
+        rollout_batch_size=8,
+        **BF16,
+    )
+    found = one_rank(monkeypatch, environment(where), speed, config, tmp_path / "work")
+    names = {
+        "perf/tokens_per_s_per_rank": "tokens/s",
+        "perf/mfu": "MFU",
+        "perf/peak_memory_gib": "GiB at most",
+    }
+    for name, unit in names.items():
+        if name in found:
+            report({f"{shape}, bf16, one rank": found[name]}, unit)
+    assert found["perf/tokens_per_s_per_rank"] > 0

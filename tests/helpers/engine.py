@@ -1,0 +1,64 @@
+"""A real engine outside of a job: waiting for it, how busy it is, and tensors in the place of a trainer's model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from rltrain.run.http import call
+from rltrain.sglang.adapter import HttpServerEngineAdapter
+from rltrain.weights.buckets import Part, in_buckets
+from rltrain.weights.transports.hf_directory import write_hf_directory
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def load_weights(engine: HttpServerEngineAdapter, path: Path, version: str) -> None:
+    """Paused meanwhile: SGLang may still hold the batch of an answer that has just arrived."""
+    engine.pause_generation()
+    engine.update_weights_from_disk(path, version)
+    engine.continue_generation()
+
+
+def running_requests(url: str, token: str) -> int:
+    loads = call("GET", f"{url}/v1/loads", token)["loads"]
+    return sum(load["num_running_reqs"] for load in loads)
+
+
+@dataclass(frozen=True)
+class GivenWeights:
+    """What `rltrain.megatron.model.export.Exporter` offers, of one rank."""
+
+    tensors: Callable[[], Iterable[tuple[str, Tensor]]]
+    template: Path
+
+    def stream(self, consume: Callable[[Iterable[tuple[str, Tensor]]], object]) -> None:
+        consume(self.tensors())
+
+    def share(self, bucket_bytes: int, *, one_per_machine: bool) -> Iterator[Sequence[tuple[str, Tensor]]]:
+        parts = (Part.whole(name, tensor) for name, tensor in self.tensors())
+        return ([(part.name, part.data) for part in bucket] for bucket in in_buckets(parts, bucket_bytes))
+
+    def write(self, directory: Path) -> None:
+        write_hf_directory(directory, self.tensors(), self.template)
+
+
+class GivenEngine(HttpServerEngineAdapter):
+    """One of the fleet, as the trainer sees it, that may not fail."""
+
+    is_here = True
+
+    def has_died(self) -> bool:
+        return False
+
+    def expel(self, reason: str) -> None:
+        raise AssertionError(reason)

@@ -1,0 +1,114 @@
+"""A `submit` process on this machine, with small stand-ins for the roles (tests/fakes), and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rltrain.run.layout import RunLayout
+
+FAKE_SUBMIT = Path(__file__).parents[1] / "fakes" / "submit.py"
+SERVICES = {"router": ["serve"], "engine": ["serve", "leak"], "rollout": ["serve"]}
+
+
+# What `submit` says of a run that leaves these flags out.
+ASSUMED = (
+    "chosen, as the trainer has no GPU: --no-bf16 --no-use-distributed-optimizer\n"
+    "--actor-num-gpus-per-node is not given: one trainer rank here (slime takes 8)\n"
+)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+class Job:
+    """A `submit` process with fake roles, and a mark in its environment by which all that it starts is known."""
+
+    def __init__(self, directory: Path) -> None:
+        self.layout = RunLayout(directory / "runs" / "job")
+        self.directory = directory
+        self.mark = f"SLURMLIME_TEST_MARK={uuid.uuid4().hex}"
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(
+        self,
+        *flags: str,
+        steps: int = 2,
+        grace: float = 60,
+        stdout: int = subprocess.PIPE,
+        preexec: Callable[[], object] | None = None,
+        **roles: list[str],
+    ) -> subprocess.Popen[str]:
+        name, _, value = self.mark.partition("=")
+        plan = {**SERVICES, "trainer": ["train"], **roles}
+        fake = {
+            "FAKE_PLAN": json.dumps(plan),
+            "FAKE_ENGINES": str(len(plan["engine"])),
+            "FAKE_GRACE": str(grace),
+        }
+        process = subprocess.Popen(
+            [sys.executable, str(FAKE_SUBMIT), "--name=job", f"--num-rollout={steps}", *flags],
+            cwd=self.directory,
+            env={**os.environ, "PATH": str(self.directory / "bin"), **fake, name: value},
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=preexec,
+            start_new_session=True,  # so that a signal to its group spares pytest
+        )
+        self.started.append(process)
+        return process
+
+    def finish(self, *flags: str, steps: int = 2, **roles: list[str]) -> tuple[int, str, str]:
+        process = self.start(*flags, steps=steps, **roles)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+    def living(self) -> list[int]:
+        """Every process that carries the mark, however it got away."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if self.mark.encode() in path.read_bytes():
+                    found.append(int(path.parent.name))
+            except OSError:
+                continue
+        return found
+
+    def events(self, kind: str) -> list[dict]:
+        lines = self.layout.events.read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+    def steps(self) -> list[int]:
+        if not self.layout.metrics.exists():
+            return []
+        return [json.loads(line)["step"] for line in self.layout.metrics.read_text().splitlines()]
+
+    def supervisor_pid(self) -> int:
+        return json.loads(self.layout.lock.read_text())["pid"]
+
+    def phase(self) -> str:
+        return json.loads(self.layout.status.read_text())["phase"] if self.layout.status.exists() else ""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    it = Job(tmp_path)
+    yield it
+    for pid in it.living():
+        os.kill(pid, signal.SIGKILL)
+    for process in it.started:
+        process.communicate()

@@ -1,0 +1,67 @@
+"""How `pytest -n N` shares out the tests: a plugin.
+
+Files that need the same slow thing (an engine, a Slurm cluster) run one after the other in one process, and the longest
+begin first. Half of the tests wait, for Slurm or for a supervisor, so there may be more processes than cores. A file
+that is not named here is a group of its own, and comes last.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
+
+# The longest first. Each of these may hold engines or ranks of its own (2 to 5 GB), and each process has one at a time.
+GROUPS = (
+    ("test_slurm_job", "test_slurm_container", "test_slurm_cli"),  # a cluster; they wait
+    ("test_slurm_real", "test_slurm_sandbox", "test_slurm_cli_verbs", "test_slurm_executor",
+     "test_slurm_template", "test_analysis_slurm"),  # another cluster
+    ("test_slurm_chaos",),  # a third one; it waits, too
+    ("test_end_to_end",),
+    ("test_megatron_layouts",),
+    ("test_examples",),
+    ("test_example_ppo",),
+    ("test_sglang_engine", "test_weights_in_flight", "test_fleet_external", "test_rollout_partial",
+     "test_tools_replay"),  # `engine`
+    ("test_fleet_transports",),
+    ("test_fleet_faults",),
+    ("test_example_smollm2",),
+    ("test_example_asynchronous",),
+    ("test_gateway_engine", "test_gateway_clients", "test_gateway_bad_input"),  # they import SGLang
+    ("test_weights_of_ranks",),
+    ("test_submit_local",),
+    ("test_rollout_roles",),
+    ("test_megatron_parallel",),
+    ("test_megatron_reshard",),
+    ("test_hpc_cancel",),
+    ("test_hpc_resubmit",),
+    ("test_megatron_ppo_layouts",),
+    ("test_megatron_rank_death",),
+    ("test_rewards_pool",),
+    ("test_analysis_notebook",),
+)  # fmt: skip
+_ORDER = {name: index for index, group in enumerate(GROUPS) for name in group}
+
+
+class ByGroup(LoadScopeScheduling):
+    """A process that is free takes the next group, in the order in which the tests were collected."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = PurePath(nodeid.partition("::")[0])
+        index = _ORDER.get(file.stem)
+        return str(file) if index is None else GROUPS[index][0]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every group together, the longest first."""
+    items.sort(key=lambda item: _ORDER.get(item.path.stem, len(GROUPS)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByGroup:
+    """Called with `-n` only."""
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)

@@ -1,0 +1,95 @@
+"""Runs on a sandbox's Slurm with small stand-ins for the roles (tests/fakes)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers.slurm_fixture import until
+from hpc.sandbox import Sandbox
+from hpc.submitting.executor import Job
+from rltrain.run.layout import RunLayout
+
+FAKE_SUBMIT = Path(__file__).parents[1] / "fakes" / "submit.py"
+SERVICES = {"router": ["serve"], "engine": ["serve"], "rollout": ["serve"], "trainer": ["train"]}
+FLAGS = ["--name=job", "--global-batch-size=2", "--n-samples-per-prompt=2", "--num-gpus-per-node=1"]
+
+
+class FakeRun:
+    """A run with fake roles, submitted to a cluster."""
+
+    def __init__(self, directory: Path, cluster: Sandbox) -> None:
+        self.directory, self.cluster = directory, cluster
+        self.layout = RunLayout(directory / "runs" / "job")
+
+    def start(
+        self, *flags: str, steps: int = 3, partition: str = "gpu", engines: int = 2, **roles: list[str]
+    ) -> subprocess.Popen[str]:
+        fake = {"FAKE_PLAN": json.dumps({**SERVICES, **roles}), "FAKE_ENGINES": str(engines)}
+        hostile = {"SBATCH_PARTITION": "nowhere", "SLURM_NTASKS": "7", "SBATCH_EXPORT": "NONE"}
+        return subprocess.Popen(
+            [
+                sys.executable,
+                str(FAKE_SUBMIT),
+                *FLAGS,
+                f"--partition={partition}",
+                f"--num-rollout={steps}",
+                *flags,
+            ],
+            cwd=self.directory,
+            env={**self.cluster.env, **fake, **hostile},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self, *flags: str, timeout: float = 60, **more: object) -> tuple[int, str, str]:
+        process = self.start(*flags, **more)  # type: ignore[arg-type]
+        out, err = process.communicate(timeout=timeout)
+        return process.returncode, out, err
+
+    def detach(self, *flags: str, **more: object) -> Job:
+        code, out, err = self.finish("--detach", *flags, **more)
+        assert code == 0, err
+        assert "submitted job as job" in out
+        return self.job()
+
+    def job(self) -> Job:
+        os.environ["SLURM_CONF"] = self.cluster.env["SLURM_CONF"]  # submitit's Job knows no other way
+        return Job(self.layout.submitit, self.entries()[-1]["job_id"])
+
+    def entries(self) -> list[dict]:
+        return json.loads(self.layout.job.read_text())
+
+    def events(self, kind: str) -> list[dict]:
+        lines = self.layout.events.read_text().splitlines() if self.layout.events.exists() else []
+        return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+    def steps(self) -> list[int]:
+        lines = self.layout.metrics.read_text().splitlines() if self.layout.metrics.exists() else []
+        return [json.loads(line)["step"] for line in lines]
+
+    def output(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.layout.submitit.glob("*log.*")))
+
+
+@pytest.fixture
+def run(idle_cluster: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRun]:
+    monkeypatch.setenv("SLURM_CONF", idle_cluster.env["SLURM_CONF"])
+    directory = Path(tempfile.mkdtemp(prefix="slurm-job-"))
+    yield FakeRun(directory, idle_cluster)
+    idle_cluster.run("scancel", "--full", "--signal=KILL", "--name=job")
+    idle_cluster.run("scancel", "--name=job")
+    until(
+        lambda: not idle_cluster.run("squeue", "-h", "--name=job"), 30, "the job to let go of its directory"
+    )
+    shutil.rmtree(directory)

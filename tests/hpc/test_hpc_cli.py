@@ -1,0 +1,86 @@
+"""What all verbs have in common: the list, `--help`, light imports, and documentation that is true."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpc import cli
+from hpc.__main__ import VERBS, describe
+from rltrain.run.layout import RunLayout
+
+DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
+HEAVY = "{'torch', 'pandas', 'numpy', 'submitit', 'wandb', 'rich', 'pyarrow', 'jinja2'}"
+
+
+def python(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """Output of `--help` of every verb."""
+    return {verb: python("-m", f"hpc.{verb}", "--help").stdout for verb in VERBS}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_and_list(helps: dict[str, str], verb: str) -> None:
+    assert f"usage: python -m hpc.{verb}" in helps[verb]
+    assert len(describe(verb)) > 10
+    if verb not in ("submit", "sandbox"):
+        assert "example:" in helps[verb] and "exit codes:" in helps[verb]
+    assert f"\n## {verb}\n" in DOCS.read_text()
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "near"),
+    [
+        ("status", ["--jsn"], "--json"),
+        ("logs", ["demo", "--rol=trainer"], "--role"),
+        ("accounting", ["demo", "--runs-dirr", "x"], "--runs-dir"),
+        ("cancel", ["demo", "--noww"], "--now"),
+        ("submit", ["--partiton=gpu"], "--partition"),
+        ("doctor", ["--nodess=4"], "--nodes"),
+    ],
+)
+def test_a_typo_names_the_nearest_flag(verb: str, words: list[str], near: str) -> None:
+    done = python("-m", f"hpc.{verb}", *words)
+    assert done.returncode in (1, 2)  # the doctor lists it among what would fail
+    assert f"did you mean {near}?" in " ".join((done.stdout + done.stderr).split())
+
+
+def test_the_list_is_complete() -> None:
+    shown = python("-m", "hpc").stdout
+    assert [line.split()[0] for line in shown.splitlines()[2:]] == list(VERBS)
+    assert all(len(line) < 130 for line in shown.splitlines())
+    assert shown in DOCS.read_text()
+
+
+def test_flags_in_the_documentation_exist(helps: dict[str, str]) -> None:
+    sections = re.split(r"\n## (\w+)\n", DOCS.read_text())[1:]
+    for verb, text in zip(sections[::2], sections[1::2], strict=True):
+        named = re.findall(r"python -m hpc\.(\w+)([^`\n]*)", text)
+        assert named, verb
+        for other, words in named:
+            for flag in re.findall(r"--[a-z-]+", words):
+                known = helps[other] + (helps["submit"] if other in ("resubmit", "doctor") else "")
+                assert flag in known, f"{verb}: python -m hpc.{other} has no {flag}"
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "sandbox"])
+def test_starting_up_is_light(verb: str) -> None:
+    module = f"hpc.{verb}.__main__" if verb == "doctor" else f"hpc.{verb}"
+    done = python("-c", f"import sys, {module}; print(*({HEAVY} & set(sys.modules)))")
+    assert (done.stdout.strip(), done.returncode) == ("", 0)
+
+
+def test_commands_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "python_command", lambda: "python")
+    assert cli.command("logs", RunLayout(tmp_path / "runs" / "x"), "-f") == "python -m hpc.logs x -f"
+    elsewhere = RunLayout(Path("/data/my runs/x"))
+    assert cli.command("logs", elsewhere) == "python -m hpc.logs x --runs-dir '/data/my runs'"

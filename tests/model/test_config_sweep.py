@@ -1,0 +1,325 @@
+"""Every entry that the installed transformers knows of a supported model's config.json, changed and left out.
+
+Each time the log-probs equal transformers', or the configuration is refused; nothing else may happen. The entries are
+those of the configuration class, and those that the code of the model reads, so that a new transformers brings its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.megatron import init_single_process, make_config, tiny_config, write_config
+
+from rltrain.arguments.hf_config import ModelShape
+from rltrain.models.families import FAMILIES
+from rltrain.run.errors import UserError
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 1e-5
+LENGTHS = [23, 40]
+# With values that show in log-probs when they are multiplied.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": []}
+GROUPED_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 16,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 0,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+}
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "MistralForCausalLM": {"sliding_window": 9},
+    "Qwen2ForCausalLM": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
+    "Qwen3ForCausalLM": {
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention"],
+    },
+    "GraniteForCausalLM": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.5,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+    },
+    "Phi3ForCausalLM": {"sliding_window": 9},
+    "Gemma3ForCausalLM": {
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention"],
+    },
+    "SmolLM3ForCausalLM": {"no_rope_layers": [1]},
+    "Qwen2MoeForCausalLM": EXPERTS | {"shared_expert_intermediate_size": 24},
+    "Qwen3MoeForCausalLM": EXPERTS,
+    "MiniMaxM2ForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "DeepseekV3ForCausalLM": LATENT | GROUPED_EXPERTS,
+    "Glm4MoeLiteForCausalLM": LATENT | GROUPED_EXPERTS | {"mlp_layer_types": ["sparse"]},
+    "Glm4MoeForCausalLM": GROUPED_EXPERTS | {"use_qk_norm": True, "attention_bias": True},
+}
+COMMON = {"num_hidden_layers": 1, "rms_norm_eps": 0.05, "rope_theta": 100.0, "pad_token_id": None}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": LLAMA3 | {"original_max_position_embeddings": 64},
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 2.0,
+        "beta_slow": 0.5,
+    },
+}
+Entries = dict[str, Any]
+
+
+def base(architecture: str, rope: str = "default", *, new_style: bool) -> Entries:
+    """A model of one layer, in the style of transformers 4 or 5."""
+    config = tiny_config(architecture, **COMMON, **OF_FAMILY.get(architecture, {}))
+    if not new_style:
+        return (
+            config
+            | {"torch_dtype": config.pop("dtype")}
+            | ({"rope_scaling": ROPES[rope]} if rope != "default" else {})
+        )
+    parameters = {"rope_theta": config.pop("rope_theta"), **ROPES[rope]}
+    if FAMILIES[architecture].partial_rotary:
+        parameters["partial_rotary_factor"] = 0.5
+    if FAMILIES[architecture].local_rope:
+        return config | {
+            "rope_parameters": {"full_attention": parameters, "sliding_attention": {"rope_theta": 30.0}}
+        }
+    return config | {"rope_parameters": parameters}
+
+
+def known_entries(model_type: str) -> dict[str, Any]:
+    """Entries of a model's configuration → their usual values; None for those that only its code knows."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, masking_utils, modeling_rope_utils
+
+    kind = CONFIG_MAPPING[model_type]
+    default = kind()
+    code = [inspect.getmodule(MODEL_FOR_CAUSAL_LM_MAPPING[kind]), masking_utils, modeling_rope_utils]
+    text = "".join(inspect.getsource(module) for module in code if module)
+    read = re.findall(r"\bconfig\.([a-z]\w+)|getattr\((?:self\.)?config, [\"']([a-z]\w+)", text)
+    names = {name for pair in read for name in pair if name and not callable(getattr(default, name, None))}
+    return {name: getattr(default, name, None) for name in names | default.to_dict().keys()} | {
+        "rope_theta": 1e4
+    }
+
+
+def changed(value: Any) -> list[Any]:
+    """Other values of the same type, and null."""
+    match value:
+        case bool():
+            return [not value, None]
+        case int():
+            return [value + 1, 2 * value, max(1, value // 2), 1, None]
+        case float():
+            return [value * 3 + 0.01, None]
+        case str():
+            return ["gelu", "other", None]
+        case list() | tuple():
+            return [[], [0], None]
+        case dict():
+            return [{}, None]
+        case _:
+            return [True, False, 1, 3, 0.25, [0], ["sliding_attention"], {"chunk_size": 4}]
+
+
+def one_changed(config: Entries, known: dict[str, Any]) -> Iterator[tuple[str, Entries]]:
+    """`config` with one entry left out or changed."""
+    for name, usual in sorted(known.items()):
+        present = config.get(name)
+        if name in config:
+            yield f"without {name}", {key: value for key, value in config.items() if key != name}
+        for value in changed(usual if present is None else present):
+            yield f"{name} {value!r}", config | {name: value}
+
+
+def one_rope_changed(config: Entries, style: str) -> Iterator[tuple[str, Entries]]:
+    """`config` with one entry of its rotary embedding left out or changed, there and beside it."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+    rope = config.get(style, {})
+    for name, value in rope.items():
+        yield f"{style} without {name}", config | {style: {k: v for k, v in rope.items() if k != name}}
+        for other in changed(value):
+            yield f"{style} {name} {other!r}", config | {style: rope | {name: other}}
+    for name in {
+        *RopeParameters.__annotations__,
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        "type",
+    } - rope.keys():
+        for other in (0.5, 3.0, 48, False, [1.0, 2.0, 3.0, 4.0], "yarn"):
+            yield f"{style} {name} {other!r}", config | {style: rope | {name: other}}
+            yield f"{name} {other!r} beside {style}", config | {name: other}
+    for kind in ROPE_INIT_FUNCTIONS:
+        yield f"{style} rope_type {kind}", config | {style: rope | {"rope_type": kind}}
+        yield f"{style} of {kind} alone", config | {style: {"rope_type": kind, "factor": 4.0}}
+    other_style = ({"rope_scaling", "rope_parameters"} - {style}).pop()
+    for kind in ("linear", "yarn"):
+        yield f"{kind} in both styles", config | {other_style: ROPES[kind]}
+
+
+class Sweep:
+    """Both sides, each computed once for what is the same to it."""
+
+    def __init__(self, work: Path) -> None:
+        self._work, self._config = work, make_config(write_config(work / "base", tiny_config()))
+        self._theirs: dict[str, tuple[Path, torch.Tensor]] = {}
+        self._ours: dict[tuple[ModelShape, Path], torch.Tensor] = {}
+        self.equal, self.refused = 0, 0
+
+    def look(self, entries: Entries) -> str | None:
+        """What is wrong with our treatment of a config.json; None if it is refused, or right."""
+        from rltrain.megatron.model.build import read_shape
+
+        directory = write_config(self._work / "asked", entries)
+        try:
+            shape = read_shape(self._config.replace(hf_checkpoint=str(directory)))
+        except UserError:
+            self.refused += 1
+            return None
+        try:
+            saved, theirs = self._transformers(directory, entries)
+        except Exception as error:
+            return f"accepted, but transformers says {type(error).__name__}: {error}"
+        try:
+            ours = self._log_probs(shape, saved)
+        except UserError:
+            self.refused += 1
+            return None
+        self.equal += 1
+        largest = float((ours - theirs).abs().max())
+        return None if largest <= TOLERANCE else f"log-probs differ by {largest:.2g}"
+
+    def _transformers(self, directory: Path, entries: Entries) -> tuple[Path, torch.Tensor]:
+        """A directory with weights of the model, and its log-probs."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(directory)
+        # Some are read again when the model is made.
+        beside = {
+            name: entries.get(name) for name in ("original_max_position_embeddings", "partial_rotary_factor")
+        }
+        key = json.dumps([config.to_dict(), beside], sort_keys=True, default=str)
+        if key not in self._theirs:
+            # Its other kinds have kernels for some sizes only.
+            experts = (
+                {"experts_implementation": "eager"} if FAMILIES[entries["architectures"][0]].experts else {}
+            )
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **experts).eval()
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for name, weight in model.state_dict().items():
+                    noise = torch.randn(weight.shape, generator=generator)
+                    weight.copy_(noise * 0.2 + (1 if "norm" in name else 0))
+                ids = tokens(config.vocab_size)
+                outputs = [
+                    model(part[None], use_cache=False, return_dict=True).logits[0]
+                    for part in ids.split(LENGTHS)
+                ]
+            weights = f"weights-{hash_of(model.state_dict())}"
+            if not (self._work / weights).exists():
+                model.save_pretrained(self._work / weights)
+            self._theirs[key] = self._work / weights, log_probs(torch.cat(outputs), ids)
+        return self._theirs[key]
+
+    def _log_probs(self, shape: ModelShape, saved: Path) -> torch.Tensor:
+        from rltrain.megatron.device import megatron_scope
+        from rltrain.megatron.model.attention import PackedSequences
+        from rltrain.megatron.model.build import build_model
+        from rltrain.megatron.model.load import load_hf_weights
+
+        if (shape, saved) not in self._ours:
+            with megatron_scope(), torch.no_grad():
+                models = build_model(shape, self._config)
+                load_hf_weights(models, shape, saved)
+                ids = tokens(shape.vocab_size)
+                packed = PackedSequences.from_lengths(LENGTHS, torch.device("cpu"))
+                logits = models[0].eval()(ids[None], None, None, packed_seq_params=packed)[0]
+            self._ours[shape, saved] = log_probs(logits, ids)
+        return self._ours[shape, saved]
+
+    def theirs(self, entries: Entries) -> torch.Tensor:
+        """transformers' log-probs."""
+        return self._transformers(write_config(self._work / "asked", entries), entries)[1]
+
+
+def tokens(vocab_size: int) -> torch.Tensor:
+    return torch.randint(0, vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+
+
+def log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Of the next token at each place; across the two sequences too, for both sides alike."""
+    return logits[:-1].float().log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+
+
+def hash_of(weights: dict[str, torch.Tensor]) -> int:
+    """The same for the same names and shapes: the numbers follow from these."""
+    return hash(tuple((name, tuple(weight.shape)) for name, weight in weights.items()))
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    init_single_process()
+    return Sweep(tmp_path_factory.mktemp("sweep"))
+
+
+def check(sweep: Sweep, cases: Iterator[tuple[str, Entries]]) -> tuple[int, int]:
+    """How many were equal and how many refused."""
+    before = sweep.equal, sweep.refused
+    wrong = {name: problem for name, entries in cases if (problem := sweep.look(entries))}
+    assert not wrong, "\n".join(f"{name}: {problem}" for name, problem in wrong.items())
+    return sweep.equal - before[0], sweep.refused - before[1]
+
+
+@pytest.mark.parametrize("new_style", [False, True], ids=["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_entry(architecture: str, new_style: bool, sweep: Sweep) -> None:
+    config = base(architecture, new_style=new_style)
+    equal, refused = check(sweep, one_changed(config, known_entries(FAMILIES[architecture].model_type)))
+    assert equal > 40 and refused > 20
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("style", ["rope_scaling", "rope_parameters"])
+def test_every_rotary_embedding(rope: str, style: str, sweep: Sweep) -> None:
+    others = {"default": ["Glm4ForCausalLM"], "yarn": ["DeepseekV3ForCausalLM"]}
+    for architecture in ["LlamaForCausalLM", *others.get(rope, [])]:
+        config = base(architecture, rope, new_style=style == "rope_parameters")
+        equal, refused = check(sweep, one_rope_changed(config, style))
+        assert equal and refused
+
+
+def test_what_is_ignored_would_show(sweep: Sweep) -> None:
+    config = base("LlamaForCausalLM", "yarn", new_style=True)
+    changes = [{"rms_norm_eps": 0.16}, {"rope_theta": 300.0}, {"beta_fast": 8.0}, {"attention_factor": 1.5}]
+    plain = sweep.theirs(config)
+    for change in changes:
+        rope = config["rope_parameters"]
+        other = config | (change if change.keys() <= config.keys() else {"rope_parameters": rope | change})
+        assert float((sweep.theirs(other) - plain).abs().max()) > 100 * TOLERANCE, change

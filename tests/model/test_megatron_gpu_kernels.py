@@ -1,0 +1,283 @@
+"""What the trainer does with kernels of GPUs, with plain torch in the kernels' place where they run on a GPU only."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rltrain.arguments.groups.training import LOGITS_WORKSPACE
+from rltrain.megatron import device
+
+device.set_up()
+
+from rltrain.data.prefixes import Prefixes, lay_out  # noqa: E402
+from rltrain.megatron.model import attention, experts, prefix_attention  # noqa: E402
+from rltrain.megatron.model.attention import PackedSequences  # noqa: E402
+from rltrain.megatron.model.context_parallel import own_positions  # noqa: E402
+from rltrain.megatron.training.log_probs import log_probs_and_entropy  # noqa: E402
+
+pytestmark = pytest.mark.slow
+CPU = torch.device("cpu")
+LENGTHS = [16, 8, 8, 24]
+
+
+class HeldBytes(TorchDispatchMode):
+    """Counts the bytes of what is allocated while it is entered: `now`, and the `most` at one time."""
+
+    now = most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {
+            each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor) and each.untyped_storage()._cdata not in known:
+                self.now += each.untyped_storage().nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(each.untyped_storage(), self._free, each.untyped_storage().nbytes())
+        return result
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def held(work: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that are left after `work`, and the most meanwhile."""
+    with HeldBytes() as bytes_:
+        result = work()
+        return bytes_.now, bytes_.most + 0 * id(result)
+
+
+def plain_varlen_attn(
+    query: Tensor, key: Tensor, value: Tensor, of_q: Tensor, of_k: Tensor, max_q: int, max_k: int, **how: Any
+) -> Tensor:
+    """In place of torch's kernel: as its documentation says, sequence by sequence; the last query sees all keys."""
+    before, after = how["window_size"]
+    assert after == 0 and of_q.dtype == of_k.dtype == torch.int32
+    assert max_q >= int(of_q.diff().max()) and max_k >= int(of_k.diff().max())
+    outputs = []
+    for q, k, v in zip(
+        query.tensor_split(of_q[1:-1].long()),
+        key.tensor_split(of_k[1:-1].long()),
+        value.tensor_split(of_k[1:-1].long()),
+        strict=True,
+    ):
+        mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        if before >= 0:
+            mask = mask.triu(len(k) - len(q) - before)
+        q, k, v = (each.transpose(0, 1).unsqueeze(0) for each in (q, k, v))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=how["scale"], enable_gqa=how["enable_gqa"]
+        )
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def heads(lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(sum(lengths), n, 8, generator=generator) for n in (4, 2, 2))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_call_for_all_lengths_with_context_parallelism(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "varlen_attn", plain_varlen_attn)
+    query, key, value = heads(LENGTHS)
+    whole = attention.varlen_attention(query, key, value, PackedSequences.from_lengths(LENGTHS, CPU), None)
+    for rank in range(size):
+        packed = PackedSequences.from_lengths(LENGTHS, CPU, size, rank)
+        own = torch.from_numpy(own_positions(LENGTHS, size, rank))
+        assert packed.attended is not None
+        part = attention.varlen_attention(
+            query[own], key[packed.attended], value[packed.attended], packed, None
+        )
+        torch.testing.assert_close(part, whole[own])
+
+
+@pytest.mark.parametrize("before", [None, 3])
+def test_the_kernel_for_all_lengths_gives_what_a_call_a_length_gives(
+    before: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "varlen_attn", plain_varlen_attn)
+    one_rank = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    monkeypatch.setattr(attention.parallel_state, "get_context_parallel_group", lambda: one_rank)
+    layer = attention.PackedAttention.__new__(attention.PackedAttention)
+    torch.nn.Module.__init__(layer)
+    layer.softmax_scale, layer.before = 0.3, before
+    packed = PackedSequences.from_lengths(LENGTHS, CPU)
+    plain = layer(*heads(LENGTHS), None, packed)
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda query: True)
+    torch.testing.assert_close(layer(*heads(LENGTHS), None, packed), plain)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_shared_beginnings_in_one_call_and_in_several(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU has one call for all segments; torch's own attention stands in for it here."""
+    rng = np.random.default_rng(0)
+    tokens = [np.array([*range(first, first + 12), *rng.integers(0, 3, n)], np.int32)
+              for first, n in ((0, 3), (0, 9), (0, 9), (0, 20), (40, 1), (40, 30), (90, 5))]  # fmt: skip
+    samples = range(len(tokens))
+    layout = lay_out(samples, {i: len(tokens[i]) for i in samples}, Prefixes.of(tokens, least=1))
+    layer = attention.PackedAttention.__new__(attention.PackedAttention)
+    torch.nn.Module.__init__(layer)
+    layer.softmax_scale, layer.before = 0.3, window
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(layout.total, n, 8, generator=generator) for n in (4, 2, 2)]
+    results = []
+    monkeypatch.setattr(attention, "varlen_attn", plain_varlen_attn)
+    for small, kernel, queries in ((256, False, 256), (0, False, 256), (0, False, 5), (0, True, 256)):
+        monkeypatch.setattr(prefix_attention, "_SMALL", small)
+        monkeypatch.setattr(attention, "_MASKED_QUERIES", queries)
+        monkeypatch.setattr(attention, "has_varlen_kernel", lambda query, kernel=kernel: kernel)
+        packed = PackedSequences.sharing(layout.lengths, layout.keys, layout.families, CPU)
+        given = [each.clone().requires_grad_() for each in heads]
+        output = layer(*given, None, packed)
+        output.square().sum().backward()
+        results.append([output.detach(), *(each.grad for each in given)])
+    for result in results[1:]:
+        for ours, first in zip(result, results[0], strict=True):
+            torch.testing.assert_close(ours, first, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("queries", [6, 10])
+def test_attention_without_a_mask(queries: int) -> None:
+    q, k, v = (each.unsqueeze(0).transpose(1, 2) for each in heads([10]))
+    mask = torch.ones(queries, 10, dtype=torch.bool).tril(10 - queries)
+    expected = F.scaled_dot_product_attention(q[:, :, :queries], k, v, attn_mask=mask, enable_gqa=True)
+    found = attention.attend_without_mask(q[:, :, :queries], k, v, None)
+    torch.testing.assert_close(found, expected)
+
+
+def test_memory_of_packed_attention_has_no_scores() -> None:
+    """In tensors that have sizes only: beside the gradients nothing as large as even a mask would be."""
+    packed = PackedSequences.from_lengths([8192, 8192], torch.device("meta"))
+    q, k, v = (
+        torch.empty(16384, n, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for n in (8, 2, 2)
+    )
+    _, most = held(lambda: attention.varlen_attention(q, k, v, packed, None).sum().backward())
+    assert q.grad is not None and k.grad is not None and k.grad.shape == k.shape
+    assert most < 4 * q.nbytes + 2 * k.nbytes + 4 * 16384 * 8 * 4 < 8192 * 8192 * 2
+
+
+def test_rotary_embeddings_read_nothing_back() -> None:
+    """A tensor without contents cannot be read: the original's `tolist` raises here."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    config = SimpleNamespace(
+        apply_rope_fusion=False, rotary_interleaved=True, multi_latent_attention=False, mrope_section=None
+    )
+    for size in (1, 2):
+        group = SimpleNamespace(size=lambda size=size: size, rank=lambda: 0)
+        with FakeTensorMode():
+            offsets = torch.tensor([0, 8, 24], dtype=torch.int32)
+            t, freqs = torch.empty(24 // size, 2, 8), torch.empty(24, 1, 1, 8)
+            found = rope_utils.apply_rotary_pos_emb(t, freqs, config, cu_seqlens=offsets, cp_group=group)
+        assert found.shape == t.shape
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5], [0, 0, 8], [8, 0, 0]])
+def test_the_product_of_all_experts(counts: list[int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 16, generator=generator).bfloat16().requires_grad_()
+    weights = [torch.randn(24, 16, generator=generator).bfloat16().requires_grad_() for _ in counts]
+    grad = torch.randn(8, 24, generator=generator).bfloat16()
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+        found = experts.grouped_linear(x, counts, *weights)
+    assert sum(saved) == x.nbytes + 4 * len(counts) + sum(weight.nbytes for weight in weights)
+    gradients = torch.autograd.grad(found, [x, *weights], grad)
+    parts = zip(x.split(counts), weights, strict=True)
+    expected = torch.cat([F.linear(tokens, weight) for tokens, weight in parts])
+    torch.testing.assert_close(found, expected)
+    for ours, loops in zip(gradients, torch.autograd.grad(expected, [x, *weights], grad), strict=True):
+        torch.testing.assert_close(ours, loops)
+
+
+def test_a_cpu_and_fp32_have_a_product_an_expert() -> None:
+    assert not experts.has_grouped_product(torch.ones(8, 16, dtype=torch.bfloat16), torch.ones(8, 16))
+    with FakeTensorMode():
+        x = torch.empty(8, 16, device="cuda", dtype=torch.bfloat16)
+        assert experts.has_grouped_product(x, torch.empty(24, 16, device="cuda", dtype=torch.bfloat16))
+        assert not experts.has_grouped_product(x, torch.empty(24, 16, device="cuda"))
+        odd = torch.empty(24, 15, device="cuda", dtype=torch.bfloat16)
+        assert not experts.has_grouped_product(x, odd)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_memory_beside_bf16_logits(with_entropy: bool) -> None:
+    """16384 positions of Qwen3 on a device whose tensors have sizes only: 4 bytes a logit and 8 are the limits."""
+    count, vocabulary = 16384, 151936
+    logits = torch.empty(count, vocabulary, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    targets = torch.empty(count, dtype=torch.int64, device="meta")
+    outputs: list[Tensor] = []
+    left, most = held(lambda: outputs.extend(log_probs_and_entropy(logits, targets)))
+    assert most < LOGITS_WORKSPACE + 200 * count  # of the logits' size: nothing, not even 0.1 bytes each
+    assert left < 50 * count
+    loss = outputs[0].sum() + (outputs[1].sum() if with_entropy else 0)
+    _, most = held(loss.backward)
+    assert 0 <= most - 2 * logits.numel() < LOGITS_WORKSPACE + 200 * count  # the gradient, in bf16
+
+
+WITH_A_GPU = """
+import torch
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+torch.cuda.set_device = lambda index: None
+from rltrain.megatron import device
+device.set_up()
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.moe import moe_utils
+assert not HAVE_TE and moe_utils.te_general_gemm is None
+assert rope_utils._apply_rotary_pos_emb_thd.__module__ == "rltrain.megatron.repairs"
+for method in (DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict,
+               DistributedOptimizer._set_main_param_and_optimizer_states):
+    assert method.__module__ == "rltrain.megatron.repairs", method
+assert torch.cuda.Stream.__module__ != "rltrain.megatron.cpu"
+"""
+
+
+def test_a_gpu_without_transformer_engine_has_the_same_repairs() -> None:
+    """The GPU is a mock; what is asked is which of Megatron-core's functions are replaced."""
+    done = subprocess.run([sys.executable, "-c", WITH_A_GPU], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+
+
+def test_random_states_of_a_gpu_do_not_reach_a_cpu() -> None:
+    """A run that goes on where there is no GPU: its trackers keep the seeds that they have."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from rltrain.megatron.checkpoint.state import restore_rng, rng_state
+
+    tracker = get_cuda_rng_tracker()
+    before = tracker.get_states()
+    try:
+        tracker.set_states({"model-parallel-rng": torch.get_rng_state()})
+        own = rng_state()
+        of_a_gpu = {name: torch.zeros(16, dtype=torch.uint8) for name in own["tracker"]}
+        restore_rng({**own, "cuda": torch.zeros(16, dtype=torch.uint8), "tracker": of_a_gpu})
+        with tracker.fork():
+            torch.rand(1)
+        restore_rng(own)
+        kept = tracker.get_states()
+        assert all(torch.equal(kept[name], own["tracker"][name]) for name in own["tracker"])
+    finally:
+        tracker.set_states(before)

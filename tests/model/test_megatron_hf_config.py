@@ -1,0 +1,144 @@
+"""What is refused about a model before anything is started, and what is read from its config.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.megatron import tiny_config, write_config
+
+from rltrain.arguments.groups.parallel import Parallel
+from rltrain.arguments.hf_config import check_hf_config, check_same_shape, read_model_shape
+from rltrain.models.as_transformers import standard_config
+from rltrain.models.rope import Rope
+from rltrain.models.windows import check_engines
+from rltrain.run.errors import UserError
+
+LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def check(config: dict[str, Any], tensor_parallel: int = 1, **changes: Any) -> None:
+    parallel = Parallel(tensor_model_parallel_size=tensor_parallel, **changes)
+    check_hf_config(config, parallel, "/models/m")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM, which the trainer does not support"),
+        ({"architectures": None, "model_type": "mamba"}, "model_type 'mamba'"),
+        ({"attention_bias": True}, "attention_bias to true"),
+        ({"model_type": "llama"}, "model_type 'llama' with the architecture Qwen3ForCausalLM"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "sets quantization_config .fp8."),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map"),
+        ({"hidden_act": "gelu"}, 'hidden_act to "gelu"'),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layers with sliding_attention, but"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types to chunked_attention"),
+        ({"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config"),
+        ({"pad_token_id": 61}, "pad_token_id 61"),
+        ({"num_key_value_heads": 3}, "3 key-value heads"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type 'dynamic'"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
+            "low_freq_factor of rope_type 'llama3' None",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 77},
+            "77 beside",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": {"rope_theta": 5e5}},
+            "both rope_scaling .*'yarn'.* and rope_parameters .*500000",
+        ),
+    ],
+)
+def test_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(tiny_config(**changes))
+
+
+def test_a_window_that_engines_lack_limits_sequences() -> None:
+    shape = read_model_shape(tiny_config("MistralForCausalLM", sliding_window=8))
+    for longest in (None, 9):
+        with pytest.raises(UserError, match="--rollout-max-context-len 8"):
+            check_engines(shape.window, shape.family.windows, longest, "/models/m")
+    check_engines(shape.window, shape.family.windows, 8, "/models/m")
+    check_engines(None, shape.family.windows, None, "/models/m")
+
+
+def test_missing_entries_are_named() -> None:
+    config = tiny_config()
+    del config["hidden_size"], config["vocab_size"]
+    with pytest.raises(UserError, match="lacks hidden_size, vocab_size"):
+        check(config)
+
+
+def test_tensor_parallel_must_divide_heads() -> None:
+    check(tiny_config(), tensor_parallel=2)
+    with pytest.raises(UserError, match="does not divide num_key_value_heads 2 of /models/m"):
+        check(tiny_config(), tensor_parallel=4)
+    with pytest.raises(UserError, match="does not divide num_attention_heads 4"):
+        check(tiny_config(), tensor_parallel=3)
+
+
+def test_defaults_of_sparse_configurations() -> None:
+    config = tiny_config("LlamaForCausalLM")
+    for key in ("head_dim", "num_key_value_heads", "rope_theta", "tie_word_embeddings"):
+        del config[key]
+    shape = read_model_shape(config)
+    assert (shape.head_dim, shape.num_kv_heads) == (8, 4)
+    assert (shape.rope, shape.tied_embeddings) == (Rope(10000.0), False)
+    assert shape.qkv_bias is False
+
+
+def test_the_share_that_is_rotated_of_both_transformers_generations() -> None:
+    for more in ({}, {"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}):
+        config = tiny_config("Glm4ForCausalLM", pad_token_id=None, **more)
+        assert read_model_shape(config).rope.percent == 0.5
+
+
+def test_a_glm4_with_and_without_biases() -> None:
+    for bias in (True, False):
+        config = tiny_config("Glm4ForCausalLM", pad_token_id=None, attention_bias=bias)
+        assert read_model_shape(config).qkv_bias is bias
+
+
+def test_rope_of_both_transformers_generations() -> None:
+    old = tiny_config(rope_theta=5e5, rope_scaling=LLAMA3 | {"type": "llama3"})
+    new = tiny_config(rope_parameters={"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3})
+    del new["rope_theta"]
+    for config in (old, new):
+        rope = read_model_shape(config).rope
+        assert (rope.theta, rope.factor, rope.original_positions) == (5e5, 32.0, 512)
+
+
+def test_transformers_has_the_last_word(tmp_path: Path) -> None:
+    config = tiny_config()
+    standard = standard_config(write_config(tmp_path, config), config)
+    assert standard is not None
+    check_same_shape(config, standard, "/m")
+    with pytest.raises(UserError, match=r"/m/config\.json means different models .* norm_eps 1e-06 and 0\.1"):
+        check_same_shape(config, standard | {"rms_norm_eps": 0.1}, "/m")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "32"}, r"transformers 5.* can't use .*config\.json: .*hidden_size"),
+        (
+            {"transformers_version": "99.1", "new_switch": 3},
+            r"\(of transformers 99\.1\) has new_switch, which",
+        ),
+    ],
+)
+def test_what_transformers_refuses(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = tiny_config(**changes)
+    with pytest.raises(UserError, match=message):
+        standard_config(write_config(tmp_path, config), config)
+
+
+def test_a_newer_transformers_that_says_nothing_new_is_fine(tmp_path: Path) -> None:
+    config = tiny_config(transformers_version="99.1")
+    assert standard_config(write_config(tmp_path, config), config) is not None

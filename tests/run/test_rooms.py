@@ -1,0 +1,174 @@
+"""The contract of the house (rooms.toml): who may import whom, no circles, small folders, and design.md says the same.
+
+Every import counts, wherever it stands in a file: late ones, and those for type checkers only, too.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("rltrain", "hpc", "analysis", "slurm_templates")
+DESIGN = ROOT / "docs" / "design.md"
+MOST_FILES = 15  # of Python in a folder
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a folder or module is for.
+
+    Attributes:
+        imports: rooms that it may import.
+        without: packages of others that it does without.
+    """
+
+    name: str
+    reason: str
+    imports: tuple[str, ...]
+    without: tuple[str, ...] = ()
+
+
+@cache
+def rooms() -> dict[str, Room]:
+    """The rooms by name, from the ground up."""
+    table = tomllib.loads(Path(__file__).with_name("rooms.toml").read_text())
+    return {
+        each["name"]: Room(
+            each["name"], each["reason"], tuple(each["imports"]), tuple(each.get("without", ()))
+        )
+        for each in table["room"]
+    }
+
+
+def room_of(module: str, names: Mapping[str, Room]) -> str | None:
+    """The room with the longest name that the module's begins with."""
+    found = [name for name in names if module == name or module.startswith(f"{name}.")]
+    return max(found, key=len, default=None)
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Files of the project by the name of their module."""
+    paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in paths
+    }
+
+
+@cache
+def imported(module: str) -> frozenset[str]:
+    """Modules that one of ours imports anywhere: ours by their own names, those of others as they are written."""
+    return frozenset(_imported(ast.parse(modules()[module].read_text()))) - {module}
+
+
+def _imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, "relative imports are not used here"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in modules() else node.module
+
+
+def test_a_room_imports_only_rooms_below_it() -> None:
+    seen: set[str] = set()
+    for room in rooms().values():
+        assert set(room.imports) <= seen, f"{room.name} imports a room that stands after it"
+        seen.add(room.name)
+
+
+def test_every_module_keeps_to_its_room() -> None:
+    wrong = []
+    for module in modules():
+        if module in PACKAGES and not imported(module):
+            continue
+        own = room_of(module, rooms())
+        assert own is not None, f"{module} belongs to no room of rooms.toml"
+        allowed = {own, *rooms()[own].imports}
+        theirs = {other: room_of(other, rooms()) for other in imported(module) if other in modules()}
+        wrong += [f"{module} → {other}" for other, room in theirs.items() if room not in allowed]
+    assert not wrong, "imports that rooms.toml does not allow:\n" + "\n".join(sorted(wrong))
+
+
+def test_every_room_is_there_and_needs_what_it_may_import() -> None:
+    used: dict[str, set[str | None]] = {name: set() for name in rooms()}
+    for module in modules():
+        if (own := room_of(module, rooms())) is not None:
+            used[own] |= {room_of(other, rooms()) for other in imported(module) if other in modules()}
+    for room in rooms().values():
+        path = ROOT / room.name.replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").is_file(), f"there is no {room.name}"
+        assert set(room.imports) <= used[room.name], f"{room.name} does not import all that it may"
+
+
+def test_no_circle_of_files() -> None:
+    graph = {module: {other for other in imported(module) if other in modules()} for module in modules()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(f"files import each other in a circle: {' → '.join(error.args[1])}") from None
+
+
+def test_packages_of_others() -> None:
+    for module in modules():
+        own = room_of(module, rooms())
+        tops = {name.partition(".")[0] for name in imported(module)} - set(PACKAGES)
+        if own == "rltrain.run":
+            assert tops <= sys.stdlib_module_names, (
+                f"{module}: the ground floor uses the standard library only"
+            )
+        elif own is not None:
+            assert not tops & set(rooms()[own].without), f"{module} imports what {own} does without"
+
+
+def test_no_folder_holds_too_many_files() -> None:
+    folders = [
+        path for top in (*PACKAGES, "tests", "benchmarks") for path in [ROOT / top, *(ROOT / top).rglob("*")]
+    ]
+    counts = {str(path.relative_to(ROOT)): len(list(path.glob("*.py"))) for path in folders if path.is_dir()}
+    assert not {name for name, count in counts.items() if count > MOST_FILES}
+
+
+def table() -> str:
+    """The rooms as Markdown, from the top down."""
+    lines = ["| room | its one reason to exist | may import |", "|---|---|---|"]
+    for room in reversed(rooms().values()):
+        names = ", ".join(f"`{name}`" for name in room.imports) or "–"
+        lines.append(f"| `{room.name}` | {room.reason} | {names} |")
+    return "\n".join(lines)
+
+
+_TABLE = re.compile(r"(?<=\n\n)\| room \| .*?(?=\n\n)", re.DOTALL)
+
+
+def test_the_design_page_says_the_same() -> None:
+    found = _TABLE.search(DESIGN.read_text())
+    assert found is not None
+    assert found[0] == table(), "docs/design.md differs: run python tests/run/test_rooms.py"
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_the_docs_name_files_that_exist(page: str) -> None:
+    of_slime_and_megatron = {"train_async.py", "megatron/training/arguments.py"}
+    folders = (*PACKAGES, "benchmarks", "examples", "tests")
+    files = [path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    named = set(re.findall(r"[\w./-]*\w\.py\b", (ROOT / "docs" / page).read_text()))
+    unknown = {name for name in named if not any(file.endswith(f"/{name.lstrip('./')}") for file in files)}
+    assert unknown <= of_slime_and_megatron
+
+
+if __name__ == "__main__":
+    DESIGN.write_text(_TABLE.sub(lambda _: table(), DESIGN.read_text()))

@@ -1,0 +1,43 @@
+"""Storms on a real Slurm: whatever happens to a run, nothing is lost, done twice, or left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from helpers.slurm_fixture import need_slurm, open_directory
+
+from hpc.chaos.faults import draw, parse
+from hpc.chaos.storm import Storm
+from hpc.sandbox import ClusterSpec, Sandbox
+
+pytestmark = [pytest.mark.slurm, pytest.mark.chaos]
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Sandbox]:
+    need_slurm()
+    spec = ClusterSpec(nodes=4, cpu_nodes=0, gpus=1)
+    with open_directory() as path, Sandbox(path, spec, owner_pid=os.getpid()) as up:
+        yield up
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_nothing_is_lost_in_a_storm(cluster: Sandbox, seed: int) -> None:
+    outcome = Storm(cluster, cluster.directory / "runs", f"storm-{seed}", STEPS).run(draw(seed, 6, STEPS))
+    assert outcome.problems == (), " ".join(map(str, outcome.faults))
+
+
+def test_a_controller_that_restarts_loses_no_job(cluster: Sandbox) -> None:
+    faults = parse(["restart-controller@5", "requeue@10", "restart-controller@10+0.3"])
+    outcome = Storm(cluster, cluster.directory / "runs", "restarts", STEPS).run(faults)
+    assert (outcome.problems, outcome.done, outcome.hands) == ((), 3, 0)
+
+
+def test_a_job_that_needs_every_node_goes_on_though_one_failed_twice(cluster: Sandbox) -> None:
+    """It waited for ever: a node that fails twice in a day is excluded, and the partition had no other."""
+    faults = parse(["power-off:node1@5~1", "power-off:node1@15~1"])
+    outcome = Storm(cluster, cluster.directory / "runs", "twice", STEPS, timeout=300).run(faults)
+    assert (outcome.problems, outcome.done) == ((), 2)

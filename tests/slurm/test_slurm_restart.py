@@ -1,0 +1,277 @@
+"""When a job runs again, and what its supervisor reads from Slurm and from the run's events."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpc.slurm.states import JobState
+from hpc.supervisor.causes import Cause, TaskExit, end_of_process, end_of_step, parse_exits
+from hpc.supervisor.restart import (
+    Action,
+    Ending,
+    JobView,
+    Limits,
+    bad_nodes,
+    can_be_spared,
+    decide,
+    idle_attempts,
+    idle_failures,
+    save_lead,
+    step_seconds,
+    why_not_begin,
+)
+from hpc.supervisor.slurm_supervisor import choose_address
+from hpc.supervisor.srun import Allocation, failed_nodes, srun_env
+from hpc.supervisor.task import task_env
+
+RUNNING = JobView(JobState.RUNNING, restarts=2, may_requeue=True, is_preempted=False)
+IN_GRACE = JobView(JobState.RUNNING, restarts=2, may_requeue=True, is_preempted=True)
+RESTARTED = JobView(JobState.COMPLETING, restarts=3, may_requeue=True, is_preempted=False)
+CANCELLED = JobView(JobState.COMPLETING, restarts=2, may_requeue=True, is_preempted=False)
+OUT_OF_TIME = JobView(
+    JobState.COMPLETING, restarts=2, may_requeue=True, is_preempted=False, is_out_of_time=True
+)
+NO_REQUEUE = JobView(JobState.RUNNING, restarts=2, may_requeue=False, is_preempted=True)
+LIMITS = Limits(max_restarts=10, max_failures=2)
+
+
+@pytest.mark.parametrize(
+    ("ending", "job", "action", "reason"),
+    [
+        (Ending("finished"), RUNNING, Action.END, "finished"),
+        (Ending("finished", "SIGTERM"), IN_GRACE, Action.END, "finished"),
+        (Ending("stopped", "SIGTERM"), RESTARTED, Action.WAIT, "Slurm requeues"),
+        (Ending("failed", idle_failures=1), RESTARTED, Action.WAIT, "Slurm requeues"),
+        (Ending("stopped", "SIGTERM"), CANCELLED, Action.END, "cancelled"),
+        (Ending("failed", idle_failures=1), CANCELLED, Action.END, "cancelled"),
+        (Ending("stopped", "SIGTERM"), OUT_OF_TIME, Action.REQUEUE, "out of time"),
+        (Ending("stopped", "SIGTERM"), IN_GRACE, Action.REQUEUE, "preempted"),
+        (Ending("stopped", "SIGUSR2"), IN_GRACE, Action.REQUEUE, "preempted"),
+        (Ending("stopped", "SIGUSR2"), RUNNING, Action.REQUEUE, "time limit"),
+        (Ending("stopped", "SIGTERM"), RUNNING, Action.END, "not Slurm's"),
+        (Ending("stopped", "SIGINT"), RUNNING, Action.END, "on request"),
+        (Ending("stopped"), RUNNING, Action.REQUEUE, "asked to be run again"),
+        (Ending("stopped", "SIGTERM"), NO_REQUEUE, Action.END, "resubmit"),
+        (Ending("stopped", "SIGTERM"), None, Action.REQUEUE, "preempted"),
+        (Ending("failed", never_restart=True), RUNNING, Action.END, "same way"),
+        (Ending("failed", idle_failures=1), RUNNING, Action.REQUEUE, "failed"),
+        (Ending("failed", idle_failures=2), RUNNING, Action.END, "2 attempts in a row"),
+        (Ending("failed", idle_failures=9, node_failed=True), RUNNING, Action.REQUEUE, "node"),
+        (Ending("failed", cause=Cause.CLUSTER, idle_failures=9), RUNNING, Action.REQUEUE, "cluster"),
+        (Ending("failed", cause=Cause.UNKNOWN, idle_failures=9), RUNNING, Action.REQUEUE, "unknown"),
+        (Ending("failed", cause=Cause.UNKNOWN, idle_attempts=5), RUNNING, Action.END, "5 attempts in a row"),
+        (Ending("stopped", "SIGUSR2", idle_attempts=5), RUNNING, Action.END, "5 attempts in a row"),
+        (Ending("stopped", "SIGTERM", idle_attempts=5), IN_GRACE, Action.END, "5 attempts in a row"),
+    ],
+)
+def test_decisions(ending: Ending, job: JobView | None, action: Action, reason: str) -> None:
+    decision = decide(ending, job, 2, LIMITS)
+    assert decision.action is action and reason in decision.reason
+
+
+def test_requeues_are_bounded() -> None:
+    again = Ending("stopped", "SIGUSR2")
+    assert decide(again, RUNNING, 9, LIMITS).action is Action.REQUEUE
+    job = JobView(JobState.RUNNING, restarts=10, may_requeue=True, is_preempted=False)
+    assert decide(again, job, 10, LIMITS).action is Action.END
+
+
+def failed(attempt: int) -> dict:
+    return {"kind": "attempt_finished", "state": "failed", "attempt": attempt}
+
+
+def test_failures_in_a_row() -> None:
+    saved = {"kind": "checkpoint_saved", "attempt": 1}
+    stopped = {"kind": "attempt_finished", "state": "stopped", "attempt": 1}
+    lost = {"kind": "node_failed", "node": "n1", "attempt": 1, "time": 0.0}
+    assert idle_failures([]) == 0
+    assert idle_failures([failed(0), failed(1)]) == 2
+    assert idle_failures([failed(0), saved, failed(1)]) == 0  # it made progress
+    assert idle_failures([failed(0), saved, failed(1), failed(2)]) == 1
+    assert idle_failures([failed(0), stopped, failed(2)]) == 2
+    assert idle_failures([failed(0), failed(1), lost]) == 1
+    assert idle_failures([failed(0), {"kind": "run_submitted"}, failed(1)]) == 1  # a person has looked at it
+    assert (
+        idle_failures([failed(0), {**failed(1), "cause": "cluster"}, {**failed(2), "cause": "unknown"}]) == 1
+    )
+
+
+def test_attempts_in_a_row_without_a_checkpoint() -> None:
+    begun, saved = {"kind": "attempt_started"}, {"kind": "checkpoint_saved"}
+    assert idle_attempts([begun, begun]) == 2
+    assert idle_attempts([begun, saved, begun, begun]) == 2
+    assert idle_attempts([begun, begun, {"kind": "run_submitted"}, begun]) == 1
+    five = [{"kind": "run_submitted"}, *[begun] * 5]
+    assert "5 attempts" in (why_not_begin(five, LIMITS, was_requeued=True) or "")
+    assert why_not_begin(five[:-1], LIMITS, was_requeued=True) is None
+    assert (
+        why_not_begin([failed(0), failed(1)], LIMITS, was_requeued=True) is None
+    )  # decided before the requeue
+
+
+def test_spare_jobs_that_have_no_use() -> None:
+    submitted = {"kind": "run_submitted"}
+    hopeless = {**failed(0), "never_restart": True}
+    assert why_not_begin([], LIMITS) is None
+    assert why_not_begin([submitted, failed(0)], LIMITS) is None
+    assert "same way" in (why_not_begin([submitted, hopeless], LIMITS) or "")
+    assert "2 attempts in a row" in (why_not_begin([submitted, failed(0), failed(1)], LIMITS) or "")
+    assert why_not_begin([submitted, hopeless, failed(1), submitted], LIMITS) is None  # resubmitted since
+    stopped = {"kind": "attempt_finished", "state": "stopped", "attempt": 1}
+    assert why_not_begin([submitted, failed(0), stopped], LIMITS) is None
+
+
+def test_nodes_that_failed_twice_within_a_day() -> None:
+    def lost(node: str, time: float) -> dict:
+        return {"kind": "node_failed", "node": node, "time": time}
+
+    day = 24 * 3600.0
+    events = [lost("a", 0.0), lost("b", 0.0), lost("a", day), lost("c", day), lost("c", day + 1)]
+    assert bad_nodes(events, day - 1) == ["a", "c"]
+    assert bad_nodes(events, day + 10) == ["c"]
+    assert bad_nodes(events, 9 * day) == []
+    assert bad_nodes([*events, lost("c", day + 2)], day + 2) == ["c"]
+    assert bad_nodes([*events, lost("c", day + 2), lost("a", day + 2)], day + 3) == [
+        "c",
+        "a",
+    ]  # the worst first
+
+
+def test_a_job_excludes_no_more_nodes_than_its_partition_can_spare() -> None:
+    nodes = {"a", "b", "c", "d"}
+    assert can_be_spared(["c", "a", "elsewhere"], nodes, needed=2) == ["c", "a"]
+    assert can_be_spared(["c", "a"], nodes, needed=3) == ["c"]
+    assert can_be_spared(["c", "a"], nodes, needed=4) == []
+
+
+def test_lead_follows_the_slowest_step() -> None:
+    assert save_lead([]) == 120
+    assert save_lead([{"perf/step_s": 400.0}, {"perf/step_s": 10.0}, {"eval/x": 1}]) == 630
+    assert save_lead([{"perf/step_s": 1e6}]) == 3600
+
+
+def test_start_and_step_are_measured() -> None:
+    def event(kind: str, attempt: int, time: float) -> dict:
+        return {"kind": kind, "attempt": attempt, "time": time}
+
+    events = [event("attempt_started", 0, 0.0), event("weights_updated", 0, 90.0), event("weights_updated", 0, 200.0),
+              event("attempt_started", 1, 500.0), event("weights_updated", 1, 530.0)]  # fmt: skip
+    assert step_seconds(events, [{"perf/step_s": 40.0}, {"perf/step_s": 4.0}]) == 130.0
+    assert step_seconds([], []) == 0.0
+
+
+SRUN_SAYS = """\
+srun: error: node4: task 3: Exited with exit code 3
+slurmstepd-node3: error: *** STEP 2.1 ON node3 CANCELLED AT 2026-11-22T14:45:45 ***
+srun: error: node3: tasks 0-1: Killed
+srun: error: node2: task 7: Segmentation fault (core dumped)
+srun: error: Node failure on node5
+"""
+
+
+def test_what_srun_says(tmp_path: Path) -> None:
+    assert parse_exits(SRUN_SAYS) == [
+        TaskExit("node4", 3, 3),
+        TaskExit("node3", 0, -9),
+        TaskExit("node2", 7, -11),
+    ]
+    (tmp_path / "srun-engine-0.log").write_text(SRUN_SAYS)
+    assert failed_nodes(tmp_path) == ["node5"]
+
+
+SAID = "srun: error: "
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "cause", "reason"),
+    [
+        (SAID + "node1: task 0: Exited with exit code 3", 3, Cause.CODE, ""),
+        (SAID + "node1: task 0: Segmentation fault (core dumped)", -11, Cause.CODE, ""),
+        (SAID + "node1: task 0: Killed", -9, Cause.UNKNOWN, ""),
+        (SAID + "node1: task 0: Out Of Memory", -9, Cause.CODE, "out of memory"),
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.2.\n" + SAID + "node1: task 0: Killed", -9,
+         Cause.CODE, "out of memory"),
+        (SAID + "Node failure on node5\n" + SAID + "node5: task 0: Killed", -9, Cause.CLUSTER, "node node5 failed"),
+        (SAID + "Unable to create step for job 7: Invalid generic resource (gres) specification", 1, Cause.CLUSTER,
+         "Slurm did not start it"),
+        (SAID + "Unable to confirm allocation for job 7: Unable to contact slurm controller", 1, Cause.CLUSTER,
+         "Slurm did not start it"),
+        (SAID + "Task launch for StepId=7.2 failed on node node3: Communication connection failure", 1, Cause.CLUSTER,
+         "could not start"),
+        (SAID + "Timed out waiting for job step to complete", 0, Cause.UNKNOWN, "gave up"),
+        ("srun: unrecognized option '--foo'", 1, Cause.CODE, ""),
+        ("", -9, Cause.UNKNOWN, ""),
+    ],
+)  # fmt: skip
+def test_whose_failure_it_was(said: str, code: int, cause: Cause, reason: str) -> None:
+    end = end_of_step(said + "\n", code)
+    assert end.cause is cause and reason in end.reason
+    assert end.is_refused == ("did not start" in reason)
+
+
+def test_sigkill_was_for_memory_where_the_cgroup_says_so() -> None:
+    assert [end_of_process(-9, known).cause for known in (True, False, None)] == [
+        "code",
+        "unknown",
+        "unknown",
+    ]
+    assert end_of_process(3, False).cause is end_of_process(-11, None).cause is Cause.CODE
+
+
+def test_allocation() -> None:
+    env = {
+        "SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_NODELIST_HET_GROUP_0": "n[1-2]", "SLURM_JOB_NODELIST_HET_GROUP_1": "m7",
+        "SLURM_GPUS_PER_NODE_HET_GROUP_1": "a100:2", "SLURM_CPUS_PER_TASK_HET_GROUP_0": "8",
+    }  # fmt: skip
+    assert Allocation.from_env(env) == Allocation((("n1", "n2"), ("m7",)), (None, "a100:2"), (8, None), True)
+    plain = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "16"}
+    assert Allocation.from_env(plain) == Allocation((("n1", "n2"),), ("4",), (16,), False)
+
+
+def test_address_that_other_nodes_reach() -> None:
+    def allocation(*nodes: str) -> Allocation:
+        return Allocation((nodes,), (None,), (None,), False)
+
+    assert choose_address(allocation("n1"), {"SLURMD_NODENAME": "n1"}) == "127.0.0.1"
+    # A node that calls itself by a loopback address: the way to the other one tells.
+    nodes = allocation("localhost", "127.44.0.2")
+    assert choose_address(nodes, {"SLURMD_NODENAME": "localhost"}).startswith("127.")
+    # Not by its own loopback name, where it has another.
+    assert (
+        choose_address(allocation("192.0.2.7", "192.0.2.8"), {"SLURMD_NODENAME": "192.0.2.7"}) == "192.0.2.7"
+    )
+
+
+def test_srun_takes_no_flags_from_the_environment() -> None:
+    kept = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST_HET_GROUP_1": "n1", "SLURM_HET_SIZE": "2", "SLURM_CONF": "/c",
+            "PATH": "/bin", "SLURMLIME_TOKEN": "t"}  # fmt: skip
+    dropped = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_GPUS_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPU_BIND",
+               "SLURM_CPUS_PER_TASK", "SLURM_NTASKS_PER_NODE_HET_GROUP_1", "SLURM_TRES_PER_TASK")  # fmt: skip
+    assert srun_env(kept | dict.fromkeys(dropped, "7")) == kept
+
+
+SPEC = {"role": "trainer", "index": 0, "gpus": [2, 2], "ranks": True, "spans": False}
+TASK = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
+
+
+def test_a_task_knows_its_rank_and_its_gpus() -> None:
+    assert task_env(SPEC, TASK | {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}) == {
+        "SLURMLIME_INDEX": "3", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+        "CUDA_VISIBLE_DEVICES": "6,7",
+    }  # fmt: skip
+    for none in ("", "-1", "NoDevFiles"):
+        assert task_env(SPEC, TASK | {"CUDA_VISIBLE_DEVICES": none})["CUDA_VISIBLE_DEVICES"] == ""
+    router = {"role": "router", "index": 0, "gpus": None, "ranks": False, "spans": False}
+    alone = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    assert task_env(router, alone | {"CUDA_VISIBLE_DEVICES": "0"}) == {
+        "SLURMLIME_INDEX": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    assert task_env(router, alone) == {"SLURMLIME_INDEX": "0"}
+    engine = {"role": "engine", "index": 5, "gpus": [0, 4], "ranks": False, "spans": True}
+    assert task_env(engine, {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}) == {
+        "SLURMLIME_INDEX": "5", "SLURMLIME_NODE_RANK": "1", "SLURMLIME_NNODES": "2",
+    }  # fmt: skip

@@ -1,0 +1,309 @@
+"""Weights in buckets, and shared memory between two processes of one machine."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import pickletools
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from rltrain.weights import LOADER, session
+from rltrain.weights.buckets import (
+    Bucket,
+    Part,
+    Piece,
+    from_json,
+    in_buckets,
+    lay_out,
+    sample_digests,
+    to_json,
+    write,
+)
+from rltrain.weights.channel import LOADED, _payload, call_trainer, receive_message, send_message
+from rltrain.weights.delta import change
+from rltrain.weights.receive import load_weights
+from rltrain.weights.rounds import Rounds
+from rltrain.weights.sources import Memory, describe
+from rltrain.weights.transports.distributed import EngineGroup
+from rltrain.weights.transports.tensor import SharedMemory, SharedMemoryTransport
+
+T = TypeVar("T")
+
+
+def tensors(count: int = 7, dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [(f"layer.{i}", torch.randn(5 + i, 4, generator=generator).to(dtype)) for i in range(count)]
+
+
+def parts(named: list[tuple[str, torch.Tensor]]) -> list[Part]:
+    return [Part.whole(name, tensor) for name, tensor in named]
+
+
+def filled(bucket: list[Part], start: int = 0) -> tuple[tuple[Piece, ...], torch.Tensor]:
+    pieces = lay_out(bucket, start)
+    buffer = torch.zeros(pieces[-1].end, dtype=torch.uint8)
+    write(bucket, pieces, buffer)
+    return pieces, buffer
+
+
+def test_buckets_keep_order_and_bound() -> None:
+    named = parts([*tensors(), ("huge", torch.zeros(1000)), *tensors(3, torch.bfloat16)])
+    buckets = list(in_buckets(iter(named), 400))
+    assert [part.name for bucket in buckets for part in bucket] == [part.name for part in named]
+    for bucket in buckets:
+        assert sum(part.data.nbytes for part in bucket) <= 400 or len(bucket) == 1
+    assert list(in_buckets([], 400)) == []
+
+
+def test_tensors_of_all_types_survive_the_flat_buffer() -> None:
+    odd = torch.arange(7, dtype=torch.int8)
+    bucket = parts(
+        [*tensors(3, torch.bfloat16), ("odd", odd), *tensors(2), ("sliced", torch.arange(9.0)[::2])]
+    )
+    pieces, buffer = filled(bucket, start=512)
+    described = Bucket(pieces, sample_digests(pieces, buffer), keep="name")
+    again, source = from_json(to_json(described, {"path": "p"}))
+    assert (again, source) == (described, {"path": "p"})
+    for part, piece in zip(bucket, again.pieces, strict=True):
+        assert piece.name == part.name and torch.equal(piece.of(buffer), part.data)
+
+
+def test_a_digest_sees_another_tensor() -> None:
+    pieces, buffer = filled(parts([*tensors(2), ("long", torch.arange(1000.0))]))
+    before = sample_digests(pieces, buffer)
+    for place in (
+        pieces[1].start,
+        pieces[2].start,
+        pieces[2].end - 1,
+        (pieces[2].start + pieces[2].end) // 2 + 10,
+    ):
+        buffer[place] ^= 1
+        changed = [i for i, digest in enumerate(sample_digests(pieces, buffer)) if digest != before[i]]
+        assert changed == [1 if place == pieces[1].start else 2]
+        buffer[place] ^= 1
+    assert sample_digests((), buffer) == []
+
+
+def test_shared_memory_grows_and_is_seen_by_another_process() -> None:
+    memory = SharedMemory()
+    memory.grow(100)
+    memory.grow(10_000)
+    memory.buffer[9_999] = 42
+    read = f"print(open({memory.source.path!r}, 'rb').read()[-1])"
+    assert subprocess.run([sys.executable, "-c", read], capture_output=True, text=True).stdout == "42\n"
+    memory.close()
+
+
+class Model:
+    """Stands in for SGLang's model: keeps what it loads, and refuses other shapes."""
+
+    def __init__(self, shapes: dict[str, torch.Size]) -> None:
+        self.shapes, self.loaded = shapes, dict[str, torch.Tensor]()
+
+    def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            assert tensor.shape == self.shapes[name], f"{name} has shape {tuple(tensor.shape)}"
+            self.loaded[name] = tensor.clone()
+
+
+def called(text: str) -> dict[str, Any]:
+    """Whom an engine's rank is told to call."""
+    return {name: value for name, value in json.loads(text).items() if name != "ahead"}
+
+
+class Engine:
+    """Stands in for an engine of two ranks in this process, which do as they do inside of SGLang."""
+
+    def __init__(self, url: str, expected: list[tuple[str, torch.Tensor]], dies: bool = False) -> None:
+        self.url, self.calls, self._dies = url, list[str](), dies
+        self.ranks = [Model({name: tensor.shape for name, tensor in expected}) for _ in range(2)]
+
+    def __getattr__(self, name: str) -> object:
+        return lambda: self.calls.append(name)
+
+    def tensor_parallel_size(self) -> int:
+        return 2
+
+    def update_weights_from_tensor(self, payloads, load_format, weight_version=None) -> None:
+        self.calls.append(f"update {weight_version}")
+        named = [pickle.loads(base64.b64decode(payload)) for payload in payloads]
+        if self._dies:
+            for ((text, _),) in named:
+                call_trainer(**called(text)).close()
+            raise ConnectionResetError("it has died")
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(load_weights, self.ranks, named))
+
+
+class OneRank:
+    """The only rank of a trainer."""
+
+    rank = 0
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def broadcast(self, value: T) -> T:
+        return value
+
+
+def push(version: int, given: list[Part], *engines: Engine, bucket_bytes: int = 300) -> dict[str, str]:
+    transport = SharedMemoryTransport()
+    rounds = in_buckets(given, bucket_bytes)
+    try:
+        return Rounds(transport, OneRank(), "127.0.0.1").send(version, engines, rounds)  # type: ignore[arg-type]
+    finally:
+        transport.close()
+
+
+def test_all_ranks_of_all_engines_get_every_tensor_and_then_the_version() -> None:
+    named = tensors()
+    engines = [Engine("http://a", named), Engine("http://b", named)]
+    for version in (1, 2):
+        assert push(version, parts(named), *engines) == {}
+    for engine in engines:
+        once = [
+            "pause_generation",
+            "begin_weight_update",
+            "update 1",
+            "end_weight_update",
+            "continue_generation",
+        ]
+        assert engine.calls == [*once, *(call.replace("1", "2") for call in once)]
+        for model in engine.ranks:
+            assert model.loaded.keys() == {name for name, _ in named}
+            assert all(torch.equal(model.loaded[name], tensor) for name, tensor in named)
+
+
+def test_an_engine_that_fails_is_named_and_stays_paused_and_the_others_go_on() -> None:
+    named = tensors()
+    other_shape = [*named[:5], ("layer.5", torch.ones(1)), *named[6:]]
+    engines = [
+        Engine("http://other", other_shape),
+        Engine("http://good", named),
+        Engine("http://dead", named, True),
+    ]
+    failures = push(1, parts(named), *engines)
+    assert failures.keys() == {"http://other", "http://dead"}
+    assert (
+        "http://other: layer.5 to layer.5 can't be loaded: AssertionError: layer.5 has"
+        in failures["http://other"]
+    )
+    assert "hung up" in failures["http://dead"] or "died" in failures["http://dead"]
+    # One that is there can be asked again; it does not generate with what it has.
+    assert [engine.calls[-1] for engine in engines] == [
+        "end_weight_update",
+        "continue_generation",
+        "update 1",
+    ]
+    assert engines[1].ranks[0].loaded.keys() == {name for name, _ in named}
+
+
+def test_a_channel_is_opened_anew_when_it_has_held_the_engine_up_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "_CHANNEL_SECONDS", 0.0)
+    engine = Engine("http://a", tensors())
+    assert push(1, parts(tensors()), engine) == {}
+    assert engine.calls.count("update 1") > 3
+    assert engine.ranks[1].loaded.keys() == {name for name, _ in tensors()}
+
+
+def test_strangers_are_not_told_anything() -> None:
+    """Whoever calls without the key is sent away, and the engine's ranks are waited for."""
+
+    class Beset(Engine):
+        def update_weights_from_tensor(self, payloads, load_format, weight_version=None) -> None:
+            ((text, _),) = pickle.loads(base64.b64decode(payloads[0]))
+            stranger = call_trainer(**(called(text) | {"key": "wrong"}))
+            assert receive_message(stranger) is None
+            super().update_weights_from_tensor(payloads, load_format, weight_version)
+
+    engine = Beset("http://a", tensors())
+    assert push(1, parts(tensors()), engine) == {}
+    assert engine.ranks[0].loaded
+
+
+def test_running_engines_find_the_loader_under_its_name() -> None:
+    """They were told it when they started, perhaps by the version before."""
+    assert (
+        LOADER
+        == f"{load_weights.__module__}.{load_weights.__name__}"
+        == "rltrain.weights.receive.load_weights"
+    )
+
+
+def report(model: Model, bucket: Bucket, source: Memory) -> str | None:
+    """What a rank says that is told of one bucket."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        call = {"host": "127.0.0.1", "port": server.getsockname()[1], "key": "", "rank": 0, "ahead": False}
+        loading = pool.submit(load_weights, model, [(json.dumps(call), torch.empty(0))])
+        line, _ = server.accept()
+        with line:
+            receive_message(line)
+            send_message(line, to_json(bucket, describe(source)))
+            line.shutdown(socket.SHUT_WR)
+            words = receive_message(line)
+        loading.result()
+    return words
+
+
+def test_what_is_wrong_is_said() -> None:
+    named = tensors()
+    memory = SharedMemory()
+    memory.grow(10_000)
+    pieces = lay_out(parts(named), start=512)
+    write(parts(named), pieces, memory.buffer)
+    bucket = Bucket(pieces, sample_digests(pieces, memory.buffer))
+    model = Model({name: torch.Size([1]) for name, _ in named})
+    wrong = "layer.0 to layer.6 can't be loaded: AssertionError: layer.0 has shape (5, 4)"
+    assert wrong in str(report(model, bucket, memory.source))
+    unseen = "shared memory is not to be seen from here"
+    assert unseen in str(report(model, bucket, replace(memory.source, name="of-another-machine")))
+    assert unseen in str(report(model, bucket, replace(memory.source, path="/proc/1/fd/999999")))
+    model.shapes = {name: tensor.shape for name, tensor in named}
+    other = replace(bucket, digests=[*bucket.digests[:-1], 7])
+    assert report(model, other, memory.source) == "layer.6 has another checksum than the trainer's"
+    assert not model.loaded
+    assert report(model, bucket, memory.source) == LOADED
+    memory.close()
+
+
+def test_changes_to_what_is_not_known_are_refused() -> None:
+    """As an engine would that the trainer takes for another one."""
+    part = change("w", torch.zeros(100), torch.arange(100) // 99 * 1.0)
+    assert part is not None and part.changed is not None
+    engine = Engine("http://a", [("w", torch.zeros(100))])
+    failures = push(2, [part], engine)
+    assert "only changes of w came, and what they were made to is not known" in failures["http://a"]
+    assert not engine.ranks[0].loaded
+
+
+def test_what_an_engine_is_asked_names_no_function_of_the_trainers_megatron_core(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # megatron-core 0.17 and later puts one of its own there, which SGLang refuses to call.
+    monkeypatch.setattr(torch.storage, "_load_from_bytes", json.loads)
+    payload = base64.b64decode(_payload({"port": 1}))
+    strings = [argument for _, argument, _ in pickletools.genops(payload) if isinstance(argument, str)]
+    modules = {each.partition(".")[0] for each in strings if each.partition(".")[0] in sys.modules}
+    assert modules <= {"torch", "multiprocessing", "collections", "builtins"}
+    ((call, tensor),) = pickle.loads(payload)
+    assert json.loads(call) == {"port": 1} and tensor.numel() == 0
+
+
+def test_the_store_of_an_engine_group_listens_at_one_address() -> None:
+    group = EngineGroup("127.0.0.1", "gloo", 0, 1)
+    port = group.sources(8)[0].port  # type: ignore[union-attr]
+    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=5)
