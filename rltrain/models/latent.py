@@ -57,13 +57,19 @@ def read_latent(config: Mapping[str, Any]) -> LatentAttention:
             f"the model's config.json has {heads} attention heads, num_key_value_heads {kv_heads} and qk_rope_head_dim"
             f" {rotated}: latent attention has as many of both, and an even size."
         )
+    plain, value = whole_number(config, "qk_nope_head_dim"), whole_number(config, "v_head_dim")
+    if value > plain + rotated:  # Megatron-core 0.19 pads values to the size of queries, or cuts them
+        raise UserError(
+            f"the model's config.json has v_head_dim {value}, more than qk_nope_head_dim {plain} and qk_rope_head_dim"
+            f" {rotated} together: Megatron-core has no attention for that."
+        )
     rank = config["q_lora_rank"]
     return LatentAttention(
         query_rank=None if rank is None else whole_number(config, "q_lora_rank"),
         kv_rank=whole_number(config, "kv_lora_rank"),
-        plain_size=whole_number(config, "qk_nope_head_dim"),
+        plain_size=plain,
         rotated_size=rotated,
-        value_size=whole_number(config, "v_head_dim"),
+        value_size=value,
     )
 
 

@@ -44,7 +44,7 @@ LATENT = {
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4,
-    "v_head_dim": 12,
+    "v_head_dim": 10,
 }
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": 9},

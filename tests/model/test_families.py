@@ -49,7 +49,7 @@ LATENT = {
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4,
-    "v_head_dim": 12,
+    "v_head_dim": 10,
 }
 SWITCHES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {

@@ -138,13 +138,13 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSequences | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Attention output, [tokens, 1, heads × head_dim]."""
+        """Attention output, [tokens, heads × head_dim]."""
         if packed_seq_params is None:
             raise ValueError("this attention takes packed sequences only")
         if has_varlen_kernel(query):
-            return self._all_lengths(query, key, value, packed_seq_params).unsqueeze(1)
+            return self._all_lengths(query, key, value, packed_seq_params)
         if packed_seq_params.calls is not None:
-            return self._sharing(query, key, value, packed_seq_params).unsqueeze(1)
+            return self._sharing(query, key, value, packed_seq_params)
         runs = [(length, len(list(run))) for length, run in groupby(packed_seq_params.lengths)]
         sizes = [length * count for length, count in runs]
         group = parallel_state.get_context_parallel_group()
@@ -159,8 +159,7 @@ class PackedAttention(MegatronModule):
         outputs = [
             self._equal_lengths(q, k, v, length, ranks, group.rank()) for (length, _), q, k, v in parts
         ]
-        output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        return output.unsqueeze(1)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _all_lengths(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """Attention of sequences of any lengths in one call."""
