@@ -99,7 +99,7 @@ def explain_unknown(flag: str, known: list[str]) -> str:
     """The reason why `flag` is refused, with the nearest known flag."""
     name = flag.partition("=")[0]
     if name.lstrip("-") in REFUSED:
-        return f"{name} is a flag of slime that is not supported: {REFUSED[name.lstrip('-')]}."
+        return f"{name} is not supported: {REFUSED[name.lstrip('-')]}."
     if name.lstrip("-") in NOT_YET:
         return f"{name} is a flag of slime that this version does not support yet; remove it."
     if reason := refusal(name.removeprefix("--")):

@@ -27,6 +27,8 @@ NOT_YET = frozenset(
 REFUSED = {
     "use-stateless-adam": "megatron-core has no Adam without averages. --optimizer sgd keeps none, and"
     " --optimizer-cpu-offload keeps Adam's in host memory",
+    "use-checkpoint-opt-param-scheduler": "a resumed run keeps its own flags, schedule included, and a flag that is"
+    " given anew counts; leave it out",
 }
 
 # Functions that come with slime, and where the same is here.
@@ -101,7 +103,7 @@ _WHY = {
     "=log-throughput": "throughput is always logged",
     "=auto-detect-ckpt-format": "the format of a checkpoint is always detected",
     "=use-persistent-ckpt-worker": "--async-save uses one process a checkpoint",
-    "=override-opt_param-scheduler": "the flags of the present start always count",
+    "=override-opt-param-scheduler": "the flags of the present start always count",
     "=use-dist-ckpt": "--ckpt-format chooses",
     "=enable-experimental": "megatron-core asks for it itself",
     "=log-multi-turn": "every message and turn is in the rollout files",

@@ -11,6 +11,7 @@ from hpc.planning.job_plan import make_plan
 from hpc.planning.nodes import read_ask, split_nodes
 from hpc.submitting.start_run import describe
 from rltrain import arguments
+from rltrain.arguments import flags
 from rltrain.arguments.fleet import engine_specs
 from rltrain.rollout.train_data.metrics import category_metrics, correct_metrics
 from rltrain.run.errors import UserError
@@ -69,6 +70,17 @@ def test_flags_of_slimes_memory_are_refused_with_the_reason_or_said_to_be_ignore
         arguments.parse([*LEAST, "--use-stateless-adam"])
     (line,) = arguments.remarks(arguments.parse([*LEAST, "--recompute-loss-function"]))
     assert "--recompute-loss-function is ignored: the loss keeps nothing of the logits' size" in line
+
+
+@pytest.mark.parametrize("scheduler", ["opt_param-scheduler", "opt-param-scheduler"])
+def test_megatrons_spelling_of_the_flags_of_the_schedule(scheduler: str) -> None:
+    """Megatron's own spelling has underscores inside: as in a launch script, and as in a recipe."""
+    _, given = flags.split([f"--override-{scheduler}"])
+    (line,) = arguments.remarks(arguments.parse([*LEAST, *flags.to_argv(given)]))
+    assert line == "--override-opt-param-scheduler is ignored: the flags of the present start always count"
+    recipe = flags.from_toml(f"use-checkpoint-{scheduler} = true", "recipe.toml")
+    with pytest.raises(UserError, match="a resumed run keeps its own flags, schedule included"):
+        arguments.parse([*LEAST, *flags.to_argv(recipe)])
 
 
 def test_metrics_of_categories_and_of_correct_samples() -> None:
