@@ -26,6 +26,7 @@ class Launch:
         own_user: processes of others don't count against its limit.
         become: the user id that it takes; None: that of who starts it.
         home: its home; None: a temporary folder, removed at its end.
+        our_files: it has no files of its own: that folder is one of this machine's.
     """
 
     command: tuple[str, ...]
@@ -34,11 +35,12 @@ class Launch:
     own_user: bool = False
     become: int | None = None
     home: str | None = None
+    our_files: bool = False
 
 
 def plain(python: str) -> Launch:
     """Processes of this user in a temporary folder: for trusted code. Time, memory and processes are watched."""
-    return Launch((python, "-I", "-S"))
+    return Launch((python, "-I", "-S"), our_files=True)
 
 
 def bubblewrap(

@@ -302,17 +302,19 @@ def _become(user: int, folders: list[str]) -> None:
 
 
 def main(settings: dict[str, Any]) -> None:
-    """Settings: `alone`, `user`, `home`, `outside` (the PID namespace there), `network` (a descriptor)."""
+    """Settings: `alone`, `user`, `home`, `made` (a temporary folder, the home if there is no other), `outside` (the PID
+    namespace there), `network` (a descriptor).
+    """
     prctl = ctypes.CDLL(None).prctl
     if settings["alone"] and Path("/proc/self/ns/pid").stat().st_ino == settings["outside"]:
         sys.exit("the sandbox has no PID namespace of its own")
     control, family, home = Control(), Family(settings["alone"]), settings["home"]
-    made: str | None = None
+    made: str | None = settings["made"]
     if not settings["alone"]:
         prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         signal.signal(signal.SIGTERM, _stop)
     if home is None:
-        home = made = tempfile.mkdtemp(prefix="slurmlime-agent-")
+        home = made = made or tempfile.mkdtemp(prefix="slurmlime-agent-")
     try:
         if settings["user"] is not None:
             _become(settings["user"], [home, "/tmp", "/dev/shm"])

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import socket
+import tempfile
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +42,7 @@ class Sandbox:
         self._process: Process | None = None
         self._complaints: asyncio.Task[bytes] | None = None
         self._forward: WayOut | None = None
+        self._folder: str | None = None
         self.home = ""
 
     async def __aenter__(self) -> Self:
@@ -74,6 +77,8 @@ class Sandbox:
             raise
 
     async def _start(self) -> None:
+        if self._launch.our_files:  # the program inside removes it, but can't once it is stopped or killed
+            self._folder = tempfile.mkdtemp(prefix="slurmlime-agent-")
         ours, theirs = socket.socketpair()
         channel, network = socket.socketpair() if self._launch.own_network and self._way_out else (None, None)
         try:
@@ -106,6 +111,7 @@ class Sandbox:
             "alone": self._launch.alone,
             "user": self._launch.become,
             "home": self._launch.home,
+            "made": self._folder,
             "outside": Path("/proc/self/ns/pid").stat().st_ino,
             "network": network.fileno() if network else None,
         }
@@ -220,8 +226,13 @@ class Sandbox:
     async def _give_up(self) -> str:
         """End it, and return the last that it said by itself."""
         process, self._process = self._process, None
-        if process is None:
-            return ""
+        try:
+            return await self._end(process) if process is not None else ""
+        finally:
+            if self._folder is not None:
+                await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+
+    async def _end(self, process: Process) -> str:
         if self._forward is not None:
             await self._forward.close()
         if hasattr(self, "_orders"):
