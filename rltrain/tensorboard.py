@@ -46,8 +46,11 @@ class TensorBoard:
 
 
 def directory_of(tracking: Tracking, layout: RunLayout) -> Path:
-    """`$TENSORBOARD_DIR`, else tensorboard/ of the run, in it --tb-project-name and --tb-experiment-name if given."""
-    if given := os.environ.get("TENSORBOARD_DIR"):
+    """--tensorboard-dir, else `$TENSORBOARD_DIR`, else tensorboard/ of the run.
+
+    In the latter are --tb-project-name and --tb-experiment-name, if given.
+    """
+    if given := tracking.tensorboard_dir or os.environ.get("TENSORBOARD_DIR"):
         return Path(given)
     names = [name for name in (tracking.tb_project_name, tracking.tb_experiment_name) if name]
     return layout.root.joinpath("tensorboard", *names)

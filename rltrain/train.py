@@ -16,6 +16,7 @@ from rltrain.job import Job, Newcomers, make_room
 from rltrain.megatron.actor import MegatronTrainActor
 from rltrain.megatron.memory import EngineMemory
 from rltrain.megatron.model.specs import describe_layers
+from rltrain.megatron.profile import Profiler
 from rltrain.megatron.ranks import init_process_group
 from rltrain.megatron.training.share import describe_sharing
 from rltrain.packages import check_trainer
@@ -127,9 +128,16 @@ def main() -> int:
     init_process_group(context, registry, config)
     if context.index == 0:
         print(describe_layers(), flush=True)
+    profiler = Profiler(config, context)
+    with profiler.memory():
+        return run(config, context, registry, profiler)
+
+
+def run(config: Config, context: RoleContext, registry: Registry, profiler: Profiler) -> int:
+    """Build the model and train it; returns the exit code."""
     engine_memory = EngineMemory(config)
     make_room(config, context, registry, engine_memory)
-    actor = MegatronTrainActor(config, context, registry, engine_memory)
+    actor = MegatronTrainActor(config, context, registry, engine_memory, profiler)
     if context.index == 0:
         print(describe_sharing(actor.config, actor.shape), flush=True)
     job = Job(actor.config, context, registry)

@@ -19,7 +19,7 @@ from rltrain.arguments.groups.algorithm import Algorithm
 from rltrain.arguments.groups.checkpoint import Checkpoint
 from rltrain.arguments.groups.critic import Critic, values_of_critic
 from rltrain.arguments.groups.data import Data
-from rltrain.arguments.groups.debug import Debug, Tracking
+from rltrain.arguments.groups.debug import Debug, Profiling, Tracking
 from rltrain.arguments.groups.engines import Engines
 from rltrain.arguments.groups.evaluation import Evaluation, settings_of_set
 from rltrain.arguments.groups.functions import Functions
@@ -58,6 +58,7 @@ class Config:
     shape: Shape = field(default_factory=Shape)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
+    profiling: Profiling = field(default_factory=Profiling)
     debug: Debug = field(default_factory=Debug)
     ignored_flags: list[str] = field(default_factory=list)
     custom: dict[str, Any] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from rltrain.arguments.groups.algorithm import resolve_algorithm
 from rltrain.arguments.groups.checkpoint import check_checkpoint
 from rltrain.arguments.groups.critic import check_critic
 from rltrain.arguments.groups.data import absolute, resolve_data
-from rltrain.arguments.groups.debug import resolve_debug
+from rltrain.arguments.groups.debug import check_profiling, resolve_debug
 from rltrain.arguments.groups.engines import Engines, check_health, resolve_count, resolve_offload
 from rltrain.arguments.groups.evaluation import only_evaluates, resolve_defaults, resolve_sets
 from rltrain.arguments.groups.functions import DEFAULT_ROLLOUT_FUNCTION, SFT_ROLLOUT_FUNCTION, Functions
@@ -30,7 +30,7 @@ from rltrain.run.errors import UserError
 
 _PATHS = (
     "hf_checkpoint", "load", "ref_load", "save", "save_hf", "wandb_dir", "critic_load", "critic_save",
-    "opd_teacher_load", "rollout_external_engines_file",
+    "opd_teacher_load", "rollout_external_engines_file", "tensorboard_dir", "memory_snapshot_dir",
 )  # fmt: skip
 
 # Flags of Megatron with which what comes of a token depends on how many others there are.
@@ -52,7 +52,8 @@ def resolve(config: Config) -> Config:
     config = _resolve_fine_tuning(replace(config, debug=debug, functions=functions, agents=agents))
     _check_required(config)
     check_ranges([getattr(config, name) for name in ("rollout", "training", "checkpoint", "evaluation")])
-    check_ranges([config.parallel, config.weights, config.algorithm])
+    check_ranges([config.parallel, config.weights, config.algorithm, config.profiling])
+    check_profiling(config.profiling, config.debug)
     config = replace(config, training=resolve_training(config.training, config.rollout))
     config = _resolve_parallel(config)
     check_schedule(config.optimizer)

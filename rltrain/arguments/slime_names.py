@@ -15,9 +15,8 @@ NOT_YET = frozenset(
     allgather-cp ci-disable-kl-checker ci-load-grad-norm ci-save-grad-norm ci-test
     ci-train-rollout-logprob-abs-diff-threshold custom-update-weight-post-write-path
     data-pad-size-multiplier disable-rollout-global-dataset disable-wandb-random-suffix dump-details
-    enable-mtp-training fetch-trajectory-retry-times http-proxy memory-recorder memory-snapshot-dir
-    memory-snapshot-num-steps min-batch-collection-ratio multimodal-keys profile-target
-    record-memory-history release-train rollout-buffer-url rollout-task-type train-env-vars
+    enable-mtp-training fetch-trajectory-retry-times http-proxy min-batch-collection-ratio
+    multimodal-keys release-train rollout-buffer-url rollout-task-type train-env-vars
     update-weight-disk-dir update-weight-disk-keep-files use-distributed-post use-rollout-entropy
     wandb-always-use-train-step
     """.split()  # noqa: SIM905 (a hundred quoted strings read worse)

@@ -31,6 +31,7 @@ from rltrain.megatron.memory import EngineMemory, MemoryEngine, Offload
 from rltrain.megatron.model import customize
 from rltrain.megatron.model.build import build_model, read_shape
 from rltrain.megatron.model.export import Exporter
+from rltrain.megatron.profile import Profiler
 from rltrain.megatron.push import WeightPush
 from rltrain.megatron.training.advantages import with_advantages
 from rltrain.megatron.training.critic import Critic
@@ -70,6 +71,7 @@ class MegatronTrainActor:
         context: RoleContext,
         registry: Registry,
         engine_memory: EngineMemory | None = None,
+        profiler: Profiler | None = None,
     ) -> None:
         """Build the model on this rank; `distributed.init_process_group` has run.
 
@@ -78,12 +80,14 @@ class MegatronTrainActor:
             context: the role's.
             registry: the job's.
             engine_memory: what engines on the same GPUs have given up already.
+            profiler: this rank's.
 
         Raises:
             UserError: the model, its weights or the flags cannot be used.
         """
         config = customize.call_at_start(config)
         self.config, self._layout, self._registry = config, context.layout, registry
+        self._profiler = profiler or Profiler(config, context)
         self.shape = read_shape(config)
         with megatron_scope():
             self.models = build_model(self.shape, config)
@@ -124,6 +128,10 @@ class MegatronTrainActor:
         Raises:
             UserError: too many steps in a row had to be skipped; the last good state is saved.
         """
+        with self._profiler.rollout(rollout_id):
+            return self._train(rollout_id, batch)
+
+    def _train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
         timers = Timers()
         metrics: dict[str, float] = {}
         self.offload.for_training()
@@ -145,7 +153,7 @@ class MegatronTrainActor:
                     self.config.debug.save_debug_train_data, rollout_id, dist.get_rank(), share, inputs
                 )
             if self.critic is None or rollout_id >= self.config.critic.num_critic_only_steps:
-                with timers("actor_train"):
+                with timers("actor_train"), self._profiler.part("train_actor"):
                     metrics |= self._train_policy(rollout_id, share, inputs)
         self.others.after_rollout(rollout_id, self.models)
         return metrics | measure(share, timers)
@@ -257,9 +265,10 @@ class MegatronTrainActor:
         """What the policy's loss needs beside the batch; the critic is trained, and these are its metrics."""
         config, critic = self.config, self.critic
         check_rollout(config.algorithm, share)
-        inputs = with_log_probs(
-            config, inputs, share, self.models, self.log_probs, self.others, rollout_id, timers
-        )
+        with self._profiler.part("train_log_probs"):
+            inputs = with_log_probs(
+                config, inputs, share, self.models, self.log_probs, self.others, rollout_id, timers
+            )
         if critic is None:
             return with_advantages(config, share, inputs, rollout_id), {}
         after = partial(self._skipped.record, "critic", rollout_id)

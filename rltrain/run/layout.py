@@ -108,6 +108,11 @@ class RunLayout:
         return self.root / "weights"
 
     @property
+    def profile(self) -> Path:
+        """Traces of the trainer, and histories of its memory, where they were asked for."""
+        return self.root / "profile"
+
+    @property
     def plots(self) -> Path:
         """Pictures made from the run."""
         return self.root / "plots"

@@ -42,6 +42,48 @@ class Tracking:
     use_tensorboard: bool = flag("also for TensorBoard: $TENSORBOARD_DIR, or tensorboard/ of the run", False)
     tb_project_name: str | None = flag("directory in tensorboard/ of the run", metavar="NAME")
     tb_experiment_name: str | None = flag("directory in that of --tb-project-name", metavar="NAME")
+    tensorboard_dir: str | None = flag(
+        "directory for TensorBoard: of --use-tensorboard's metrics, and of traces (default: in the run)",
+        metavar="DIR",
+        owner="Megatron",
+    )
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """Profiling."""
+
+    use_pytorch_profiler: bool = flag(
+        "write traces of the trainer with torch's profiler: for ui.perfetto.dev, in profile/ of the run",
+        False,
+        owner="Megatron",
+    )
+    profile_target: list[Literal["train_overall", "train_actor", "train_log_probs"]] = flag(
+        "of what: all of a rollout's training, its optimizer steps, its log-probs (default: train_overall)",
+        ["train_overall"],
+    )
+    profile_step_start: int = flag(
+        "the first rollout that is traced, counted from the start of the trainer (default: 10)",
+        10,
+        metavar="N",
+        owner="Megatron",
+    )
+    profile_step_end: int = flag(
+        "the rollout before which tracing ends (default: 12)", 12, metavar="N", owner="Megatron"
+    )
+    profile_ranks: list[int] | None = flag(
+        "the trainer ranks that write something (default: all)", metavar="RANK", owner="Megatron"
+    )
+    record_memory_history: bool = flag(
+        "record every allocation from the start, and write it when memory runs out, or at the end", False
+    )
+    memory_recorder: Literal["torch", "memray"] = flag(
+        "torch: of the GPU; memray: of host memory (default: torch)", "torch"
+    )
+    memory_snapshot_dir: str | None = flag("default: profile/ of the run", metavar="DIR")
+    memory_snapshot_num_steps: int | None = flag(
+        "write it after so many rollouts, and stop recording", metavar="N", at_least=1
+    )
 
 
 @dataclass(frozen=True)
@@ -104,6 +146,25 @@ def resolve_debug(debug: Debug, functions: Functions) -> tuple[Debug, Functions]
             " leave one of them out."
         )
     return debug, functions
+
+
+def check_profiling(profiling: Profiling, debug: Debug) -> None:
+    """Refuse a profile that can't be made.
+
+    Raises:
+        UserError: names the flags.
+    """
+    start, end = profiling.profile_step_start, profiling.profile_step_end
+    if profiling.use_pytorch_profiler and not 0 <= start < end:
+        raise UserError(
+            f"--profile-step-start {start} and --profile-step-end {end}: no rollout is from the first on and before the"
+            " second."
+        )
+    flag = "--use-pytorch-profiler" if profiling.use_pytorch_profiler else "--record-memory-history"
+    if debug.debug_rollout_only and (profiling.use_pytorch_profiler or profiling.record_memory_history):
+        raise UserError(
+            f"{flag} is about the trainer, and --debug-rollout-only has none. Leave one of them out."
+        )
 
 
 def check_recorded(debug: Debug, num_rollout: int) -> None:
