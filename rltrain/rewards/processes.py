@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from rltrain.arguments.config import Config
@@ -93,7 +94,8 @@ class Processes:
         async def end() -> None:
             async with self._turn:
                 if template is self._template is not None:
-                    await self._ask(pid)
+                    with suppress(ConnectionError):  # it has died, and those that it forked with it
+                        await self._ask(pid)
 
         return WorkerProcess(ours, end)
 

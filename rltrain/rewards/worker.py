@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rltrain.functions import explain, explain_fully, load_function
@@ -162,7 +163,6 @@ async def _run(
         reward = function(args, subject)
         if inspect.isawaitable(reward):
             reward = await asyncio.wait_for(reward, args.reward_timeout)
-        rewards = check(reward)
     except Exception as error:
         seconds = time.perf_counter() - began
         failure = explain_fully(error)
@@ -170,10 +170,21 @@ async def _run(
             failure = f"the reward took longer than --reward-timeout {args.reward_timeout:g} s"
         return [Grade(None, failure, seconds) for _ in samples]
     seconds = time.perf_counter() - began
+    try:
+        rewards = check(reward)
+    except Exception as error:
+        return [Grade(None, f"{_name(function)}: {error}", seconds) for _ in samples]
     return [
         Grade(reward, None, seconds, _changed(sample, old))
         for reward, sample, old in zip(rewards, samples, before, strict=True)
     ]
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """Who returned a reward that is none, for people: its import path and where it stands."""
+    path = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{path} ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else path
 
 
 def _changed(sample: Sample, old: bytes) -> dict[str, Any] | None:
@@ -185,7 +196,7 @@ def _changed(sample: Sample, old: bytes) -> dict[str, Any] | None:
 
 
 def checked(reward: Any, reward_key: str | None) -> float | dict[str, Any]:
-    """The reward as a float, or a dict: with one under `reward_key`, or without a key as it is.
+    """The reward as a float (also of a text such as "1.0"), or a dict: with one under `reward_key`, or as it is.
 
     Raises:
         ValueError: it is neither of them, or the number is not finite.
@@ -201,8 +212,8 @@ def checked(reward: Any, reward_key: str | None) -> float | dict[str, Any]:
         return reward  # --custom-reward-post-process-path may make a number of it
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"the reward is {value!r}; expected a number") from None
+    except Exception:  # of a tensor with several elements, or of a user's class
+        raise ValueError(f"the reward is {value!r:.200}; expected a number") from None
     if not math.isfinite(number):
         raise ValueError(f"the reward is {number}; expected a finite number")
     return {**reward, reward_key: number} if reward_key else number

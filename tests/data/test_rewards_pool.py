@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,8 @@ def test_each_sample_gets_its_own_grade(name: str) -> None:
     assert failures["hang"] == "the reward took longer than --reward-timeout 1 s"
     assert failures["exit"] == "the reward function ended its process"
     assert "nan" in failures["nan"] and "finite" in failures["nan"]
-    assert "'good'" in failures["text"]
+    where = f"reward_functions.{name} \\(reward_functions.py:\\d+\\)"
+    assert re.fullmatch(f"{where}: the reward is 'good'; expected a number", failures["text"])
     assert all(grade.reward is None for grade in grades.values() if grade.failure)
 
 
@@ -144,6 +147,26 @@ def test_the_process_that_others_are_forked_from_is_replaced_too() -> None:
     assert before.reward != after.reward and after.failure is None
 
 
+@pytest.mark.parametrize("name", ["graded", "graded_async"])
+def test_a_job_that_ends_all_its_processes_at_once_leaves_no_error_behind(name: str) -> None:
+    """The process that others are forked from, and those with it, may die before the pool is closed."""
+    unheard: list[str] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: unheard.append(str(what)))
+        pool = await RewardPool.start(make_config(reward_num_workers=3), f"reward_functions.{name}")
+        before = await pool.grade(sample("pid"))
+        psutil.Process(int(before.reward)).parent().kill()
+        async with asyncio.timeout(60):
+            while any(worker._process for worker in pool._workers):  # the pool has not seen it yet
+                await asyncio.sleep(0.01)
+        await pool.close()
+
+    asyncio.run(main())
+    gc.collect()  # a task that nobody asked for its error says so when it is forgotten
+    assert unheard == []
+
+
 def test_a_process_that_is_started_while_another_is_killed_stays() -> None:
     """As when a reward hangs that shares its process, and more rewards come meanwhile."""
 
@@ -184,7 +207,12 @@ def test_a_function_that_cannot_be_loaded_is_a_users_error() -> None:
 
 @pytest.mark.parametrize(
     ("reward", "key", "expected"),
-    [(True, None, 1.0), ("0.5", None, 0.5), ({"acc": 1, "len": 3}, "acc", {"acc": 1.0, "len": 3})],
+    [
+        (True, None, 1.0),
+        ("0.5", None, 0.5),
+        (" 1.0\n", None, 1.0),
+        ({"acc": 1, "len": 3}, "acc", {"acc": 1.0, "len": 3}),
+    ],
 )
 def test_rewards_are_numbers_or_dicts_with_one(reward: Any, key: str | None, expected: Any) -> None:
     assert checked(reward, key) == expected
@@ -194,6 +222,8 @@ def test_rewards_are_numbers_or_dicts_with_one(reward: Any, key: str | None, exp
     ("reward", "key", "words"),
     [
         (None, None, "None"),
+        ("good", None, "'good'; expected a number"),
+        (10**400, None, "expected a number"),
         (float("inf"), None, "finite"),
         ({"len": 1}, "acc", "'acc'"),
         (0.5, "acc", "dict"),
