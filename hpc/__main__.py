@@ -6,7 +6,18 @@ import ast
 import importlib.util
 from pathlib import Path
 
-VERBS = ("submit", "status", "logs", "cancel", "resubmit", "doctor", "accounting", "sandbox", "chaos")
+VERBS = (
+    "submit",
+    "status",
+    "logs",
+    "cancel",
+    "resubmit",
+    "evaluate",
+    "doctor",
+    "accounting",
+    "sandbox",
+    "chaos",
+)
 
 
 def describe(verb: str) -> str:

@@ -81,7 +81,7 @@ def merge_options(layout: RunLayout, words: list[str], local: bool = False) -> t
     """
     recipes, given = flag_data.split(words)
     if recipes:
-        raise UserError(f"@{recipes[0]}: a run keeps its flags, so resubmit takes no recipes; give flags.")
+        raise UserError(f"@{recipes[0]}: a run keeps its flags, so no recipe is taken here; give flags.")
     request = read_request([f"--name={layout.name}", f"--runs-dir={layout.root.parent}", *words])
     named = {"slurm" if name.startswith("slurm.") else name.replace("-", "_") for name in given}
     fields = {field.name for field in dataclasses.fields(SubmitOptions)} & {*named, *_OF_THE_CALL}

@@ -16,7 +16,7 @@ from analysis.frames.sessions import SESSION_COLUMNS, record_of, session_tree, s
 from analysis.frames.steps import STEP_KEYS, eval_names, long_frame, metric, metric_rows, steps_frame, trained
 from analysis.reading.errors import NotInRunError
 from analysis.reading.jsonl import read_events
-from analysis.reading.samples import Columns, read_frame, read_training, select_files
+from analysis.reading.samples import Columns, read_evaluations, read_training
 from analysis.reading.source import Source
 from analysis.reading.vocabulary import Vocabulary, find_tokenizer
 from rltrain.run.layout import RunLayout
@@ -156,11 +156,9 @@ class RunFrames:
         return read_training(self.layout, columns, steps, strict=self._strict)
 
     def read_evals(self, columns: Columns = "scalars") -> pd.DataFrame:
-        """Evaluation samples, one row each; `dataset` names the set. For `columns` see `read_samples`."""
-        layout = self.layout
-        sets = [layout.sample_files(name) for name in layout.eval_datasets()] if layout else []
-        files = [path for by_step in sets for paths in by_step.values() for path in paths]
-        return read_frame(files, columns, strict=self._strict)
+        """Evaluation samples, one row each; `dataset` names the set, or is NAME/SET of an evaluation made later
+        (`hpc.evaluate`). For `columns` see `read_samples`."""
+        return read_evaluations(self.layout, columns, strict=self._strict)
 
     def read_groups(self, *, threshold: float = 1.0, evals: bool = False) -> pd.DataFrame:
         """One row a group, with mean and spread of its rewards and the unbiased pass@k.
@@ -210,8 +208,7 @@ class RunFrames:
         """
         if dataset == "train" or self.layout is None:
             return self.read_samples(columns, steps=steps)
-        files = select_files(self.layout.sample_files(dataset), steps)
-        return read_frame([path for paths in files.values() for path in paths], columns, strict=self._strict)
+        return read_evaluations(self.layout, columns, steps, [dataset], strict=self._strict)
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:

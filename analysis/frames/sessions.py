@@ -32,6 +32,8 @@ TURN_COLUMNS = [
     "added_tokens", "sampled_tokens", "cached_tokens", "finish", "tools",
 ]  # fmt: skip
 
+_RECORDED = {*TURN_COLUMNS} - {"waited"}
+
 
 def record_of(metadata: Any) -> dict[str, Any] | None:
     """The record of a session in a sample's metadata, a JSON text; None if there is none."""
@@ -41,7 +43,11 @@ def record_of(metadata: Any) -> dict[str, Any] | None:
         record = json.loads(metadata)[RECORD]
     except (ValueError, KeyError, TypeError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("turns"), list) else None
+    turns = record.get("turns") if isinstance(record, dict) else None
+    is_whole = isinstance(turns, list) and all(
+        isinstance(turn, dict) and turn.keys() >= _RECORDED for turn in turns
+    )
+    return record if is_whole else None
 
 
 def sessions_frame(samples: pd.DataFrame) -> pd.DataFrame:
@@ -72,12 +78,24 @@ def turns_frame(record: Mapping[str, Any]) -> pd.DataFrame:
 
 def session_tree(record: Mapping[str, Any]) -> str:
     """The turns of a session as an indented tree: what each added and sampled, its tools, its time, and its sample."""
+    rows = tree_rows(record)
+    lines = [f"session {record.get('id')}: {len(rows)} turns in {record.get('seconds', 0):.1f} s"]
+    lines += ["  " * row["depth"] + "└ " + _line(row) for row in rows]
+    lines += [
+        f"! {event['seconds']:.1f} s {event['kind']}: {event['message']}"
+        for event in record.get("events") or ()
+    ]
+    return "\n".join(lines)
+
+
+def tree_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `turns_frame` in the order of the tree, each with its `depth`."""
     turns: list[dict[str, Any]] = [dict(row) for _, row in turns_frame(record).iterrows()]
     children: dict[int | None, list[dict[str, Any]]] = {}
     for turn in turns:
         parent = None if pd.isna(turn["parent"]) else int(turn["parent"])
         children.setdefault(parent, []).append(turn)
-    lines = [f"session {record.get('id')}: {len(turns)} turns in {record.get('seconds', 0):.1f} s"]
+    rows = []
     stack = [(turn, 0) for turn in reversed(children.get(None, []))]
     while stack:
         turn, depth = stack.pop()
@@ -85,12 +103,8 @@ def session_tree(record: Mapping[str, Any]) -> str:
         siblings = children.get(int(turn["turn"]), [])
         deeper = depth + (len(siblings) > 1)
         stack += [(each, deeper) for each in reversed(siblings)]
-        lines.append("  " * depth + "└ " + _line(turn))
-    lines += [
-        f"! {event['seconds']:.1f} s {event['kind']}: {event['message']}"
-        for event in record.get("events") or ()
-    ]
-    return "\n".join(lines)
+        rows.append({**turn, "depth": depth})
+    return rows
 
 
 def _line(turn: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ class SampleBlocks:
         return data.choose(self._all, _MOST).reset_index(drop=True)
 
     def block(self, name: str) -> Any:
-        """A block by its name in the report: `meta`, `index`, `vocabulary`, `texts-3`, `tokens-3`.
+        """A block by its name in the report: `meta`, `index`, `notes`, `vocabulary`, `texts-3`, `tokens-3`.
 
         Raises:
             KeyError: there is none of this name.
@@ -39,6 +39,8 @@ class SampleBlocks:
             return meta | {"charts": []}  # they have a view of their own
         if name == "index":
             return self._index()
+        if name == "notes":
+            return data.notes_of(self._run, self._in_order)
         if name == "vocabulary":
             return self._vocabulary()
         kind, _, number = name.partition("-")

@@ -112,7 +112,8 @@ def _sign_of(layout: RunLayout) -> tuple[Any, ...]:
             return -1
 
     folders = (layout.rollouts, layout.rollouts / "eval")
-    return (size(layout.metrics), size(layout.events), *(_changed(folder) for folder in folders))
+    files = [layout.metrics, layout.events, *(each.events for _, each in layout.later_evaluations())]
+    return (*((str(file), size(file)) for file in files), *(_changed(folder) for folder in folders))
 
 
 def _changed(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import pandas as pd
 from analysis.checks.examine import examine
 from analysis.frames.run import RunFrames
 from analysis.frames.samples import message_rows, prompt_messages
-from analysis.frames.sessions import record_of, session_tree
+from analysis.frames.sessions import RECORD, record_of, tree_rows
 from analysis.frames.steps import eval_names, metric, resumed_at
 from analysis.plots.style import BLUE, EVAL_COLOURS, ORANGE
 from analysis.reading.samples import TRAINER
@@ -105,6 +106,7 @@ def index_of(rows: pd.DataFrame) -> dict[str, list[Any]]:
         "dataset": rows["dataset"].astype(str).tolist(),
         "group": _numbers(rows["group_index"]),
         "index": _numbers(rows["index"]),
+        "rollout": _numbers(rows["rollout_id"]),
         "status": rows["status"].astype(str).tolist(),
         "reward": _numbers(rows["reward"]),
         "advantage": _numbers(rows["train_reward"]),
@@ -120,13 +122,13 @@ def texts_of(
 ) -> dict[str, Any]:
     """The conversation and what belongs to it; texts of more than `most` characters are cut."""
     messages = message_rows(row, vocabulary)
+    record = record_of(row["metadata"])
+    told = {name: row[name] for name in _EXTRA} | ({"metadata": _without(row["metadata"])} if record else {})
     extra = [
-        [name, cut(row[name], most)]
-        for name in _EXTRA
-        if isinstance(row[name], str) and row[name] not in ("", "{}")
+        [name, cut(text, most)]
+        for name, text in told.items()
+        if isinstance(text, str) and text not in ("", "{}")
     ]
-    if record := record_of(row["metadata"]):
-        extra.insert(0, ["session", cut(session_tree(record), most)])
     return {
         "messages": [
             [message["role"], cut(message["content"], most), message["trained"]] for message in messages
@@ -135,7 +137,64 @@ def texts_of(
         "extra": extra,
         "failure": cut(row["failure"], most) if isinstance(row["failure"], str) else None,
         "versions": list(dict.fromkeys(_list(row["weight_versions"]))),
+        "session": session_of(record, most) if record else None,
     }
+
+
+def _without(metadata: str) -> str:
+    """Metadata without the record of a session, which the page shows as a tree."""
+    return json.dumps({key: value for key, value in json.loads(metadata).items() if key != RECORD})
+
+
+def session_of(record: Mapping[str, Any], most: int | None = None) -> dict[str, Any]:
+    """A session as the page draws it: its turns in the order of the tree, each `[turn, depth, origin, forked from,
+    tokens added, tokens sampled, why it ended, tools, seconds since the first turn began, seconds it took, sample]`."""
+    rows = tree_rows(record)
+    first = min((row["began"] for row in rows), default=0.0)
+    return {
+        "id": str(record.get("id")),
+        "turns": [
+            [
+                *(int(row["turn"]), row["depth"], str(row["origin"]), _whole(row["forked_from"])),
+                *(int(row["added_tokens"]), int(row["sampled_tokens"]), str(row["finish"])),
+                [str(tool) for tool in row["tools"]],
+                *(
+                    round(row["began"] - first, 3),
+                    round(row["ended"] - row["began"], 3),
+                    _whole(row["sample"]),
+                ),
+            ]
+            for row in rows
+        ],
+        "events": [
+            [round(event["seconds"], 1), str(event["kind"]), cut(str(event["message"]), most)]
+            for event in record.get("events") or ()
+        ],
+    }
+
+
+def _whole(value: Any) -> int | None:
+    return None if pd.isna(value) else int(value)
+
+
+def notes_of(run: RunFrames, rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """The notes on the run's samples, the newest first; `sample`: at which of `rows` it is, None if at none of them."""
+    keys = ["dataset", *_KEYS]
+    places = {
+        key: at
+        for at, key in enumerate(rows[keys].astype({"dataset": "string"}).itertuples(index=False, name=None))
+    }
+    found: list[dict[str, Any]] = []
+    for _, note in run.notes.iloc[::-1].iterrows():
+        key = (note["dataset"], *(_whole(note[name]) for name in _KEYS))
+        tags = note["tags"] if isinstance(note["tags"], list) else []
+        time = "" if pd.isna(note["time"]) else note["time"].strftime("%Y-%m-%d %H:%M")
+        author = note["author"] if isinstance(note["author"], str) else ""
+        own = {"text": str(note["text"]), "tags": [str(tag) for tag in tags], "author": author, "time": time}
+        found.append(
+            own | {"dataset": str(key[0]), "step": key[1], "index": key[3], "sample": places.get(key)}
+        )
+    return found
 
 
 def cut(text: str, most: int | None) -> str:

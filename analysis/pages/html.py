@@ -81,13 +81,15 @@ def page(
     has_tokens = data.with_tokens(chosen) if overview else np.ones(len(chosen), dtype=bool)
     longest = data.longest_text(run, chosen) if overview else None
     samples = _Samples(run.vocabulary, longest)
-    for part in progress(data.parts(chosen), "writing samples"):
+    parts = data.parts(chosen)
+    for part in progress(parts, "writing samples"):
         of_part = has_tokens[part.index]
         columns = data.TOKEN_COLUMNS if of_part.any() else data.TEXT_COLUMNS
         samples.add(data.read_part(run, part, columns), of_part)
     notes = _notes(int(has_tokens.sum()), len(chosen), longest)
     blocks = {
         "meta": _packed(data.meta_of(run, len(chosen), total, overview=overview, notes=notes)),
+        "notes": _packed(data.notes_of(run, pd.concat(parts) if parts else chosen)),
         "index": _packed(samples.index or data.index_of(chosen.assign(response=None))),
         "vocabulary": _packed(data.vocabulary_of(samples.used, run.vocabulary)),
         **samples.blocks(),

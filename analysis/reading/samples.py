@@ -78,6 +78,37 @@ def read_training(
     return _with_trainer(frame, trainer)[names]
 
 
+def read_evaluations(
+    layout: RunLayout | None,
+    columns: Columns,
+    steps: int | Iterable[int] | None = None,
+    datasets: Sequence[str] | None = None,
+    *,
+    strict: bool,
+) -> pd.DataFrame:
+    """Evaluation samples of some of `RunLayout.eval_datasets` (all if None) and of the wanted steps (all if None).
+
+    Raises:
+        NotInRunError: an unknown column, or a step without samples.
+        DamagedFileError: a file is damaged, if `strict`.
+    """
+    names = column_names(columns)
+    wanted = layout.eval_datasets() if layout and datasets is None else datasets or ()
+    files = {each: select_files(layout.sample_files(each), steps) for each in wanted} if layout else {}
+    paths = {each: [path for part in found.values() for path in part] for each, found in files.items()}
+    own = [path for each in paths if "/" not in each for path in paths[each]]
+    # Files of later evaluations know the set, but not the evaluation's name.
+    later = [_of_dataset(_table(paths[each], names, strict), each) for each in paths if "/" in each]
+    table = pa.concat_tables([_table(own, names, strict), *later]).unify_dictionaries()
+    del later
+    return table.to_pandas(split_blocks=True, self_destruct=True)
+
+
+def _of_dataset(table: pa.Table, dataset: str) -> pa.Table:
+    at = table.column_names.index("dataset")
+    return table.set_column(at, "dataset", pa.array([dataset] * len(table), pa.string()).dictionary_encode())
+
+
 def read_frame(files: Sequence[Path], columns: Columns, *, strict: bool) -> pd.DataFrame:
     """Rows of `files` in order. Columns that an older file lacks are missing values.
 

@@ -113,7 +113,9 @@ def describe_event(event: Record) -> str | None:
 
 def describe_step(record: Record, num_rollout: int, state: RunState) -> str:
     """A line for a step: what it was, reward, evaluations, speed, time left."""
-    parts = ["before training" if record["step"] < 0 else f"step {record['step'] + 1}/{num_rollout}"]
+    done = record["step"] + 1
+    of = f"step {done}/{num_rollout}" if num_rollout else f"weights of step {done}"
+    parts = ["before training" if done == 0 else of]
     if "rollout/reward" in record:
         parts.append(f"reward {record['rollout/reward']:.3f}")
     elif (
@@ -163,8 +165,9 @@ def panel(name: str, state: RunState, num_rollout: int, elapsed: float) -> Rende
     grid.add_column(style="dim", justify="right")
     grid.add_column()
     grid.add_row("phase", f"[bold]{phase}[/]  (attempt {state.status.get('attempt', 0)})")
-    grid.add_row("step", f"{done}/{num_rollout}")
-    grid.add_row("", ProgressBar(total=num_rollout, completed=done, width=40))
+    if num_rollout:
+        grid.add_row("step", f"{done}/{num_rollout}")
+        grid.add_row("", ProgressBar(total=num_rollout, completed=done, width=40))
     grid.add_row("time", clock(elapsed) + (f", about {clock(left)} left" if left is not None else ""))
     goal = ("reward", "rollout/reward") if "rollout/reward" in last else ("loss", "train/loss")
     for label, metric in [goal, *((name, name) for name in state.eval_names)]:

@@ -21,10 +21,11 @@ def summary_rows(
     layout: RunLayout, state: RunState, num_rollout: int, seconds: float
 ) -> list[tuple[str, str]]:
     """Label and text of each line of the summary table."""
+    done = max([*state.metrics, -1]) + 1
     rows = [
         ("run", str(layout.root)),
         ("state", f"{state.status.get('phase', 'never started')}, {len(layout.attempts())} attempt(s)"),
-        ("steps", f"{max([*state.metrics, -1]) + 1} of {num_rollout}"),
+        ("steps", f"{done} of {num_rollout}") if num_rollout else ("weights", f"of step {done}"),
         ("time", clock(seconds) + _of_all_attempts(layout, state)),
     ]
     if state.steps and (lost := lost_samples(state.steps[-1])):

@@ -56,12 +56,16 @@ def _check_recipe(options: SubmitOptions, changes: list[str]) -> None:
 
 def has_checkpoint(layout: RunLayout) -> bool:
     """Whether the run would go on from a checkpoint of its own."""
+    return (checkpoint_directory(layout) / "latest_checkpointed_iteration.txt").exists()
+
+
+def checkpoint_directory(layout: RunLayout) -> Path:
+    """Where the run saves its checkpoints."""
     try:
         save = tomllib.loads(layout.config.read_text())["train"].get("save")
     except KeyError:
         save = None
-    directory = layout.checkpoints if save is None else layout.root / save
-    return (directory / "latest_checkpointed_iteration.txt").exists()
+    return layout.checkpoints if save is None else layout.root / save
 
 
 def _is_same(stored: list[str] | None, given: list[str] | None) -> bool:

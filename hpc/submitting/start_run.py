@@ -106,8 +106,11 @@ def describe(plan: JobPlan) -> str:
 def _has_finished(layout: RunLayout, rollout: Rollout) -> bool:
     if not is_finished(layout, rollout.num_rollout):
         return False
-    done = f"finished its {finished_steps(layout)} steps" if rollout.num_rollout else "evaluated its weights"
-    print(f"{layout.name} has {done}. A larger --num-rollout continues it.")
+    if rollout.num_rollout:
+        done = f"has finished its {finished_steps(layout)} steps. A larger --num-rollout continues it."
+    else:
+        done = "has evaluated its weights."
+    print(f"{layout.name} {done}")
     return True
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 _STEP_DIR = re.compile(r"step=(\d{6,})")
 _ATTEMPT_DIR = re.compile(r"attempt=(\d+)")
+_EVALUATION_DIR = re.compile(r"(.+)-step-\d+")
 _ATTEMPT_LOGS = re.compile(r"attempt_(\d+)")
 
 
@@ -130,6 +131,21 @@ class RunLayout:
         """Directory of one evaluation's samples; `step` is the number of steps trained before it."""
         return self.rollouts / "eval" / dataset / f"step={step:06d}" / f"attempt={attempt}"
 
+    @property
+    def evaluations(self) -> Path:
+        """Evaluations of its checkpoints that were made later (`hpc.evaluate`), each a run directory."""
+        return self.root / "evaluations"
+
+    def evaluation(self, name: str, step: int) -> RunLayout:
+        """The evaluation `name` of the checkpoint of `step`."""
+        return RunLayout(self.evaluations / f"{name}-step-{step}")
+
+    def later_evaluations(self, name: str | None = None) -> list[tuple[str, RunLayout]]:
+        """Name and paths of each evaluation in `evaluations`, of one name or of all, sorted."""
+        matches = ((_EVALUATION_DIR.fullmatch(each), each) for each in sorted(_names(self.evaluations)))
+        found = [(match[1], RunLayout(self.evaluations / each)) for match, each in matches if match]
+        return [each for each in found if name in (None, each[0])]
+
     def trainer_dir(self, step: int, attempt: int) -> Path:
         """Directory of what the trainer saw of one step's tokens in one attempt: `part-0.parquet`."""
         return self.root / "rollouts_trainer" / f"step={step:06d}" / f"attempt={attempt}"
@@ -146,8 +162,12 @@ class RunLayout:
     def sample_files(self, dataset: str | None = None) -> dict[int, list[Path]]:
         """Finished Parquet files by step, ascending, of each step's newest attempt.
 
-        Of the training samples, or of the evaluation set `dataset`.
+        Of the training samples, or of the evaluation set `dataset`: one of `eval_datasets`.
         """
+        name, slash, later = (dataset or "").partition("/")
+        if slash:
+            parts = [each.sample_files(later) for _, each in self.later_evaluations(name)]
+            return dict(sorted((step, files) for part in parts for step, files in part.items()))
         base = self.rollouts if dataset is None else self.rollouts / "eval" / dataset
         return _newest_files(base)
 
@@ -156,8 +176,10 @@ class RunLayout:
         return _newest_files(self.root / "rollouts_trainer")
 
     def eval_datasets(self) -> list[str]:
-        """Names of the evaluation sets that have samples, sorted."""
-        return sorted(path.name for path in (self.rollouts / "eval").glob("*") if path.is_dir())
+        """Names of the evaluation sets that have samples, sorted; then NAME/SET of `later_evaluations`."""
+        own = sorted(path.name for path in (self.rollouts / "eval").glob("*") if path.is_dir())
+        later = [(name, each.eval_datasets()) for name, each in self.later_evaluations()]
+        return own + sorted({f"{name}/{dataset}" for name, datasets in later for dataset in datasets})
 
     def log_dir(self, attempt: int) -> Path:
         """Logs of one attempt; `logs/latest` is a link to the newest."""

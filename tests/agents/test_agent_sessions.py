@@ -89,11 +89,26 @@ def test_the_tree_shows_forks_tools_and_samples_also_on_the_page(run_dir: Path) 
         "! 1.0 s rewritten: earlier turns differ",
     ]
     rows = run.read_samples("all")
-    assert texts_of(rows.iloc[0], None)["extra"][0] == ["session", tree]
-    assert texts_of(rows.iloc[1], None)["extra"] == [["metadata", '{"task": "x"}']]
+    shown = texts_of(rows.iloc[0], None)
+    assert shown["session"]["turns"] == [
+        [0, 0, "root", None, 10, 4, "tool_calls", ["add", "find"], 0.0, 0.5, 0],
+        [1, 1, "append", None, 10, 4, "stop", [], 1.5, 0.5, 0],
+        [2, 1, "fork", None, 10, 4, "stop", [], 1.6, 0.5, 1],
+        [3, 0, "fork", 1, 10, 4, "stop", [], 2.35, 0.5, 2],
+    ]
+    assert shown["session"]["events"] == [[1.0, "rewritten", "earlier turns differ"]] and shown["extra"] == []
+    shown = texts_of(rows.iloc[1], None)
+    assert (shown["session"], shown["extra"]) == (None, [["metadata", '{"task": "x"}']])
 
 
 def test_a_run_without_agents_has_no_sessions(synthetic_run: RunLayout) -> None:
     assert load_run(synthetic_run.root).sessions.empty
-    for metadata in (None, "", '{"agent_session": 5}', "agent_session", json.dumps({"agent_session": {}})):
+    for metadata in (
+        None,
+        "",
+        '{"agent_session": 5}',
+        "agent_session",
+        json.dumps({"agent_session": {}}),
+        json.dumps({"agent_session": {"turns": [{"turn": 0}]}}),
+    ):
         assert record_of(metadata) is None

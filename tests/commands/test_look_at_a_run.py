@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -156,6 +158,27 @@ def test_shared_machines_have_no_idle_gpus(tmp_path: Path) -> None:
     assert "idle-roles" in {finding.name for finding in load_run(layout.root).doctor()}
     append_event(layout.events, 0, "attempt_started", {"gpus": 0})  # roles that share cores
     assert "idle-roles" not in {finding.name for finding in load_run(layout.root).doctor()}
+
+
+def test_the_lines_of_the_readme(short_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each does what it says, as it stands there; `serve` and `hpc.evaluate` only get their words."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.partition("## Look at a run")[2].partition("\n## ")[0]
+    lines = re.findall(r"^python -m (\S+)([^#\n]*)", section, re.MULTILINE)
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    asked: list[object] = []
+    monkeypatch.setattr("analysis.serve.serve", lambda *words: asked.append(words))
+    monkeypatch.setattr("hpc.evaluate.evaluate", lambda *words: asked.append(words) or 0)
+    shutil.copytree(short_runs / "fast", tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    for module, words in lines:
+        assert importlib.import_module(module).main(words.split()) in (0, None), module
+    assert len(lines) == 7 and asked[0] == (Path("runs"), 0)
+    assert asked[1][:3] == ("demo", 10, ["--eval-prompt-data", "hard", "hard.jsonl"])  # type: ignore[index]
+    assert Path("samples.csv").stat().st_size > 1000
+    assert code
+    exec(code[1], names := {})  # the README's own
+    assert names["run"].notes["text"].tolist() == ["right by luck"] and len(names["run"].evals)
 
 
 def test_notes_on_samples(short_runs: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 import uuid
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from analysis import Run, load_run
@@ -20,11 +22,11 @@ pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parents[1]
 
 
-def submit(*flags: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
-    """Run `python -m hpc.submit` and check that every process it started has ended."""
+def submit(*flags: str, timeout: float = 900, verb: str = "submit") -> subprocess.CompletedProcess[str]:
+    """Run `python -m hpc.submit`, or another verb, and check that every process it started has ended."""
     mark = uuid.uuid4().hex
     finished = subprocess.run(
-        [sys.executable, "-m", "hpc.submit", *flags],
+        [sys.executable, "-m", f"hpc.{verb}", *flags],
         env=environment(mark),
         capture_output=True,
         text=True,
@@ -226,6 +228,42 @@ def test_a_stopped_run_continues_as_if_it_had_not_stopped(
     parts = load_run(tmp_path / "parts")
     assert set(parts.steps["attempt"]) == {0, 1}
     assert_same_curve(parts, whole)
+
+
+def test_an_earlier_checkpoint_is_evaluated(short: Shown, whole: Run, tmp_path: Path) -> None:
+    trained = whole.read_samples(columns="all", steps=6)  # by the weights after six steps
+    lines = (short[0].path.parent / "demo-data/train.jsonl").read_text().splitlines()
+    few = tmp_path / "few.jsonl"
+    few.write_text(
+        "\n".join(line for line in lines if json.loads(line)["input"] in set(trained["prompt"])) + "\n"
+    )
+    kept = {path: path.read_bytes() for path in whole.path.glob("*") if path.is_file()}
+    line = ["whole", "--runs-dir", str(whole.path.parent), "--step", "6", "--n-samples-per-eval-prompt", "4"]
+
+    missing = submit(*line, "--eval-prompt-data", "few", str(tmp_path / "none.jsonl"), verb="evaluate")
+    assert missing.returncode == 2 and "none.jsonl" in missing.stderr
+    done = submit(*line, "--eval-prompt-data", "few", str(few), verb="evaluate")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "in the `evals` of whole as later/SET at step 6" in done.stdout
+    again = submit(*line, "--eval-prompt-data", "few", str(few), verb="evaluate")
+    assert again.returncode == 0 and "later-step-6 has evaluated its weights" in again.stdout
+
+    evals = load_run(whole.path).read_evals("all")
+    assert set(zip(evals["dataset"], evals["step"], strict=True)) == {("later/few", 6)}
+    assert len(evals) == 4 * len(few.read_text().splitlines())
+    known, found = first_tokens(trained), first_tokens(evals)
+    both = known.keys() & found.keys()
+    assert both
+    assert [found[key] for key in both] == pytest.approx([known[key] for key in both], abs=1e-4)
+    assert {path: path.read_bytes() for path in whole.path.glob("*") if path.is_file()} == kept
+
+
+def first_tokens(samples: pd.DataFrame) -> dict[tuple[str, int], float]:
+    """The engine's log-prob of the first token after each prompt, by prompt and token."""
+    return {
+        (row["prompt"], row["tokens"][-row["response_length"]]): row["rollout_log_probs"][0]
+        for _, row in samples.iterrows()
+    }
 
 
 @pytest.mark.learning

@@ -67,7 +67,9 @@ def test_flags_in_the_documentation_exist(helps: dict[str, str]) -> None:
         assert named, verb
         for other, words in named:
             for flag in re.findall(r"--[a-z-]+", words):
-                known = helps[other] + (helps["submit"] if other in ("resubmit", "doctor") else "")
+                known = helps[other] + (
+                    helps["submit"] if other in ("resubmit", "evaluate", "doctor") else ""
+                )
                 assert flag in known, f"{verb}: python -m hpc.{other} has no {flag}"
 
 

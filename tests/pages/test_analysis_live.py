@@ -217,6 +217,8 @@ def test_every_view_fits(server: LiveServer, page: Page, width: int, dark: bool)
         page.open(address(server, f"run=baseline&run=hacked&tab={tab}"), width)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(f"!document.getElementById('{tab}').hidden")
+        if tab == "samples":
+            assert page.evaluate("document.querySelector('iframe').offsetHeight") > 600
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") is not dark
     assert page.errors == []

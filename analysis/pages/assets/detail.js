@@ -8,18 +8,21 @@ const tokensOf = async (i) => (await block("tokens-" + Math.floor(i / BLOCK)))[i
 
 async function showSample(i) {
   const turn = ++latest; // a click that comes while a block is unpacked wins
-  const [text, body] = await Promise.all([textOf(i), TABS[shownTab](i)]);
+  const [text, found] = await Promise.all([textOf(i), sessionOf(i)]);
+  const names = Object.keys(TABS).filter((name) => name !== "session" || found);
+  const name = names.includes(shownTab) ? shownTab : names[0], body = await TABS[name](i);
   if (turn !== latest) return;
   const facts = [["step", index.step[i]], ["group", index.group[i]], ["sample", index.index[i]], ["reward", num(index.reward[i], 4)],
     ["advantage", num(index.advantage[i], 4)], ["tokens", index.length[i]], ["status", index.status[i]], ["set", index.dataset[i]],
     ["weights", text.versions.join(", ") || "–"]];
-  const tabs = el("div", "tabs", ...Object.keys(TABS).map((name) => {
-    const button = el("button", name === shownTab ? "on" : "", name);
-    button.onclick = () => { shownTab = name; remember(); showSample(i); };
+  const tabs = el("div", "tabs", ...names.map((each) => {
+    const button = el("button", each === name ? "on" : "", each);
+    button.onclick = () => { shownTab = each; remember(); showSample(i); };
     return button;
   }));
   const failure = text.failure ? [el("pre", "failure", ...safeText(text.failure))] : [];
-  $("detail").replaceChildren(el("div", "kv", ...facts.map(([key, value]) => el("span", "", key + " ", el("b", "", String(value))))), ...failure, tabs, body);
+  const noted = (notesOn().get(i) || []).map((note) => noteBlock(note, false));
+  $("detail").replaceChildren(el("div", "kv", ...facts.map(([key, value]) => el("span", "", key + " ", el("b", "", String(value))))), ...failure, ...noted, tabs, body);
   $("tip").hidden = true;
 }
 
@@ -117,4 +120,41 @@ async function group(i) {
   return el("div", "", ...prompt, el("div", "group", ...(await Promise.all(cards))));
 }
 
-const TABS = { conversation, tokens, group };
+// The samples of one session of an agent are neighbours with the same rollout; the first of them has its record.
+function ofSession(i) {
+  if (index.rollout[i] === null) return [i];
+  const same = (j) => index.rollout[j] === index.rollout[i] && index.step[j] === index.step[i] && index.dataset[j] === index.dataset[i];
+  let first = i, last = i;
+  while (first > 0 && same(first - 1)) first--;
+  while (last + 1 < index.step.length && same(last + 1)) last++;
+  return Array.from({ length: last - first + 1 }, (_, k) => first + k);
+}
+
+async function sessionOf(i) {
+  const members = ofSession(i), own = (await textOf(members[0])).session;
+  return own ? { ...own, members } : null;
+}
+
+const sessionWords = (session) => (session ? [session.id, ...session.turns.flatMap((turn) => turn[7]), ...session.events.map((event) => event[2])] : []);
+const seconds = (value) => (value < 10 ? value.toFixed(2) : value.toFixed(1)) + " s";
+
+async function session(i) {
+  const found = await sessionOf(i), whole = Math.max(1e-9, ...found.turns.map((turn) => turn[8] + turn[9]));
+  const heads = [["session", found.id], ["turns", found.turns.length], ["samples", found.members.length], ["time", seconds(whole)]];
+  const turns = found.turns.map(([number, depth, origin, from, added, sampled, finish, tools, began, took, sample]) => {
+    const at = sample === null ? undefined : found.members[sample], bar = el("span", "when", el("i"));
+    bar.title = `${seconds(began)} after the start, for ${seconds(took)}`;
+    bar.firstChild.style.left = (100 * began) / whole + "%";
+    bar.firstChild.style.width = Math.max(1, (100 * took) / whole) + "%";
+    const trained = at === undefined ? el("span", "untrained", "not trained on") : at === i ? el("b", "", "this sample") : el("button", "", `sample ${index.index[at]}`);
+    if (at !== undefined && at !== i) trained.onclick = () => select(at);
+    const item = el("li", "", el("span", "turn", el("b", "", `turn ${number}`), el("span", "tag", ...safeText(from === null ? origin : `${origin} of ${from}`)), ...tools.map((tool) => el("span", "tag call", ...safeText(tool))), trained),
+      el("span", "muted", `${added.toLocaleString("en")} tokens added, ${sampled.toLocaleString("en")} sampled, ${seconds(took)}, `, ...safeText(finish)), bar);
+    item.style.marginLeft = Math.min(depth, 8) * 18 + "px";
+    return item;
+  });
+  const events = found.events.map(([when, kind, message]) => el("div", "finding warning", el("b", "", ...safeText(kind)), ` at ${when} s: `, ...safeText(message)));
+  return el("div", "", el("div", "kv", ...heads.map(([key, value]) => el("span", "", key + " ", el("b", "", ...safeText(String(value)))))), el("ol", "turns", ...turns), ...events);
+}
+
+const TABS = { conversation, tokens, group, session };

@@ -19,9 +19,17 @@ function haystack() {
   said ??= (async () => {
     const count = Math.ceil(index.step.length / BLOCK);
     const parts = await Promise.all(Array.from({ length: count }, (_, k) => block("texts-" + k)));
-    return parts.flat().map((text) => [...text.messages.map((m) => m[1]), ...text.extra.map((e) => e[1]), text.failure ?? ""].join("\n").toLowerCase());
+    const noted = notesOn();
+    return parts.flat().map((text, i) => [...(noted.get(i) || []).flatMap((note) => [note.text, ...note.tags]), ...text.messages.map((m) => m[1]), ...text.extra.map((e) => e[1]), text.failure ?? "", ...sessionWords(text.session)].join("\n").toLowerCase());
   })();
   return said;
+}
+
+// The notes on each sample of the page that has any.
+function notesOn() {
+  const found = new Map();
+  for (const note of notes) if (note.sample !== null) found.set(note.sample, [...(found.get(note.sample) || []), note]);
+  return found;
 }
 
 let searched = 0;
@@ -71,12 +79,12 @@ function badge(reward) {
 function drawRows() {
   const scroll = $("scroll"), first = Math.max(0, Math.floor(scroll.scrollTop / ROW) - 5);
   const last = Math.min(visible.length, Math.ceil((scroll.scrollTop + scroll.clientHeight) / ROW) + 5);
-  const rows = [];
+  const rows = [], noted = notesOn();
   for (let k = first; k < last; k++) {
     const i = visible[k];
     const row = el("div", "row" + (i === selected ? " on" : ""),
       el("span", "n", String(index.step[i])), el("span", "n", String(index.group[i])), el("span", "n", badge(index.reward[i])), el("span", "n", String(index.length[i])),
-      el("span", "pill " + index.status[i].replace(/[^a-z]/g, ""), index.status[i]), el("span", "preview", ...safeText(index.preview[i])));
+      el("span", "pill " + index.status[i].replace(/[^a-z]/g, ""), index.status[i]), el("span", "preview", noted.has(i) ? el("span", "noted", "noted") : null, ...safeText(index.preview[i])));
     row.onclick = () => select(i);
     rows.push(row);
   }
@@ -88,8 +96,8 @@ function drawRows() {
 function select(i) {
   selected = i;
   drawRows();
-  showSample(i);
   remember();
+  return showSample(i);
 }
 
 function move(by) {

@@ -1,7 +1,7 @@
 "use strict";
 // Start: unpack, draw, and keep what is chosen in the address, so that a link shows the same.
 const FIELDS = ["search", "dataset", "status", "low", "high", "from", "to"];
-let meta, restoring = true;
+let meta, notes, restoring = true;
 
 function remember() {
   if (restoring) return;
@@ -41,11 +41,35 @@ function showThem(filters) {
   return button;
 }
 
+// A note that somebody made on a sample; the way to that sample, where it is not the one that is shown.
+function noteBlock(note, isElsewhere) {
+  const about = [note.author, note.time].filter(Boolean).join(", "), node = el("div", "note", el("span", "", ...safeText(note.text)));
+  for (const tag of note.tags) node.append(el("span", "tag", ...safeText(tag)));
+  node.append(el("small", "", ...safeText(about)));
+  if (!isElsewhere) return node;
+  const place = `step ${note.step}, sample ${note.index}` + (note.dataset === "train" ? "" : ` of ${note.dataset}`);
+  if (note.sample === null) node.append(el("small", "", `${place} is not in this page`));
+  else {
+    const button = el("button", "", place);
+    button.onclick = async () => {
+      for (const id of FIELDS) $(id).value = "";
+      await apply();
+      select(note.sample);
+      $("scroll").scrollTop = Math.max(0, (visible.indexOf(note.sample) - 3) * ROW);
+      $("detail").scrollIntoView({ block: "nearest" });
+    };
+    node.append(button);
+  }
+  return node;
+}
+
 function drawTop() {
   $("facts").replaceChildren(...meta.facts.map(([key, value]) => el("span", "", key + " ", el("b", "", value))), ...meta.notes.map((note) => el("span", "", note)));
   const findings = meta.findings.map((f) => el("div", "finding " + f.severity, el("b", "", f.name), ": " + f.evidence, el("small", "", f.advice), f.samples ? showThem(f.samples) : null));
+  const noted = notes.map((note) => noteBlock(note, true));
   const box = meta.overview ? el("div", "findings", el("h2", "", findings.length ? `Findings (${findings.length})` : "Findings: none"), ...findings) : null;
-  $("top").replaceChildren(...[...meta.charts.map(([title, series]) => chart(title, series, meta.marks)), box].filter(Boolean));
+  const said = noted.length && meta.overview ? el("div", "findings notes", el("h2", "", `Notes (${noted.length})`), ...noted) : null;
+  $("top").replaceChildren(...[...meta.charts.map(([title, series]) => chart(title, series, meta.marks)), box, said].filter(Boolean));
 }
 
 function options(id, values) {
@@ -53,7 +77,7 @@ function options(id, values) {
 }
 
 async function start() {
-  [meta, index] = await Promise.all([block("meta"), block("index")]);
+  [meta, index, notes] = await Promise.all([block("meta"), block("index"), block("notes")]);
   document.body.classList.toggle("single", !meta.overview);
   drawTop();
   options("dataset", index.dataset);
@@ -72,7 +96,7 @@ async function start() {
   });
   if (index.step.length) {
     $("scroll").scrollTop = Math.max(0, (visible.indexOf(sample) - 3) * ROW);
-    select(sample);
+    await select(sample);
   }
   restoring = false;
   setTimeout(haystack, 100); // the first search finds it ready

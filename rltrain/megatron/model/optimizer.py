@@ -67,6 +67,8 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerPa
     warmup_steps = flags.lr_warmup_iters
     if flags.lr_warmup_fraction is not None:
         warmup_steps = int(flags.lr_warmup_fraction * decay_steps)
+    if not config.rollout.num_rollout:  # it only evaluates
+        warmup_steps = 0
     if warmup_steps and warmup_steps >= decay_steps:
         raise UserError(
             f"--lr-warmup-iters {warmup_steps} must be smaller than the {decay_steps} optimizer steps"
