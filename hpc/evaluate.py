@@ -151,7 +151,9 @@ def _check_same(options: SubmitOptions, flags: Flags) -> None:
 def main(argv: list[str]) -> int:
     """The command line; returns an exit code."""
     parser = cli.make_parser("hpc.evaluate", __doc__, EXAMPLE, EXIT_CODES)
-    parser.usage = "python -m hpc.evaluate RUN [--step K] [--name NAME] [--local] [--runs-dir DIR] [flags of submit …]"
+    parser.usage = (
+        "python -m hpc.evaluate RUN [--step K] [--name NAME] [--local] [--runs-dir DIR] [flags of submit …]"
+    )
     parser.add_argument("run", metavar="RUN", help="name or directory")
     parser.add_argument("--step", type=int, metavar="K", help="of the checkpoint (default: the newest)")
     parser.add_argument("--name", default=NAME, metavar="NAME",
