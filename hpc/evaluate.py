@@ -24,6 +24,7 @@ from hpc.submitting import resuming, run_dir
 from rltrain.arguments import flags as flag_data
 from rltrain.arguments.flags import Flags
 from rltrain.run.errors import UserError
+from rltrain.run.finished import is_finished
 from rltrain.run.layout import RunLayout
 
 EXAMPLE = "python -m hpc.evaluate demo --step 40 --eval-prompt-data hard hard.jsonl --name later"
@@ -74,7 +75,8 @@ def evaluate(
     options = replace(options, share=options.share or bool(layout.root.stat().st_mode & stat.S_IRGRP))
     code = submit_run(options, changes)
     if code == cli.EXIT_OK and not options.dry_run and not options.test_only:
-        print(f"the samples are in the `evals` of {layout.name} as {name}/SET at step {step}", flush=True)
+        verb = "are" if is_finished(options.layout, 0) else "will be"
+        print(f"the samples {verb} in the `evals` of {layout.name} as {name}/SET at step {step}", flush=True)
     return code
 
 
@@ -141,7 +143,7 @@ def _choose_step(layout: RunLayout, wanted: int | None) -> int:
 def _check_same(options: SubmitOptions, flags: Flags) -> None:
     """An evaluation that is there goes on only as it began."""
     own = options.layout
-    if changed := resuming.check_resume(options, run_dir.stored_flags(own), flags):
+    if changed := resuming.check_resume(options, _read_flags(own), flags):
         raise UserError(
             f"there is an evaluation in {own.root} already, with other flags ({', '.join(changed)}). Give this one"
             " another --name."

@@ -18,6 +18,7 @@ from hpc.runs.live_view import describe_step, panel
 from hpc.runs.progress import RunState
 from hpc.runs.summary import summary_rows
 from hpc.submitting import start_run
+from rltrain.demo.assets import write_assets
 from rltrain.run.errors import UserError
 from rltrain.run.layout import RunLayout
 
@@ -126,6 +127,42 @@ def test_one_name_is_one_evaluation_of_a_step(tmp_path: Path) -> None:
         UserError, match="missing --hf-checkpoint"
     ):  # the same: it goes on to what a start checks
         evaluate("demo", runs_dir=tmp_path)
+
+
+def test_a_set_that_is_missing_and_the_script_of_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_assets(tmp_path / "data")
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))  # no Slurm
+    model, prompts = str(tmp_path / "data/model"), str(tmp_path / "data/train.jsonl")
+    taken = {"hf-checkpoint": model, "prompt-data": prompts, "rollout-batch-size": "4", "num-rollout": "60"}
+    taken |= {
+        "custom-rm-path": "rltrain.demo.task.reward",
+        "label-key": "label",
+        "random-init": True,
+        "use-dynamic-batch-size": True,
+        "max-tokens-per-gpu": "512",
+    }
+    layout = saved_run(tmp_path, **taken)
+    words = [
+        "demo",
+        "--runs-dir",
+        str(tmp_path),
+        "--step",
+        "20",
+        "--partition",
+        "gpu",
+        "--nodes",
+        "1",
+        "--dry-run",
+    ]
+    with pytest.raises(UserError, match=r"nothing\.jsonl"):
+        main([*words, "--eval-prompt-data", "few", "nothing.jsonl"])
+    assert main([*words, "--eval-prompt-data", "few", str(tmp_path / "data/eval.jsonl")]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --job-name=later-step-20\n" in script and "evaluations/later-step-20/submitit" in script
+    assert not layout.evaluations.exists()
 
 
 def test_a_runs_evals_have_what_was_evaluated_later(short_runs: Path, tmp_path: Path) -> None:
