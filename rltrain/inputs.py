@@ -124,7 +124,11 @@ def _check_prompts(config: Config) -> Config:
     files = prompt_files(data)
     sizes = [check_prompt_file(path, data.input_key, data.label_key, data.metadata_key) for path, _ in files]
     prompts = len(Epochs(tuple(sizes), tuple(weight for _, weight in files)))
-    if prompts < rollout.rollout_batch_size and config.functions.data_source_path == DEFAULT_DATA_SOURCE:
+    if (
+        files
+        and prompts < rollout.rollout_batch_size
+        and config.functions.data_source_path == DEFAULT_DATA_SOURCE
+    ):
         raise UserError(
             f"{' and '.join(path for path, _ in files)}: an epoch has {prompts} prompts, fewer than"
             f" --rollout-batch-size {rollout.rollout_batch_size}: one batch would hold the same prompt twice."

@@ -22,7 +22,7 @@ from rltrain.arguments.groups.critic import read_overrides, use_critic
 from rltrain.arguments.megatron_names import add_config_flags, find_megatron_lm, handed_on, refusal
 from rltrain.arguments.recipes import read_custom_config
 from rltrain.arguments.resolve import resolve
-from rltrain.arguments.slime_names import NOT_YET, REFUSED, add_ignored_flags, remarks
+from rltrain.arguments.slime_names import REFUSED, add_ignored_flags, remarks
 from rltrain.run.errors import UserError
 from rltrain.run.layout import RunLayout
 from rltrain.run.toml_values import from_toml_values, to_toml_values
@@ -100,8 +100,6 @@ def explain_unknown(flag: str, known: list[str]) -> str:
     name = flag.partition("=")[0]
     if name.lstrip("-") in REFUSED:
         return f"{name} is not supported: {REFUSED[name.lstrip('-')]}."
-    if name.lstrip("-") in NOT_YET:
-        return f"{name} is a flag of slime that this version does not support yet; remove it."
     if reason := refusal(name.removeprefix("--")):
         return reason
     for prefix, flags in RESERVED.items():

@@ -106,7 +106,10 @@ def _check_required(config: Config) -> None:
     wanted: dict[str, tuple[Any, str]] = {
         "--hf-checkpoint": (config.model.hf_checkpoint, "the model's Hugging Face directory"),
         "--prompt-data": (
-            data.prompt_data or data.prompt_data_mix or config.debug.load_debug_rollout_data,
+            data.prompt_data
+            or data.prompt_data_mix
+            or config.debug.load_debug_rollout_data
+            or (None if data.rollout_global_dataset else "none"),
             "a JSONL or Parquet file of prompts",
         ),
         "--rollout-batch-size": (rollout.rollout_batch_size, "prompts in a rollout"),
@@ -117,10 +120,26 @@ def _check_required(config: Config) -> None:
     }
     if missing := [f"{flag} ({what})" for flag, (value, what) in wanted.items() if value is None]:
         raise UserError("missing " + ", ".join(missing) + ".")
+    _check_without_prompts(config)
     if config.debug.debug_rollout_only and config.model.random_init:
         raise UserError(
             "--debug-rollout-only: engines generate with the weights of --hf-checkpoint, and --random-init has none."
         )
+
+
+def _check_without_prompts(config: Config) -> None:
+    if config.data.rollout_global_dataset:
+        return
+    functions, flag = config.functions, "--disable-rollout-global-dataset"
+    if functions.rollout_function_path in (DEFAULT_ROLLOUT_FUNCTION, SFT_ROLLOUT_FUNCTION) and not (
+        functions.custom_generate_function_path
+    ):
+        raise UserError(
+            f"{flag}: without prompts samples begin empty. Fill them with --custom-generate-function-path or"
+            " --rollout-function-path."
+        )
+    if config.rollout.num_rollout is None:
+        raise UserError(f"{flag}: without prompts there are no epochs. Give --num-rollout, not --num-epoch.")
 
 
 def _resolve_parallel(config: Config) -> Config:

@@ -9,25 +9,45 @@ from rltrain.arguments.config import Config
 from rltrain.arguments.engine_names import RENAMED
 from rltrain.run.errors import UserError
 
-# Known to slime, not built here yet: better refused than silently ignored.
-NOT_YET = frozenset(
-    """
-    allgather-cp ci-disable-kl-checker ci-load-grad-norm ci-save-grad-norm ci-test
-    ci-train-rollout-logprob-abs-diff-threshold custom-update-weight-post-write-path
-    data-pad-size-multiplier disable-rollout-global-dataset disable-wandb-random-suffix dump-details
-    enable-mtp-training fetch-trajectory-retry-times http-proxy min-batch-collection-ratio
-    multimodal-keys release-train rollout-buffer-url rollout-task-type train-env-vars
-    update-weight-disk-dir update-weight-disk-keep-files use-distributed-post use-rollout-entropy
-    wandb-always-use-train-step
-    """.split()  # noqa: SIM905 (a hundred quoted strings read worse)
+_OF_SLIMES_CI = (
+    "it is for slime's own tests. The trainer's log-probs are compared with the engines' in every step, and the"
+    " norm of every gradient is in metrics.jsonl; leave it out"
 )
-
-# Refused for good, and why.
+_OF_SLIMES_BUFFER = (
+    "it is of slime's rollout buffer server. Programs that make rollouts are --agent-command or"
+    " --agent-function-path here, and a rollout function of your own may ask any server"
+)
+_OF_DISK_UPDATES = (
+    "weights that go through files lie in the run directory, in --runs-dir, which all nodes must see. The newest"
+    " two versions stay; leave it out"
+)
+# Refused for good, why, and what to do instead.
 REFUSED = {
     "use-stateless-adam": "megatron-core has no Adam without averages. --optimizer sgd keeps none, and"
     " --optimizer-cpu-offload keeps Adam's in host memory",
     "use-checkpoint-opt-param-scheduler": "a resumed run keeps its own flags, schedule included, and a flag that is"
     " given anew counts; leave it out",
+    "allgather-cp": "context parallelism exchanges what --cp-comm-type says",
+    "enable-mtp-training": "layers for multi-token prediction are not trained here. Leave it out",
+    "http-proxy": "requests to router and engines never go through a proxy. For those that your own functions"
+    " send, export https_proxy before hpc.submit",
+    "multimodal-keys": "no model here takes images or sound",
+    "release-train": "trainer ranks stay from the first step to the last. --offload-train gives the engines"
+    " their GPU memory while they generate",
+    "train-env-vars": "all processes of the job inherit the environment of hpc.submit: export the variables before it",
+    "custom-update-weight-post-write-path": "files of weights are only read by nodes that see the run directory."
+    " --update-weight-transport distributed needs no files",
+    "update-weight-disk-dir": _OF_DISK_UPDATES,
+    "update-weight-disk-keep-files": _OF_DISK_UPDATES,
+} | {
+    name: why
+    for why, names in {
+        _OF_SLIMES_CI: "ci-test ci-disable-kl-checker ci-train-rollout-logprob-abs-diff-threshold ci-save-grad-norm"
+        " ci-load-grad-norm",
+        _OF_SLIMES_BUFFER: "rollout-buffer-url rollout-task-type fetch-trajectory-retry-times"
+        " min-batch-collection-ratio",
+    }.items()
+    for name in names.split()
 }
 
 # Functions that come with slime, and where the same is here.
@@ -93,9 +113,13 @@ _WHY = {
     "rotary-scaling-factor": "only multi-latent attention has it; Llama 3's factor is config.json's",
     "spec": "layers are those of config.json's architecture; --custom-model-provider-path builds others",
     "transformer-impl": "TransformerEngine is used if it and a GPU are present",
+    "data-pad-size-multiplier": "packed sequences are only padded as far as parallelism needs it",
     "update-weight-delta-encoding": "changes replace what was there, element by element",
     "update-weight-delta-checksum": "a sample of every tensor is always checked",
     "update-weight-local-checkpoint-dir": "engines keep the weights that a delta applies to in their TMPDIR",
+    "=use-distributed-post": "one process sends all requests; perf/loop_lag_p99 shows whether it keeps up",
+    "=disable-wandb-random-suffix": "a run has its own name in W&B, without a suffix",
+    "=wandb-always-use-train-step": "all metrics have one axis in W&B: step, the number of the rollout",
     "=use-mcore-models": "the models of megatron-core are the only ones here",
     "=use-flash-attn": "--attention-backend chooses",
     "=no-create-attention-mask-in-dataloader": "no attention mask is ever made",

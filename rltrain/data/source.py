@@ -123,6 +123,27 @@ class PromptSet:
         return kept
 
 
+class EmptyPrompts:
+    """In the place of a `PromptSet` with --disable-rollout-global-dataset: one prompt an epoch, of which nothing
+    is known.
+
+    Attributes:
+        sizes: Prompts of each file.
+        num_too_long: Prompts that were left out.
+    """
+
+    sizes, num_too_long = (1,), 0
+
+    def groups(
+        self, positions: Sequence[int], size: int, *, first_group: int = 0, first_index: int = 0
+    ) -> list[list[Sample]]:
+        """For each position a group of `size` samples without prompt, tokens or label; see `PromptSet.groups`."""
+        return [
+            [Sample(group_index=first_group + i, index=first_index + i * size + j) for j in range(size)]
+            for i in range(len(positions))
+        ]
+
+
 @dataclass(frozen=True)
 class Epochs:
     """Positions in the joined prompts of several files.
@@ -166,7 +187,9 @@ def _order(epochs: Epochs, epoch: int) -> Sequence[int]:
 
 
 def prompt_files(data: Data) -> list[tuple[str, float]]:
-    """The prompt files that the flags name, each with its weight."""
+    """The prompt files that the flags name, each with its weight; none with --disable-rollout-global-dataset."""
+    if not data.rollout_global_dataset:
+        return []
     if data.prompt_data_mix:
         mix = data.prompt_data_mix
         return [(path, float(weight)) for path, weight in zip(mix[::2], mix[1::2], strict=True)]
@@ -193,11 +216,13 @@ class RolloutDataSource:
         self._args = args
         config = Config.of(args)
         files = prompt_files(config.data)
-        self._prompts = PromptSet(config, [path for path, _ in files], args.input_key, args.label_key)
-        weights = tuple(weight for _, weight in files)
-        self._epochs = Epochs(
-            tuple(self._prompts.sizes), weights, args.rollout_seed, args.rollout_shuffle or len(files) > 1
+        self._prompts = (
+            PromptSet(config, [path for path, _ in files], args.input_key, args.label_key)
+            if files
+            else EmptyPrompts()
         )
+        sizes, weights = tuple(self._prompts.sizes), tuple(weight for _, weight in files) or (1.0,)
+        self._epochs = Epochs(sizes, weights, args.rollout_seed, args.rollout_shuffle or len(files) > 1)
         self.num_prompts_too_long = self._prompts.num_too_long
         if self.num_prompts_too_long and len(self) < args.rollout_batch_size:
             raise UserError(

@@ -33,9 +33,13 @@ from rltrain.megatron.model.build import build_model, read_shape
 from rltrain.megatron.model.export import Exporter
 from rltrain.megatron.profile import Profiler
 from rltrain.megatron.push import WeightPush
-from rltrain.megatron.training.advantages import with_advantages
+from rltrain.megatron.training.advantages import entropy_metrics, with_advantages
 from rltrain.megatron.training.critic import Critic
-from rltrain.megatron.training.forward_backward import forward_log_probs, token_loss
+from rltrain.megatron.training.forward_backward import (
+    forward_log_probs,
+    forward_log_probs_and_entropy,
+    token_loss,
+)
 from rltrain.megatron.training.micro_batch import LossInputs, MicroBatch, computed_length
 from rltrain.megatron.training.other_policies import OtherPolicies, check_rollout, with_log_probs
 from rltrain.megatron.training.recording import SeenTokens, TokenWriter, token_columns, write_train_data
@@ -212,20 +216,33 @@ class MegatronTrainActor:
         return self._weight_push.is_lacked(find_engines)
 
     def log_probs(self, share: RankShare, prefix: str = "") -> Flat:
+        """See `log_probs_and_entropy`."""
+        return self.log_probs_and_entropy(share, prefix)[0]
+
+    def log_probs_and_entropy(self, share: RankShare, prefix: str = "") -> tuple[Flat, Flat | None]:
         """log π of this rank's samples, with the weights that the model has now; other samples' entries are empty.
+
+        With --use-rollout-entropy also the entropy of the distributions that the tokens were sampled from.
 
         Args:
             prefix: Whose weights they are, as slime's hook is told: `ref_`, `teacher_`, or nothing.
         """
         customize.call_before_log_probs(self.config, self.policy.wrapped, prefix)
+        with_entropy = self.config.algorithm.use_rollout_entropy
+        compute = forward_log_probs_and_entropy if with_entropy else forward_log_probs
 
         def forward(micro_batches: list[MicroBatch]) -> list[Tensor]:
-            return forward_log_probs(self.policy.wrapped, micro_batches, self.shape, self.config)
+            return compute(self.policy.wrapped, micro_batches, self.shape, self.config)
 
         if prefix or not self.config.algorithm.use_routing_replay:
-            return share.per_token(forward, None if prefix else share.routes)
-        with routing_replay.recording(self.models):
-            return share.per_token(lambda each: self._recorded(share, each, forward(each)))
+            found = share.per_token(forward, None if prefix else share.routes)
+        else:
+            with routing_replay.recording(self.models):
+                found = share.per_token(lambda each: self._recorded(share, each, forward(each)))
+        if not with_entropy:
+            return found, None
+        first, second = ([each[..., i] if each.size else each for each in found] for i in (0, 1))
+        return first, second
 
     def _recorded(
         self, share: RankShare, micro_batches: list[MicroBatch], values: list[Tensor]
@@ -262,22 +279,30 @@ class MegatronTrainActor:
     def _prepare(
         self, rollout_id: int, share: RankShare, inputs: LossInputs[Flat], timers: Timers
     ) -> tuple[LossInputs[Flat], dict[str, float]]:
-        """What the policy's loss needs beside the batch; the critic is trained, and these are its metrics."""
+        """What the policy's loss needs beside the batch; the critic is trained. And the metrics of both."""
         config, critic = self.config, self.critic
         check_rollout(config.algorithm, share)
         with self._profiler.part("train_log_probs"):
             inputs = with_log_probs(
-                config, inputs, share, self.models, self.log_probs, self.others, rollout_id, timers
+                config,
+                inputs,
+                share,
+                self.models,
+                self.log_probs_and_entropy,
+                self.others,
+                rollout_id,
+                timers,
             )
+        metrics = entropy_metrics(share, inputs)
         if critic is None:
-            return with_advantages(config, share, inputs, rollout_id), {}
+            return with_advantages(config, share, inputs, rollout_id), metrics
         after = partial(self._skipped.record, "critic", rollout_id)
         with timers("critic_train"), critic.in_place_of(self.policy):
             inputs = with_advantages(
                 config, share, replace(inputs, old_values=critic.values(share)), rollout_id
             )
-            metrics = critic.train(share, inputs, after)
-        return inputs, prefixed("critic", metrics)
+            trained = critic.train(share, inputs, after)
+        return inputs, metrics | prefixed("critic", trained)
 
     def _train_policy(self, rollout_id: int, share: RankShare, inputs: LossInputs[Flat]) -> dict[str, float]:
         config, policy, seen = self.config, self.policy, SeenTokens()

@@ -6,6 +6,7 @@ would) gets processes that each load it again.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import pickle
@@ -122,7 +123,8 @@ class Processes:
         forks = False
         try:
             async with asyncio.timeout(_START_TIMEOUT):
-                message = pickle.dumps((self._config.namespace, self._path), protocol=pickle.HIGHEST_PROTOCOL)
+                args = _picklable(self._config.namespace)
+                message = pickle.dumps((args, self._path), protocol=pickle.HIGHEST_PROTOCOL)
                 await asyncio.get_running_loop().sock_sendall(ours, LENGTH.pack(len(message)) + message)
                 (length,) = LENGTH.unpack(await _receive(ours, LENGTH.size))
                 problem, forks = pickle.loads(await _receive(ours, length))
@@ -133,6 +135,21 @@ class Processes:
             await _end(process)
             raise UserError(problem)
         return ours, process, forks
+
+
+def _picklable(args: argparse.Namespace) -> argparse.Namespace:
+    """The args without what a generation function has set on them and no other process can have: locks, clients, …."""
+
+    def can_be_sent(value: Any) -> bool:
+        try:
+            pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+        except Exception:  # whatever a user's object raises
+            return False
+        return True
+
+    if can_be_sent(args):
+        return args
+    return argparse.Namespace(**{name: value for name, value in vars(args).items() if can_be_sent(value)})
 
 
 def _worker(connection: socket.socket, process: asyncio.subprocess.Process) -> WorkerProcess:

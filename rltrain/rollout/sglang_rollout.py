@@ -7,6 +7,7 @@ out, with the engine's log-probs, so nothing is ever tokenised twice.
 from __future__ import annotations
 
 import argparse
+import asyncio
 
 from rltrain.arguments.config import Config, group_of
 from rltrain.arguments.groups.rollout import Rollout
@@ -16,7 +17,7 @@ from rltrain.functions import load_function
 from rltrain.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput
 from rltrain.rollout.collect import collect
 from rltrain.rollout.eval import eval_rollout
-from rltrain.rollout.generate.group import check_failures
+from rltrain.rollout.generate.group import check_failures, training_slots
 from rltrain.rollout.generate.http import post, session_headers
 from rltrain.rollout.generate.single_turn import generate, sampling_params
 from rltrain.rollout.generate.timing import LoopLag
@@ -26,12 +27,25 @@ __all__ = ["GenerateState", "generate", "generate_rollout", "get_model_url", "po
 
 
 class GenerateState:
-    """What a custom generation function may want besides its sample; cheap to make."""
+    """What a custom generation function may want besides its sample; cheap to make.
+
+    Attributes:
+        args: As given.
+        tokenizer: The model's.
+        processor: None: no model here takes images or sound.
+        sampling_params: Those of the flags, for training rollouts.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.tokenizer = load_tokenizer(args.hf_checkpoint)
+        self.processor = None
         self.sampling_params = sampling_params(group_of(args, Rollout))
+
+    @property
+    def semaphore(self) -> asyncio.Semaphore:
+        """A place for each request that may be in flight; generation functions are called with one already."""
+        return training_slots(Config.of(self.args))
 
 
 async def generate_rollout(

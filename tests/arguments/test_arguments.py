@@ -10,7 +10,6 @@ from helpers.run_files import LEAST
 
 from rltrain import arguments
 from rltrain import inputs as input_files
-from rltrain.arguments.slime_names import NOT_YET
 from rltrain.run.errors import UserError
 
 
@@ -70,7 +69,7 @@ def test_batch_arithmetic_that_contradicts_itself_shows_all_numbers() -> None:
         (["--mask-offpolicy-in-partial-rollout"], "needs --partial-rollout"),
         (["--over-sampling-batch-size", "3"], "less than --rollout-batch-size 4"),
         (["--max-failed-fraction", "2"], "between 0 and 1"),
-        ([f"--{min(NOT_YET)}"], "a flag of slime that this version does not support yet"),
+        (["--train-env-vars", "{}"], "export the variables before it"),
         (["--gamma", "0.9"], "grpo discounts nothing"),
         (["--gamma", "1.5", "--advantage-estimator", "reinforce_plus_plus"], "between 0 and 1"),
         (["--kl-coef", "0.1", "--advantage-estimator", "rloo"], "reinforce_plus_plus_baseline"),

@@ -83,6 +83,44 @@ def test_megatrons_spelling_of_the_flags_of_the_schedule(scheduler: str) -> None
         arguments.parse([*LEAST, *flags.to_argv(recipe)])
 
 
+def test_no_flag_of_slime_meets_a_bare_refusal() -> None:
+    """Every flag that slime's own parser has and ours lacks says why, or what to use instead."""
+    for name, words in {
+        "train-env-vars": "export the variables",
+        "min-batch-collection-ratio": "--agent-command",
+        "ci-test": "compared with the engines' in every step",
+        "update-weight-disk-dir": "in the run directory",
+        "http-proxy": "export https_proxy",
+        "release-train": "--offload-train",
+    }.items():
+        with pytest.raises(UserError, match=f"--{name} is not supported: .*{words}"):
+            arguments.parse([*LEAST, f"--{name}"])
+    given = ["--data-pad-size-multiplier", "128", "--use-distributed-post", "--disable-wandb-random-suffix",
+             "--wandb-always-use-train-step"]  # fmt: skip
+    lines = arguments.remarks(arguments.parse([*LEAST, *given]))
+    assert [line.partition(" is ignored: ")[0] for line in lines] == sorted(set(given) - {"128"})
+
+
+def test_details_are_rollouts_and_what_was_trained_on() -> None:
+    debug = arguments.parse([*LEAST, "--dump-details", "/data/a{b}"]).debug
+    assert debug.save_debug_rollout_data is not None and debug.save_debug_train_data is not None
+    assert debug.save_debug_rollout_data.format(rollout_id=3) == "/data/a{b}/rollout_data/3.parquet"
+    assert debug.save_debug_train_data.format(rollout_id=3, rank=1) == "/data/a{b}/train_data/3_1.parquet"
+    own = ["--dump-details", "/data", "--save-debug-rollout-data", "/own/{rollout_id}.parquet"]
+    assert arguments.parse([*LEAST, *own]).debug.save_debug_rollout_data == "/own/{rollout_id}.parquet"
+
+
+def test_a_run_without_prompts_needs_functions_that_fill_its_samples() -> None:
+    least = [word for word in LEAST if word not in LEAST[LEAST.index("--prompt-data") :][:2]]
+    without = [*least, "--disable-rollout-global-dataset"]
+    with pytest.raises(UserError, match="Fill them with --custom-generate-function-path"):
+        arguments.parse(without)
+    filled = [*without, "--custom-generate-function-path", "a.b"]
+    with pytest.raises(UserError, match="--prompt-data or --prompt-data-mix: leave one of them out"):
+        arguments.parse([*filled, "--prompt-data", "p.jsonl"])
+    assert arguments.parse(filled).namespace.rollout_global_dataset is False
+
+
 def test_metrics_of_categories_and_of_correct_samples() -> None:
     config = arguments.parse([*LEAST, "--log-reward-category", "why", "--log-correct-samples"])
     assert (config.tracking.log_reward_category, config.tracking.log_correct_samples) == ("why", True)

@@ -149,3 +149,18 @@ def test_a_tokenizer_without_template_or_no_tokenizer_is_a_users_error(tmp_path:
         render(Prompt("hi"), make_tokenizer(chat_template=None), chat_template=True, kwargs={})
     with pytest.raises(UserError, match="no usable tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+def test_without_prompts_samples_are_numbered_and_empty(make_args) -> None:
+    config = make_args().replace(prompt_data=None, rollout_global_dataset=False)
+    source = RolloutDataSource(config.namespace)
+    first = source.get_samples(3)
+    assert [[sample.index for sample in group] for group in first] == [[0, 1], [2, 3], [4, 5]]
+    assert all(flat([[sample]]) == flat([[Sample(group_index=i, index=sample.index)]])
+               for i, group in enumerate(first) for sample in group)  # fmt: skip
+    source.save(0)
+    again = RolloutDataSource(config.namespace)
+    again.load(0)
+    assert (
+        flat(again.get_samples(1)) == flat(source.get_samples(1)) and source.get_samples(1)[0][0].index == 8
+    )

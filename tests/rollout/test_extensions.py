@@ -419,6 +419,12 @@ def test_cancelling_is_not_a_failure(custom: Any, make_args: Any) -> None:
         task.cancel()
         await asyncio.wait([task])
         assert task.cancelled()
-        return len([each for each in asyncio.all_tasks() if "collect" in repr(each) or "_fill" in repr(each)])
+        return len(
+            [
+                each
+                for each in asyncio.all_tasks()
+                if "collect" in repr(each) or "GroupRunner.fill" in repr(each)
+            ]
+        )
 
     assert with_engine(use, config) == 0

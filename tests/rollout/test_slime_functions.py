@@ -7,10 +7,12 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from aiohttp import web
 from fakes.engine_server import FakeEngine, answer, fake_engine
 from helpers.rollout import manager, run_rollout, with_engine
+from helpers.tiny_model import make_tokenizer
 
 import rltrain.slime
 from rltrain.data.source import RolloutDataSource
@@ -21,9 +23,15 @@ from rltrain.rollout.generate.single_turn import GenerationError
 from rltrain.rollout.train_data.convert import to_train_data
 from rltrain.run.errors import UserError
 from rltrain.sample import Sample
+from rltrain.schema import read_metrics
 
 FUNCTIONS = """
-from rltrain.slime import GenerateState, Sample, async_rm, load_function, post
+import threading
+
+from rltrain.slime import (
+    GenerateState, RolloutFnTrainOutput, Sample, async_rm, generate_and_rm, generate_and_rm_group, generate_rollout,
+    load_function, post, run,
+)
 
 async def turns(args, sample, sampling_params):
     state = GenerateState(args)
@@ -66,6 +74,43 @@ async def per_sample(args, sample, sampling_params):
     sample = await turns(args, sample, sampling_params)
     sample.custom_rm_path = "slime_functions.constant" if sample.index % 2 else None
     return sample
+
+async def twice(args, sample, sampling_params):
+    other = Sample(**{**vars(sample), "tokens": list(sample.tokens)})
+    return [await turns(args, sample, sampling_params), await turns(args, other, sampling_params)]
+
+async def sets_a_lock(args, sample, sampling_params):
+    args.lock, args.bonus = threading.Lock(), 0.5
+    return await turns(args, sample, sampling_params)
+
+async def bonus(args, sample):
+    return args.bonus + hasattr(args, "lock")
+
+async def raises(args, sample, sampling_params):
+    if sample.index % 2:
+        raise ValueError("no such tool")
+    return await turns(args, sample, sampling_params)
+
+async def collect(args, groups):
+    state = GenerateState(args)
+    tasks = [generate_and_rm_group(args, group, state.sampling_params.copy()) for group in groups]
+    return [await task for task in tasks]
+
+def own_rollout(args, rollout_id, data_source, evaluation=False):
+    return RolloutFnTrainOutput(run(collect(args, data_source.get_samples(args.rollout_batch_size))), {"own": 1.0})
+
+async def one_by_one(args, rollout_id, data_source, evaluation=False):
+    params = GenerateState(args).sampling_params
+    groups = data_source.get_samples(args.rollout_batch_size)
+    return [[await generate_and_rm(args, sample, params, evaluation=False) for sample in group] for group in groups]
+
+def wraps(args, rollout_id, data_source, evaluation=False):
+    output = generate_rollout(args, rollout_id, data_source, evaluation)
+    output.metrics["wrapped"] = float(len(output.samples))
+    return output
+
+async def of_group(args, samples):
+    return [sum(len(each.tokens) for each in samples)] * len(samples)
 
 def scores(args, samples):
     values = [sample.reward["score"] for sample in samples]
@@ -166,6 +211,93 @@ def test_a_sample_may_name_its_own_reward(functions: None, make_args: Any) -> No
 def test_a_function_may_ask_for_the_reward_of_the_flags(functions: None, make_args: Any) -> None:
     _, samples = run_rollout(generating(make_args, "asks", "--custom-rm-path", "slime_functions.constant"))
     assert [sample.reward for sample in samples] == [1.5] * 8
+
+
+def table_of(make_args: Any, rollout: str, generate: str, *flags: str) -> pa.Table:
+    """The batch of a rollout function of the module above."""
+    config = generating(make_args, generate, "--rollout-function-path", f"slime_functions.{rollout}", *flags)
+
+    async def use(engine: FakeEngine, client: Any) -> pa.Table:
+        return await manager(config).generate(0)
+
+    return with_engine(use, config)
+
+
+@pytest.mark.parametrize("rollout", ["own_rollout", "one_by_one", "wraps"])
+def test_rollout_functions_that_generate_and_grade(functions: None, make_args: Any, rollout: str) -> None:
+    """They make what the default one makes."""
+    rows = table_of(make_args, rollout, "turns")
+    _, expected = run_rollout(generating(make_args, "turns"))
+    for name in ("index", "group_index", "tokens", "loss_mask", "reward"):
+        assert rows[name].to_pylist() == [getattr(sample, name) for sample in expected], name
+    metrics = read_metrics(rows.schema)
+    own = {"own_rollout": "rollout/own", "wraps": "rollout/wrapped"}.get(rollout)
+    assert metrics.get(own or "rollout/own") == {"own_rollout": 1.0, "wraps": 4.0}.get(rollout)
+
+
+def test_such_a_function_keeps_rollouts_of_several_samples_together(functions: None, make_args: Any) -> None:
+    rows = table_of(make_args, "own_rollout", "twice")
+    assert rows["rollout_id"].to_pylist() == [i // 2 for i in range(16)]
+    assert all(reward is not None for reward in rows["reward"].to_pylist())
+
+
+def test_such_a_function_fails_samples_alone_and_grades_groups(functions: None, make_args: Any) -> None:
+    together = ("--group-rm", "--custom-rm-path", "slime_functions.of_group", "--max-failed-fraction", "0.5")
+    rows = table_of(make_args, "own_rollout", "raises", *together).to_pylist()
+    assert [row["status"] for row in rows] == ["truncated", "failed"] * 4
+    assert [row["reward"] for row in rows] == [
+        None if row["index"] % 2 else len(row["tokens"]) for row in rows
+    ]
+
+
+def test_a_coroutine_is_not_waited_for_in_its_own_loop(functions: None, make_args: Any) -> None:
+    async def use(engine: FakeEngine, client: Any) -> None:
+        with pytest.raises(RuntimeError, match="within the event loop"):
+            rltrain.slime.run(asyncio.sleep(0))
+        assert await rltrain.slime.generate_rollout(config.namespace, 0, RolloutDataSource(config.namespace))
+
+    config = generating(make_args, "turns")
+    with_engine(use, config)
+
+
+def test_masks_of_conversations() -> None:
+    """The assistant's turns with their end mark, but not one that is left out; against the text itself."""
+    generator = rltrain.slime.MultiTurnLossMaskGenerator(make_tokenizer(), tokenizer_type="qwen3")
+    ids, mask = generator.get_loss_mask(
+        [
+            {"role": "user", "content": "1+1"},
+            {"role": "assistant", "content": "2", "step_loss_mask": 0},
+            {"role": "user", "content": "and 2+2"},
+            {"role": "assistant", "content": "is 4"},
+            {"role": "tool", "content": "ok"},
+            {"role": "assistant", "content": "so 4"},
+        ]
+    )
+    text = "user:1+1.assistant:2.user:and 2+2.assistant:is 4.tool:ok.assistant:so 4."
+    assert generator.tokenizer.decode(ids) == text and len(ids) == len(mask) == len(text)
+    begins = [text.index("is 4."), text.index("so 4.")]
+    assert [i for i, each in enumerate(mask) if each] == [first + i for first in begins for i in range(5)]
+    assert generator.get_text_from_loss_mask(ids, mask) == ["is 4.", "so 4."]
+    assert generator.get_response_lengths([mask, [0, 0], [1, 0, 1]]) == [len(text) - begins[0], 0, 3]
+
+
+def test_scores_and_counts() -> None:
+    score = rltrain.slime.compute_score
+    assert score("Answer: \\boxed{7}", "7") == {"score": 1.0, "acc": 1.0, "pred": "7"}
+    assert score("Answer: 7", "7", strict_box_verify=True)["pred"] == "[INVALID]"
+    assert score("so \\boxed{7}", "8", strict_box_verify=True) == {"score": -1.0, "acc": 0.0, "pred": "7"}
+    gatherer = rltrain.slime.MetricGatherer()
+    for reason in ("equal", None, "equal"):
+        gatherer.on_dynamic_filter_drop(reason)
+    assert gatherer.collect() == {"rollout/dynamic_filter/drop_equal": 2}
+
+
+def test_what_a_function_sets_on_args_need_not_be_fit_for_another_process(
+    functions: None, make_args: Any
+) -> None:
+    rewards = ("--custom-rm-path", "slime_functions.bonus")
+    _, samples = run_rollout(generating(make_args, "sets_a_lock", *rewards))
+    assert [sample.reward for sample in samples] == [0.5] * 8
 
 
 def test_every_name_for_functions_written_for_slime_is_there() -> None:

@@ -36,6 +36,9 @@ def doubled(args, rollout_id, rollout_data):
     calls.append(rollout_id)
     rollout_data["advantages"] = [2 * each for each in rollout_data["advantages"]]
 
+def keeps(args, rollout_id, rollout_data):
+    calls.append(dict(rollout_data))
+
 def unmasks(args, rollout_id, rollout_data):
     rollout_data["loss_masks"] = [torch.zeros_like(each) for each in rollout_data["loss_masks"]]
 
@@ -228,6 +231,38 @@ def test_custom_functions_get_slimes_data_and_may_do_what_ours_do(
     )
     assert (nothing["train/loss"], nothing["train/grad_norm"]) == (0.0, 0.0)
     assert nothing["train/dropped"] > 0
+
+
+def test_the_entropy_before_training_is_that_of_transformers(
+    custom: None, model_dir: Path, tmp_path: Path
+) -> None:
+    """Of policy and reference, the same weights at first: at every trained token, and its mean as metrics."""
+    import custom_algorithms
+    from transformers import AutoModelForCausalLM
+
+    custom_algorithms.calls.clear()
+    batch, temperature = make_batch(6, masked=1), 1.5
+    changes = {"rollout_temperature": temperature, "use_rollout_entropy": True, "use_kl_loss": True}
+    changes |= {"rollout_data_postprocess_path": "custom_algorithms.keeps"}
+    metrics = train(model_dir, tmp_path, batch, **changes)
+    model, expected = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), []
+    for tokens, length, mask in zip(batch.tokens, batch.response_lengths, batch.loss_masks, strict=True):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0, -length - 1 : -1]
+        log_probs = (logits.double() / temperature).log_softmax(-1)
+        expected.append((-(log_probs.exp() * log_probs).sum(-1) * torch.from_numpy(mask)).numpy())
+    (kept,) = custom_algorithms.calls
+    places = [[each.tolist() for each in batch.tokens].index(tokens.tolist()) for tokens in kept["tokens"]]
+    assert sorted(places) == [1, 2, 3, 4, 5]
+    for name in ("entropy", "ref_entropy"):
+        for place, own in zip(places, kept[name], strict=True):
+            np.testing.assert_allclose(own.numpy(), expected[place], rtol=1e-4, atol=1e-5)
+        mean = sum(each.sum() for each in expected) / sum(mask.sum() for mask in batch.loss_masks)
+        assert metrics[f"rollout/{name}"] == pytest.approx(mean, rel=1e-5)
+    alone = train(model_dir, tmp_path, batch, use_rollout_entropy=True, use_rollout_logprobs=True,
+                  rollout_temperature=temperature)  # fmt: skip
+    assert alone["rollout/entropy"] == pytest.approx(mean, rel=1e-5) and "rollout/ref_entropy" not in alone
+    assert alone["train/ppo_kl"] != 0.0  # its log-probs are not in the place of the engine's
 
 
 @pytest.mark.parametrize(

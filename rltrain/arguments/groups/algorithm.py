@@ -22,6 +22,10 @@ class Algorithm:
     eps_clip_high: float = flag("upper clip range (default: --eps-clip)", metavar="E")
     eps_clip_c: float | None = flag("dual clip for negative advantages, > 1", metavar="C")
     entropy_coef: float = flag("entropy bonus (default: 0)", 0.0, metavar="C")
+    use_rollout_entropy: bool = flag(
+        "compute the entropy with the log-probs of policy and reference, before training: rollout/entropy",
+        False,
+    )
     calculate_per_token_loss: bool = flag("mean over all tokens, not over samples", False)
     advantage_estimator: Literal[
         "grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"
@@ -134,6 +138,10 @@ def _check_loss(algorithm: Algorithm, functions: Functions) -> None:
     if not algorithm.compute_advantages_and_returns and algorithm.loss_type == "policy_loss":
         raise UserError(
             "--disable-compute-advantages-and-returns: only a custom loss or sft_loss can do without."
+        )
+    if algorithm.use_rollout_entropy and algorithm.loss_type == "sft_loss":
+        raise UserError(
+            "--use-rollout-entropy: sft_loss computes nothing before training; train/entropy is logged anyway."
         )
 
 

@@ -20,6 +20,11 @@ class Data:
         metavar="FILE WEIGHT",
         owner="slurmlime",
     )
+    rollout_global_dataset: bool = flag(
+        "no prompts: samples begin empty, and a function of your own fills them",
+        True,
+        option="--disable-rollout-global-dataset",
+    )
     input_key: str = flag("field of the prompt: text or messages (default: input)", "input", metavar="KEY")
     label_key: str | None = flag("field of the answer that the reward compares with", metavar="KEY")
     metadata_key: str = flag("field of further data (default: metadata)", "metadata", metavar="KEY")
@@ -51,6 +56,10 @@ def absolute(path: str) -> str:
 
 def _check_mix(data: Data) -> None:
     mix = data.prompt_data_mix or []
+    if (mix or data.prompt_data) and not data.rollout_global_dataset:
+        raise UserError(
+            "--disable-rollout-global-dataset, and --prompt-data or --prompt-data-mix: leave one of them out."
+        )
     if mix and data.prompt_data:
         raise UserError("--prompt-data and --prompt-data-mix: give one of them.")
     if len(mix) % 2:

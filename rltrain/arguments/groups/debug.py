@@ -102,6 +102,9 @@ class Debug:
         "write the data that each rank trained on, with all inputs of the loss; needs {rollout_id} and {rank}",
         metavar="FILE",
     )
+    dump_details: str | None = flag(
+        "--save-debug-rollout-data and --save-debug-train-data, both in this directory", metavar="DIR"
+    )
     load_debug_rollout_data: str | None = flag(
         "no engines: train on recorded rollouts, from files with this name", metavar="FILE"
     )
@@ -116,6 +119,7 @@ def resolve_debug(debug: Debug, functions: Functions) -> tuple[Debug, Functions]
     Raises:
         UserError: names the flags that contradict each other, or a file name that can't be one.
     """
+    debug = _with_details(debug)
     if debug.save_debug_rollout_data is not None:
         path = _parquet(debug.save_debug_rollout_data)
         _check_template("--save-debug-rollout-data", path)
@@ -165,6 +169,20 @@ def check_profiling(profiling: Profiling, debug: Debug) -> None:
         raise UserError(
             f"{flag} is about the trainer, and --debug-rollout-only has none. Leave one of them out."
         )
+
+
+def _with_details(debug: Debug) -> Debug:
+    """What --dump-details writes, in slime's layout; a file that has a flag of its own goes where that says."""
+    if debug.dump_details is None:
+        return debug
+    directory = absolute(debug.dump_details).replace("{", "{{").replace("}", "}}")
+    return replace(
+        debug,
+        save_debug_rollout_data=debug.save_debug_rollout_data
+        or f"{directory}/rollout_data/{{rollout_id}}.parquet",
+        save_debug_train_data=debug.save_debug_train_data
+        or f"{directory}/train_data/{{rollout_id}}_{{rank}}.parquet",
+    )
 
 
 def check_recorded(debug: Debug, num_rollout: int) -> None:

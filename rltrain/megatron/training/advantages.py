@@ -157,6 +157,18 @@ def _custom(
     return data.taken(path, "advantages"), returns
 
 
+def entropy_metrics(share: RankShare, inputs: LossInputs[Flat]) -> dict[str, float]:
+    """`rollout/entropy` and `rollout/ref_entropy`: the means over all tokens of the rollout that are trained on."""
+    metrics = {}
+    for name, values in (("entropy", inputs.entropy), ("ref_entropy", inputs.ref_entropy)):
+        if values is not None:
+            own = [values[i] for i in share.samples]
+            total = np.array([sum(float(each.sum()) for each in own), sum(map(len, own))])
+            entropy, count = _sum_over_data_parallel_ranks(total)
+            metrics[f"rollout/{name}"] = float(entropy / max(count, 1))
+    return metrics
+
+
 def _sum_over_data_parallel_ranks(array: NDArray[np.float64]) -> NDArray[np.float64]:
     tensor = torch.from_numpy(array).to(device())
     dist.all_reduce(tensor, group=parallel_state.get_data_parallel_group())

@@ -32,18 +32,20 @@ def forward_only(
     models: list[DistributedDataParallel],
     micro_batches: list[MicroBatch],
     read: Callable[[MicroBatch, Tensor], Tensor],
+    columns: tuple[int, ...] = (),
 ) -> list[Tensor]:
-    """What `read` makes of each micro-batch's outputs, [n], without gradients, on every rank.
+    """What `read` makes of each micro-batch's outputs, [n, *columns], without gradients, on every rank.
 
     Args:
         models: This rank's chunks of the model.
-        read: From the outputs for this rank's trainable tokens to a value for each of all; see `gather_own`.
+        read: From the outputs for this rank's trainable tokens to values for each of all; see `gather_own`.
+        columns: Shape of a token's values; () for a single one.
     """
 
     def collect(micro_batch: MicroBatch, outputs: Tensor, non_loss_data: bool) -> Tensor:
         return read(micro_batch, outputs)
 
-    return _from_last_stage(_run(models, micro_batches, collect, forward_only=True), micro_batches)
+    return _from_last_stage(_run(models, micro_batches, collect, forward_only=True), micro_batches, columns)
 
 
 def forward_log_probs(
@@ -56,6 +58,20 @@ def forward_log_probs(
     return forward_only(
         models, micro_batches, lambda each, logits: _statistics(each, logits, shape, config)[0]
     )
+
+
+def forward_log_probs_and_entropy(
+    models: list[DistributedDataParallel],
+    micro_batches: list[MicroBatch],
+    shape: ModelShape,
+    config: Config,
+) -> list[Tensor]:
+    """The same with the entropy, [n, 2] each."""
+
+    def read(micro_batch: MicroBatch, logits: Tensor) -> Tensor:
+        return torch.stack(_statistics(micro_batch, logits, shape, config), dim=1)
+
+    return forward_only(models, micro_batches, read, columns=(2,))
 
 
 def forward_backward(
@@ -133,13 +149,15 @@ def gather_own(micro_batch: MicroBatch, *own: Tensor) -> tuple[Tensor, ...]:
     return gather_values(own, micro_batch.own, micro_batch.num_trainable, group)
 
 
-def _from_last_stage(results: list[Tensor], micro_batches: list[MicroBatch]) -> list[Tensor]:
-    """The last pipeline stage's results, one value a trainable token, on all stages."""
+def _from_last_stage(
+    results: list[Tensor], micro_batches: list[MicroBatch], columns: tuple[int, ...]
+) -> list[Tensor]:
+    """The last pipeline stage's results, [n, *columns] each, on all stages."""
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.size() == 1:
         return results
     sizes = [micro_batch.num_trainable for micro_batch in micro_batches]
-    values = torch.cat(results) if results else torch.empty(sum(sizes), device=device())
+    values = torch.cat(results) if results else torch.empty(sum(sizes), *columns, device=device())
     dist.broadcast(values, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
     return list(values.split(sizes))
 

@@ -47,6 +47,8 @@ class LossInputs(Generic[Values]):
         teacher_log_probs: log π of the teacher of on-policy distillation.
         old_log_probs: log π of the policy before the first optimizer step, or of what --use-rollout-logprobs and
             --keep-old-actor put in its place; None also where they are those of the training pass itself.
+        entropy: Of the distributions that `old_log_probs` are of, with --use-rollout-entropy.
+        ref_entropy: The same of the reference.
         old_values: The critic's values before the first optimizer step.
         returns: What the critic learns to predict.
         opd_reverse_kl: log π of the policy minus the teacher's.
@@ -60,6 +62,8 @@ class LossInputs(Generic[Values]):
     ref_log_probs: Values | None = None
     teacher_log_probs: Values | None = None
     old_log_probs: Values | None = None
+    entropy: Values | None = None
+    ref_entropy: Values | None = None
     old_values: Values | None = None
     returns: Values | None = None
     opd_reverse_kl: Values | None = None

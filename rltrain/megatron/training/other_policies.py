@@ -22,7 +22,7 @@ from rltrain.megatron.training.rollout_data import post_processes
 from rltrain.megatron.training.share import RankShare
 from rltrain.run.timing import Timers
 
-LogProbs = Callable[[RankShare, str], Flat]
+LogProbs = Callable[[RankShare, str], tuple[Flat, Flat | None]]  # and the entropy, with --use-rollout-entropy
 
 
 class OtherPolicies:
@@ -119,36 +119,45 @@ def with_log_probs(
     rollout_id: int,
     timers: Timers,
 ) -> LossInputs[Flat]:
-    """The inputs with `ref_log_probs`, `teacher_log_probs` and `old_log_probs`, as far as the flags need them.
+    """The inputs with the log-probs (and entropies) of other policies and the old ones, as far as the flags need them.
 
     Args:
         log_probs: Computes those of the weights that the models have then; it is given slime's prefix too.
     """
-    reference = teacher = old = None
+    reference = teacher = old = entropy = ref_entropy = None
     if others.reference is not None:
         with timers("ref_log_probs"), others.reference.in_place_of(models):
-            reference = log_probs(share, "ref_")
+            reference, ref_entropy = log_probs(share, "ref_")
     if others.teacher is not None:
         with timers("teacher_log_probs"), others.teacher.in_place_of(models):
-            teacher = log_probs(share, "teacher_")
+            teacher, _ = log_probs(share, "teacher_")
     elif share.batch.teacher_log_probs is not None:
         teacher = share.trainable.select(share.batch.teacher_log_probs)
     past = others.past.that_generated(rollout_id) if others.past is not None else None
-    if config.algorithm.use_rollout_logprobs:
-        old = inputs.rollout_log_probs
-    elif past is not None:
+    if past is not None and not config.algorithm.use_rollout_logprobs:
         with timers("log_probs"), past.in_place_of(models):
-            old = log_probs(share, "")
-    elif share.num_steps > 1 or _needs_own_log_probs(config):
+            old, entropy = log_probs(share, "")
+    elif _needs_own_log_probs(config, share.num_steps):
         with timers("log_probs"):
-            old = log_probs(share, "")
-    return replace(inputs, ref_log_probs=reference, teacher_log_probs=teacher, old_log_probs=old)
+            old, entropy = log_probs(share, "")
+    return replace(
+        inputs,
+        ref_log_probs=reference,
+        teacher_log_probs=teacher,
+        old_log_probs=inputs.rollout_log_probs if config.algorithm.use_rollout_logprobs else old,
+        entropy=entropy,
+        ref_entropy=ref_entropy,
+    )
 
 
-def _needs_own_log_probs(config: Config) -> bool:
-    """Whether something before the first optimizer step asks for the policy's log-probs."""
+def _needs_own_log_probs(config: Config, num_steps: int) -> bool:
+    """Whether something asks for the policy's log-probs, or entropy, before the first optimizer step."""
+    if config.algorithm.use_rollout_logprobs:
+        return config.algorithm.use_rollout_entropy
     return bool(
-        config.algorithm.kl_coef
+        num_steps > 1
+        or config.algorithm.use_rollout_entropy
+        or config.algorithm.kl_coef
         or config.functions.custom_advantage_function_path
         or config.algorithm.use_opd
         or config.algorithm.loss_type == "custom_loss"

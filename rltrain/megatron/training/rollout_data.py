@@ -23,8 +23,9 @@ BySample = dict[int, NDArray[np.float32]]
 # Our names and slime's.
 _NAMES = {
     "old_log_probs": "log_probs", "ref_log_probs": "ref_log_probs", "rollout_log_probs": "rollout_log_probs",
-    "old_values": "values", "teacher_log_probs": "teacher_log_probs", "opd_reverse_kl": "opd_reverse_kl",
-    "advantages": "advantages", "returns": "returns",
+    "entropy": "entropy", "ref_entropy": "ref_entropy", "old_values": "values",
+    "teacher_log_probs": "teacher_log_probs", "opd_reverse_kl": "opd_reverse_kl", "advantages": "advantages",
+    "returns": "returns",
 }  # fmt: skip
 _FLAG = "--rollout-data-postprocess-path"
 

@@ -63,8 +63,9 @@ class GroupRunner:
     """Generates and grades groups of samples, with as many requests in flight as the engines should have."""
 
     def __init__(
-        self, config: Config, rollout_id: int, params: SamplingParams, *, evaluation: bool = False
+        self, config: Config, rollout_id: int | None, params: SamplingParams, *, evaluation: bool = False
     ) -> None:
+        """Groups of rollout `rollout_id`; where it is None, nothing is too old."""
         self._config, self._rollout_id, self._params, self._evaluation = (
             config,
             rollout_id,
@@ -73,7 +74,8 @@ class GroupRunner:
         )
         # The trainer waits for evaluations: they need not queue up behind rollouts that are for later.
         self._semaphore = asyncio.Semaphore(slot_count(config)) if evaluation else training_slots(config)
-        self._staleness = StalenessGuard(rollout_id, math.inf if evaluation else largest_age(config))
+        any_age = evaluation or rollout_id is None
+        self._staleness = StalenessGuard(rollout_id or 0, math.inf if any_age else largest_age(config))
         self._masks_earlier = config.rollout.mask_offpolicy_in_partial_rollout
         self._hooks = [
             load_function(path, flag="--rollout-sample-hook-path")
@@ -86,11 +88,15 @@ class GroupRunner:
 
     async def run(self, group: list[Sample]) -> list[Sample]:
         """Fill the samples of a group; returns them, or those that a rollout became in place of its sample."""
-        tasks = [asyncio.create_task(self._fill(sample)) for sample in group]
-        filled = [sample for rollout in await gather_or_cancel(tasks) for sample in rollout]
+        return [sample for rollout in await self.run_rollouts(group) for sample in rollout]
+
+    async def run_rollouts(self, group: list[Sample]) -> list[list[Sample]]:
+        """The same, with one list for each sample of the group."""
+        rollouts = await gather_or_cancel([asyncio.create_task(self.fill(sample)) for sample in group])
+        filled = [sample for rollout in rollouts for sample in rollout]
         if self._config.rewards.group_rm and not _is_aborted(filled):
             await rewards.grade_group(self._config, [sample for sample in filled if _to_be_graded(sample)])
-        return filled
+        return rollouts
 
     def metrics(self) -> dict[str, float]:
         """Where the time went since this was made, if all groups are done; what was too old."""
@@ -98,7 +104,8 @@ class GroupRunner:
         seconds = {"perf/generate_s": self._generated - self._began, "perf/reward_s": now - self._generated}
         return seconds | self._staleness.metrics()
 
-    async def _fill(self, sample: Sample) -> list[Sample]:
+    async def fill(self, sample: Sample) -> list[Sample]:
+        """One sample generated and, without --group-rm, graded; or those that its rollout became."""
         samples = [sample]
         self._staleness.begin_anew(sample)  # it may come from a rollout before
         earlier = list(sample.tokens) if sample.response_length and self._masks_earlier else []

@@ -38,9 +38,14 @@ class GenerationError(RuntimeError):
 
 
 class HttpClient:
-    """POSTs JSON from within one event loop."""
+    """POSTs JSON from within one event loop.
+
+    Attributes:
+        loop: That event loop.
+    """
 
     def __init__(self, token: str) -> None:
+        self.loop = asyncio.get_running_loop()
         # No limit on connections: how many requests are in flight is bounded by who sends them. No timeout:
         # a long response takes as long as it takes.
         self._session = aiohttp.ClientSession(
@@ -203,6 +208,15 @@ def session_headers(args: argparse.Namespace, session_id: str | None) -> dict[st
     if session_id is None or args.router.get("policy") not in ("consistent_hashing", "manual"):
         return None
     return {"X-SMG-Routing-Key": session_id}
+
+
+def client_loop() -> asyncio.AbstractEventLoop:
+    """The event loop in which this process sends its requests.
+
+    Raises:
+        RuntimeError: this process does not belong to a job.
+    """
+    return _get_client().loop
 
 
 async def get(url: str) -> Any:

@@ -107,7 +107,9 @@ def sampling_params(rollout: Rollout) -> SamplingParams:
     }
 
 
-def with_seed(config: Config, params: SamplingParams, rollout_id: int, sample: Sample) -> SamplingParams:
+def with_seed(
+    config: Config, params: SamplingParams, rollout_id: int | None, sample: Sample
+) -> SamplingParams:
     """With deterministic engines: a seed for the sample alone, so that a run can be repeated token for token."""
     if not config.engines.sglang.get("enable_deterministic_inference"):
         return params
