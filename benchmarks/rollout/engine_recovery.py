@@ -1,6 +1,6 @@
 """From an engine's death to full strength, against a bare start of the same engine.
 
-python benchmarks/engine_recovery.py
+python benchmarks/rollout/engine_recovery.py
 
 A running fleet (router, two engines, rollout process, a supervisor) loses an engine to SIGKILL. It is whole again when
 both engines are behind the router with the current weights. Deaths and bare starts alternate. Besides the start, the
@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from helpers.fleet import Fleet, running_fleet, wait_until
 
 from rltrain.sglang.adapter import HttpServerEngineAdapter

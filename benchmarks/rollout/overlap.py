@@ -1,6 +1,6 @@
 """Overlap: wall time of generation and training side by side, against the longer of the two alone.
 
-python benchmarks/overlap.py
+python benchmarks/rollout/overlap.py
 
 The rollout process's own code (data source, requests, rewards, Parquet, look-ahead) speaks to a stub engine over
 HTTP: so many requests at a time, each as long as a heavy-tailed draw says, and no work. The trainer is a stand-in
@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 
 from rltrain.arguments.config import Config
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from fakes.engine_server import FakeEngine, fake_engine
 from helpers.tiny_model import make_model
 

@@ -1,10 +1,10 @@
 """The rollout path against a bare aiohttp loop, on a stub of an engine that takes no time.
 
-python benchmarks/rollout_client.py [--profile]
+python benchmarks/rollout/client.py [--profile]
 
 Both send the same requests with the same number in flight and decode the answers. Ours also takes prompts from the data
 source, and makes checked samples of them: all of `collect`, but for the rewards, which run in processes of their own
-(`benchmarks/rewards.py`). Seconds are of processor time of this process: what one core can do.
+(`benchmarks/rollout/rewards.py`). Seconds are of processor time of this process: what one core can do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import orjson
 
 from rltrain.arguments.config import Config
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from helpers.tiny_model import make_model
 
 from rltrain.arguments import parse
@@ -109,7 +109,7 @@ async def compare(config: Config, profile: bool) -> dict[str, list[float]]:
 @contextmanager
 def stub() -> Iterator[int]:
     """The port of a running stub."""
-    command = [sys.executable, str(Path(__file__).parents[1] / "tests/fakes/stub_engine.py"), str(TOKENS)]
+    command = [sys.executable, str(Path(__file__).parents[2] / "tests/fakes/stub_engine.py"), str(TOKENS)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield int(process.stdout.readline())

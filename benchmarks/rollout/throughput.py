@@ -1,6 +1,6 @@
 """Rollout throughput: our whole data path against a bare asyncio load generator on the same engine and router.
 
-python benchmarks/rollout_throughput.py
+python benchmarks/rollout/throughput.py
 
 Ours takes prompts from the data source, generates, grades every sample in the reward processes, and ends with
 the batch as Parquet on disk and as Arrow bytes for the trainer. The bare loop posts the same requests and only
@@ -26,7 +26,7 @@ import orjson
 
 from rltrain.arguments.config import Config
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from helpers.tiny_model import make_model
 
 from rltrain.arguments import parse

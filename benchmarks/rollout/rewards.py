@@ -1,6 +1,6 @@
 """Rewards per second with 1 % of graders hanging, against none; and for how long the event loop was kept.
 
-python benchmarks/rewards.py
+python benchmarks/rollout/rewards.py
 
 Once with a grader that waits for something that never comes (a coroutine, cancelled at its timeout), once with one
 that never returns (another process takes its place, as far as there may be more, and its own is killed). The lag
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rltrain.arguments.config import Config
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from helpers.tiny_model import make_model
 
 from rltrain.arguments import parse

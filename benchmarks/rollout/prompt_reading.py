@@ -1,6 +1,6 @@
 """Reading and tokenising a JSONL prompt file in shuffled order, against a bare loop that holds the file in memory.
 
-python benchmarks/prompt_reading.py
+python benchmarks/rollout/prompt_reading.py
 
 Ours keeps where each line begins, draws batches in the order of a shuffled epoch, and makes samples of them. The bare
 loop parses every line into a list first, and then tokenises as many batches.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rltrain.arguments.config import Config
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from helpers.tiny_model import make_model
 
 from rltrain.arguments import parse
