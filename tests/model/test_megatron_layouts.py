@@ -81,6 +81,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "ep4-sharded": EP4 | SHARDED,
     "ep2-allgather": EP2 | ALLGATHER,
     "ep2-tp2": EP2 | TP2 | SP | ETP1,
+    "tp2-whole-experts-sharded": TP2 | SP | ETP1 | SHARDED,
     "ep2-tp2-etp2-sharded": EP2 | TP2 | SP | ETP2 | SHARDED,
     "etp2-allgather": TP2 | SP | ETP2 | ALLGATHER,
     "pp2-ep2": PP2 | EP2,

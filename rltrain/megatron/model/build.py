@@ -261,6 +261,7 @@ def build_model(shape: ModelShape, run_config: Config) -> list[GPTModel]:
     parallel_state.set_virtual_pipeline_model_parallel_world_size(stages)
     each_stage = range(stages) if stages else [None]
     models = [_build_chunk(shape, run_config, config, stage) for stage in each_stage]
+    _mark_experts(models, config)
     if shape.family.whole_qk_norm:
         # From here on it only says that gradients of such norms are added over tensor parallel ranks, but one over all
         # heads is split.
@@ -307,6 +308,19 @@ def _build_chunk(
             lambda *call: (call[-1][0] * shape.multipliers.logits, *call[-1][1:])
         )
     return model.to(device())
+
+
+def _mark_experts(models: list[GPTModel], config: TransformerConfig) -> None:
+    """Tell Megatron-core whether experts' gradients are added up over other ranks than those of all other weights.
+
+    Its own layers say so only where experts are shared out, not where tensor parallel ranks hold them whole.
+    """
+    alike = config.expert_model_parallel_size == 1
+    alike &= config.expert_tensor_parallel_size == config.tensor_model_parallel_size
+    for model in models:
+        for name, weight in model.named_parameters():
+            if ".mlp.experts." in name:
+                weight.allreduce = alike
 
 
 def _embedding_factor(shape: ModelShape, dtype: torch.dtype) -> float:

@@ -82,8 +82,7 @@ class GroupedLinear(torch.nn.Module):
         for i in range(num_experts):
             weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
             self.register_parameter(f"weight{i}", weight)
-            # How Megatron-core tells which ranks hold the same weight, and how it is split.
-            weight.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+            # How Megatron-core tells how it is split; which ranks hold the same is said where the model is built.
             weight.tensor_model_parallel = True  # type: ignore[attr-defined]
             weight.partition_dim, weight.partition_stride = self.split_dim, 1  # type: ignore[attr-defined]
         self._initialize(init_method, whole)
