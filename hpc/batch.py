@@ -14,7 +14,8 @@ from submitit.core.job_environment import JobEnvironment
 from submitit.core.submission import process_job
 from submitit.core.utils import pickle_load
 
-from rltrain.run.errors import EXIT_REQUEUE
+from rltrain.run.errors import EXIT_REQUEUE, UserError
+from rltrain.run.files import own_file
 
 # Modules that the pickled supervisor of an earlier version names, and where their classes are now. Slurm may requeue a
 # job long after it was submitted, and `--chain` has jobs that wait. The oldest version that is listed: 0.1.
@@ -40,8 +41,13 @@ def exit_code(result: Any) -> int:
 def main() -> NoReturn:
     """Run the job."""
     accept_moved_modules()
+    paths = JobEnvironment().paths
+    try:
+        own_file(paths.submitted_pickle)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     process_job(sys.argv[1])
-    outcome, result = pickle_load(JobEnvironment().paths.result_pickle)
+    outcome, result = pickle_load(own_file(paths.result_pickle))
     sys.exit(exit_code(result) if outcome == "success" else 1)
 
 

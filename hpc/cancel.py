@@ -14,15 +14,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from hpc import cli
-from hpc.runs.find import RunRecord, find_run, read_run
+from hpc.runs.find import RunRecord, choose_runs, find_run, read_run
 from hpc.runs.lock import Holder, find_holder
 from hpc.runs.progress import read_status
 from hpc.runs.slurm_jobs import SlurmView, ask_slurm, job_state
 from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.states import JobState
 from hpc.submitting.resuming import has_checkpoint
-from rltrain.run.errors import UserError
+from rltrain.run.errors import EXIT_USAGE, UserError
 from rltrain.run.layout import RunLayout
+from rltrain.run.terminal import safe_text
 
 EXAMPLE = "python -m hpc.cancel demo"
 EXIT_CODES = "exit codes: 0 the run has been told to stop, 2 it does not run or there is no such run"
@@ -153,12 +154,26 @@ def _explain_idle(record: RunRecord, slurm: SlurmView) -> str:
 def main(argv: list[str]) -> int:
     """The command line; returns an exit code."""
     parser = cli.make_parser("hpc.cancel", __doc__, EXAMPLE, EXIT_CODES)
-    parser.add_argument("run", metavar="RUN", help="name or directory")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="name, pattern such as 'exp.*', or directory")
     parser.add_argument("--now", action="store_true", help="at once, without saving")
     cli.add_runs_dir(parser)
     args = parser.parse_args(argv)
-    print(cancel(args.run, args.now, args.runs_dir))
-    return cli.EXIT_OK
+    chosen = choose_runs(args.runs, args.runs_dir)
+    code = cli.EXIT_OK
+    for layout in chosen:
+        try:
+            print(cancel(layout.root, args.now))
+        except UserError as error:
+            if len(chosen) == 1:
+                raise
+            # Of several, the others are stopped all the same; that one had ended is no failure.
+            print(safe_text(str(error)), file=sys.stderr)
+            code = code if _has_ended(layout) else EXIT_USAGE
+    return code
+
+
+def _has_ended(layout: RunLayout) -> bool:
+    return read_run(layout).state in ("finished", "stopped", "failed")
 
 
 if __name__ == "__main__":

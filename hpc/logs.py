@@ -17,6 +17,7 @@ from hpc.runs.find import find_run
 from hpc.runs.log_files import ROLES, LogFile, find_logs, job_logs
 from hpc.runs.state import RunEnd
 from rltrain.run.errors import UserError
+from rltrain.run.files import read_lines
 from rltrain.run.layout import RunLayout
 from rltrain.run.terminal import safe_line
 
@@ -95,12 +96,24 @@ def choose_logs(layout: RunLayout, selection: Selection) -> list[LogFile]:
     if attempt not in attempts:
         raise UserError(f"{layout.name} has no attempt {attempt}; there are {', '.join(map(str, attempts))}.")
     files = find_logs(layout, attempt)
+    # After a good end srun says only that its tasks were ended.
+    if selection.role is None and _ended_well(layout, attempt):
+        files = [file for file in files if file.role != "srun"]
     chosen = [file for file in files if file.matches(selection.role, selection.index)]
     if not chosen:
         wanted = (selection.role or "any role") + ("" if selection.index is None else f" {selection.index}")
         there = ", ".join(file.name for file in files) or "none yet"
         raise UserError(f"attempt {attempt} of {layout.name} has no log of {wanted}; there are: {there}.")
     return chosen
+
+
+def _ended_well(layout: RunLayout, attempt: int) -> bool:
+    return any(
+        event.get("kind") == "attempt_finished"
+        and event.get("attempt") == attempt
+        and event.get("state") in ("finished", "stopped")
+        for event in read_lines(layout.events)
+    )
 
 
 def _follow(layout: RunLayout, selection: Selection, n: int | None, end: RunEnd) -> Iterator[LogLine]:

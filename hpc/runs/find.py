@@ -191,7 +191,7 @@ def _state(
     if holder is not None:
         return "running"
     if not attempts:
-        return "submitted"
+        return "submitted" if read_submissions(layout) else "not submitted"
     if is_finished(layout, 1 if num_rollout is None else num_rollout):
         return "finished"
     if phase == "finished":  # it claims to be
@@ -202,6 +202,8 @@ def _state(
 def _reason(layout: RunLayout, state: str, holder: Holder | None) -> str | None:
     if holder is not None:
         return _why_unsaved(layout)
+    if state == "not submitted":
+        return "sbatch has not taken it; submit it again"
     if state == "lost":
         return _why_lost(layout)
     if state == "stopped" and claims_to_be_finished(layout):

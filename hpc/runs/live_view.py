@@ -11,7 +11,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
-from hpc.runs.progress import Record, RunFeed, RunState
+from hpc.runs.progress import Record, RunFeed, RunState, read_status
 from hpc.signals import SignalPipe
 from hpc.slurm.client import JobStatus, SlurmClient, SlurmUnavailableError, status_of
 from hpc.slurm.states import JobState
@@ -27,6 +27,7 @@ _ASK_SECONDS = 2.0  # between two questions to Slurm at first
 _MAX_ASK_SECONDS = 30.0
 # A requeued job is seen as ended for a moment.
 _SETTLE_SECONDS = 5.0
+_ENDS = ("finished", "stopped", "failed")
 
 
 class View(Protocol):
@@ -208,6 +209,8 @@ def follow(layout: RunLayout, job_id: str, view: View, client: SlurmClient) -> J
                 view.refresh()
                 return None
             view.refresh()
+            if read_status(layout).get("phase") in _ENDS:
+                asker.hurry()
             if text := asker.news():
                 view.say(text)
             if asker.is_over:
@@ -233,6 +236,10 @@ class _Asker:
     def _patience(self) -> float:
         settled = (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
         return 0.0 if self.status and self.status.state in settled else _SETTLE_SECONDS
+
+    def hurry(self) -> None:
+        """Ask soon: the run's files say that something has changed."""
+        self._wait, self._next = _ASK_SECONDS, min(self._next, time.monotonic() + _ASK_SECONDS)
 
     def news(self) -> str | None:
         """The changes since the last call, if there are any."""

@@ -27,7 +27,7 @@ class RunStatus:
     Attributes:
         state: Slurm's word while a job waits or runs or if it did not end by itself (`PENDING`, `RUNNING`,
             `PREEMPTED`, `TIMEOUT`, …); else what the run's files say: `running`, `finished`, `stopped`, `failed`,
-            `lost`, `submitted`; `unknown` if Slurm could not be asked.
+            `lost`, `submitted`, `not submitted`; `unknown` if Slurm could not be asked.
         slurm_state: Slurm's word for the job `job_id`, None without one or if Slurm has forgotten it.
         reason: why it waits, or ended so.
         expected_start: Slurm's guess for a job that waits.
@@ -122,10 +122,18 @@ def _reason(record: RunRecord, state: JobState | None, current: Sequence[JobReco
     said = next((each.reason for each in current if each.reason), None)
     if state is JobState.FAILED:  # Slurm only knows the exit code
         return record.reason or said
+    if held := next((each for each in current if _is_held(each)), None):
+        return f"{held.reason}: `scontrol release {held.key.job}` lets it start"
     return said or (record.reason if state.is_final else None)
 
 
+def _is_held(job: JobRecord) -> bool:
+    return job.state.is_waiting and (job.reason or "").startswith("JobHeld")
+
+
 def _expected_start(current: Sequence[JobRecord]) -> datetime | None:
+    if any(_is_held(each) for each in current):  # Slurm says "now" of it
+        return None
     # The components of a job start together: when the last of them can.
     return max((each.expected_start for each in current if each.expected_start), default=None)
 
@@ -133,7 +141,9 @@ def _expected_start(current: Sequence[JobRecord]) -> datetime | None:
 def _gpu_hours(record: RunRecord, slurm: SlurmView) -> float | None:
     if not record.slurm_jobs or not slurm.has_accounting:
         return None
-    all_records = (each for job in record.slurm_jobs for each in slurm.records.get(job.job_id, ()))
+    all_records = [each for job in record.slurm_jobs for each in slurm.records.get(job.job_id, ())]
+    if not all_records:  # the database has forgotten them
+        return None
     return sum((each.gpus or 0) * each.elapsed_s for each in all_records) / 3600
 
 

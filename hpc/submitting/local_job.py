@@ -19,6 +19,7 @@ from submitit.local.local import LocalJob
 from hpc.signals import SignalPipe
 from hpc.supervisor.supervisor import Supervisor
 from rltrain.run import processes
+from rltrain.run.files import own_file
 
 _REFRESH_SECONDS = 0.25
 
@@ -102,7 +103,7 @@ def _result(job: LocalJob[Any], interrupted: bool) -> LocalResult:
     if not job.paths.result_pickle.exists():
         lost = f"the supervisor ended without a result. Its output is in {job.paths.stderr}."
         return LocalResult(error=None if interrupted else lost)
-    outcome, value = pickle_load(job.paths.result_pickle)
+    outcome, value = pickle_load(own_file(job.paths.result_pickle))
     return LocalResult(report=value) if outcome == "success" else LocalResult(error=readable_error(value))
 
 

@@ -205,7 +205,10 @@ def _run_here(options: SubmitOptions, rollout: Rollout, plan: JobPlan) -> int:
         print(f"error: {layout.name} failed: {safe_text(result.error)}", file=sys.stderr)
     elif _exit_code(result) == EXIT_INTERRUPTED:
         saved = result.report is not None and result.report["saved"]
-        print(f"{layout.name} was stopped; it resumes from " + ("here." if saved else "its last checkpoint."))
+        goes_on = "resumes from here" if saved else "resumes from its last checkpoint"
+        if not saved and not resuming.has_checkpoint(layout):
+            goes_on = "begins anew, as it has no checkpoint yet"
+        print(f"{layout.name} was stopped; it {goes_on}.")
     print_summary(layout, rollout.num_rollout, time.monotonic() - begun)
     return _exit_code(result)
 

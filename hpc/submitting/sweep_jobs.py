@@ -11,6 +11,7 @@ from hpc import cli
 from hpc.planning.request import Request, SubmitOptions, read_request
 from hpc.planning.sweep import Variant, read_variants
 from hpc.runs.find import read_submissions
+from hpc.runs.slurm_jobs import ask_slurm, is_alive
 from hpc.submitting import run_dir
 from hpc.submitting.start_run import submit_run
 from rltrain import arguments, inputs
@@ -75,13 +76,15 @@ def _on_slurm(variants: Sequence[Variant], requests: Sequence[Request], parallel
     for number, (variant, request) in enumerate(zip(variants, requests, strict=True)):
         options = dataclasses.replace(request.options, detach=True)
         print(f"# {variant.name}: {variant}", flush=True)
+        if job := _active_job(options):
+            print(f"{options.name} has a job already: {job}", flush=True)
+            before[number % parallel] = [job]
+            continue
         try:
             code = max(
                 code, submit_run(options, request.train, after_any=before[number % parallel], facts=facts)
             )
-        except (
-            UserError
-        ) as error:  # it has a job already, or sbatch refuses it: no reason to leave out the others
+        except UserError as error:  # sbatch refuses it: no reason to leave out the others
             print(f"error: {safe_text(str(error))}", file=sys.stderr)
             code = 2
         before[number % parallel] = _last_job(options) or before[number % parallel]
@@ -91,6 +94,15 @@ def _on_slurm(variants: Sequence[Variant], requests: Sequence[Request], parallel
 def _all_flags(request: Request) -> Flags:
     """The flags, merged with those of an existing run of this name."""
     return flag_data.merge(run_dir.stored_flags(request.options.layout), request.train)
+
+
+def _active_job(options: SubmitOptions) -> str | None:
+    """The run's job that runs or waits, if it has one."""
+    if options.dry_run or options.test_only or not read_submissions(options.layout):
+        return None
+    jobs = [each for each in read_submissions(options.layout) if each.layout != "local"]
+    slurm = ask_slurm(jobs[-1:])
+    return next((each.job_id for each in jobs[-1:] if is_alive(each, slurm)), None)
 
 
 def _last_job(options: SubmitOptions) -> list[str]:

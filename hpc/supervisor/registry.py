@@ -18,6 +18,7 @@ import json
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -37,6 +38,14 @@ class _Refused(Exception):  # noqa: N818 (an answer, not an error of ours)
         self.code = code
 
 
+@dataclass(frozen=True, eq=False)
+class _Waiter:
+    """Somebody who waits; woken once, when `is_met`: to wake all for every role that comes would be quadratic."""
+
+    is_met: Callable[[], bool]
+    woken: threading.Event = field(default_factory=threading.Event)
+
+
 class RegistryServer:
     """Serves until closed, each request in a thread of its own."""
 
@@ -45,7 +54,8 @@ class RegistryServer:
         self._events, self._status = events, status
         self._roles: dict[str, dict[int, dict[str, Any]]] = {}
         self._offers: dict[str, str] = {}
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._waiters: list[_Waiter] = []
         self._stop_reason: str | None = None
         self._is_finished = False
         self._unsaved: str | None = None
@@ -78,21 +88,21 @@ class RegistryServer:
 
     def url_of(self, role: str, index: int) -> str | None:
         """Where a role listens; None if it has not announced itself."""
-        with self._changed:
+        with self._lock:
             address = self._roles.get(role, {}).get(index)
         return address["url"] if address else None
 
     def forget(self, role: str, index: int) -> None:
         """Remove a role that has died, and what it offered."""
-        with self._changed:
+        with self._lock:
             self._roles.get(role, {}).pop(index, None)
             self._offers.pop(f"{role}-{index}", None)
 
     def close(self) -> None:
         """Stop serving; requests that wait are answered with what there is."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._wake()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -145,32 +155,45 @@ class RegistryServer:
             if not isinstance(body.get(name), kind):
                 raise _Refused(400, f"a role needs {name} ({kind.__name__})")
         address = {name: body[name] for name in _ADDRESS_FIELDS}
-        with self._changed:
+        with self._lock:
             self._roles.setdefault(address["role"], {})[address["index"]] = address
-            self._changed.notify_all()
+            self._wake()
         self._events.append("role_ready", address)
 
     def _take_offer(self, body: dict[str, Any]) -> None:
         name, value = body.get("name"), body.get("value")
         if not isinstance(name, str) or not isinstance(value, str):
             raise _Refused(400, "an offer needs name and value (str)")
-        with self._changed:
+        with self._lock:
             self._offers[name] = value
-            self._changed.notify_all()
+            self._wake()
 
     def _wait_for(self, role: str, count: int, wait: float) -> list[dict[str, Any]]:
-        with self._changed:
-            self._wait_until(lambda: len(self._roles.get(role, {})) >= count, wait)
+        self._wait_until(lambda: len(self._roles.get(role, {})) >= count, wait)
+        with self._lock:
             return [address for _, address in sorted(self._roles.get(role, {}).items())]
 
     def _await_offer(self, name: str, wait: float) -> str | None:
-        with self._changed:
-            self._wait_until(lambda: name in self._offers, wait)
-            return self._offers.get(name)
+        self._wait_until(lambda: name in self._offers, wait)
+        return self._offers.get(name)
 
     def _wait_until(self, condition: Callable[[], bool], wait: float) -> None:
-        seconds = min(wait, MAX_WAIT_SECONDS)
-        self._changed.wait_for(lambda: self._closed or condition(), seconds)
+        waiter = _Waiter(lambda: self._closed or condition())
+        with self._lock:
+            if waiter.is_met():
+                return
+            self._waiters.append(waiter)
+        waiter.woken.wait(max(0.0, min(wait, MAX_WAIT_SECONDS)))
+        with self._lock:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+
+    def _wake(self) -> None:
+        """Wake those who have waited for what has changed; the lock is held."""
+        met = [waiter for waiter in self._waiters if waiter.is_met()]
+        for waiter in met:
+            self._waiters.remove(waiter)
+            waiter.woken.set()
 
 
 def _count_and_wait(query: str) -> tuple[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -31,7 +32,7 @@ from hpc.supervisor.restart import (
 from hpc.supervisor.srun import Allocation, SrunLauncher, failed_nodes
 from hpc.supervisor.supervisor import JobFailedError, Supervisor
 from rltrain import arguments
-from rltrain.run.errors import EXIT_REQUEUE
+from rltrain.run.errors import EXIT_REQUEUE, UserError
 from rltrain.run.files import append_event, read_lines
 from rltrain.run.finished import is_finished
 from rltrain.run.layout import RunLayout
@@ -191,20 +192,40 @@ class CurrentJob:
             self.client.run("scontrol", "update", f"JobId={each.raw_id}", f"ExcNodeList={listed}")
 
 
-def choose_address(allocation: Allocation, env: Mapping[str, str]) -> str:
-    """The address of this node that the job's other nodes reach; loopback if there are none.
+def choose_address(allocation: Allocation, env: Mapping[str, str], client: SlurmClient | None = None) -> str:
+    """The address of this node that the job's other nodes reach; loopback if there are none. IPv4 only.
 
-    A node's own name may mean a loopback address to the node itself; then the way to another node tells.
+    A node's own name may mean a loopback address to the node itself; then the way to another node tells. Names that DNS
+    does not know are asked of Slurm.
+
+    Raises:
+        UserError: neither knows a node's address.
     """
     others = [node for node in allocation.all_nodes if node != env.get("SLURMD_NODENAME")]
     if not others:
         return "127.0.0.1"
-    own = socket.gethostbyname(env.get("SLURMD_NODENAME") or socket.gethostname())
+    own = _address_of(env.get("SLURMD_NODENAME") or socket.gethostname(), client)
     if not own.startswith(("127.0.", "0.")):
         return own
+    other = _address_of(others[0], client)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((others[0], 9))  # sends nothing: only looks up the route
+        probe.connect((other, 9))  # sends nothing: only looks up the route
         return probe.getsockname()[0]
+
+
+def _address_of(node: str, client: SlurmClient | None) -> str:
+    try:
+        return socket.gethostbyname(node)
+    except OSError as error:
+        said = (client or SlurmClient()).run("scontrol", "--oneliner", "show", "node", node)
+        address = re.search(r"\bNodeAddr=(\S+)", said)
+        try:
+            return socket.gethostbyname(address[1] if address else node)
+        except OSError:
+            raise UserError(
+                f"the address of node {node} is not known: its name can't be looked up ({error.strerror}), nor can"
+                f" Slurm's NodeAddr for it ({address[1] if address else 'none'}). It takes an IPv4 address."
+            ) from None
 
 
 def _failed_ending(layout: RunLayout, error: JobFailedError) -> Ending:

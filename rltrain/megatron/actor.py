@@ -18,6 +18,7 @@ from rltrain.megatron import routing_replay
 from rltrain.megatron.checkpoint.directory import iteration_of
 from rltrain.megatron.checkpoint.resume import (
     WeightSource,
+    check_trusted,
     continued_checkpoint,
     first_weights,
     initial_source,
@@ -89,6 +90,7 @@ class MegatronTrainActor:
         Raises:
             UserError: the model, its weights or the flags cannot be used.
         """
+        check_trusted(config)
         config = customize.call_at_start(config)
         self.config, self._layout, self._registry = config, context.layout, registry
         self._profiler = profiler or Profiler(config, context)

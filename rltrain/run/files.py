@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rltrain.run.errors import UserError
+
 Record = dict[str, Any]
 
 
@@ -183,9 +185,14 @@ def replace_link(link: Path, target: str) -> None:
 
 
 def share_like(directory: Path) -> None:
-    """From now on, those of its group may read what this process makes, if the group may read `directory`."""
+    """From now on, those of its group may read what this process makes, if the group may read `directory`.
+
+    Nobody else may write it, whatever the user's umask.
+    """
     if directory.stat().st_mode & stat.S_IRGRP:
         os.umask(0o027)
+    else:  # what it will unpickle, others must not have been able to write: see `others_may_write`
+        os.umask(os.umask(0o077) | 0o022)
 
 
 def share(directory: Path) -> None:
@@ -203,6 +210,35 @@ def owner_of(path: Path) -> str:
         return f"user {path.stat().st_uid}"
     except OSError:
         return "someone"
+
+
+def others_may_write(path: Path) -> str | None:
+    """Why a file may hold what another user put there: it is another's, or its group or all may write it. None if not.
+
+    Unpickling a file runs code that is in it, so it must not. Root is trusted. A directory of our own that nobody else
+    may enter keeps everybody from what is in it.
+    """
+    path = path.resolve()
+    trusted, found = {os.geteuid(), 0}, path.stat()
+    if found.st_uid not in trusted:
+        return f"{path} belongs to {owner_of(path)}"
+    if not found.st_mode & 0o022:
+        return None
+    above = (place.stat() for place in path.parents)
+    if any(place.st_uid in trusted and not place.st_mode & 0o011 for place in above):
+        return None
+    return f"{path} may be written by {'everybody' if found.st_mode & 0o002 else 'its group'}"
+
+
+def own_file(path: Path) -> Path:
+    """`path`, which is about to be unpickled.
+
+    Raises:
+        UserError: others may have written it.
+    """
+    if why := others_may_write(path):
+        raise UserError(f"{why}, and reading it runs code that is in it. If it is yours: chmod go-w {path}")
+    return path
 
 
 def sync_directory(directory: Path) -> None:

@@ -7,11 +7,13 @@ it is the same server with the defaults that make it small and quick on a CPU.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import multiprocessing
 import os
 import re
+import socket
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -117,6 +119,7 @@ class _ForkContext(multiprocessing.context.ForkContext):
 def run_server(server_args: dict[str, Any]) -> None:
     """Serve with exactly these `ServerArgs`."""
     hide_secrets_in_logs()
+    bind_stores()
     from sglang.launch_server import run_server as serve
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.utils import kill_process_tree
@@ -125,6 +128,26 @@ def run_server(server_args: dict[str, Any]) -> None:
         serve(ServerArgs(**server_args))
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def bind_stores() -> None:
+    """Have torch's stores that this process opens listen at the address that they are known by.
+
+    By itself a store listens on every interface, and takes what anybody writes into it; SGLang opens one for the ranks
+    of an engine.
+    """
+    from torch.distributed import TCPStore
+
+    def open_store(host_name: str, port: int, **kwargs: Any) -> TCPStore:
+        if kwargs.get("is_master"):
+            family = socket.AF_INET6 if ":" in host_name else socket.AF_INET
+            listener = socket.create_server((host_name, port), family=family)
+            kwargs["master_listen_fd"] = listener.detach()
+        return TCPStore(host_name, port, **kwargs)
+
+    # Not as an attribute of torch.distributed: there it is a function of the same name.
+    rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")
+    rendezvous.TCPStore = open_store
 
 
 def hide_secrets_in_logs() -> None:
@@ -145,3 +168,4 @@ if __name__ == "__main__":
     main()
 elif multiprocessing.current_process().name != "MainProcess":  # a spawned child re-imports the main module
     hide_secrets_in_logs()
+    bind_stores()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,6 +122,19 @@ def test_another_models_checkpoint_names_the_first_difference(
     qwen2 = write_hf_model(tmp_path / "qwen2", tiny_config("Qwen2ForCausalLM"))
     with pytest.raises(UserError, match=r"it has no .*linear_qkv\.bias, which is"):
         make_actor(make_config(qwen2, load=str(tmp_path / "c")), tmp_path)
+
+
+def test_checkpoints_that_others_may_have_written_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)  # pytest's own directories are nobody else's
+        checkpoint = make_actor(make_config(model_dir, save=f"{name}/c"), tmp_path).save(0)
+        (checkpoint / "common.pt").chmod(0o664)
+        for load in (f"{name}/c", str(checkpoint)):
+            with pytest.raises(
+                UserError, match=r"common.pt may be written by its group.*--trust-load.*chmod"
+            ):
+                make_actor(make_config(model_dir, load=load), tmp_path)
+        make_actor(make_config(model_dir, load=load, trust_load=True, finetune=True), tmp_path)
 
 
 def test_optimizers_of_two_kinds_are_told_apart(model_dir: Path, tmp_path: Path) -> None:

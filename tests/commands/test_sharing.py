@@ -16,7 +16,7 @@ from analysis import DamagedFileWarning, RunNotFoundError, load_run, load_runs, 
 from hpc import logs, status
 from hpc.planning.request import read_request
 from rltrain.run.errors import UserError, run_main
-from rltrain.run.files import share, share_like
+from rltrain.run.files import others_may_write, own_file, share, share_like
 
 _NOBODY = 65534
 
@@ -99,8 +99,39 @@ def test_share(tmp_path: Path) -> None:
         (layout.root / "new").touch()
     finally:
         os.umask(before)
+    before = os.umask(0o002)
+    try:  # what is not shared is not written by others either
+        layout.root.chmod(0o700)
+        share_like(layout.root)
+        assert os.umask(before) == 0o022
+        layout.root.chmod(0o750)
+    finally:
+        os.umask(before)
     modes = {
         path.name: stat.S_IMODE(path.stat().st_mode)
         for path in (layout.root, layout.metrics, layout.root / "new")
     }
     assert modes == {"x": 0o750, "metrics.jsonl": 0o640, "new": 0o640}
+
+
+def test_what_others_may_have_written_is_not_unpickled() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name) / "submitit"
+        place.mkdir()
+        file = place / "job.pkl"
+        file.touch()
+        Path(name).chmod(0o755)
+        for mode, why in [(0o644, None), (0o664, "its group"), (0o646, "everybody")]:
+            place.chmod(0o755)
+            file.chmod(mode)
+            found = others_may_write(file)
+            assert found == (why and f"{file.resolve()} may be written by {why}")
+            place.chmod(0o700)  # nobody comes this far
+            assert own_file(file) == file
+        place.chmod(0o755)
+        with pytest.raises(UserError, match=r"written by everybody.*runs code.*chmod go-w"):
+            own_file(file)
+        if os.geteuid() == 0:
+            file.chmod(0o644)
+            os.chown(file, _NOBODY, -1)
+            assert "belongs to nobody" in str(others_may_write(file))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import TOKEN
 from helpers.engine import load_weights, running_requests, wait_until
+from helpers.local_job import listening, process_tree
 from helpers.megatron import init_single_process, log_probs_of, make_actor, tiny_config, write_hf_model
 from helpers.megatron import make_config as trainer_config
 from helpers.tiny_model import make_model
@@ -254,3 +255,42 @@ def test_a_glm4_engine_samples_with_the_trainers_log_probs(tmp_path: Path) -> No
     )
     assert len(response) == 24
     np.testing.assert_allclose(sampled, log_probs_of(actor, batch)[0], atol=1e-5)
+
+
+def test_strangers_get_counters_at_most(engine, router) -> None:
+    """Both listen on one address only; without the token they answer what docs/security.md names."""
+    ports = listening(process_tree(engine.pid))
+    assert set(ports) == {"engine", "engine's ranks"}
+    assert {address for found in ports.values() for address, *_ in found} == {"127.0.0.1"}
+
+    paths = [
+        "/generate",
+        "/server_info",
+        "/get_server_info",
+        "/model_info",
+        "/v1/models",
+        "/engine_metrics",
+        "/workers",
+    ]
+    paths += [
+        "/health",
+        "/metrics",
+        "/update_weights_from_disk",
+        "/pause_generation",
+        "/flush_cache",
+        "/docs",
+    ]
+    answers = {
+        url: {path for path in paths for method in ("GET", "POST") if stranger(method, url + path) == 200}
+        for url in (engine.url, router.url)
+    }
+    assert answers[engine.url] == {"/health", "/metrics"}
+    assert answers[router.url] == {"/health", "/v1/models", "/get_server_info", "/engine_metrics"}
+
+
+def stranger(method: str, url: str) -> int:
+    try:
+        call(method, url, "", {} if method == "POST" else None)
+    except HttpError as error:
+        return error.status
+    return 200

@@ -13,7 +13,7 @@ import pytest
 from helpers.local_job import Job, wait_until
 from helpers.run_files import Slurm, make_run, sacct_row, squeue_row, submitted_to_slurm
 
-from hpc.cancel import cancel
+from hpc.cancel import cancel, main
 from hpc.runs.lock import hold_lock
 from hpc.slurm.client import SlurmUnavailableError
 from rltrain.run.errors import UserError
@@ -110,3 +110,13 @@ def test_nothing_to_cancel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         cancel(layout.root, client=client)
     with pytest.raises(UserError, match="no run 'y'"):
         cancel("y", runs_dir=tmp_path)
+
+
+def test_runs_by_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every one is tried; that some have ended already is no failure."""
+    for name, phase in [("s.a", "finished"), ("s.b", "stopped"), ("s.c", "training"), ("other", "training")]:
+        make_run(tmp_path, name, phase=phase, attempts=1)
+    assert main(["s.a", "s.b", "--runs-dir", str(tmp_path)]) == 0
+    assert main(["s.*", "--runs-dir", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("does not run") == 5 and "s.c does not run: it is lost" in said and "other" not in said

@@ -19,6 +19,7 @@ from hpc import logs
 from hpc.runs.lock import hold_lock
 from hpc.runs.log_files import LogFile
 from rltrain.run.errors import UserError
+from rltrain.run.files import append_event
 from rltrain.run.layout import RunLayout
 from rltrain.run.terminal import safe_line
 
@@ -52,6 +53,11 @@ def test_what_slurm_says_of_a_step_comes_first(layout: RunLayout) -> None:
     first, second = logs.last_lines(layout.root)[:2]
     assert (first.name, first.text) == ("srun-trainer-[0-1]", "srun: error: Unable to create step")
     assert second.name == "engine-0"
+    append_event(
+        layout.events, 1, "attempt_finished", {"state": "stopped"}
+    )  # as it should be: that says nothing
+    assert logs.last_lines(layout.root)[0].name == "engine-0"
+    assert logs.last_lines(layout.root, role="srun")
 
 
 def test_a_single_log_is_shown_longer(layout: RunLayout) -> None:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from helpers.run_files import make_run
+from helpers.run_files import make_run, submitted_to_slurm
 
 from hpc.runs.find import choose_runs, find_run, find_runs, read_run, read_submissions
 from hpc.runs.lock import hold_lock
@@ -45,7 +45,7 @@ def test_a_run_is_found_by_name_or_directory(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("phase", "attempts", "state"),
     [
-        (None, 0, "submitted"),
+        (None, 0, "not submitted"),
         ("starting", 1, "lost"),
         ("training", 2, "lost"),
         ("finished", 1, "stopped"),  # it claims to be, without having done a step
@@ -56,6 +56,9 @@ def test_a_run_is_found_by_name_or_directory(tmp_path: Path, monkeypatch: pytest
 def test_state_from_files(tmp_path: Path, phase: str | None, attempts: int, state: str) -> None:
     record = read_run(make_run(tmp_path, "x", phase=phase, attempts=attempts))
     assert (record.state, record.attempts) == (state, attempts)
+    if not attempts:
+        assert "sbatch has not taken it" in (record.reason or "")
+        assert read_run(submitted_to_slurm(record.layout, "7")).state == "submitted"
 
 
 def test_finished_is_what_the_trainer_has_proven(tmp_path: Path) -> None:

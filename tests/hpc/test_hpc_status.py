@@ -179,3 +179,15 @@ def test_a_notebook_gets_a_table(tmp_path: Path) -> None:
     make_run(tmp_path, "x", phase="finished", steps=10, attempts=1)
     table = pd.DataFrame(status.status(runs_dir=tmp_path))
     assert table[["name", "state", "step"]].values.tolist() == [["x", "finished", 10]]
+
+
+def test_a_held_job_does_not_start_now(tmp_path: Path) -> None:
+    submitted_to_slurm(make_run(tmp_path, "x"), "28")
+    run = one(tmp_path, Slurm(squeue=[squeue_row("28", "PENDING", Reason="JobHeldUser", Start=EPOCH)]))
+    assert run.expected_start is None
+    assert run.reason == "JobHeldUser: `scontrol release 28` lets it start"
+
+
+def test_what_the_database_has_forgotten_has_no_gpu_hours(tmp_path: Path) -> None:
+    submitted_to_slurm(make_run(tmp_path, "x", phase="finished", steps=2, attempts=1), "28")
+    assert one(tmp_path, Slurm()).gpu_hours is None

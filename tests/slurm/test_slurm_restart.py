@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc.slurm.client import SlurmClient
 from hpc.slurm.states import JobState
 from hpc.supervisor.causes import Cause, TaskExit, end_of_process, end_of_step, parse_exits
 from hpc.supervisor.restart import (
@@ -25,6 +26,7 @@ from hpc.supervisor.restart import (
 from hpc.supervisor.slurm_supervisor import choose_address
 from hpc.supervisor.srun import Allocation, failed_nodes, srun_env
 from hpc.supervisor.task import task_env
+from rltrain.run.errors import UserError
 
 RUNNING = JobView(JobState.RUNNING, restarts=2, may_requeue=True, is_preempted=False)
 IN_GRACE = JobView(JobState.RUNNING, restarts=2, may_requeue=True, is_preempted=True)
@@ -243,6 +245,24 @@ def test_address_that_other_nodes_reach() -> None:
     assert (
         choose_address(allocation("192.0.2.7", "192.0.2.8"), {"SLURMD_NODENAME": "192.0.2.7"}) == "192.0.2.7"
     )
+
+
+def test_address_of_a_node_that_dns_does_not_know() -> None:
+    class Slurm(SlurmClient):
+        address = "NodeAddr=192.0.2.7 "
+
+        def run(self, *command: str, stdin: str | None = None) -> str:
+            return f"NodeName={command[-1]} {self.address}NodeHostName=x"
+
+    nodes, env = (
+        Allocation((("n1.invalid", "n2.invalid"),), (None,), (None,), False),
+        {"SLURMD_NODENAME": "n1.invalid"},
+    )
+    client = Slurm()
+    assert choose_address(nodes, env, client) == "192.0.2.7"
+    client.address = ""
+    with pytest.raises(UserError, match=r"n1.invalid is not known.*NodeAddr for it \(none\).*IPv4"):
+        choose_address(nodes, env, client)
 
 
 def test_srun_takes_no_flags_from_the_environment() -> None:

@@ -31,6 +31,11 @@ class Checkpoint:
     )
     no_load_optim: bool = flag("ignore the optimizer state of --load", False, owner="Megatron")
     no_load_rng: bool = flag("do not restore the random number generators", False, owner="Megatron")
+    trust_load: bool = flag(
+        "load checkpoints that other users may have written: that runs code which is in them",
+        False,
+        owner="slurmlime",
+    )
     async_save: bool = flag("write checkpoints while training goes on", False)
     ckpt_format: Literal["torch_dist", "torch"] = flag(
         "torch_dist fits any parallel layout (default); torch only the one that it was saved with",

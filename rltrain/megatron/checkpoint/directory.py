@@ -41,6 +41,11 @@ def iteration_of(checkpoint: Path) -> int:
     return int(match[1]) if match else 0
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is called as a checkpoint is."""
+    return bool(_ITERATION.fullmatch(directory.name)) or directory.name == RELEASE
+
+
 def checkpoints(directory: Path) -> dict[int, Path]:
     """All checkpoints below a directory, complete or not, by iteration."""
     found = {int(m[1]): path for path in directory.glob("iter_*") if (m := _ITERATION.fullmatch(path.name))}
@@ -62,7 +67,7 @@ def find_checkpoint(
     Raises:
         UserError: the checkpoint of the wanted `iteration` is missing or incomplete.
     """
-    if iteration is None and (_ITERATION.fullmatch(directory.name) or directory.name == RELEASE):
+    if iteration is None and is_checkpoint(directory):
         directory, iteration = directory.parent, iteration_of(directory)
     found = checkpoints(directory)
     problems = {number: (damaged or {}).get(path) or problem(path) for number, path in found.items()}

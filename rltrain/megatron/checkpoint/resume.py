@@ -14,13 +14,21 @@ from rltrain.arguments.config import Config
 from rltrain.arguments.groups.algorithm import Algorithm
 from rltrain.arguments.groups.checkpoint import Checkpoint
 from rltrain.arguments.hf_config import ModelShape
-from rltrain.megatron.checkpoint.directory import damaged_file, find_checkpoint, iteration_directory, problem
+from rltrain.megatron.checkpoint.directory import (
+    checkpoints,
+    damaged_file,
+    find_checkpoint,
+    is_checkpoint,
+    iteration_directory,
+    problem,
+)
 from rltrain.megatron.checkpoint.load import has_optimizer, load_checkpoint
 from rltrain.megatron.checkpoint.state import TrainState
 from rltrain.megatron.model.host_copy import SavedWeights
 from rltrain.megatron.model.load import load_hf_weights
 from rltrain.megatron.ranks import first_problem
 from rltrain.run.errors import UserError
+from rltrain.run.files import others_may_write
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,43 @@ def usable_checkpoint(directory: Path, iteration: int | None = None) -> Path | N
         if file is None:
             return checkpoint
         damaged[checkpoint] = f"{file} is damaged: its checksum is another"
+
+
+def check_trusted(config: Config) -> None:
+    """See that nobody else may have written the checkpoints that this run reads; all ranks together.
+
+    Both formats hold pickled Python objects, and unpickling runs code that is in a file.
+
+    Raises:
+        UserError: names the first file, and what to do.
+    """
+    if config.checkpoint.trust_load:
+        return
+    found = None
+    if dist.get_rank() == 0:
+        found = next(filter(None, map(_foreign_file, _directories(config))), None)
+    if (why := first_problem(found)) is not None:
+        raise UserError(
+            f"{why}, and loading a checkpoint runs code that is in it. If you trust it, give --trust-load;"
+            " if it is yours, `chmod -R go-w` its directory."
+        )
+
+
+def _directories(config: Config) -> list[Path]:
+    """Where this run may read checkpoints."""
+    checkpoint, critic = config.checkpoint, config.critic
+    own = [Path(checkpoint.save) / name for name in ("", "critic", "reference")] if checkpoint.save else []
+    named = [checkpoint.load, checkpoint.ref_load, config.algorithm.opd_teacher_load]
+    return own + [Path(each) for each in (*named, critic.critic_load, critic.critic_save) if each]
+
+
+def _foreign_file(directory: Path) -> str | None:
+    """A file of a checkpoint in it that others may have written."""
+    if (directory / "config.json").exists():  # safetensors hold no code
+        return None
+    places = [directory] if is_checkpoint(directory) else list(checkpoints(directory).values())
+    files = (path for place in places for path in sorted(place.rglob("*")) if path.is_file())
+    return next(filter(None, map(others_may_write, files)), None)
 
 
 def load_source(models: list[GPTModel], shape: ModelShape, source: WeightSource) -> None:
