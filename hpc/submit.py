@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from hpc.planning.request import full_parser, read_request
+from hpc.planning.request import FOR_DEMO, full_parser, read_request
 from hpc.submitting.start_run import submit_run
 from rltrain.run.errors import EXIT_INTERRUPTED, run_main
 
@@ -23,10 +23,10 @@ def submit(argv: list[str]) -> int:
         from hpc.submitting.sweep_jobs import submit_sweep
 
         return submit_sweep(argv, request)
-    if not request.train and not request.options.layout.root.exists():
+    if request.train.keys() <= set(FOR_DEMO) and not request.options.layout.root.exists():
         from hpc.submitting.demo import submit_demo
 
-        return submit_demo(request.options)
+        return submit_demo(request.options, request.train)
     return submit_run(request.options, request.train)
 
 

@@ -124,6 +124,10 @@ class Request:
     train: Flags
 
 
+# Training flags that the built-in demo takes.
+FOR_DEMO = ("colocate",)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -219,7 +223,8 @@ def read_request(argv: list[str], last_word: Flags | None = None) -> Request:
     parsed = parser.parse_args(flag_data.to_argv({name: merged[name] for name in merged if name in own}))
     parsed.is_named = parsed.name is not None
     parsed.recipes = tuple(_place(recipe) for recipe in recipes)
-    parsed.name = _check_name(parsed.name or _default_name(recipes, any(name not in own for name in merged)))
+    has_train_flags = any(name not in own and name not in FOR_DEMO for name in merged)
+    parsed.name = _check_name(parsed.name or _default_name(recipes, has_train_flags))
     parsed.runs_dir = parsed.runs_dir.expanduser().absolute()
     parsed.after, parsed.sweep = tuple(parsed.after), tuple(parsed.sweep)
     if parsed.template:

@@ -18,8 +18,10 @@ from rltrain.arguments.flags import Flags
 from rltrain.run.layout import RunLayout
 
 
-def submit_demo(options: SubmitOptions) -> int:
+def submit_demo(options: SubmitOptions, given: Flags) -> int:
     """Run the recipe `@demo-sft` as run `NAME-sft`, then `@demo` as run `NAME`; returns an exit code.
+
+    On one machine roles always share it, so `--colocate` (the only flag that may be `given`) is for Slurm.
 
     On Slurm these are two jobs, of which the second waits for the first.
     """
@@ -29,7 +31,7 @@ def submit_demo(options: SubmitOptions) -> int:
     if not options.dry_run:
         subprocess.run([sys.executable, "-m", "rltrain.demo.assets", str(data)], check=True)
     if options.partition:
-        return _submit_to_slurm(options, first, sft, grpo, data)
+        return _submit_to_slurm(options, first, sft, grpo, data, given)
     if options.dry_run:  # the second can't be checked before the first has run
         for flags in (sft, grpo):
             print(describe(make_plan(arguments.parse(flag_data.to_argv(flags)))))
@@ -43,21 +45,23 @@ def submit_demo(options: SubmitOptions) -> int:
 
 
 def _submit_to_slurm(
-    options: SubmitOptions, first: SubmitOptions, sft: Flags, grpo: Flags, data: Path
+    options: SubmitOptions, first: SubmitOptions, sft: Flags, grpo: Flags, data: Path, given: Flags
 ) -> int:
     # The recipes are made for one machine; a tiny model wants one rank and one engine a node.
     small: Flags = dict.fromkeys(("colocate", "actor-num-gpus-per-node", "rollout-num-gpus"))
     small["num-gpus-per-node"] = ["1"]
+    colocated = small | given
     if options.dry_run:  # what the scripts need is not written either
         return max(
-            submit_run(job, flags | small, _no_check) for job, flags in [(first, sft), (options, grpo)]
+            submit_run(job, flags, _no_check)
+            for job, flags in [(first, sft | small), (options, grpo | colocated)]
         )
     if code := submit_run(dataclasses.replace(first, detach=True), sft | small):
         return code
     to_come = {str(first.layout.checkpoints / "hf"): str(data / "model")}
     after = () if options.test_only else (first.name,)
     check = functools.partial(inputs.check_inputs, to_come=to_come)
-    return submit_run(dataclasses.replace(options, after=after), grpo | small, check)
+    return submit_run(dataclasses.replace(options, after=after), grpo | colocated, check)
 
 
 def _no_check(config: Config) -> Config:

@@ -6,7 +6,9 @@ a recipe is checked exactly as a command line is. Pure functions.
 
 from __future__ import annotations
 
+import datetime
 import json
+import re
 import tomllib
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -15,6 +17,8 @@ from rltrain.run.errors import UserError
 
 # A flag's name without its dashes → its values as text; None takes an earlier mention back.
 Flags = dict[str, list[str] | None]
+
+_DAYS = re.compile(r"=\s*\d+-\d+(:\d+)*\s*$", re.MULTILINE)
 
 
 def split(argv: list[str]) -> tuple[list[str], Flags]:
@@ -54,7 +58,8 @@ def from_toml(text: str, source: str, known: Collection[str] = ()) -> Flags:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{source} is not valid TOML: {error}.") from None
+        hint = " Text, such as a time limit of days, needs quotes." if _DAYS.search(text) else ""
+        raise UserError(f"{source} is not valid TOML: {error}.{hint}") from None
     return from_table(table, source, known)
 
 
@@ -100,6 +105,8 @@ def _values(value: Any, where: str) -> list[str] | None:
         return [] if value else None
     if isinstance(value, dict):
         return [json.dumps(value)]
+    if isinstance(value, datetime.time):  # a time limit without quotes
+        return [value.isoformat()]
     items = value if isinstance(value, list) else [value]
     if not items or not all(isinstance(item, str | int | float) and item is not True for item in items):
         raise UserError(

@@ -78,6 +78,7 @@ def test_recipe_tables_group_and_values_become_words() -> None:
     ("text", "complaint"),
     [
         ("lr = = 1", r"r\.toml is not valid TOML: .*line 1"),
+        ("time = 1-12:00:00", r"not valid TOML: .*needs quotes"),
         ("lr = []", r"r\.toml: lr = \[\]"),
         ("lr = [1, true]", r"r\.toml: lr = \[1, True\]"),
         ("lr = 2024-01-01", r"r\.toml: lr = "),
@@ -94,6 +95,10 @@ def test_later_layers_win_and_false_takes_back() -> None:
     second = flags.from_toml("colocate = false\nseed = 3", "b")
     merged = flags.merge(first, second, {"lr": ["2"]})
     assert flags.to_argv(merged) == ["--seed=3", "--lr=2"]
+
+
+def test_a_time_needs_no_quotes() -> None:
+    assert flags.from_toml("time = 12:00:00", "r.toml") == {"time": ["12:00:00"]}
 
 
 @given(st.dictionaries(NAMES, VALUES, max_size=4))

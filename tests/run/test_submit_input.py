@@ -78,6 +78,9 @@ def test_dry_run_of_the_demo_writes_nothing(
     assert "rltrain.sglang.engine" in capsys.readouterr().out
     assert submit(monkeypatch, "--dry-run", "--partition=gpu", "--nodes=2") == 0
     assert capsys.readouterr().out.count("#!/bin/bash") == 2
+    assert submit(monkeypatch, "--dry-run", "--partition=gpu", "--nodes=2", "--colocate") == 0
+    out, err = capsys.readouterr()
+    assert out.count("--job-name=demo\n") == 1 and "each for training (1 rank each) and rollout" in err
     assert list(tmp_path.iterdir()) == []
 
 
