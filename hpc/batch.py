@@ -7,7 +7,10 @@ A run that was stopped returns its report like a run that is finished. But a job
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 from submitit.core.job_environment import JobEnvironment
@@ -16,6 +19,8 @@ from submitit.core.utils import pickle_load
 
 from rltrain.run.errors import EXIT_REQUEUE, UserError
 from rltrain.run.files import own_file
+
+_WRITTEN_SECONDS = 60.0
 
 # Modules that the pickled supervisor of an earlier version names, and where their classes are now. Slurm may requeue a
 # job long after it was submitted, and `--chain` has jobs that wait. The oldest version that is listed: 0.1.
@@ -38,12 +43,26 @@ def exit_code(result: Any) -> int:
     return EXIT_REQUEUE if stopped else 0
 
 
+def check_own(pickled: Path) -> None:
+    """See that nobody else may have written the job, which may be written only after it has begun.
+
+    Raises:
+        UserError: somebody may have.
+    """
+    deadline = time.monotonic() + _WRITTEN_SECONDS
+    while not pickled.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if pickled.exists():  # else submitit says so
+        own_file(pickled)
+
+
 def main() -> NoReturn:
     """Run the job."""
     accept_moved_modules()
+    os.environ["SUBMITIT_FOLDER"] = sys.argv[1]  # as submitit sets it, too late for us
     paths = JobEnvironment().paths
     try:
-        own_file(paths.submitted_pickle)
+        check_own(paths.submitted_pickle)
     except UserError as error:
         sys.exit(f"error: {error}")
     process_job(sys.argv[1])
