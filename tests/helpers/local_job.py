@@ -127,7 +127,6 @@ _PROCESSES = {
     "rltrain.train": "trainer's ranks",
     "submitit": "supervisor",
     "hpc.batch": "supervisor",
-    "srun": "srun",
 }
 
 
@@ -147,7 +146,10 @@ def listening(processes: Iterable[psutil.Process]) -> dict[str, set[tuple[str, i
             continue
         for each in sockets:
             if each.status == psutil.CONN_LISTEN or each.type != socket.SOCK_STREAM:
-                name = next((name for part, name in _PROCESSES.items() if part in command), command)
+                known = (name for part, name in _PROCESSES.items() if part in command)
+                name = (
+                    "srun" if command.startswith("srun ") else next(known, command)
+                )  # it names what it starts
                 found.setdefault(name, set()).add(tuple(each.laddr))
     return found
 
