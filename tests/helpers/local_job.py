@@ -11,7 +11,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -152,56 +151,3 @@ def listening(processes: Iterable[psutil.Process]) -> dict[str, set[tuple[str, i
                 )  # it names what it starts
                 found.setdefault(name, set()).add(tuple(each.laddr))
     return found
-
-
-@contextmanager
-def another_user() -> Iterator[None]:
-    """The block runs as a user whom nothing belongs to; only for root."""
-    groups = os.getgroups()
-    os.setgroups([])
-    os.setegid(_NOBODY)
-    os.seteuid(_NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-        os.setgroups(groups)
-
-
-_NOBODY = 65534
-
-
-def open_to_others(processes: Iterable[psutil.Process], run_dir: Path) -> list[str]:
-    """What another user of the machine can read of a job: environments, shared memory, sockets, the run's files."""
-    wanted: set[Path] = {run_dir, *run_dir.rglob("*")}
-    sockets: set[str] = set()
-    secrets: set[str] = set()
-    for process in processes:
-        try:
-            environment, maps = process.environ(), process.memory_maps()
-            sockets |= {each.laddr for each in process.net_connections("unix") if each.laddr}
-        except psutil.NoSuchProcess:
-            continue
-        wanted |= {Path(f"/proc/{process.pid}/environ")}
-        wanted |= {Path(each.path) for each in maps if each.path.startswith("/dev/shm/")}
-        secrets |= {environment["SLURMLIME_TOKEN"]} if "SLURMLIME_TOKEN" in environment else set()
-    assert secrets
-    with another_user():
-        found = [str(path) for path in wanted if _can_read(path)]
-        found += [path for path in sockets if path.startswith("/") and _can_connect(path)]
-        lines = b"".join(path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
-    return found + [f"the token {secret}" for secret in secrets if secret.encode() in lines]
-
-
-def _can_read(path: Path) -> bool:
-    try:
-        path.iterdir().__next__() if path.is_dir() else path.open("rb").read(1)
-    except (OSError, StopIteration):
-        return False
-    return True
-
-
-def _can_connect(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(path) == 0

@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from helpers.local_job import listening, process_tree
 from helpers.slurm_fixture import submit as submit_script
 from helpers.slurm_fixture import until
 
@@ -118,35 +116,12 @@ def test_preempted_run_equals_an_uninterrupted_one(
     events = [json.loads(line) for line in layout.events.read_text().splitlines()]
     hosts = {f"{e['role']}-{e['index']}": e["host"] for e in events if e["kind"] == "role_ready"}
     assert (hosts["trainer-0"] in (hosts["engine-0"], hosts["engine-1"])) == (kind == "colocated")
-    check_ports(layout)
     submit_script(runs.cluster, "sleep 1", "-p", "high", "-w", hosts["engine-0"], "--exclusive")
     end(process, layout)
 
     attempts = [record["attempt"] for record in metrics(layout)]
     assert attempts[0] == 0 and attempts[-1] == 1 and attempts == sorted(attempts)
     assert curve(layout) == expected
-
-
-def check_ports(layout: RunLayout) -> None:
-    """All that listens stands in docs/security.md; but for srun's own, on no more than a node's address."""
-    table = (ROOT / "docs/security.md").read_text()
-    own = [
-        each.pid
-        for each in psutil.process_iter()
-        if str(layout.root) in _environment(each, "SLURMLIME_RUN_DIR")
-    ]
-    ports = listening(process_tree(*own))
-    assert {"router", "engine", "engine's ranks", "rollout process", "trainer's ranks"} <= set(ports)
-    assert all(f"\n| {name} |" in table for name in ports)
-    ours = {address for name, found in ports.items() for address, *_ in found if name != "srun"}
-    assert all(address.startswith("127.") for address in ours)  # as all nodes of the sandbox have
-
-
-def _environment(process: psutil.Process, name: str) -> str:
-    try:
-        return process.environ().get(name, "")
-    except psutil.Error:
-        return ""
 
 
 def test_engine_that_spans_two_nodes(runs: Runs) -> None:
