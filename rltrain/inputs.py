@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from rltrain.agents.environments import prompts
 from rltrain.agents.program import readable, search_path
 from rltrain.agents.sandbox import kinds
 from rltrain.arguments.config import Config
@@ -51,6 +52,8 @@ def check_inputs(config: Config, to_come: Mapping[str, str] | None = None) -> Co
         check_recorded(config.debug, config.rollout.num_rollout)
         check_functions(config.functions)
         return config
+    if config.agents.environment:
+        prompts.prepare(config)
     config = _check_prompts(config)
     _check_functions(config)
     return config

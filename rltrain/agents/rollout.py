@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
+from rltrain.agents.environments.prompts import with_reward
 from rltrain.agents.gateway.server import running_gateway
 from rltrain.agents.gateway.session import Session
 from rltrain.agents.program import (
@@ -114,7 +115,8 @@ async def _in_sandbox(agents: Agents, session: Session, sample: Sample) -> Outco
             answer = b""  # it left none
             with contextlib.suppress(FileNotFoundError):
                 answer = await sandbox.read(agents.agent_answer)
-        return outcome_of(ended, answer)
+        outcome = outcome_of(ended, answer)
+        return with_reward(outcome) if agents.environment else outcome
 
 
 async def _called(

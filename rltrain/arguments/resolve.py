@@ -50,6 +50,7 @@ def resolve(config: Config) -> Config:
     check_ranges([config.agents])
     agents, functions = resolve_agents(config.agents, functions)
     config = _resolve_fine_tuning(replace(config, debug=debug, functions=functions, agents=agents))
+    _check_environment(config)
     _check_required(config)
     check_ranges([getattr(config, name) for name in ("rollout", "training", "checkpoint", "evaluation")])
     check_ranges([config.parallel, config.weights, config.algorithm, config.profiling])
@@ -99,6 +100,15 @@ def _resolve_fine_tuning(config: Config) -> Config:
         functions=replace(functions, rollout_function_path=SFT_ROLLOUT_FUNCTION),
         debug=replace(config.debug, debug_train_only=True),
     )
+
+
+def _check_environment(config: Config) -> None:
+    if config.agents.environment is None:
+        return
+    if config.rewards.rm_type:
+        raise UserError("--environment has its own reward: leave --rm-type out.")
+    if config.data.prompt_data is None:
+        raise UserError("--environment needs --prompt-data FILE, the file that its tasks are written to.")
 
 
 def _check_required(config: Config) -> None:

@@ -61,6 +61,8 @@ def reward_function_path(config: Config, sample: Sample | None = None) -> str:
 def asks_for_reward(config: Config) -> bool:
     """Whether the flags ask for a reward, or must: without one, only a generation function can set it."""
     given = config.functions.custom_rm_path or config.rewards.rm_type
+    if config.agents.environment:
+        return False
     return bool(given or not config.functions.custom_generate_function_path or config.agents.agent_command)
 
 

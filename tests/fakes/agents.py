@@ -92,7 +92,8 @@ def make_agent_model(directory: Path, *, weights: bool = False) -> Path:
 def agent_config(model: Path, directory: Path, *more: str) -> Config:
     """The configuration as the rollout process prepares it."""
     flags = ["--hf-checkpoint", str(model), "--prompt-data", str(directory / "prompts.jsonl")]
-    flags += ["--rollout-batch-size", "1", "--num-rollout", "1", "--rm-type", "math", "--agent-gateway"]
+    flags += ["--rollout-batch-size", "1", "--num-rollout", "1", "--agent-gateway"]
+    flags += [] if "--environment" in more else ["--rm-type", "math"]
     flags += ["--sglang-reasoning-parser", "qwen3", "--sglang-tool-call-parser", "qwen25"]
     (directory / "prompts.jsonl").write_text('{"input": "x"}\n')
     return prepare(arguments.parse([*flags, *more]), RunLayout(directory))

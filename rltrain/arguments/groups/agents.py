@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from rltrain.arguments.declare import Owner, declared, flag
 from rltrain.arguments.groups.data import absolute
@@ -14,6 +14,7 @@ from rltrain.run.errors import UserError
 
 RUN_COMMAND = "rltrain.agents.rollout.run_command"
 RUN_FUNCTION = "rltrain.agents.rollout.run_function"
+BRIDGE = str(Path(__file__).parents[2] / "agents/environments/bridge.py")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Agents:
         "program that is run for each sample: JSON on its standard input, the API's URL and key in its environment",
         metavar="COMMAND",
     )
+    environment: str | None = flag(
+        "environment that is prompts, agent and reward: verifiers/ID or reasoning_gym/NAME; docs/agents.md",
+        metavar="NAME",
+    )
+    environment_args: dict[str, Any] = flag("its arguments", {}, metavar="JSON")
     agent_python: str | None = flag(
         "the agent's own Python, which comes first in its PATH (default: the run's)", metavar="FILE"
     )
@@ -82,6 +88,8 @@ def resolve_agents(agents: Agents, functions: Functions) -> tuple[Agents, Functi
     Raises:
         UserError: flags that contradict each other, or would do nothing.
     """
+    if agents.environment:
+        agents = _with_environment(agents, functions)
     given = {
         each.name: each.option for each in declared(Agents) if getattr(agents, each.name) != each.default
     }
@@ -96,6 +104,8 @@ def resolve_agents(agents: Agents, functions: Functions) -> tuple[Agents, Functi
         raise UserError(f"{' and '.join(asked)}: each fills the samples. Give one of them.")
     runs_agents = bool(agents.agent_command or functions.agent_function_path)
     for name, option in given.items():
+        if name == "environment_args" and not agents.environment:
+            raise UserError(f"{option} needs --environment.")
         if name in _OF_COMMANDS and not agents.agent_command:
             raise UserError(f"{option} says how a program is run: add --agent-command, or leave it out.")
         if name not in (*_OF_COMMANDS, "agent_gateway") and not runs_agents:
@@ -119,6 +129,20 @@ def resolve_agents(agents: Agents, functions: Functions) -> tuple[Agents, Functi
         agent_command=agents.agent_command and _with_absolute_files(agents.agent_command),
     )
     return resolved, replace(functions, custom_generate_function_path=way)
+
+
+def _with_environment(agents: Agents, functions: Functions) -> Agents:
+    """The program that plays the environment is the agent."""
+    python = agents.agent_python and absolute(agents.agent_python)
+    command = shlex.join([python or "python", BRIDGE, "rollout"])
+    for option, value in (
+        ("--agent-command", agents.agent_command if agents.agent_command != command else None),
+        ("--agent-answer", agents.agent_answer),
+        ("--custom-rm-path", functions.custom_rm_path),
+    ):
+        if value:
+            raise UserError(f"--environment has its own agent, answer and reward: leave {option} out.")
+    return replace(agents, agent_command=command)
 
 
 def command_words(agents: Agents) -> list[str]:

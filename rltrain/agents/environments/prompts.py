@@ -1,0 +1,89 @@
+"""The tasks of an environment as a prompt file, written once, before the first job; and the reward that it says."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rltrain.agents.program import Outcome
+from rltrain.arguments.config import Config
+from rltrain.arguments.groups.agents import BRIDGE
+from rltrain.data.prompt_file import split_slice
+from rltrain.run.errors import UserError
+from rltrain.run.files import replace_text
+
+_SECONDS = 3600  # a data set may have to be downloaded
+
+
+def prepare(config: Config) -> None:
+    """Write --prompt-data if it isn't there.
+
+    Raises:
+        UserError: the environment can't be loaded in --agent-python, has no tasks, or the file is of another one.
+    """
+    agents, data = config.agents, config.data
+    assert agents.environment and data.prompt_data
+    path, _ = split_slice(data.prompt_data)
+    asked = {"name": agents.environment, "args": agents.environment_args}
+    if path.exists():
+        _check(path, asked, data.metadata_key)
+        return
+    lines = []
+    for index, prompt in _tasks(agents.agent_python or sys.executable, asked):
+        metadata = {"environment": {**asked, "index": index}}
+        lines.append(json.dumps({data.input_key: prompt, data.metadata_key: metadata}) + "\n")
+    if not lines:
+        raise UserError(f"--environment {agents.environment} has no tasks.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, "".join(lines))
+
+
+def _tasks(python: str, asked: dict[str, Any]) -> list[tuple[int, str]]:
+    try:
+        done = subprocess.run(
+            [python, BRIDGE, "prompts"], input=json.dumps(asked) + "\n", capture_output=True, text=True,
+            timeout=_SECONDS, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"--environment {asked['name']}: {python}: {error}") from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"{python} ended with {done.returncode}"]
+        # What the user can mend is one line; of a traceback the last one says most.
+        raise UserError(said[-1] if said[0].startswith("Traceback") else "\n".join(said))
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+def _check(path: Path, asked: dict[str, Any], key: str) -> None:
+    """The file must be of this environment: a rollout plays what its line says."""
+    with path.open() as file:
+        line = file.readline()
+    try:
+        found = json.loads(line)[key]["environment"]
+        same = {name: found[name] for name in asked} == asked
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise UserError(
+            f"--prompt-data {path} was not written for --environment {asked['name']} with these --environment-args."
+            " Name a file that does not exist: it is written then."
+        )
+
+
+def with_reward(outcome: Outcome) -> Outcome:
+    """What the environment said as the reward; 0 if it failed, with the reason."""
+    if outcome.failure:
+        return replace(outcome, reward=0.0)
+    try:
+        said = json.loads(outcome.answer)
+        reward = float(said["reward"])
+        metrics = dict(said["metrics"])
+        if not math.isfinite(reward):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        return replace(outcome, reward=0.0, failure=f"the environment said no reward: {outcome.answer:.200}")
+    return replace(outcome, reward=reward, said={**(outcome.said or {}), "metrics": metrics})
