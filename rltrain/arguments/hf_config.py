@@ -15,6 +15,7 @@ from rltrain.models.experts import Experts
 from rltrain.models.families import FAMILIES, SUPPORTED_ARCHITECTURES
 from rltrain.models.families.family import Family
 from rltrain.models.latent import LatentAttention
+from rltrain.models.quantised import fp8_block
 from rltrain.models.rope import Rope, read_rope, read_ropes
 from rltrain.models.windows import Window, read_window
 from rltrain.run.errors import UserError
@@ -350,12 +351,7 @@ def refuse_features(config: Mapping[str, Any], architecture: str) -> None:
                 f"the model's config.json sets {key} to {json.dumps(value)}, which the trainer does not support"
                 f" for {architecture}."
             )
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "") if isinstance(quantization, dict) else ""
-        raise UserError(
-            f"the model's config.json sets quantization_config ({method or quantization}): quantised weights can't be"
-            " trained. Give the model's bf16 weights."
-        )
+    fp8_block(config)
     if code := config.get("auto_map"):
         raise UserError(
             f"the model's config.json names code of its own in auto_map ({code}), which the trainer does not run."

@@ -9,9 +9,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from rltrain.arguments.config import Config
 from rltrain.arguments.groups.model import Shape
 from rltrain.arguments.hf_config import ModelShape, read_model_shape
+from rltrain.models.quantised import fp8_block
 from rltrain.run.errors import UserError
+
+# Whose quantised weights SGLang can load anew, with its load format flash_rl.
+_FLASH_RL = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 def megatron_shape(config: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -171,4 +176,42 @@ def _contradiction(flag: str, shown: str, expected: Any, key: str, hf_checkpoint
         f"{shown} contradicts {hf_checkpoint}/config.json, whose {key} makes it {expected}:"
         " the weights would not fit. Leave the flag out and the shape comes from config.json, or give the"
         " model that it is meant for."
+    )
+
+
+def check_quantised(hf_config: Mapping[str, Any], config: Config) -> None:
+    """Refuse quantised engines that can't be given the trainer's weights, and a trainer that has none of its own.
+
+    Args:
+        hf_config: The parsed `config.json` of --hf-checkpoint.
+        config: Resolved.
+
+    Raises:
+        UserError: says what can be had instead.
+    """
+    if config.debug.debug_rollout_only:  # engines keep what they have
+        return
+    block = fp8_block(hf_config)
+    if block is not None and not (config.checkpoint.load or config.checkpoint.ref_load):
+        raise UserError(
+            f"--hf-checkpoint {config.model.hf_checkpoint}: config.json sets quantization_config, and quantised weights"
+            " can't be trained. Engines can have them: give the model's bf16 weights with --ref-load."
+        )
+    _check_quantising_engines(hf_config, config, is_quantised=block is not None)
+
+
+def _check_quantising_engines(hf_config: Mapping[str, Any], config: Config, *, is_quantised: bool) -> None:
+    settings = config.engines.sglang
+    method = settings.get("quantization")
+    if config.debug.debug_train_only or method is None or (is_quantised and method == "fp8"):
+        return
+    architecture = (hf_config.get("architectures") or [""])[0]
+    can_reload = settings.get("load_format") == "flash_rl" and not config.model.random_init
+    if method == "fp8" and can_reload and architecture in _FLASH_RL:
+        return
+    raise UserError(
+        f"--sglang-quantization {method}: SGLang repacks weights that it has quantised by itself, and can't load the"
+        " trainer's into them afterwards. It can with --sglang-quantization fp8 --sglang-load-format flash_rl, for"
+        f" {' and '.join(_FLASH_RL)} and weights from a directory (this is {architecture}); or give --hf-checkpoint a"
+        " directory in block FP8, and --ref-load the bf16 weights: docs/gpu.md."
     )

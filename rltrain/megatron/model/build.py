@@ -32,7 +32,7 @@ from rltrain.arguments.hf_config import (
     read_model_shape,
 )
 from rltrain.arguments.megatron_names import given
-from rltrain.arguments.model_flags import check_model_flags
+from rltrain.arguments.model_flags import check_model_flags, check_quantised
 from rltrain.megatron.device import device, use_cuda
 from rltrain.megatron.model.customize import custom_model
 from rltrain.megatron.model.layers.latent import complete_latent_attention
@@ -71,6 +71,7 @@ def read_shape(config: Config) -> ModelShape:
     hf_config = read_hf_config(Path(directory), without_weights=True)
     check_hf_config(hf_config, config.parallel, directory)
     check_model_flags(config.shape, hf_config, directory)
+    check_quantised(hf_config, config)
     together(lambda: _compare(hf_config, directory) if dist.get_rank() == 0 else None, UserError)
     return read_model_shape(hf_config)
 

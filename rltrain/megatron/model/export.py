@@ -7,6 +7,7 @@ holds more than a bucket beside its own weights.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -25,7 +26,9 @@ from rltrain.megatron.device import device
 from rltrain.megatron.model.load import LocalParameter, extra_heads, local_parameters
 from rltrain.megatron.model.names import join, split
 from rltrain.megatron.model.tensor_files import SafetensorsDirectory
+from rltrain.megatron.quantise import BlockFp8
 from rltrain.megatron.ranks import control_group, on_rank_0, together
+from rltrain.models.quantised import fp8_block
 from rltrain.weights.buckets import NamedTensor
 from rltrain.weights.transports import hf_directory
 
@@ -257,12 +260,16 @@ class Exporter:
     """Methods are called by all ranks together."""
 
     def __init__(self, models: list[GPTModel], shape: ModelShape, template: Path) -> None:
-        """Of a directory all but the weights is copied from the model directory `template`."""
+        """Of a directory all but the weights is copied from the model directory `template`.
+
+        If that has quantised weights, so has everything that is exported.
+        """
         self._models, self._shape, self._template = models, shape, template
+        self._form = _quantised_form(template)
 
     def stream(self, consume: Callable[[Iterable[NamedTensor]], object]) -> None:
         """Bring the weights to rank 0 bucket by bucket; it consumes them, the others take part."""
-        tensors = export_hf_weights(self._models, self._shape)
+        tensors = self._formed(export_hf_weights(self._models, self._shape))
         if dist.get_rank() == 0:
             consume(tensors)
         for _ in tensors:  # to the end, also where nobody wants them: other ranks are sending
@@ -274,7 +281,8 @@ class Exporter:
         With `one_per_machine` only the first rank of each has one, and the first of those that alone hold a weight.
         """
         takers = _first_of_machines() if one_per_machine else None
-        return export_own_share(self._models, self._shape, bucket_bytes, takers)
+        rounds = export_own_share(self._models, self._shape, bucket_bytes, takers)
+        return (list(self._formed(named)) for named in rounds)
 
     def write(self, directory: Path) -> None:
         """Write the weights as a Hugging Face directory, every rank its share; done when this returns.
@@ -289,7 +297,7 @@ class Exporter:
             return hf_directory.give_up(directory, problem)
 
         temporary = Path(on_rank_0(lambda: str(hf_directory.begin(directory))))
-        tensors = chain.from_iterable(export_own_share(self._models, self._shape))
+        tensors = self._formed(chain.from_iterable(export_own_share(self._models, self._shape)))
         if dist.get_rank() == 0:
             tensors = chain(tensors, kept_heads(self._template, self._shape))
         written = together(lambda: _write(temporary, tensors), failure)
@@ -301,6 +309,15 @@ class Exporter:
             lambda: hf_directory.finish(directory, complete, self._template) if is_first else None, failure
         )
 
+    def _formed(self, tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+        return iter(tensors) if self._form is None else self._form.quantised(tensors)
+
+
+def _quantised_form(template: Path) -> BlockFp8 | None:
+    """What the directory's weights are quantised to; None if they are not."""
+    block = fp8_block(json.loads((template / "config.json").read_text()))
+    return BlockFp8.of(block, SafetensorsDirectory(template).names) if block else None
+
 
 def kept_heads(template: Path, shape: ModelShape) -> Iterator[NamedTensor]:
     """Layers that predict further tokens, as they are in the model directory; nothing, if that has no weights."""
@@ -308,7 +325,7 @@ def kept_heads(template: Path, shape: ModelShape) -> Iterator[NamedTensor]:
         return
     source = SafetensorsDirectory(template)
     for name in extra_heads(source.names, shape):
-        yield name, source.tensor(name, None)[:]
+        yield name, source.tensor(name, None, of_any_type=True)[:]
 
 
 def _first_of_machines() -> set[int]:

@@ -19,6 +19,7 @@ from rltrain.arguments.hf_config import ModelShape
 from rltrain.megatron.model.names import blocks, global_name, hf_shapes, merge, parameter
 from rltrain.megatron.model.tensor_files import SafetensorsDirectory
 from rltrain.megatron.ranks import control_group, together
+from rltrain.models.quantised import SCALE_SUFFIX
 from rltrain.models.tensors import Parameter
 from rltrain.run.errors import UserError
 
@@ -37,9 +38,18 @@ def load_hf_weights(models: list[GPTModel], shape: ModelShape, directory: Path) 
             `config.json` says; a tied model with another output layer.
     """
     parameters = list(local_parameters(models, shape))
-    source = together(lambda: SafetensorsDirectory(directory), UserError)
+    source = together(lambda: _source(directory), UserError)
     _check_names(source, parameters, shape)
     together(lambda: _fill(source, parameters, shape), UserError)
+
+
+def _source(directory: Path) -> SafetensorsDirectory:
+    source = SafetensorsDirectory(directory)
+    if any(name.endswith(f".weight{SCALE_SUFFIX}") for name in source.names):
+        raise UserError(
+            f"{directory} has quantised weights, which can't be trained. Give the model's bf16 weights."
+        )
+    return source
 
 
 def _fill(source: SafetensorsDirectory, parameters: list[LocalParameter], shape: ModelShape) -> None:

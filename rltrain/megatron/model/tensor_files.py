@@ -34,11 +34,12 @@ class SafetensorsDirectory:
         self.names = self._files.keys()
         self._open: dict[str, Any] = {}
 
-    def tensor(self, name: str, shape: tuple[int, ...] | None) -> Any:
+    def tensor(self, name: str, shape: tuple[int, ...] | None, *, of_any_type: bool = False) -> Any:
         """safetensors' lazy slice of a tensor: `get_shape()`, and reading by indexing.
 
         Args:
             shape: That it must have; None: any.
+            of_any_type: It may be quantised.
 
         Raises:
             UserError: the directory has no such tensor, its file can't be read, or it is another one.
@@ -57,7 +58,7 @@ class SafetensorsDirectory:
                 f"{name} in {self.directory / file} has shape {tuple(found.get_shape())}, but config.json asks for"
                 f" {shape}."
             )
-        if found.get_dtype() not in _FLOATS:
+        if not of_any_type and found.get_dtype() not in _FLOATS:
             raise UserError(
                 f"{name} in {self.directory / file} is quantised ({found.get_dtype()}), which can't be trained. Give"
                 " the model's bf16 weights."

@@ -18,7 +18,8 @@ from rltrain.weights.buckets import NamedTensor, Piece
 _SHARD_BYTES = 2 * 1024**3
 _HEADER_BYTES = 128 * 1024
 _DESCRIPTION_BYTES = 160  # of a tensor, at most, beside its name
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FP8 = "float8_e4m3fn"
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": _FP8}
 _CODES = {name: code for code, name in _DTYPES.items()}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
@@ -29,7 +30,7 @@ class Written:
 
     Attributes:
         file_of: name of the file that each tensor is in.
-        dtype: of most of them, as in `torch.<dtype>`; None if there are none.
+        dtype: of most of them that are not quantised, as in `torch.<dtype>`; None if there are none.
     """
 
     file_of: dict[str, str]
@@ -97,7 +98,7 @@ def write_weights(
     finally:
         if shard is not None:
             shard.file.close()
-    dtype = max(nbytes, key=nbytes.__getitem__, default=None)
+    dtype = max((each for each in nbytes if each != _FP8), key=nbytes.__getitem__, default=None)
     return Written(file_of, nbytes.total(), dtype)
 
 
@@ -115,7 +116,8 @@ def finish(directory: Path, written: Sequence[Written], template: Path) -> None:
     else:
         index = {"metadata": {"total_size": sum(each.nbytes for each in written)}, "weight_map": file_of}
         (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    most = max(written, key=lambda each: each.nbytes)  # a router's biases are in fp32 in every model
+    # A router's biases are in fp32 in every model.
+    most = max((each for each in written if each.dtype), key=lambda each: each.nbytes)
     assert most.dtype is not None
     _copy_rest(temporary, template, most.dtype)
     shutil.rmtree(directory, ignore_errors=True)
