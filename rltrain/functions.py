@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,6 +74,67 @@ def check_function(
                 raise UserError(f"{where}: it is awaited, so it must be an `async def`.")
             if coroutine is False and is_coroutine:
                 raise UserError(f"{where}: it is not awaited, so it must be a plain `def`.")
+
+
+def missing_imports(path: str) -> list[str]:
+    """What the module of a function imports and this Python has not, with the line; nothing is run.
+
+    Only plain imports at the top of the module, and of modules beside it that it imports: one within `try` or `if` may
+    be meant to fail.
+    """
+    found: list[str] = []
+    seen: set[str] = set()
+    names = [path.rpartition(".")[0]]
+    while names:
+        name = names.pop()
+        source = _source_of(name)
+        if name in seen or source is None:
+            continue
+        seen.add(name)
+        try:
+            body = ast.parse(source.read_bytes()).body
+        except (OSError, SyntaxError):
+            continue  # `check_function` says so where it is the function's own module
+        for line, module in _imports(body):
+            if not _is_here(module):
+                found.append(
+                    f"{source.name}:{line} imports {module}, which is not installed in {sys.executable}"
+                )
+            else:
+                names.append(module)
+    return found
+
+
+def _imports(body: Sequence[ast.stmt]) -> list[tuple[int, str]]:
+    """Line and module of the absolute imports among these statements."""
+    found = [
+        (node.lineno, alias.name) for node in body if isinstance(node, ast.Import) for alias in node.names
+    ]
+    return found + [
+        (node.lineno, node.module)
+        for node in body
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level
+    ]
+
+
+def _is_here(module: str) -> bool:
+    top = module.partition(".")[0]
+    try:
+        return top in sys.modules or importlib.util.find_spec(top) is not None
+    except (ImportError, ValueError):
+        return True  # it is there, in some unusual way
+
+
+def _source_of(module: str) -> Path | None:
+    """The file of a module of the user's own: below the directories that are looked in, and not installed."""
+    top, *rest = module.split(".")
+    for entry in sys.path:
+        base = Path(entry or ".", top, *rest)
+        for file in (base.with_name(f"{base.name}.py"), base / "__init__.py"):
+            if file.is_file():
+                installed = "site-packages" in file.parts or top in sys.stdlib_module_names
+                return None if installed else file
+    return None
 
 
 def load_function(path: str | None, *, flag: str) -> Callable[..., Any]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from rltrain.agents.environments import prompts
 from rltrain.agents.program import readable, search_path
 from rltrain.agents.sandbox import kinds
-from rltrain.arguments.config import Config
+from rltrain.arguments.config import Config, groups
+from rltrain.arguments.declare import declared
 from rltrain.arguments.external import external_token
 from rltrain.arguments.groups.agents import command_words
 from rltrain.arguments.groups.debug import check_recorded
@@ -20,6 +21,7 @@ from rltrain.arguments.groups.engines import Engines
 from rltrain.arguments.groups.functions import (
     DEFAULT_DATA_SOURCE,
     DEFAULT_ROLLOUT_FUNCTION,
+    absent_of,
     check_functions,
 )
 from rltrain.arguments.hf_config import check_hf_config, read_hf_config, read_model_shape
@@ -43,6 +45,7 @@ def check_inputs(config: Config, to_come: Mapping[str, str] | None = None) -> Co
     """
     if config.engines.are_external or config.engines.sglang_router_ip:
         external_token()
+    check_places(config)
     check_agents(config)
     _check_served_models(config.engines, config.model.hf_checkpoint)
     model = _check_model(config, to_come or {})
@@ -57,6 +60,52 @@ def check_inputs(config: Config, to_come: Mapping[str, str] | None = None) -> Co
     config = _check_prompts(config)
     _check_functions(config)
     return config
+
+
+def check_places(config: Config) -> None:
+    """Check that no flag names a file where a directory is needed, or a directory where a file is.
+
+    Whether what is there is what the flag wants, its own check says.
+
+    Raises:
+        UserError: names the flag, the place and what it is.
+    """
+    for name in groups():
+        group = getattr(config, name)
+        for each in declared(type(group)):
+            given = getattr(group, each.name)
+            if each.flag.metavar not in ("DIR", "FILE") or not isinstance(given, str):
+                continue
+            path = Path(given)
+            if each.flag.metavar == "FILE" and path.is_dir():
+                raise UserError(f"{each.option} {given}: it is a directory; give the file in it.")
+            if each.flag.metavar == "DIR" and (file := _file_on_the_way(path)):
+                what = "it is a file" if file == path else f"{file} is a file"
+                raise UserError(f"{each.option} {given}: {what} where a directory is needed.")
+
+
+def _file_on_the_way(path: Path) -> Path | None:
+    """The file that stands where a directory has to be, for `path` to be one."""
+    return next((each for each in (path, *path.parents) if each.exists() and not each.is_dir()), None)
+
+
+def absent_imports(config: Config) -> list[str]:
+    """What the modules of the flags' functions import and this Python has not: one line each, with flag and place.
+
+    For a job on other machines that is a hint only: they may have it.
+    """
+    sets = [config.of_eval_set(each) for each in config.evaluation.eval_datasets]
+    return list(dict.fromkeys(line for each in (config, *sets) for line in absent_of(each.functions)))
+
+
+def check_imports(config: Config) -> None:
+    """Check that what the flags' functions import is here, for a job on this machine.
+
+    Raises:
+        UserError: names the flag, the file, its line and the package.
+    """
+    if absent := absent_imports(config):
+        raise UserError(f"{'; '.join(absent)}. Install it there, or import it where it is used.")
 
 
 def check_agents(config: Config) -> None:

@@ -77,7 +77,8 @@ def check_flags(request: Request, facts: ClusterFacts | None = None) -> tuple[Co
         inputs.check_inputs(config)
     except UserError as error:
         return None, [_describe_batch(config), fail("input files", str(error))]
-    return config, [_describe_batch(config), *_describe_precision(chosen), *_describe_inputs(config)]
+    found = [*_describe_precision(chosen), *_describe_inputs(config), *_check_imports(config, here=True)]
+    return config, [_describe_batch(config), *found]
 
 
 def _check_plan(options: SubmitOptions, flags: Flags) -> tuple[Config, list[Check]]:
@@ -87,7 +88,7 @@ def _check_plan(options: SubmitOptions, flags: Flags) -> tuple[Config, list[Chec
 
     job = plan_job(options, flags)
     checks = [_describe_batch(job.config), *_describe_precision(job.chosen), *_describe_inputs(job.config)]
-    checks.append(ok("plan", job.split.explain()))
+    checks += [*_check_imports(job.config, here=False), ok("plan", job.split.explain())]
     try:
         return job.config, [*checks, ok("sbatch --test-only", check_script(job.text()))]
     except SlurmError as error:
@@ -111,6 +112,14 @@ def _describe_inputs(config: Config) -> list[Check]:
     found = ok("input files", f"model {config.model.hf_checkpoint}, prompts {prompts}")
     wandb = storage.check_tracking(config.tracking, os.environ, Path.home() / ".netrc")
     return [found, *_check_model(config.model.hf_checkpoint), *_check_saving(config.checkpoint), wandb]
+
+
+def _check_imports(config: Config, here: bool) -> list[Check]:
+    """What functions of the flags import and this Python has not; the job's own machines may have it."""
+    absent = inputs.absent_imports(config)
+    if here:
+        return [fail("imports", line, "install it, or import it where it is used") for line in absent]
+    return [warn("imports", line, "the job's machines need it") for line in absent]
 
 
 def _check_model(hf_checkpoint: str) -> list[Check]:

@@ -28,6 +28,11 @@ def check_storage(runs_dir: Path, others: bool, needed: float = 0.0) -> list[Che
         needed: bytes that the run's checkpoints will take, as far as they are known.
     """
     existing = nearest_existing(runs_dir)
+    places = (runs_dir.absolute(), *runs_dir.absolute().parents)
+    if file := next((each for each in places if each.is_file()), None):
+        return [
+            fail("run directory", f"{file} is a file where a directory is needed", "give another --runs-dir")
+        ]
     if problem := _problem_of_writing(existing):
         return [fail("run directory", f"{existing} can't be written: {problem}", "give another --runs-dir")]
     checks = [_check_space(existing, needed)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hpc.planning.request import SubmitOptions
 from rltrain.arguments.flags import Flags
+from rltrain.arguments.hf_config import cached_model
 from rltrain.run.errors import UserError
 from rltrain.run.layout import RunLayout
 
@@ -74,7 +75,10 @@ def _is_same(stored: list[str] | None, given: list[str] | None) -> bool:
         return stored == given
     return all(
         old == new
-        or (old.startswith("/") and os.path.realpath(old) == os.path.realpath(Path(new).expanduser()))
+        or (
+            old.startswith("/")
+            and os.path.realpath(old) == os.path.realpath(Path(cached_model(new)).expanduser())
+        )
         for old, new in zip(stored, given, strict=True)
     )
 

@@ -68,6 +68,7 @@ def submit_run(
     layout = options.layout
     config = arguments.parse(flag_data.to_argv(flags))
     inputs.check_inputs(config)
+    inputs.check_imports(config)
     gpus = usable_gpus()
     config, chosen = precision.decide(config, layout, gpus=bool(gpus))
     _say(config, flags, chosen)
@@ -131,7 +132,10 @@ def _run_in_slurm(
         )
     job = plan_job(options, flags, check, after_any, facts)
     print(job.split.explain(), file=sys.stderr, flush=True)
-    for line in [*arguments.remarks(job.config), *filter(None, [job.chosen])]:
+    absent = [
+        f"the job's machines need what is not here: {line}" for line in inputs.absent_imports(job.config)
+    ]
+    for line in [*arguments.remarks(job.config), *filter(None, [job.chosen]), *absent]:
         print(line, file=sys.stderr, flush=True)
     if options.dry_run:
         print(job.text(), end="")

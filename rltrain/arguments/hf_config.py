@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,18 @@ class ModelShape:
         return FAMILIES[self.architecture]
 
 
+def cached_model(name: str) -> str:
+    """The directory in the local Hugging Face cache of a model that is named by its id; any other name as it is."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
+        return name
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:  # then nothing here has filled the cache
+        return name
+    found = try_to_load_from_cache(name, "config.json")
+    return str(Path(found).parent) if isinstance(found, str) else name
+
+
 def read_hf_config(directory: Path, without_weights: bool = False) -> dict[str, Any]:
     """`config.json` of `--hf-checkpoint`, having checked that the directory can be used.
 
@@ -76,6 +89,10 @@ def read_hf_config(directory: Path, without_weights: bool = False) -> dict[str, 
         UserError: no such directory, no `config.json`, not JSON, or no weights although they are needed.
     """
     path = directory / "config.json"
+    if directory.is_file():
+        raise UserError(
+            f"--hf-checkpoint {directory}: it is a file; give the directory that has config.json."
+        )
     if not directory.is_dir():
         raise UserError(f"--hf-checkpoint {directory}: there is no such directory.{_download(directory)}")
     if not path.is_file():
@@ -104,8 +121,9 @@ def _download(directory: Path) -> str:
         return ""
     owner, model = directory.parts[-2:]
     return (
-        f" If {owner}/{model} is a model of the Hugging Face Hub, download it first: `hf download {owner}/{model}"
-        f" --local-dir models/{model}`, and give --hf-checkpoint models/{model}."
+        f" If {owner}/{model} is a model of the Hugging Face Hub, download it first: `hf download {owner}/{model}`"
+        f" puts it into the local cache, where it is found by this name; or, with `--local-dir models/{model}`, give"
+        f" --hf-checkpoint models/{model}."
     )
 
 

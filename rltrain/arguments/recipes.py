@@ -45,6 +45,10 @@ def read_recipe(name: str, known: Collection[str]) -> Flags:
     found = builtin.get(name.removesuffix(".toml"))
     if found is not None:
         return flag_data.from_toml(found.read_text(), f"@{name}", known)
+    if path.is_dir():
+        raise UserError(
+            f"@{name}: it is a directory; give the recipe in it, such as @{path / 'recipe.toml'}."
+        )
     near = difflib.get_close_matches(name.removesuffix(".toml"), builtin, n=3) or sorted(builtin)
     raise UserError(f"@{name}: there is no such file, and no such built-in recipe; near are"
                     f" {', '.join(f'@{recipe}' for recipe in near)}.")  # fmt: skip
@@ -67,6 +71,9 @@ def read_config_file(path: str, flag: str) -> dict[str, object]:
         UserError: it can't be read, or holds no names with values.
     """
     file = Path(path).expanduser()
+    if not file.is_file():
+        what = "it is a directory; give the file in it" if file.is_dir() else "there is no such file"
+        raise UserError(f"{flag} {path}: {what}.")
     try:
         text = file.read_text()
         if file.suffix == ".toml":

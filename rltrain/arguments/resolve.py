@@ -25,6 +25,7 @@ from rltrain.arguments.groups.model import Model, check_recomputation
 from rltrain.arguments.groups.parallel import ParallelSizes, check_parallel
 from rltrain.arguments.groups.rollout import check_temperature, resolve_rollout
 from rltrain.arguments.groups.training import check_micro_batches, check_schedule, resolve_training
+from rltrain.arguments.hf_config import cached_model
 from rltrain.arguments.slime_names import our_path
 from rltrain.run.errors import UserError
 
@@ -46,6 +47,8 @@ def resolve(config: Config) -> Config:
     Raises:
         UserError: names the flags that contradict each other, with their values.
     """
+    if name := config.model.hf_checkpoint:
+        config = replace(config, model=replace(config.model, hf_checkpoint=cached_model(name)))
     debug, functions = resolve_debug(config.debug, _our_functions(config.functions))
     check_ranges([config.agents])
     agents, functions = resolve_agents(config.agents, functions)
@@ -120,7 +123,7 @@ def _check_required(config: Config) -> None:
             or data.prompt_data_mix
             or config.debug.load_debug_rollout_data
             or (None if data.rollout_global_dataset else "none"),
-            "a JSONL or Parquet file of prompts",
+            "a JSONL, Parquet or CSV file of prompts",
         ),
         "--rollout-batch-size": (rollout.rollout_batch_size, "prompts in a rollout"),
         "--num-rollout": (

@@ -1,4 +1,4 @@
-"""Prompt files: JSONL, one object a line, as slime reads them, or Parquet (`.parquet`), one row a prompt.
+"""Prompt files: JSONL, one object a line, as slime reads them; Parquet (`.parquet`) or CSV (`.csv`), one row a prompt.
 
 `path@[a:b]` takes the lines (rows) a to b, as a Python slice does. Files stay on disk and may exceed memory: any row is
 read when it is asked for. Of a JSONL file only the start of each line is kept, 8 bytes a line. A Parquet file is
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import csv
 import json
 import os
 import re
@@ -123,7 +124,9 @@ def _require(row: dict[str, Any], key: str, flag: str, where: str) -> Any:
 def _metadata(value: Any, key: str, where: str) -> dict[str, Any]:
     if value is None:
         return {}
-    if isinstance(value, str):  # Parquet files often hold it as JSON
+    if value == "":
+        return {}  # an empty cell of a CSV file
+    if isinstance(value, str):  # Parquet and CSV files often hold it as JSON
         with contextlib.suppress(ValueError):
             value = json.loads(value)
     if not isinstance(value, dict):
@@ -139,6 +142,7 @@ def _is_conversation(prompt: Any) -> bool:
     )
 
 
+_LONGEST = 1 << 30  # characters of a value in a CSV file; Python's own limit is for files that nobody knows
 _BATCH = 128  # rows of a Parquet file that are in memory at a time
 
 
@@ -163,8 +167,9 @@ class PromptFile:
         if not file.is_file():
             what = "it is a directory" if file.is_dir() else "there is no such file"
             raise UserError(f"prompt file {file}: {what}. Give a JSONL file: one JSON object a line.")
-        self._rows: _JsonLines | _ParquetRows
-        self._rows = (_ParquetRows if file.suffix == ".parquet" else _JsonLines)(file, window, self._keys)
+        kinds: dict[str, type[_ParquetRows | _CsvRows]] = {".parquet": _ParquetRows, ".csv": _CsvRows}
+        self._rows: _JsonLines | _ParquetRows | _CsvRows
+        self._rows = kinds.get(file.suffix.lower(), _JsonLines)(file, window, self._keys)
         if not len(self._rows):
             where = f"{path}: no prompts in that slice" if path != str(file) else f"{file}: no prompts in it"
             raise UserError(f"prompt file {where}. Give a JSONL file with one JSON object a line.")
@@ -254,6 +259,62 @@ def _line_starts(descriptor: int, stop: int | None) -> array[int]:
             at += len(line)
     starts.append(end)
     return starts
+
+
+class _CsvRows:
+    """The rows of a CSV file, whose first row names the columns. Every value is text, as CSV knows nothing else."""
+
+    def __init__(self, file: Path, window: slice, keys: tuple[str, str | None, str, str]) -> None:
+        self._file, self._keys = file, keys
+        self._starts = array("q")
+        self._header: list[str] = []
+        for start, row in self._records():
+            if self._header:
+                self._starts.append(start)
+            else:
+                self._header = row
+        self._window = range(len(self._starts))[window]
+
+    def __len__(self) -> int:
+        return len(self._window)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (self.read(i) for i in range(len(self)))
+
+    def read(self, i: int) -> Prompt:
+        number = self._window[i]
+        where = f"{self._file}, row {number + 1}"
+        _, row = next(self._records(self._starts[number]))
+        if len(row) != len(self._header):
+            raise UserError(
+                f"{where}: it has {len(row)} values, and the first row names {len(self._header)} columns."
+            )
+        return parse_row(dict(zip(self._header, row, strict=True)), where, *self._keys)
+
+    def _records(self, start: int = 0) -> Iterator[tuple[int, list[str]]]:
+        """Where each row begins that is not blank, and its values; a value in quotes may have several lines."""
+        at = start
+
+        def lines() -> Iterator[str]:
+            nonlocal at
+            with self._file.open("rb") as file:
+                file.seek(start)
+                for line in file:
+                    begin, at = at, at + len(line)
+                    yield line.decode("utf-8" if begin else "utf-8-sig")
+
+        csv.field_size_limit(_LONGEST)
+        reader = csv.reader(lines(), strict=True)
+        while True:
+            begin = at
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise UserError(f"{self._file}: not CSV in UTF-8 ({error}), at byte {begin}.") from None
+            if row:
+                yield begin, row
 
 
 class _ParquetRows:

@@ -14,7 +14,7 @@ from rltrain.run.errors import UserError
 class Data:
     """Data."""
 
-    prompt_data: str | None = flag("JSONL or Parquet prompts; FILE@[a:b] takes a slice", metavar="FILE")
+    prompt_data: str | None = flag("JSONL, Parquet or CSV prompts; FILE@[a:b] takes a slice", metavar="FILE")
     prompt_data_mix: list[str] | None = flag(
         "instead of --prompt-data: pairs of a file and how often its prompts occur in an epoch (0.5: half of them)",
         metavar="FILE WEIGHT",

@@ -158,3 +158,17 @@ def check_functions(functions: Functions) -> None:
                     if call.or_positional is None:
                         raise
                     check_function(path, positional=call.or_positional, **how)
+
+
+def absent_of(functions: Functions) -> list[str]:
+    """What the functions' modules import at their top and this Python has not: one line each, with the flag."""
+    from rltrain.functions import missing_imports
+
+    given = [(each.option, getattr(functions, each.name)) for each in declared(Functions) if each.flag.call]
+    paths = [
+        (option, path)
+        for option, value in given
+        for path in (value if isinstance(value, list) else [value])
+        if path
+    ]
+    return [f"{option} {path}: {line}" for option, path in paths for line in missing_imports(path)]

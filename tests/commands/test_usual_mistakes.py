@@ -1,0 +1,154 @@
+"""What people usually get wrong in the flags: a file for a directory, a model's id, a table, a missing package."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpc.doctor import examine
+from hpc.doctor.storage import check_storage
+from hpc.planning.request import SubmitOptions, read_request
+from hpc.submitting import resuming, start_run
+from rltrain import arguments
+from rltrain.arguments import flags
+from rltrain.arguments.config import Config
+from rltrain.arguments.recipes import read_recipe
+from rltrain.data.prompt_file import Prompt, PromptFile
+from rltrain.demo.assets import write_assets
+from rltrain.inputs import check_imports, check_inputs
+from rltrain.run.errors import UserError
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a model, prompts, a file and a folder of no use."""
+    write_assets(tmp_path / "demo")
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def words(*more: str, model: str = "demo/model", prompts: str = "demo/train.jsonl") -> list[str]:
+    return [
+        *("--hf-checkpoint", model, "--prompt-data", prompts, "--label-key", "label", "--rm-type", "exact"),
+        *("--rollout-batch-size", "4", "--num-rollout", "3", "--random-init", *more),
+    ]
+
+
+def parse(*more: str, **places: str) -> Config:
+    return arguments.parse(words(*more, **places))
+
+
+DIRECTORIES = ("hf-checkpoint", "load", "ref-load", "save", "save-hf")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        *((f"--{name} file", "it is a file where a directory is needed") for name in DIRECTORIES),
+        ("--save file/checkpoints", "/file is a file where a directory is needed"),
+        ("--wandb-dir file", "it is a file where a directory is needed"),
+        ("--custom-config-path folder", "it is a directory; give the file in it"),
+        ("--custom-config-path nowhere.toml", "there is no such file"),
+        ("--eval-config folder", "it is a directory; give the file in it"),
+        ("--sglang-config folder", "it is a directory; give the file in it"),
+        ("--eval-prompt-data held-out folder", "it is a directory"),
+        ("--prompt-data folder", "it is a directory"),
+    ],
+)  # fmt: skip
+def test_a_file_for_a_directory_and_the_other_way_round(place: Path, given: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_inputs(parse(*given.split()))
+    flag, *_, name = given.split()
+    assert said in str(caught.value) and name in str(caught.value)
+    assert flag in str(caught.value) or "prompt file" in str(caught.value)
+    assert "Errno" not in str(caught.value)
+
+
+def test_a_recipe_and_a_place_for_runs_of_the_wrong_kind(place: Path) -> None:
+    with pytest.raises(UserError, match=r"@folder: it is a directory; give the recipe in it"):
+        read_recipe("folder", [])
+    (check,) = check_storage(place / "file" / "runs", others=False)
+    assert check.level == "fail" and f"{place}/file is a file" in check.message
+
+
+def test_a_models_id_is_found_in_the_cache_or_told_how_to_get_there(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "cache"))
+    with pytest.raises(UserError, match=r"`hf download Qwen/Qwen3-0.6B` puts it into the local cache"):
+        check_inputs(parse(model="Qwen/Qwen3-0.6B"))
+    kept = place / "cache" / "models--Qwen--Qwen3-0.6B"
+    shutil.copytree("demo/model", kept / "snapshots" / "abc")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("abc")
+    config = check_inputs(parse(model="Qwen/Qwen3-0.6B"))
+    assert config.model.hf_checkpoint == str(kept / "snapshots" / "abc")
+    assert parse().model.hf_checkpoint == str(place / "demo" / "model")  # a directory comes first
+    assert resuming._is_same([config.model.hf_checkpoint], ["Qwen/Qwen3-0.6B"])
+
+
+TABLE = '\ufeffinput,label,metadata\r\n1+1=,2,"{""a"": 1}"\r\n\r\n"two\nlines, and ""more""",042,\r\né,x,\r\n'
+
+
+def test_a_table_of_prompts(place: Path) -> None:
+    (place / "p.csv").write_bytes(TABLE.encode())
+    expected = [Prompt("1+1=", "2", {"a": 1}), Prompt('two\nlines, and "more"', "042"), Prompt("é", "x")]
+    prompts = PromptFile("p.csv", "input", "label")
+    assert list(prompts) == expected and [prompts[i] for i in (2, 0, 1)] == [expected[i] for i in (2, 0, 1)]
+    assert list(PromptFile("p.csv@[1:2]", "input", "label")) == expected[1:2]
+    check_inputs(parse("--rollout-batch-size", "3", prompts="p.csv"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("question,label\nx,y\n", "p.csv, row 1: no key 'input'; the keys of this line are 'question', 'label'"),
+        ("input,label\nx,y\nx\n", "p.csv, row 2: it has 1 values, and the first row names 2 columns"),
+        ('input,label\n"x,y\n', "p.csv: not CSV in UTF-8 (unexpected end of data)"),
+        ("input,label\n", "no prompts in it"),
+    ],
+)  # fmt: skip
+def test_a_table_that_is_wrong(place: Path, text: str, said: str) -> None:
+    (place / "p.csv").write_text(text)
+    with pytest.raises(UserError) as caught:
+        list(PromptFile("p.csv", "input", "label"))
+    assert said in str(caught.value)
+
+
+REWARD = """import json
+import beside_it
+try:
+    import fast_package_that_may_be_missing
+except ImportError:
+    pass
+
+def reward(args, sample):
+    return 1.0
+"""
+
+
+def test_a_package_that_a_reward_imports_and_nobody_has(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "odd_reward.py").write_text(REWARD)
+    (place / "beside_it.py").write_text("import json\nfrom nobodys_package.part import thing\n")
+    given = words("--custom-rm-path", "odd_reward.reward")
+    config = arguments.parse(given)
+    said = r"--custom-rm-path odd_reward.reward: beside_it.py:2 imports nobodys_package.part, which is not installed in"
+    with pytest.raises(UserError, match=said):
+        check_imports(config)
+    assert "nobodys_package" not in sys.modules and "odd_reward" not in sys.modules  # nothing was run
+    monkeypatch.setattr(examine, "_check_model", lambda _: [])  # imports transformers
+    checks = {check.name: check for check in examine.check_flags(read_request(given))[1]}
+    assert checks["imports"].level == "fail" and "nobodys_package" in checks["imports"].message
+    options = SubmitOptions(runs_dir=place / "runs", name="x", dry_run=True)
+    with pytest.raises(UserError, match="nobodys_package"):
+        start_run.submit_run(options, flags.split(given)[1])
+    (place / "beside_it.py").write_text("import numpy\n")
+    check_imports(config)
