@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from hpc.supervisor.launcher import Handle
 from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_REQUEUE
 
 LAST_LINES = 20
+_LINES_OF_A_CAUSE = 100  # warnings, and what libraries say while they end, stand around it
+_RAISED = re.compile(r"(?:\[rank\d+\]: )?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)(?:: .*)?)")
 
 
 class JobFailedError(RuntimeError):
@@ -82,7 +85,7 @@ def describe_deaths(dead: list[RunningRole]) -> str:
     """One paragraph on the role that died first, the last lines of its log, and who went with it."""
     first, *others = _first_to_last(dead)
     log, reason = first.handle.failed_log(), first.handle.end().reason
-    words = [word for word in (reason, find_cause(last_lines(log, 2 * LAST_LINES))) if word]
+    words = [word for word in (reason, find_cause(last_lines(log, _LINES_OF_A_CAUSE))) if word]
     why = f": {'; '.join(words)}" if words else ""
     text = f"{first.failed} {describe_exit(first.handle.poll())}{why}. Its log, {log}, ends:\n{_tail(log)}"
     also = ", ".join(
@@ -99,11 +102,14 @@ def _tail(log: Path) -> str:
 def find_cause(lines: Sequence[str]) -> str | None:
     """The line of a failed role's log that says why it failed; warnings and tracebacks stand around it.
 
-    A full disk is named whatever else the line says; else it is the role's own last word, `error: …`.
+    A full disk is named whatever else the line says; else it is the role's own last word, `error: …`, or the last line
+    of a traceback, as Python and torch (`[rank0]: …`) write it.
     """
     if disk_is_full(lines):
         return "the disk is full"
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if not errors:
+        errors = [match[1] for line in lines if (match := _RAISED.fullmatch(line))]
     return errors[-1].rstrip(". ") if errors else None
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -19,6 +20,8 @@ from hpc.planning.job_plan import JobPlan, RoleProcess
 from hpc.runs.live_view import describe_step, panel
 from hpc.runs.progress import RunState
 from hpc.runs.summary import next_commands, summary_rows
+from hpc.supervisor.causes import Cause, End
+from hpc.supervisor.roles import RunningRole, describe_deaths, find_cause
 from rltrain.run.files import append_event
 from rltrain.run.layout import RunLayout
 from rltrain.sample import Sample
@@ -198,3 +201,34 @@ def test_notes_on_samples(short_runs: Path, tmp_path: Path) -> None:
         assert export.main([str(run.path), "--frame", "notes", option, str(tmp_path / "notes")]) == 0
     with pytest.raises(ValueError, match="no training sample with index 123456"):
         run.note(123456, "nothing")
+
+
+NOISE = ["/lib/x.py:3: UserWarning: a kernel is not there", "  warnings.warn("]
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        (["error: --lr: not a number.", *NOISE], "--lr: not a number"),
+        (["Traceback (most recent call last):", "  raise", "ValueError: no such layer: 7", *NOISE],
+         "ValueError: no such layer: 7"),
+        (["[rank0]: Traceback (most recent call last):", "[rank0]: torch.OutOfMemoryError: of 3 GiB", *NOISE],
+         "torch.OutOfMemoryError: of 3 GiB"),
+        (["KeyError: 'a'", "During handling …", "RuntimeError: b"], "RuntimeError: b"),
+        (["ValueError: first", "error: the role's own word"], "the role's own word"),
+        (["OSError: [Errno 28] No space left on device"], "the disk is full"),
+        (NOISE, None),
+    ],
+)  # fmt: skip
+def test_the_cause_comes_before_the_lines_of_a_log(
+    lines: list[str], cause: str | None, tmp_path: Path
+) -> None:
+    assert find_cause(lines) == cause
+    log = tmp_path / "trainer-0.log"
+    log.write_text("\n".join([*lines, *NOISE * 15]) + "\n")
+    handle = SimpleNamespace(failed_log=lambda: log, poll=lambda: 1, end=lambda: End(Cause.CODE))
+    role = RunningRole(RoleProcess("trainer", 0, ("x",)), handle)  # type: ignore[arg-type] # a process that is over
+    first = describe_deaths([role]).splitlines()[0]
+    assert first.startswith(
+        f"trainer-0 exited with code 1: {cause}. Its log" if cause else "trainer-0 exited with code 1. Its"
+    )
