@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from functools import cached_property
 from typing import Any
 
@@ -14,10 +15,10 @@ _MOST = 10_000  # samples of a page; whole groups, evenly from the whole run
 
 
 class SampleBlocks:
-    """The blocks of one run as it is now."""
+    """The blocks of one run as it is now; `mark` tells them from those of another moment."""
 
     def __init__(self, run: RunFrames) -> None:
-        self._run = run
+        self._run, self.mark = run, secrets.token_hex(4)
 
     @cached_property
     def _all(self) -> pd.DataFrame:
@@ -36,7 +37,7 @@ class SampleBlocks:
         """
         if name == "meta":
             meta = data.meta_of(self._run, len(self._chosen), len(self._all), overview=True)
-            return meta | {"charts": []}  # they have a view of their own
+            return meta | {"mark": self.mark, "charts": []}  # they have a view of their own
         if name == "index":
             return self._index()
         if name == "notes":

@@ -29,6 +29,7 @@ from rltrain.run.layout import RunLayout
 
 HOST = "127.0.0.1"
 _KEPT_RUNS = 8  # whose frames are in memory
+_KEPT_PAGES = 8  # pages of samples that are open still, as the run was then
 _MOST_EVENTS = 500
 _MIN_GZIP = 1024  # bytes
 _NAMES = re.compile(
@@ -47,6 +48,7 @@ class Live:
     def __init__(self, runs_dir: Path) -> None:
         self.runs_dir = runs_dir
         self._runs: OrderedDict[str, tuple[Any, Run, SampleBlocks]] = OrderedDict()
+        self._pages: OrderedDict[tuple[str, str], SampleBlocks] = OrderedDict()
         self._lock = threading.Lock()
 
     def board(self) -> dict[str, Any]:
@@ -73,6 +75,30 @@ class Live:
         """The last events of a run, the newest first."""
         frame = self.run(name)[0].events.iloc[: -_MOST_EVENTS - 1 : -1]
         return json.loads(frame.to_json(orient="records", date_format="iso"))
+
+    def block(self, name: str, block: str, mark: str | None = None) -> Any:
+        """A block of a run's page of samples, which begins with the block `meta`.
+
+        Args:
+            name: of the run.
+            block: see `SampleBlocks.block`.
+            mark: of the page, from its `meta`: the run may have got more samples since, and their order another.
+
+        Raises:
+            KeyError: there is no such run or block, or the page is too old.
+        """
+        blocks = self.run(name)[1]
+        with self._lock:
+            if block == "meta":
+                self._pages[name, blocks.mark] = blocks
+                while len(self._pages) > _KEPT_PAGES:
+                    self._pages.popitem(last=False)
+            elif mark is not None and mark != blocks.mark:
+                if (name, mark) not in self._pages:
+                    raise KeyError("this page is old: load it again")
+                self._pages.move_to_end((name, mark))
+                blocks = self._pages[name, mark]
+        return blocks.block(block)
 
     def run(self, name: str) -> tuple[Run, SampleBlocks]:
         """A run and its samples, read again if its files have changed.
@@ -195,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
                 page = fill(name, sources=sources).encode()
                 self._send(page, "text/html", policy="frame-ancestors 'self'")
             case ["runs", name, "blocks", block]:
-                self._send_json(live.run(name)[1].block(block))
+                self._send_json(live.block(name, block, query.get("mark", [None])[0]))
             case _:
                 raise KeyError(path)
 

@@ -23,6 +23,7 @@ from analysis.live.board import run_row
 from analysis.live.server import LiveServer
 from analysis.pages.html import browse
 from analysis.serve import main
+from rltrain.run.layout import RunLayout
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: see requirements/debian.txt")
 
@@ -150,6 +151,26 @@ def test_samples_are_those_of_the_report(server: LiveServer) -> None:
     assert used.items() <= whole.items()
     meta, wanted = get(server, "/runs/baseline/blocks/meta"), unpacked(content, "meta")
     assert (meta["findings"], meta["total"]) == (wanted["findings"], wanted["total"])
+
+
+def test_an_open_page_keeps_its_samples_while_the_run_gets_more(server: LiveServer) -> None:
+    layout = RunLayout(server.live.runs_dir / "baseline")
+    meta = get(server, "/runs/baseline/blocks/meta")
+    last = meta["total"] // 64  # its evaluation samples, which are behind those of training
+    index, texts = (get(server, f"/runs/baseline/blocks/{name}") for name in ("index", f"texts-{last}"))
+    step = layout.steps()[-1]
+    shutil.copytree(layout.step_dir(step, 1), layout.step_dir(step + 1, 1))
+    with layout.metrics.open("a") as file:
+        file.write(json.dumps({"step": step + 1, "attempt": 1, "time": 2e9}) + "\n")
+    now = get(server, "/runs/baseline/blocks/index")
+    assert len(now["step"]) > len(index["step"])
+    assert get(server, f"/runs/baseline/blocks/texts-{last}") != texts
+    assert get(server, f"/runs/baseline/blocks/texts-{last}?mark={meta['mark']}") == texts
+    assert get(server, f"/runs/baseline/blocks/index?mark={meta['mark']}") == index
+    status, _, said = ask(
+        server, "/runs/baseline/blocks/index?mark=x", Cookie=f"{server.cookie}={server.token}"
+    )
+    assert status == 404 and b"load it again" in said
 
 
 def test_an_empty_directory_has_no_runs_yet(tmp_path: Path) -> None:

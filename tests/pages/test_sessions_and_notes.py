@@ -164,6 +164,17 @@ def test_a_session_is_a_tree_of_turns(server: LiveServer, page: Page, width: int
 
 
 @needs_chromium
+def test_an_open_page_shows_a_note_that_is_made_now(server: LiveServer, page: Page) -> None:
+    open_samples(page, server, "sample=20")
+    path = server.live.runs_dir / "agents" / "notes.jsonl"
+    before = path.read_text()
+    load_run(server.live.runs_dir / "agents").note(20, "seen just now")
+    page.wait("document.querySelector('#detail .note') !== null")
+    assert "seen just now" in page.evaluate("$('top').textContent")
+    path.write_text(before)
+
+
+@needs_chromium
 @pytest.mark.parametrize("width", [1400, 390])
 def test_notes_lead_to_their_samples_and_are_found(server: LiveServer, page: Page, width: int) -> None:
     open_samples(page, server, "sample=5", width)

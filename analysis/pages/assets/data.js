@@ -1,11 +1,12 @@
 "use strict";
 // Data lies in the page as gzip in base64, so no text of a model is ever parsed as markup. Read block by block.
-// The page of a server has none of it: there a block is fetched.
+// The page of a server has none of it: there a block is fetched, of the moment that `mark` names.
+let mark;
 const $ = (id) => document.getElementById(id);
 
 async function unpack(id) {
   if (!$(id)) {
-    const answer = await fetch("blocks/" + id);
+    const answer = await fetch("blocks/" + id + (mark ? "?mark=" + mark : ""));
     if (!answer.ok) throw new Error(await answer.text());
     return answer.json();
   }

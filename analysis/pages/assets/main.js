@@ -77,7 +77,9 @@ function options(id, values) {
 }
 
 async function start() {
-  [meta, index, notes] = await Promise.all([block("meta"), block("index"), block("notes")]);
+  meta = await block("meta");
+  mark = meta.mark;
+  [index, notes] = await Promise.all([block("index"), block("notes")]);
   document.body.classList.toggle("single", !meta.overview);
   drawTop();
   options("dataset", index.dataset);
@@ -101,6 +103,23 @@ async function start() {
   restoring = false;
   setTimeout(haystack, 100); // the first search finds it ready
   document.body.dataset.ready = "yes";
+  if (mark) followNotes();
+}
+
+// On the page of a server, notes appear while it is open.
+const EVERY = 5000; // milliseconds
+async function followNotes() {
+  for (;;) {
+    await new Promise((resolve) => setTimeout(resolve, EVERY));
+    if (document.hidden) continue;
+    const now = await unpack("notes").catch(() => notes); // the server may have ended
+    if (JSON.stringify(now) === JSON.stringify(notes)) continue;
+    notes = now;
+    said = undefined; // they are searched, too
+    drawTop();
+    drawRows();
+    if (selected >= 0) showSample(selected);
+  }
 }
 
 start().catch((error) => {
