@@ -86,7 +86,7 @@ format: $(READY) ## let ruff rewrite
 	@$(BIN)/ruff format .
 
 bench: $(READY) ## every benchmark; each prints a ratio
-	@for script in benchmarks/*.py benchmarks/*/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/*.py benchmarks/agents/*.py benchmarks/cluster/*.py benchmarks/rollout/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean: ## remove the virtual environments and caches
 	rm -rf $(VENV) $(CURRENT) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -154,7 +154,7 @@ def test_second_ctrl_c_stops_a_job_that_hangs(job: Job) -> None:
     out, _ = process.communicate(timeout=15)
 
     assert process.returncode == 130
-    assert "it resumes from its last checkpoint" in out
+    assert "it begins anew, as it has no checkpoint yet" in out
     assert job.living() == []
 
 
