@@ -39,6 +39,19 @@ class Multipliers:
 
 
 @dataclass(frozen=True)
+class SoftCaps:
+    """What x becomes c · tanh(x / c) with; None: it stays as it is.
+
+    Attributes:
+        scores: c for products of queries with keys.
+        logits: c for the output layer's.
+    """
+
+    scores: float | None = None
+    logits: float | None = None
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A decoder-only transformer with RMSNorm, SwiGLU, rotary embeddings and grouped query attention."""
 
@@ -63,6 +76,7 @@ class ModelShape:
     window: Window | None = None
     local_theta: float | None = None  # base of the rotary embedding of layers with a window, if it is another
     multipliers: Multipliers = Multipliers()
+    soft_caps: SoftCaps = SoftCaps()
 
     @property
     def family(self) -> Family:
@@ -254,6 +268,7 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
         unrotated=_unrotated(config) if family.unrotated_layers else (),
         window=read_window(config, family.windows),
         multipliers=_multipliers(config, family),
+        soft_caps=_soft_caps(config) if family.soft_caps else SoftCaps(),
     )
 
 
@@ -293,6 +308,12 @@ def _multipliers(config: Mapping[str, Any], family: Family) -> Multipliers:
             raise UserError(f"the model's config.json has {name} {value!r}: it must be a number above 0.")
     embedding, attention, residual, logits = (float(config[name]) for name in names)
     return Multipliers(embedding, attention, residual, 1 / logits)
+
+
+def _soft_caps(config: Mapping[str, Any]) -> SoftCaps:
+    names = ("attn_logit_softcapping", "final_logit_softcapping")
+    scores, logits = (None if config[name] is None else number(config[name], name) for name in names)
+    return SoftCaps(scores, logits)
 
 
 def check_same_shape(config: Mapping[str, Any], standard: Mapping[str, Any], hf_checkpoint: str) -> None:

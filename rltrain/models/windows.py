@@ -34,6 +34,7 @@ class WindowRule:
         reads: Entries with whole numbers that `has_window` reads.
         switched: There are windows only if `use_sliding_window` is true.
         listed: `layer_types` names each layer's kind, and comes before `has_window`.
+        fixed: `layer_types` may only repeat what `has_window` says: SGLang does not read it.
         in_sglang: SGLang has these windows too. Elsewhere it lets every token see all before it.
     """
 
@@ -41,6 +42,7 @@ class WindowRule:
     reads: tuple[str, ...] = ()
     switched: bool = False
     listed: bool = False
+    fixed: bool = False
     in_sglang: bool = False
 
 
@@ -75,6 +77,11 @@ def read_window(config: Mapping[str, Any], rule: WindowRule | None) -> Window | 
             whole_number(config, name, least=0)
     layers = range(config["num_hidden_layers"])
     chosen = listed if listed is not None else [rule.has_window(config, layer) for layer in layers]
+    if rule.fixed and chosen != [rule.has_window(config, layer) for layer in layers]:
+        raise UserError(
+            f"the model's config.json has layer_types {config['layer_types']}: SGLang gives its architecture windows in"
+            " other layers. Leave layer_types out."
+        )
     found = tuple(layer for layer in layers if chosen[layer])
     return Window(size, found) if found else None
 

@@ -6,8 +6,9 @@ An engine that spans nodes is one such process per node. The first serves; the o
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from rltrain import arguments
 from rltrain.arguments.config import Config
 from rltrain.arguments.fleet import engine_specs, engines_load_alone, models
+from rltrain.run.errors import UserError
 from rltrain.run.http import HttpError
 from rltrain.run.processes import reserve_port
 from rltrain.run.role import Registry, RoleContext
@@ -59,12 +61,33 @@ def engine_server_args(config: Config, index: int, weights: Path | None = None) 
     return {**decided, **config.engines.sglang, **spec.overrides}
 
 
+def refuse_soft_caps(server_args: Mapping[str, Any]) -> None:
+    """Refuse what SGLang's attention for CPUs leaves out without a word: engine and trainer were different models.
+
+    Raises:
+        UserError: the model has soft caps of attention's scores.
+    """
+    file = Path(server_args["model_path"]) / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    backend = server_args.get("attention_backend", "torch_native")
+    if config.get("model_type") != "gemma2" or backend != "torch_native":
+        return
+    from rltrain.sglang import cpu  # it imports torch
+
+    if config.get("attn_logit_softcapping", True) and not cpu.has_accelerator():
+        raise UserError(
+            f"{file} has soft caps of attention's scores (attn_logit_softcapping), which SGLang computes on a GPU only,"
+            " and there is none here. --debug-train-only trains without engines."
+        )
+
+
 def main(context: RoleContext) -> None:
     """Start the engine, join the router, announce it, and watch it."""
     config = arguments.load(context.run_dir)
     registry = Registry(context)
     weights = _newest_weights(config, context) if context.restarts else None
     server_args = engine_server_args(config, context.index, weights)
+    refuse_soft_caps(server_args)
     with ExitStack() as held:
         if context.nnodes > 1:
             server_args |= _meet(context, registry, held)

@@ -18,9 +18,10 @@ from urllib.parse import parse_qs, urlsplit
 import psutil
 import pytest
 
+from rltrain.run.errors import UserError
 from rltrain.run.http import HttpError
 from rltrain.run.processes import reserve_port
-from rltrain.sglang.engine import engine_server_args
+from rltrain.sglang.engine import engine_server_args, refuse_soft_caps
 from rltrain.sglang.process import ServerDiedError, ServerProcess
 from rltrain.sglang.routers import add_worker, find_worker, remove_worker
 from rltrain.sglang.server import allocator_settings, hide_secrets_in_logs
@@ -244,3 +245,16 @@ def test_an_engine_with_the_memory_saver_has_no_expandable_segments() -> None:
         "PYTORCH_ALLOC_CONF": ""
     }
     assert allocator_settings(env, uses_memory_saver=False) == {}
+
+
+def test_soft_caps_of_scores_need_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's attention for CPUs takes a cap and passes over it."""
+    config, server_args = tmp_path / "config.json", {"model_path": str(tmp_path)}
+    config.write_text('{"model_type": "gemma2"}')  # the usual cap
+    with pytest.raises(UserError, match="attn_logit_softcapping"):
+        refuse_soft_caps(server_args)
+    monkeypatch.setattr("rltrain.sglang.cpu.has_accelerator", lambda: True)
+    refuse_soft_caps(server_args)
+    monkeypatch.undo()
+    config.write_text('{"model_type": "gemma2", "attn_logit_softcapping": null}')
+    refuse_soft_caps(server_args)

@@ -61,6 +61,12 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
     "Phi3ForCausalLM": {"sliding_window": 9},
+    "Gemma2ForCausalLM": {
+        "query_pre_attn_scalar": 2,
+        "sliding_window": 9,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
     "Gemma3ForCausalLM": {
         "query_pre_attn_scalar": 20,
         "sliding_window": 9,
@@ -228,7 +234,8 @@ class Sweep:
             experts = (
                 {"experts_implementation": "eager"} if FAMILIES[entries["architectures"][0]].experts else {}
             )
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **experts).eval()
+            caps = {"attn_implementation": "eager"} if "attn_logit_softcapping" in config else {}
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **experts, **caps).eval()
             generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
                 for name, weight in model.state_dict().items():

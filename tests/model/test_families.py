@@ -82,6 +82,14 @@ SWITCHES: dict[str, dict[str, Any]] = {
     | GROUPED_EXPERTS
     | {"n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5},
     "Phi3ForCausalLM": {"pad_token_id": None, "partial_rotary_factor": 0.5, "sliding_window": 9},
+    "Gemma2ForCausalLM": {
+        "pad_token_id": None,
+        "query_pre_attn_scalar": 2,
+        "sliding_window": 7,
+        "attn_logit_softcapping": 0.3,
+        "final_logit_softcapping": 0.4,
+        "tie_word_embeddings": True,
+    },
     "Gemma3ForCausalLM": {
         "pad_token_id": None,
         "query_pre_attn_scalar": 20,
@@ -101,9 +109,12 @@ OF_EXPERTS: dict[str, dict[str, Any]] = {  # each rank has half of the experts, 
     "ep2": LAYOUTS["tp2"] | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 }
 
+OWN_ATTENTION: dict[str, dict[str, Any]] = {"cp2": {"context_parallel_size": 2}}
+
 
 def layouts(architecture: str) -> dict[str, dict[str, Any]]:
-    return LAYOUTS | OF_EXPERTS if FAMILIES[architecture].experts else LAYOUTS
+    family = FAMILIES[architecture]
+    return LAYOUTS | (OF_EXPERTS if family.experts else {}) | (OWN_ATTENTION if family.soft_caps else {})
 
 
 def config_of(directory: Path, **changes: Any) -> Config:
@@ -143,7 +154,8 @@ def of_transformers(directory: Path, work: Path) -> tuple[dict[int, Any], dict[s
     """The same by transformers and autograd."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    # Its other attention does not know of soft caps.
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     batch, log_probs = make_batch(5, longest=40), {}
     trainable = TrainableTokens.of(batch)
     for i, tokens in enumerate(batch.tokens):

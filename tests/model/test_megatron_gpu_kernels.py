@@ -28,6 +28,7 @@ from rltrain.data.prefixes import Prefixes, lay_out  # noqa: E402
 from rltrain.megatron.model import attention, experts, prefix_attention  # noqa: E402
 from rltrain.megatron.model.attention import PackedSequences  # noqa: E402
 from rltrain.megatron.model.context_parallel import own_positions  # noqa: E402
+from rltrain.megatron.model.layers.soft_cap import capped_attention, soft_capped_  # noqa: E402
 from rltrain.megatron.training.log_probs import log_probs_and_entropy  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -119,16 +120,16 @@ def test_the_kernel_for_all_lengths_gives_what_a_call_a_length_gives(
     monkeypatch.setattr(attention.parallel_state, "get_context_parallel_group", lambda: one_rank)
     layer = attention.PackedAttention.__new__(attention.PackedAttention)
     torch.nn.Module.__init__(layer)
-    layer.softmax_scale, layer.before = 0.3, before
+    layer.softmax_scale, layer.before, layer.soft_cap = 0.3, before, None
     packed = PackedSequences.from_lengths(LENGTHS, CPU)
     plain = layer(*heads(LENGTHS), None, packed)
     monkeypatch.setattr(attention, "has_varlen_kernel", lambda query: True)
     torch.testing.assert_close(layer(*heads(LENGTHS), None, packed), plain)
 
 
-@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (7, None), (7, 0.5)])
 def test_shared_beginnings_in_one_call_and_in_several(
-    window: int | None, monkeypatch: pytest.MonkeyPatch
+    window: int | None, cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU has one call for all segments; torch's own attention stands in for it here."""
     rng = np.random.default_rng(0)
@@ -138,7 +139,7 @@ def test_shared_beginnings_in_one_call_and_in_several(
     layout = lay_out(samples, {i: len(tokens[i]) for i in samples}, Prefixes.of(tokens, least=1))
     layer = attention.PackedAttention.__new__(attention.PackedAttention)
     torch.nn.Module.__init__(layer)
-    layer.softmax_scale, layer.before = 0.3, window
+    layer.softmax_scale, layer.before, layer.soft_cap = 0.3, window, cap
     generator = torch.Generator().manual_seed(0)
     heads = [torch.randn(layout.total, n, 8, generator=generator) for n in (4, 2, 2)]
     results = []
@@ -175,6 +176,27 @@ def test_memory_of_packed_attention_has_no_scores() -> None:
     _, most = held(lambda: attention.varlen_attention(q, k, v, packed, None).sum().backward())
     assert q.grad is not None and k.grad is not None and k.grad.shape == k.shape
     assert most < 4 * q.nbytes + 2 * k.nbytes + 4 * 16384 * 8 * 4 < 8192 * 8192 * 2
+
+
+def test_scores_with_a_soft_cap_are_not_kept() -> None:
+    q, k, v = (torch.empty(1, n, 2048, 16, device="meta", requires_grad=True) for n in (8, 2, 2))
+    mask = torch.empty(2048, 2048, device="meta", dtype=torch.bool)
+    outputs: list[Tensor] = []
+    left, most = held(lambda: outputs.append(capped_attention(q, k, v, mask, None, 50.0)))
+    assert left < 2 * q.nbytes < 8 * 2048 * 2048 * 4 < most
+    outputs[0].sum().backward()
+    assert q.grad is not None and k.grad is not None and k.grad.shape == k.shape
+
+
+def test_logits_are_capped_in_place_and_rounded_once() -> None:
+    logits = (torch.arange(-40, 40) / 2).bfloat16().view(20, 1, 4).requires_grad_()
+    expected = 5 * torch.tanh(logits.float() / 5)
+    held_before = logits * 1
+    found = soft_capped_(held_before, 5.0)
+    assert found.data_ptr() == held_before.data_ptr() and torch.equal(found, expected.bfloat16())
+    (mine,) = torch.autograd.grad(found.float().square().sum(), logits)
+    (theirs,) = torch.autograd.grad(expected.square().sum(), logits)
+    torch.testing.assert_close(mine, theirs, atol=0.1, rtol=0.05)
 
 
 def test_rotary_embeddings_read_nothing_back() -> None:

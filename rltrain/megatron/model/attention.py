@@ -29,6 +29,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from rltrain.megatron.model.context_parallel import attended_keys, gather_tokens, whole_order
+from rltrain.megatron.model.layers.soft_cap import capped_attention
 from rltrain.megatron.model.prefix_attention import Call, gather_keys, plan_calls
 
 # Queries of a call with a mask: a longer one computes too much that the mask then hides.
@@ -119,12 +120,14 @@ class PackedAttention(MegatronModule):
         attn_mask_type: Any,
         attention_type: str,
         softmax_scale: float | None = None,
+        soft_cap: float | None = None,
         **kwargs: Any,  # of Megatron-core's interface: dropout and communication types that do not apply
     ) -> None:
         super().__init__(config=config)
         if config.attention_dropout:
             raise NotImplementedError("attention dropout")
         self.softmax_scale = softmax_scale
+        self.soft_cap = soft_cap  # no kernel has it, so that there is one way on all devices
         window, layers = config.window_size, config.window_attn_skip_freq
         has_window = window and is_layer_window_attention(window, layers, layer_number)
         self.before = window[0] if has_window else None
@@ -141,7 +144,7 @@ class PackedAttention(MegatronModule):
         """Attention output, [tokens, heads × head_dim]."""
         if packed_seq_params is None:
             raise ValueError("this attention takes packed sequences only")
-        if has_varlen_kernel(query):
+        if has_varlen_kernel(query) and self.soft_cap is None:
             return self._all_lengths(query, key, value, packed_seq_params)
         if packed_seq_params.calls is not None:
             return self._sharing(query, key, value, packed_seq_params)
@@ -219,9 +222,9 @@ class PackedAttention(MegatronModule):
         keys = k.shape[2]
         before = keys - q.shape[2]
         is_narrow = self.before is not None and self.before < keys - 1
-        if q.is_cuda and not is_narrow:
+        if q.is_cuda and not is_narrow and self.soft_cap is None:
             return attend_without_mask(q, k, v, self.softmax_scale)
-        if before == 0 and not is_narrow:
+        if before == 0 and not is_narrow and self.soft_cap is None:
             return self._masked(q, k, v, None)
         outputs = []
         for part in q.split(_MASKED_QUERIES, dim=2):
@@ -235,6 +238,9 @@ class PackedAttention(MegatronModule):
 
     def _masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention as the mask says, [queries, keys] bool; None: causal, of as many keys as queries."""
+        if self.soft_cap is not None:
+            assert mask is not None
+            return capped_attention(q, k, v, mask, self.softmax_scale, self.soft_cap)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale,
             enable_gqa=q.shape[1] != k.shape[1],

@@ -37,6 +37,7 @@ from rltrain.megatron.device import device, use_cuda
 from rltrain.megatron.model.customize import custom_model
 from rltrain.megatron.model.layers.latent import complete_latent_attention
 from rltrain.megatron.model.layers.rotary import inverse_frequencies, set_frequencies
+from rltrain.megatron.model.layers.soft_cap import soft_capped_
 from rltrain.megatron.model.specs import decoder_spec, use_transformer_engine
 from rltrain.megatron.ranks import together
 from rltrain.megatron.versions import normalises_plain_queries
@@ -284,7 +285,11 @@ def _build_chunk(
     model = GPTModel(
         config=config,
         transformer_layer_spec=decoder_spec(
-            config, stage, family=shape.family, residual=shape.multipliers.residual
+            config,
+            stage,
+            family=shape.family,
+            residual=shape.multipliers.residual,
+            soft_cap=shape.soft_caps.scores,
         ),
         vocab_size=padded_vocab_size(shape, run_config),
         max_sequence_length=shape.max_positions,
@@ -307,6 +312,10 @@ def _build_chunk(
     if last and shape.multipliers.logits != 1:
         model.output_layer.register_forward_hook(
             lambda *call: (call[-1][0] * shape.multipliers.logits, *call[-1][1:])
+        )
+    if last and (cap := shape.soft_caps.logits) is not None:
+        model.output_layer.register_forward_hook(
+            lambda *call: (soft_capped_(call[-1][0], cap), *call[-1][1:])
         )
     return model.to(device())
 

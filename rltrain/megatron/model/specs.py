@@ -69,18 +69,22 @@ def decoder_spec(
     *,
     family: Family | None = None,
     residual: float = 1.0,
+    soft_cap: float | None = None,
 ) -> TransformerBlockSubmodules:
     """The decoder's layers on this pipeline rank, of one virtual stage if there are several.
 
     Args:
         family: What its layers have beside the plain ones; None: nothing.
         residual: What the outputs of attention and MLP are multiplied by before they are added.
+        soft_cap: Of attention's scores. TransformerEngine's attention has none, so that ours is taken.
     """
     if use_transformer_engine():
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
     else:
         spec = _torch_block_spec(config, stage)
     layers = list(spec.layer_specs or [])
+    if soft_cap is not None:
+        layers = [_with_soft_cap(each, soft_cap) for each in layers]
     if residual != 1:
         layers = [_with_scaled_outputs(each, residual) for each in layers]
     if family is not None:
@@ -97,6 +101,12 @@ def _of_family(layer: ModuleSpec, config: TransformerConfig, family: Family, nor
     if family.post_norms:
         layer = replace(layer, module=PostNormLayer, params={**layer.params, "norm": norm})
     return layer
+
+
+def _with_soft_cap(layer: ModuleSpec, cap: float) -> ModuleSpec:
+    core = ModuleSpec(PackedAttention, params={"soft_cap": cap})
+    attention = with_submodules(layer.submodules.self_attention, core_attention=core)
+    return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
 
 
 def _with_whole_qk_norms(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:

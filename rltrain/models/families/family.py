@@ -31,6 +31,7 @@ class Family:
         gelu: The MLP's gate has tanh's approximation of GELU, not SiLU.
         root_embedding: Embeddings are multiplied by √hidden_size, rounded to the weights' type.
         query_scalar: Scores are multiplied by 1/√`query_pre_attn_scalar`.
+        soft_caps: Of scores, `attn_logit_softcapping`, and of logits, `final_logit_softcapping`.
         ropes: The types of rotary embedding that there are, if not all.
         local_rope: Layers with a window have a rotary embedding of their own: the entry with its base.
         rotary_interleaved: Neighbours are rotated with each other, not halves.
@@ -58,6 +59,7 @@ class Family:
     gelu: bool = False
     root_embedding: bool = False
     query_scalar: bool = False
+    soft_caps: bool = False
     ropes: tuple[str, ...] = ()
     local_rope: str | None = None
     rotary_interleaved: bool = False
