@@ -17,6 +17,16 @@ _NEEDED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
+_LONG_ROPE = (
+    " Its frequencies are others from a length on, which transformers decides for each sequence and SGLang for a whole"
+    " batch: engines and trainer would be different models."
+)
+_WHY_NOT = {
+    "longrope": _LONG_ROPE,
+    "su": _LONG_ROPE,  # its name before
+    "dynamic": " transformers scales long sequences only, each by its own length, and SGLang all by one factor: engines"
+    " and trainer would be different models.",
+}
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -76,7 +86,7 @@ def read_rope(
     if not isinstance(kind, str) or kind not in (kinds or _NEEDED):
         raise UserError(
             f"the model's config.json scales rotary embeddings with rope_type {kind!r}; supported are"
-            f" {', '.join(map(repr, kinds or _NEEDED))}."
+            f" {', '.join(map(repr, kinds or _NEEDED))}.{_WHY_NOT.get(str(kind), '')}"
         )
     theta = number(entries.get("rope_theta", config.get("rope_theta", 10000.0)), "rope_theta")
     percent = number(

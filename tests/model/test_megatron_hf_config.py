@@ -39,7 +39,11 @@ def check(config: dict[str, Any], tensor_parallel: int = 1, **changes: Any) -> N
         ({"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config"),
         ({"pad_token_id": 61}, "pad_token_id 61"),
         ({"num_key_value_heads": 3}, "3 key-value heads"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type 'dynamic'"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+            "rope_type 'dynamic'.* SGLang all by one factor",
+        ),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'.* SGLang for a whole batch"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
             "low_freq_factor of rope_type 'llama3' None",
