@@ -158,6 +158,13 @@ def _check_model(config: Config, to_come: Mapping[str, str]) -> Path:
     if not config.debug.debug_train_only:
         shape = read_model_shape(hf_config)
         longest = config.rollout.rollout_max_context_len
+        own = not config.engines.are_external
+        if shape.family.same_as and own and not config.engines.sglang.get("trust_remote_code"):
+            raise UserError(
+                f"{hf_checkpoint}/config.json has the model_type {shape.family.model_type}, which SGLang reads with"
+                " code that comes with the model. The trainer needs none; allow it for engines with"
+                " --sglang-trust-remote-code."
+            )
         check_engines(shape.window, shape.family.windows, longest, hf_checkpoint)
     algorithm = config.algorithm
     replays = algorithm.use_routing_replay or algorithm.use_rollout_routing_replay

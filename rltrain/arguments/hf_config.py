@@ -391,7 +391,7 @@ def refuse_features(config: Mapping[str, Any], architecture: str) -> None:
                 f" for {architecture}."
             )
     fp8_block(config)
-    if code := config.get("auto_map"):
+    if (code := config.get("auto_map")) and not FAMILIES[architecture].same_as:
         raise UserError(
             f"the model's config.json names code of its own in auto_map ({code}), which the trainer does not run."
             f" If it is a {architecture} as transformers has it, remove auto_map."

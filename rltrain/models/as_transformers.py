@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rltrain.models.families import FAMILIES
 from rltrain.run.errors import UserError
 
 # Of transformers 4, or of other tools; transformers 5 reads or ignores them.
@@ -23,13 +24,18 @@ def standard_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any
         UserError: transformers can't read it, or is older than the one that wrote it and lacks entries of it.
     """
     try:
-        from transformers import AutoConfig, __version__
+        from transformers import CONFIG_MAPPING, AutoConfig, __version__
     except ImportError:
         return None
+    family = FAMILIES.get((config.get("architectures") or [""])[0])
+    own_code = family.same_as if family else None
     written = config.get("transformers_version")
     by = f"{directory}/config.json" + (f" (of transformers {written})" if written else "")
     try:
-        found = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if own_code:
+            found = CONFIG_MAPPING[own_code].from_dict({**config, "model_type": own_code, "auto_map": None})
+        else:
+            found = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # of many kinds, from many places
         problem = str(error).strip().splitlines()[0:1] or [type(error).__name__]
         raise UserError(f"transformers {__version__} can't use {by}: {problem[0]}") from error
@@ -41,7 +47,7 @@ def standard_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any
                 f" Install transformers {written}."
             )
     standard: dict[str, Any] = found.to_dict()
-    return standard
+    return {**standard, "model_type": config["model_type"]} if own_code else standard
 
 
 def _is_newer(written: str, installed: str) -> bool:

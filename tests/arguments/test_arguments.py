@@ -182,6 +182,19 @@ def test_tensor_parallel_size_must_divide_the_heads(inputs: dict[str, Path]) -> 
     assert "heads" in message
 
 
+def test_code_that_comes_with_a_model_is_the_engines_and_must_be_allowed(inputs: dict[str, Path]) -> None:
+    file = inputs["model"] / "config.json"
+    mimo = {
+        "architectures": ["MiMoForCausalLM"],
+        "model_type": "mimo",
+        "auto_map": {"AutoConfig": "c.MiMoConfig"},
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | mimo))
+    more = ("--random-init", "--num-rollout", "1")
+    assert "--sglang-trust-remote-code" in check(inputs, *more)
+    assert check(inputs, *more, "--sglang-trust-remote-code") == "fine: 1"
+
+
 def test_chat_template_must_exist(inputs: dict[str, Path]) -> None:
     assert "no chat template" in check(inputs, "--random-init", "--num-rollout", "1", "--apply-chat-template")
 

@@ -74,12 +74,18 @@ def write_config(directory: Path, config: dict[str, Any]) -> Path:
     return directory
 
 
+def as_transformers_knows(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of the same model in transformers, for one that comes with code of its own."""
+    same_as = FAMILIES[config["architectures"][0]].same_as
+    return config | ({"model_type": same_as, "architectures": None} if same_as else {})
+
+
 def write_hf_model(directory: Path, config: dict[str, Any], seed: int = 0) -> Path:
     """A model directory with random weights (biases too), written by transformers. Returns it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    write_config(directory, config)
+    write_config(directory, as_transformers_knows(config))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
     with torch.no_grad():
@@ -90,6 +96,8 @@ def write_hf_model(directory: Path, config: dict[str, Any], seed: int = 0) -> Pa
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(directory)
+    if FAMILIES[config["architectures"][0]].same_as:
+        write_config(directory, config)
     return directory
 
 

@@ -5,6 +5,7 @@ A new one needs an entry in `SWITCHES`; `test_config_sweep` goes through its con
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.megatron import (
+    as_transformers_knows,
     in_each_layout,
     init_single_process,
     make_actor,
@@ -99,6 +101,10 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 50.0,
         "tie_word_embeddings": True,
     },
+    "MiMoForCausalLM": {
+        "num_nextn_predict_layers": 1,
+        "auto_map": {"AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM"},
+    },
     "Glm4ForCausalLM": {"pad_token_id": None, "partial_rotary_factor": 0.5},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -152,10 +158,14 @@ def gradient_of(weight: torch.Tensor) -> torch.Tensor:
 
 def of_transformers(directory: Path, work: Path) -> tuple[dict[int, Any], dict[str, Any]]:
     """The same by transformers and autograd."""
-    from transformers import AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+    entries = as_transformers_knows(json.loads((directory / "config.json").read_text()))
+    known = CONFIG_MAPPING[entries["model_type"]].from_dict(entries)
     # Its other attention does not know of soft caps.
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, config=known, dtype=torch.float32, attn_implementation="eager"
+    )
     batch, log_probs = make_batch(5, longest=40), {}
     trainable = TrainableTokens.of(batch)
     for i, tokens in enumerate(batch.tokens):
@@ -172,9 +182,11 @@ def of_transformers(directory: Path, work: Path) -> tuple[dict[int, Any], dict[s
 
 
 def add_head(directory: Path) -> None:
-    """Give a model of two layers a third, to predict one token more."""
+    """Give a model of two layers one more, to predict a token more."""
     file = directory / "model.safetensors"
-    head = {"model.layers.2.eh_proj.weight": torch.randn(8, 16)}
+    is_beside = "MiMo" in (directory / "config.json").read_text()
+    name = "model.mtp_layers.0.input_proj.weight" if is_beside else "model.layers.2.eh_proj.weight"
+    head = {name: torch.randn(8, 16)}
     save_file(load_file(file) | head, file, metadata={"format": "pt"})
 
 

@@ -103,10 +103,12 @@ def _check_names(source: SafetensorsDirectory, parameters: list[LocalParameter],
 
 
 def extra_heads(names: Iterable[str], shape: ModelShape) -> list[str]:
-    """Tensors of layers behind the last one, which predict further tokens: they are kept as they are."""
-    layers = re.compile(r"model\.layers\.(\d+)\.")
+    """Tensors of layers that predict further tokens, behind or beside the others: they are kept as they are."""
+    layers = re.compile(r"model\.(?:layers\.(\d+)|mtp_layers\.\d+)\.")
     numbers = ((name, layers.match(name)) for name in names if shape.family.extra_heads)
-    return sorted(name for name, found in numbers if found and int(found[1]) >= shape.num_layers)
+    return sorted(
+        name for name, found in numbers if found and int(found[1] or shape.num_layers) >= shape.num_layers
+    )
 
 
 def _check_tied(

@@ -14,6 +14,7 @@ from rltrain.models.families.olmo import OLMO
 from rltrain.models.families.phi import PHI
 from rltrain.models.families.qwen import QWEN
 from rltrain.models.families.smollm import SMOLLM
+from rltrain.models.families.xiaomi import XIAOMI
 
 FAMILIES: dict[str, Family] = {
     **LLAMA,
@@ -27,5 +28,6 @@ FAMILIES: dict[str, Family] = {
     **MINIMAX,
     **PHI,
     **GEMMA,
+    **XIAOMI,
 }
 SUPPORTED_ARCHITECTURES = tuple(FAMILIES)

@@ -20,6 +20,7 @@ class Family:
 
     Attributes:
         model_type: transformers' name of it, which decides there what a model computes.
+        same_as: The `model_type` of transformers' that computes the same, where a model comes with code of its own.
         qkv_bias: On the query, key and value projections; the name of an entry: as that says.
         qk_norm: RMSNorm on queries and keys; the name of an entry: as that says.
         whole_qk_norm: On all heads together, not on each.
@@ -40,7 +41,8 @@ class Family:
         windows: Which layers have a sliding window; None: none can have one.
         multipliers: Embeddings, attention, residuals and logits are scaled.
         null_head_dim: `head_dim` may be null, which means the same as its absence.
-        extra_heads: Checkpoints may have layers behind the last one, which predict further tokens and are not trained.
+        extra_heads: Checkpoints may have layers behind the last one, or `mtp_layers`, which predict further tokens and
+            are not trained.
         only: Entries that change the computation, with the values that are supported.
         defaults: What transformers takes for an entry that `config.json` lacks.
         tensors: Parameters within a layer whose tensors have other names than Llama's, or lie differently. {} stands
@@ -48,6 +50,7 @@ class Family:
     """
 
     model_type: str
+    same_as: str | None = None
     qkv_bias: bool | str = False
     qk_norm: bool | str = False
     experts: Callable[[Mapping[str, Any]], Experts] | None = None
