@@ -243,7 +243,7 @@ class Sweep:
             experts = (
                 {"experts_implementation": "eager"} if FAMILIES[entries["architectures"][0]].experts else {}
             )
-            caps = {"attn_implementation": "eager"} if "attn_logit_softcapping" in config else {}
+            caps = {"attn_implementation": "eager"} if FAMILIES[entries["architectures"][0]].soft_caps else {}
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **experts, **caps).eval()
             generator = torch.Generator().manual_seed(0)
             with torch.no_grad():

@@ -163,9 +163,8 @@ def of_transformers(directory: Path, work: Path) -> tuple[dict[int, Any], dict[s
     entries = as_transformers_knows(json.loads((directory / "config.json").read_text()))
     known = CONFIG_MAPPING[entries["model_type"]].from_dict(entries)
     # Its other attention does not know of soft caps.
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, config=known, dtype=torch.float32, attn_implementation="eager"
-    )
+    caps = {"attn_implementation": "eager"} if known.model_type == "gemma2" else {}
+    model = AutoModelForCausalLM.from_pretrained(directory, config=known, dtype=torch.float32, **caps)
     batch, log_probs = make_batch(5, longest=40), {}
     trainable = TrainableTokens.of(batch)
     for i, tokens in enumerate(batch.tokens):
