@@ -198,6 +198,11 @@ def _check_experts(experts: Experts | None, parallel: Parallel, hf_checkpoint: s
             )
         return
     tensor = tensor or parallel.tensor_model_parallel_size
+    if experts.biases and tensor > 1:
+        raise UserError(
+            f"the experts of {hf_checkpoint} have biases, with which Megatron-core can't split an expert: give"
+            " --expert-tensor-parallel-size 1 (and --expert-model-parallel-size to share the experts out)."
+        )
     for flag, size, what, count in (
         ("--expert-model-parallel-size", expert, "num_experts", experts.count),
         ("--expert-tensor-parallel-size", tensor, "moe_intermediate_size", experts.ffn_hidden_size),
@@ -274,6 +279,8 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
 
 def _ropes(config: Mapping[str, Any], family: Family, *, latent: bool) -> tuple[Rope, float | None]:
     """The rotary embedding of all layers; or of those without a window, and the base of the others'."""
+    if family.usual_rope and all(config.get(style) is None for style in ("rope_scaling", "rope_parameters")):
+        config = {**config, "rope_parameters": family.usual_rope}
     if family.local_rope is None:
         return read_rope(config, partial=family.partial_rotary, kinds=family.ropes, latent=latent), None
     both = read_ropes(config, family.local_rope)
@@ -390,7 +397,10 @@ def refuse_features(config: Mapping[str, Any], architecture: str) -> None:
                 f"the model's config.json sets {key} to {json.dumps(value)}, which the trainer does not support"
                 f" for {architecture}."
             )
-    fp8_block(config)
+    if fp8_block(config) and any(each.of_all_experts for each in FAMILIES[architecture].tensors.values()):
+        raise UserError(
+            f"the model's config.json sets quantization_config: engines of {architecture} can't be given block FP8."
+        )
     if (code := config.get("auto_map")) and not FAMILIES[architecture].same_as:
         raise UserError(
             f"the model's config.json names code of its own in auto_map ({code}), which the trainer does not run."

@@ -38,8 +38,8 @@ def megatron_shape(config: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         "vocab-size": (found.vocab_size, "vocab_size"),
         "normalization": ("RMSNorm", "architectures"),
         "norm-epsilon": (found.norm_eps, "rms_norm_eps"),
-        "swiglu": (not family.gelu, "hidden_act"),
-        "disable-bias-linear": (True, "mlp_bias"),
+        "swiglu": (not family.gelu and not (found.experts and found.experts.limit), "hidden_act"),
+        "disable-bias-linear": (not family.biases, "mlp_bias"),
         "add-qkv-bias": (
             found.qkv_bias,
             family.qkv_bias if isinstance(family.qkv_bias, str) else "architectures",

@@ -1,4 +1,4 @@
-"""Mixtures of experts as a `config.json` describes them, in the ways of Qwen and of DeepSeek."""
+"""Mixtures of experts as a `config.json` describes them, in the ways of Qwen, DeepSeek, MiniMax and gpt-oss."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ class Experts:
         scale: The weights of a token's experts are multiplied by it.
         shared_size: Width of the experts that every token goes to, all together; 0: there are none.
         shared_gate: Their output is weighed by a gate.
+        limit: The gate is cut off above it and up at both ends, and with gate × σ(1.702 gate) × (up + 1) in place of
+            SwiGLU; None: plain SwiGLU.
+        biases: Router and experts have biases.
     """
 
     count: int
@@ -40,6 +43,8 @@ class Experts:
     scale: float = 1.0
     shared_size: int = 0
     shared_gate: bool = False
+    limit: float | None = None
+    biases: bool = False
 
 
 def qwen3_experts(config: Mapping[str, Any]) -> Experts:
@@ -113,6 +118,21 @@ def minimax_experts(config: Mapping[str, Any]) -> Experts:
             layers=tuple(range(config["num_hidden_layers"])),
             score="sigmoid",
             correction_bias=True,
+        )
+    )
+
+
+def gpt_oss_experts(config: Mapping[str, Any]) -> Experts:
+    """gpt-oss's: softmax over the chosen ones, biases, a limit; `intermediate_size` is theirs, in every layer."""
+    return _checked(
+        Experts(
+            count=_experts_in(config, "num_experts"),
+            top_k=whole_number(config, "num_experts_per_tok"),
+            ffn_hidden_size=whole_number(config, "intermediate_size"),
+            normalized=True,
+            layers=tuple(range(config["num_hidden_layers"])),
+            limit=number(config["swiglu_limit"], "swiglu_limit"),
+            biases=True,
         )
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Layout = Literal["plain", "qkv", "fused_qkv", "stacked", "halves", "vocab"]
+Layout = Literal["plain", "qkv", "fused_qkv", "stacked", "halves", "vocab", "woven", "transposed"]
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,18 @@ class Parameter:
             `stacked`: tensors below one another. `halves`: the same, but Hugging Face has them as one tensor,
             of which a rank holds a share of each half. `vocab`: one tensor; rows of zeros pad it to what the
             ranks hold together, so that the last ranks may hold fewer of its rows than others, or none.
+            `transposed`: one tensor, the other way round. `woven`: the same, and its columns are those of gate and up
+            in turn; also a bias of such.
         split_dim: The dimension that tensor parallelism splits in the Hugging Face tensors; None: replicated.
         is_expert: Held by the ranks of its expert alone, and split by expert tensor parallelism.
+        of_all_experts: The tensor has those of all experts, one after the other. Expert tensor parallelism can't
+            split it.
+        expert: Which one of them this is.
     """
 
     hf_names: tuple[str, ...]
     layout: Layout = "plain"
     split_dim: int | None = None
     is_expert: bool = False
+    of_all_experts: bool = False
+    expert: int = 0

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 # directory. All its ranks on a machine share them, and all write the same.
 _base: dict[str, Tensor] = {}
 
+# SGLang's loader of gpt-oss sets them to zero on all ranks but one, and the others read the same memory.
+_OVERWRITTEN = "mlp.experts.down_proj_bias"
+
 
 def load_weights(model: Any, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Load buckets until the trainer closes the channel; reports `LOADED` for each, or what went wrong.
@@ -87,7 +90,8 @@ def _load(model: Any, bucket: Bucket, buffer: Tensor) -> str:
     try:
         if bucket.keep is not None:
             _keep(bucket.keep, pieces, buffer)
-        model.load_weights([(piece.name, _tensor(piece, buffer)) for piece in pieces])
+        named = [(piece.name, _tensor(piece, buffer)) for piece in pieces]
+        model.load_weights([(name, t.clone() if name.endswith(_OVERWRITTEN) else t) for name, t in named])
         finish_work()  # the trainer, or the next bucket but one, writes into this buffer again
     except Exception as error:
         return f"{pieces[0].name} to {pieces[-1].name} can't be loaded: {type(error).__name__}: {error}"

@@ -90,7 +90,7 @@ def write_hf_model(directory: Path, config: dict[str, Any], seed: int = 0) -> Pa
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
+            if name.endswith(("bias", "sinks")) or "norm" in name:
                 weight.add_(torch.randn_like(weight) * 0.1)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):

@@ -81,6 +81,12 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention"],
     },
     "SmolLM3ForCausalLM": {"no_rope_layers": [1]},
+    "GptOssForCausalLM": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 9,
+        "swiglu_limit": 0.5,
+    },
     "Qwen2MoeForCausalLM": EXPERTS | {"shared_expert_intermediate_size": 24},
     "Qwen3MoeForCausalLM": EXPERTS,
     "MiniMaxM2ForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},

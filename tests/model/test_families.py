@@ -106,6 +106,13 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "auto_map": {"AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM"},
     },
     "Glm4ForCausalLM": {"pad_token_id": None, "partial_rotary_factor": 0.5},
+    "GptOssForCausalLM": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 7,
+        "swiglu_limit": 0.1,
+        "rope_parameters": ROPE | {"rope_type": "yarn", "beta_fast": 2.0, "truncate": False},
+    },
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
@@ -120,7 +127,9 @@ OWN_ATTENTION: dict[str, dict[str, Any]] = {"cp2": {"context_parallel_size": 2}}
 
 def layouts(architecture: str) -> dict[str, dict[str, Any]]:
     family = FAMILIES[architecture]
-    return LAYOUTS | (OF_EXPERTS if family.experts else {}) | (OWN_ATTENTION if family.soft_caps else {})
+    found = LAYOUTS | (OF_EXPERTS if family.experts else {}) | (OWN_ATTENTION if family.soft_caps else {})
+    whole_experts = {"expert_tensor_parallel_size": 1} if family.biases else {}
+    return {name: changes | whole_experts for name, changes in found.items()}
 
 
 def config_of(directory: Path, **changes: Any) -> Config:

@@ -111,9 +111,13 @@ def test_one_call_for_all_lengths_with_context_parallelism(
         torch.testing.assert_close(part, whole[own])
 
 
+SINKS = [0.5, -1.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["plain", "sinks"])
 @pytest.mark.parametrize("before", [None, 3])
 def test_the_kernel_for_all_lengths_gives_what_a_call_a_length_gives(
-    before: int | None, monkeypatch: pytest.MonkeyPatch
+    before: int | None, sinks: list[float] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "varlen_attn", plain_varlen_attn)
     one_rank = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
@@ -121,15 +125,38 @@ def test_the_kernel_for_all_lengths_gives_what_a_call_a_length_gives(
     layer = attention.PackedAttention.__new__(attention.PackedAttention)
     torch.nn.Module.__init__(layer)
     layer.softmax_scale, layer.before, layer.soft_cap = 0.3, before, None
+    layer.softmax_offset = None if sinks is None else torch.tensor(sinks)
     packed = PackedSequences.from_lengths(LENGTHS, CPU)
     plain = layer(*heads(LENGTHS), None, packed)
     monkeypatch.setattr(attention, "has_varlen_kernel", lambda query: True)
     torch.testing.assert_close(layer(*heads(LENGTHS), None, packed), plain)
 
 
-@pytest.mark.parametrize(("window", "cap"), [(None, None), (7, None), (7, 0.5)])
+@pytest.mark.parametrize("before", [None, 3])
+def test_a_sink_is_one_more_score(before: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_MASKED_QUERIES", 5)
+    one_rank = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    monkeypatch.setattr(attention.parallel_state, "get_context_parallel_group", lambda: one_rank)
+    layer = attention.PackedAttention.__new__(attention.PackedAttention)
+    torch.nn.Module.__init__(layer)
+    layer.softmax_scale, layer.before, layer.soft_cap = 0.3, before, None
+    layer.softmax_offset = torch.tensor(SINKS)
+    found = layer(*heads([16]), None, PackedSequences.from_lengths([16], CPU))
+    query, key, value = (each.transpose(0, 1) for each in heads([16]))  # [heads, tokens, head_dim]
+    scores = 0.3 * query @ key.repeat_interleave(2, 0).transpose(1, 2)
+    mask = torch.ones(16, 16, dtype=torch.bool).tril()
+    scores = scores.masked_fill(~(mask if before is None else mask.triu(-before)), -torch.inf)
+    more = torch.tensor(SINKS)[:, None, None].expand(4, 16, 1)
+    shares = torch.cat([more, scores], -1).softmax(-1)[..., 1:]
+    torch.testing.assert_close(found, (shares @ value.repeat_interleave(2, 0)).transpose(0, 1).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("window", "cap", "sinks"),
+    [(None, None, None), (7, None, None), (7, 0.5, None), (None, None, SINKS), (7, None, SINKS)],
+)
 def test_shared_beginnings_in_one_call_and_in_several(
-    window: int | None, cap: float | None, monkeypatch: pytest.MonkeyPatch
+    window: int | None, cap: float | None, sinks: list[float] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU has one call for all segments; torch's own attention stands in for it here."""
     rng = np.random.default_rng(0)
@@ -140,6 +167,7 @@ def test_shared_beginnings_in_one_call_and_in_several(
     layer = attention.PackedAttention.__new__(attention.PackedAttention)
     torch.nn.Module.__init__(layer)
     layer.softmax_scale, layer.before, layer.soft_cap = 0.3, window, cap
+    layer.softmax_offset = None if sinks is None else torch.tensor(sinks, requires_grad=True)
     generator = torch.Generator().manual_seed(0)
     heads = [torch.randn(layout.total, n, 8, generator=generator) for n in (4, 2, 2)]
     results = []
@@ -152,7 +180,11 @@ def test_shared_beginnings_in_one_call_and_in_several(
         given = [each.clone().requires_grad_() for each in heads]
         output = layer(*given, None, packed)
         output.square().sum().backward()
-        results.append([output.detach(), *(each.grad for each in given)])
+        gradients = [each.grad for each in given]
+        if layer.softmax_offset is not None:
+            gradients.append(layer.softmax_offset.grad)
+            layer.softmax_offset.grad = None
+        results.append([output.detach(), *gradients])
     for result in results[1:]:
         for ours, first in zip(result, results[0], strict=True):
             torch.testing.assert_close(ours, first, atol=1e-5, rtol=1e-4)

@@ -32,6 +32,7 @@ def check(config: dict[str, Any], tensor_parallel: int = 1, **changes: Any) -> N
         ({"model_type": "llama"}, "model_type 'llama' with the architecture Qwen3ForCausalLM"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"quantization_config": {"quant_method": "fp8"}}, "sets quantization_config .fp8."),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "Write them in bf16 .*Mxfp4Config"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map"),
         ({"hidden_act": "gelu"}, 'hidden_act to "gelu"'),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layers with sliding_attention, but"),
@@ -83,6 +84,15 @@ def test_tensor_parallel_must_divide_heads() -> None:
     check(tiny_config(), tensor_parallel=2)
     with pytest.raises(UserError, match="does not divide num_key_value_heads 2 of /models/m"):
         check(tiny_config(), tensor_parallel=4)
+
+
+def test_experts_with_biases_are_not_split() -> None:
+    config = tiny_config("GptOssForCausalLM", num_local_experts=4)
+    check(config, tensor_parallel=2, sequence_parallel=True, expert_tensor_parallel_size=1)
+    with pytest.raises(
+        UserError, match=r"experts of /models/m have biases, .* --expert-tensor-parallel-size 1"
+    ):
+        check(config, tensor_parallel=2, sequence_parallel=True)
     with pytest.raises(UserError, match="does not divide num_attention_heads 4"):
         check(tiny_config(), tensor_parallel=3)
 

@@ -93,6 +93,10 @@ GLM4: dict[str, dict[str, Any]] = {
     "glm4-tp2-pp2": TP2 | PP2,
     "glm4-tp2-cp2-sp-sharded": TP2 | CP2 | SP | SHARDED,
 }
+GPT_OSS: dict[str, dict[str, Any]] = {
+    "gpt-oss-tp2-cp2-ep2-sharded": TP2 | CP2 | SP | EP2 | ETP1 | SHARDED,
+    "gpt-oss-tp2-pp2": TP2 | PP2 | SP | ETP1,
+}
 BALANCED: dict[str, dict[str, Any]] = {
     "balanced-pp2-tp2-ep2": PP2 | TP2 | SP | EP2 | ETP1,
     "balanced-tp2-cp2-ep4": TP2 | SP | CP2 | EP4 | ETP1,
@@ -124,6 +128,7 @@ LAYOUTS = {
     "experts": EXPERTS,
     "balanced": BALANCED,
     "glm4": GLM4,
+    "gpt-oss": GPT_OSS,
     "bf16": BF16,
     "bf16-experts": BF16_EXPERTS,
     "custom": CUSTOM,
@@ -132,6 +137,7 @@ CONFIGS = {
     "dense": tiny_config(num_hidden_layers=4),
     "tied": tiny_config(num_hidden_layers=4, tie_word_embeddings=True),
     "glm4": tiny_config("Glm4ForCausalLM", pad_token_id=None),
+    "gpt-oss": tiny_config("GptOssForCausalLM", num_local_experts=4, num_experts_per_tok=2, sliding_window=5),
     "experts": tiny_experts_config(),
 }
 CONFIGS |= {

@@ -30,7 +30,7 @@ from rltrain.weights.buckets import (
 )
 from rltrain.weights.channel import LOADED, _payload, call_trainer, receive_message, send_message
 from rltrain.weights.delta import change
-from rltrain.weights.receive import load_weights
+from rltrain.weights.receive import _load, load_weights
 from rltrain.weights.rounds import Rounds
 from rltrain.weights.sources import Memory, describe
 from rltrain.weights.transports.distributed import EngineGroup
@@ -206,6 +206,24 @@ def test_an_engine_that_fails_is_named_and_stays_paused_and_the_others_go_on() -
         "update 1",
     ]
     assert engines[1].ranks[0].loaded.keys() == {name for name, _ in named}
+
+
+def test_a_loader_that_overwrites_what_it_is_given_leaves_other_ranks_theirs() -> None:
+    class Overwrites(Model):
+        """As SGLang's gpt-oss on all ranks but one."""
+
+        def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+            super().load_weights(weights)
+            for _, tensor in weights:
+                tensor.zero_()
+
+    named = [("model.layers.0.mlp.experts.down_proj_bias", torch.arange(1.0, 7.0).view(2, 3))]
+    pieces, buffer = filled(parts(named))
+    bucket = Bucket(pieces, sample_digests(pieces, buffer))
+    for kind in (Overwrites, Model):
+        model = kind({name: tensor.shape for name, tensor in named})
+        assert _load(model, bucket, buffer) == LOADED
+        assert torch.equal(model.loaded[named[0][0]], named[0][1])
 
 
 def test_a_channel_is_opened_anew_when_it_has_held_the_engine_up_for_long(

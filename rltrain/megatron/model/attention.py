@@ -20,15 +20,20 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import (
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from rltrain.megatron.model.context_parallel import attended_keys, gather_tokens, whole_order
+from rltrain.megatron.model.layers.sinks import narrow, new_sinks, put_first, put_first_of_each, widen
 from rltrain.megatron.model.layers.soft_cap import capped_attention
 from rltrain.megatron.model.prefix_attention import Call, gather_keys, plan_calls
 
@@ -121,9 +126,13 @@ class PackedAttention(MegatronModule):
         attention_type: str,
         softmax_scale: float | None = None,
         soft_cap: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **kwargs: Any,  # of Megatron-core's interface: dropout and communication types that do not apply
     ) -> None:
         super().__init__(config=config)
+        learnable = config.softmax_type == "learnable"
+        # Named as Megatron-core's own.
+        self.register_parameter("softmax_offset", new_sinks(config, pg_collection) if learnable else None)
         if config.attention_dropout:
             raise NotImplementedError("attention dropout")
         self.softmax_scale = softmax_scale
@@ -144,7 +153,19 @@ class PackedAttention(MegatronModule):
         """Attention output, [tokens, heads × head_dim]."""
         if packed_seq_params is None:
             raise ValueError("this attention takes packed sequences only")
-        if has_varlen_kernel(query) and self.soft_cap is None:
+        if self.softmax_offset is None:
+            return self._packed(query, key, value, packed_seq_params)
+        assert self.softmax_scale is not None
+        heads = query.shape[1]
+        query, key, value = widen(query, key, value, self.softmax_offset, self.softmax_scale)
+        return narrow(self._packed(query, key, value, packed_seq_params), heads)
+
+    def _packed(
+        self, query: Tensor, key: Tensor, value: Tensor, packed_seq_params: PackedSequences
+    ) -> Tensor:
+        # The kernel's windows would leave a sink behind.
+        is_hidden = self.softmax_offset is not None and self.before is not None
+        if has_varlen_kernel(query) and not is_hidden and self.soft_cap is None:
             return self._all_lengths(query, key, value, packed_seq_params)
         if packed_seq_params.calls is not None:
             return self._sharing(query, key, value, packed_seq_params)
@@ -175,7 +196,10 @@ class PackedAttention(MegatronModule):
             key, value = (part.contiguous() for part in both.split([key.shape[-1], value.shape[-1]], dim=-1))
         elif packed.attended is not None:
             key, value = (part.contiguous() for part in gather_keys(key, value, packed.attended))
-        return varlen_attention(query, key, value, packed, self.softmax_scale, self.before).flatten(1)
+        has_sinks = self.softmax_offset is not None
+        return varlen_attention(
+            query, key, value, packed, self.softmax_scale, self.before, has_sinks=has_sinks
+        ).flatten(1)
 
     def _sharing(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """Attention of segments that share keys, in the calls that were planned."""
@@ -223,28 +247,58 @@ class PackedAttention(MegatronModule):
         before = keys - q.shape[2]
         is_narrow = self.before is not None and self.before < keys - 1
         if q.is_cuda and not is_narrow and self.soft_cap is None:
+            if self.softmax_offset is not None:
+                k, v = put_first(k, v)
             return attend_without_mask(q, k, v, self.softmax_scale)
-        if before == 0 and not is_narrow and self.soft_cap is None:
+        if before == 0 and not is_narrow and self.soft_cap is None and self.softmax_offset is None:
             return self._masked(q, k, v, None)
         outputs = []
         for part in q.split(_MASKED_QUERIES, dim=2):
+            start = 0 if self.before is None else max(0, before - self.before)
             end = before + part.shape[2]
-            mask = torch.ones(part.shape[2], end, dtype=torch.bool, device=q.device).tril(before)
+            mask = torch.ones(part.shape[2], end - start, dtype=torch.bool, device=q.device).tril(
+                before - start
+            )
             if self.before is not None:
-                mask = mask.triu(before - self.before)
-            outputs.append(self._masked(part, k[:, :, :end], v[:, :, :end], mask))
+                mask = mask.triu(before - start - self.before)
+            outputs.append(self._masked(part, k[:, :, start:end], v[:, :, start:end], mask))
             before = end
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
     def _masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention as the mask says, [queries, keys] bool; None: causal, of as many keys as queries."""
+        """Attention as the mask says, [queries, keys] bool; None: causal, of as many keys as queries.
+
+        The mask says nothing of sinks, with which there is one.
+        """
         if self.soft_cap is not None:
             assert mask is not None
             return capped_attention(q, k, v, mask, self.softmax_scale, self.soft_cap)
+        if self.softmax_offset is not None:
+            assert mask is not None
+            k, v = put_first(k, v)
+            mask = F.pad(mask, (1, 0), value=True)
+            if q.is_cuda:  # the kernel with masks does not know of heads that share keys
+                k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """For checkpoints: the sinks are split over tensor parallel ranks."""
+        if self.softmax_offset is None:
+            whole: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+            return whole
+        sinks = {"softmax_offset": self.softmax_offset}
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            sinks, prefix, {"softmax_offset": 0}, sharded_offsets
+        )
+        return sharded
 
 
 def has_varlen_kernel(query: Tensor) -> bool:
@@ -262,15 +316,21 @@ def varlen_attention(
     packed: PackedSequences,
     scale: float | None,
     before: int | None = None,
+    *,
+    has_sinks: bool = False,
 ) -> Tensor:
     """Causal attention of packed sequences, [tokens, heads, head_dim].
 
     Args:
         key, value: Those that `packed.attended` names, if it does.
         before: Tokens before its own that a query sees; None: all.
+        has_sinks: They are in the queries; without `before`.
     """
     longest = int(packed.max_seqlen_kv)
     of_queries, of_keys = packed.own_offsets or (packed.cu_seqlens_q, packed.cu_seqlens_kv)
+    if has_sinks:
+        key, value, of_keys = put_first_of_each(key, value, of_keys)
+        longest += 1
     output = varlen_attn(
         query, key, value, of_queries, of_keys, longest, longest,
         scale=scale, window_size=(-1 if before is None else before, 0), enable_gqa=query.shape[1] != key.shape[1],

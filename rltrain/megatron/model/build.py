@@ -118,10 +118,11 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         else None,
         **_window_config(shape, config),
         **(_latent_config(shape) if shape.latent else {"qk_layernorm": shape.qk_norm}),
-        add_bias_linear=False,
+        add_bias_linear=shape.family.biases,
+        softmax_type="learnable" if shape.family.sinks else "vanilla",
         normalization="RMSNorm",
         gated_linear_unit=True,
-        activation_func=gelu_tanh if shape.family.gelu else F.silu,
+        **_activation(shape),
         layernorm_zero_centered_gamma=shape.family.zero_centered_norms,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -153,8 +154,8 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         recompute_method=config.model.recompute_method,
         recompute_num_layers=config.model.recompute_num_layers,
         # Fused kernels: TransformerEngine has them; without it they cost a torch.compile in the first step.
-        bias_activation_fusion=fused and not shape.family.gelu,
-        bias_dropout_fusion=fused,
+        bias_activation_fusion=fused and not shape.family.gelu and not shape.family.biases,
+        bias_dropout_fusion=fused and not shape.family.biases,
         # TransformerEngine's kernel for packed sequences rotates halves only.
         apply_rope_fusion=fused and not (shape.family.rotary_interleaved or shape.latent),
         masked_softmax_fusion=False,
@@ -168,7 +169,8 @@ def _window_config(shape: ModelShape, config: Config) -> dict[str, Any]:
     window = shape.window
     if window is None:
         return {}
-    if use_transformer_engine() and config.parallel.context_parallel_size > 1:
+    own_attention = not use_transformer_engine() or shape.family.sinks
+    if not own_attention and config.parallel.context_parallel_size > 1:
         raise UserError(
             f"--context-parallel-size {config.parallel.context_parallel_size}: {config.model.hf_checkpoint} has"
             f" attention with a sliding window of {window.size} tokens, which TransformerEngine's context parallelism"
@@ -216,6 +218,22 @@ def _latent_norms(latent: LatentAttention) -> dict[str, Any]:
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """tanh's approximation of GELU."""
     return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """An approximation of GELU by a sigmoid; Megatron-core's own would be compiled."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _activation(shape: ModelShape) -> dict[str, Any]:
+    """What the gate goes through, and what then happens to the product with the other half."""
+    if shape.experts is None or shape.experts.limit is None:
+        return {"activation_func": gelu_tanh if shape.family.gelu else F.silu}
+    return {
+        "activation_func": quick_gelu,
+        "glu_linear_offset": 1.0,
+        "activation_func_clamp_value": shape.experts.limit,
+    }
 
 
 def uniform_micro_batches(config: Config) -> bool:

@@ -55,7 +55,7 @@ def grouped_linear(x: Tensor, counts: list[int], *weights: Tensor) -> Tensor:
 
 
 class GroupedLinear(torch.nn.Module):
-    """One weight an expert, split along `split_dim` over expert tensor parallel ranks; no biases."""
+    """One weight an expert, split along `split_dim` over expert tensor parallel ranks; or whole, with a bias."""
 
     split_dim: ClassVar[int]
 
@@ -68,31 +68,49 @@ class GroupedLinear(torch.nn.Module):
         config: TransformerConfig,
         init_method: Callable[[Tensor], Any],
         bias: bool,
+        skip_bias_add: bool,
         pg_collection: ProcessGroupCollection,
         **kwargs: Any,  # of Megatron-core's interface: names of communication buffers and the like
     ) -> None:
         super().__init__()
-        if bias:
-            raise NotImplementedError("experts with biases")
+        if bias and pg_collection.expt_tp.size() > 1:
+            raise NotImplementedError("biases of experts that are split")
         self.config, self.num_experts, self._groups = config, num_experts, pg_collection
+        self.skip_bias_add = skip_bias_add
         shape = [output_size, input_size]
         whole = torch.Size(shape)
         shape[self.split_dim] = divide(shape[self.split_dim], pg_collection.expt_tp.size())
         device = torch.device("cpu" if config.use_cpu_initialization else "cuda")
         for i in range(num_experts):
             weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
-            self.register_parameter(f"weight{i}", weight)
-            # How Megatron-core tells how it is split; which ranks hold the same is said where the model is built.
-            weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-            weight.partition_dim, weight.partition_stride = self.split_dim, 1  # type: ignore[attr-defined]
+            self._register(f"weight{i}", weight, self.split_dim)
+        for i in range(num_experts if bias else 0):
+            zeros = torch.zeros(output_size, dtype=config.params_dtype, device=device)
+            self._register(f"bias{i}", torch.nn.Parameter(zeros), 0)
         self._initialize(init_method, whole)
 
-    def forward(self, x: Tensor, counts: list[int]) -> tuple[Tensor, None]:
-        """The output for tokens sorted by expert; `counts[i]` of them are expert i's."""
-        if has_grouped_product(x, next(self.parameters())):
-            return grouped_linear(x, counts, *self.parameters()), None
-        parts = zip(x.split(counts), self.parameters(), strict=True)
-        return torch.cat([F.linear(tokens, weight) for tokens, weight in parts]), None
+    def _register(self, name: str, weight: torch.nn.Parameter, split_dim: int) -> None:
+        self.register_parameter(name, weight)
+        # How Megatron-core tells how it is split; which ranks hold the same is said where the model is built.
+        weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        weight.partition_dim, weight.partition_stride = split_dim, 1  # type: ignore[attr-defined]
+
+    def _own(self, kind: str) -> list[Tensor]:
+        """Weights or biases of this rank's experts."""
+        return [weight for name, weight in self.named_parameters() if name.startswith(kind)]
+
+    def forward(self, x: Tensor, counts: list[int]) -> tuple[Tensor, list[Tensor] | None]:
+        """The output for tokens sorted by expert, and biases that are not in it; `counts[i]` tokens are expert i's."""
+        weights, biases = self._own("weight"), self._own("bias")
+        if has_grouped_product(x, weights[0]):
+            output = grouped_linear(x, counts, *weights)
+        else:
+            parts = zip(x.split(counts), weights, strict=True)
+            output = torch.cat([F.linear(tokens, weight) for tokens, weight in parts])
+        if not biases or self.skip_bias_add:
+            return output, biases or None
+        with_bias = zip(output.split(counts), biases, strict=True)
+        return torch.cat([part + bias for part, bias in with_bias]), None
 
     def backward_dw(self) -> None:
         """Gradients of weights are not put off."""
@@ -108,28 +126,29 @@ class GroupedLinear(torch.nn.Module):
         first, axis = self._groups.ep.rank() * self.num_experts, len(sharded_offsets)
         total = self._groups.ep.size() * self.num_experts
         result = {}
-        for i, weight in enumerate(self.parameters()):
+        numbered = [(kind, *each) for kind in ("weight", "bias") for each in enumerate(self._own(kind))]
+        for kind, i, weight in numbered:
             (sharded,) = make_sharded_tensors_for_checkpoint(
-                {"weight": weight},
+                {kind: weight},
                 prefix,
-                {"weight": self.split_dim},
+                {kind: self.split_dim} if kind == "weight" else {},
                 (*sharded_offsets, (axis, first + i, total)),
                 tp_group=self._groups.expt_tp,
                 dp_cp_group=metadata["dp_cp_group"],
             ).values()
             sharded.replica_id = (*sharded.replica_id[:2], self._groups.expt_dp.rank())
-            result[f"{prefix}weight{i}"] = sharded
+            result[f"{prefix}{kind}{i}"] = sharded
         return result
 
     def _initialize(self, init_method: Callable[[Tensor], Any], whole: torch.Size) -> None:
         """Random weights; on the CPU the same however the experts are shared out."""
         if not self.config.use_cpu_initialization:
             with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
-                for weight in self.parameters():
+                for weight in self._own("weight"):
                     init_method(weight)
             return
         size, rank = self._groups.expt_tp.size(), self._groups.expt_tp.rank()
-        first, experts = self._groups.ep.rank() * self.num_experts, list(self.parameters())
+        first, experts = self._groups.ep.rank() * self.num_experts, self._own("weight")
         for expert in range(self._groups.ep.size() * self.num_experts):
             master = torch.empty(whole, dtype=torch.float32)
             init_method(master)

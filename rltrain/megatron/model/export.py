@@ -35,6 +35,7 @@ from rltrain.weights.transports import hf_directory
 BUCKET_BYTES = 512 * 1024**2
 
 Named = list[tuple[str, Tensor]]
+Unit = list[LocalParameter]
 Value = Callable[[Tensor], Tensor]
 
 
@@ -68,6 +69,7 @@ class Part:
 
     Attributes:
         parameters: in the same order on all ranks of `group`, over which they are split, and on all replicas.
+            Of tensors that have all experts, `group` are the ranks that these are shared out over.
         replica: which of those that hold the same.
         key: which weights of the model it holds.
     """
@@ -76,6 +78,14 @@ class Part:
     group: dist.ProcessGroup
     replica: int
     key: tuple[int, ...]
+
+    def units(self) -> list[Unit]:
+        """What can't be gathered apart: each weight, but those of one tensor of all experts together."""
+        found: dict[object, Unit] = {}
+        for number, each in enumerate(self.parameters):
+            key = each.entry.hf_names if each.entry.of_all_experts else number
+            found.setdefault(key, []).append(each)
+        return list(found.values())
 
 
 def _parts_of(models: list[GPTModel], shape: ModelShape) -> Iterator[Part]:
@@ -92,43 +102,55 @@ def _parts_of(models: list[GPTModel], shape: ModelShape) -> Iterator[Part]:
         (stage,),
     )
     if shape.experts:
+        experts = [parameter for parameter in own if parameter.entry.is_expert]
+        fused = any(parameter.of_all_experts for parameter in shape.family.tensors.values())
         yield Part(
-            [parameter for parameter in own if parameter.entry.is_expert],
-            parallel_state.get_expert_tensor_parallel_group(),
+            experts,
+            parallel_state.get_expert_model_parallel_group()
+            if fused
+            else parallel_state.get_expert_tensor_parallel_group(),
             parallel_state.get_expert_data_parallel_rank(),
-            (stage, parallel_state.get_expert_model_parallel_rank()),
+            (stage, 0 if fused else parallel_state.get_expert_model_parallel_rank()),
         )
 
 
 def _gathered(part: Part, shape: ModelShape, value: Value, bucket_bytes: int) -> Iterator[Named]:
     """Whole tensors, one bucket at a time, on every rank of the group."""
-    for bucket in _buckets_of(part.parameters, value, bucket_bytes // part.group.size()):
+    for bucket in _buckets_of(part.units(), value, bucket_bytes // part.group.size()):
         yield _gather(bucket, part, shape, value)
 
 
-def _gather(bucket: list[LocalParameter], part: Part, shape: ModelShape, value: Value) -> Named:
+def _gather(bucket: list[Unit], part: Part, shape: ModelShape, value: Value) -> Named:
     """The Hugging Face tensors of a bucket, on every rank of the part's group, which all gather it together."""
-    tensors = [value(each.weight) for each in bucket]
-    is_split = [each.entry.split_dim is not None for each in bucket]
-    split_tensors = [tensor for tensor, divided in zip(tensors, is_split, strict=True) if divided]
-    shards = iter(_all_gather(split_tensors, part.group))
+    gathered = [
+        each
+        for unit in bucket
+        for each in unit
+        if each.entry.split_dim is not None or each.entry.of_all_experts
+    ]
+    shards = iter(_all_gather([value(each.weight) for each in gathered], part.group))
     named: Named = []
-    for each, tensor, divided in zip(bucket, tensors, is_split, strict=True):
-        named += _whole(each, next(shards) if divided else [tensor], shape)
+    for unit in bucket:
+        if unit[0].entry.of_all_experts:
+            named.append(_all_experts(unit, [next(shards) for _ in unit], shape))
+            continue
+        for each in unit:
+            own = [value(each.weight)] if each.entry.split_dim is None else next(shards)
+            named += _whole(each, own, shape)
     return named
 
 
-def _buckets_of(parameters: list[LocalParameter], value: Value, size: int) -> Iterator[list[LocalParameter]]:
+def _buckets_of(units: list[Unit], value: Value, size: int) -> Iterator[list[Unit]]:
     """Neighbours of one type, up to about `size` bytes."""
-    for _, same_type in groupby(parameters, key=lambda each: value(each.weight).dtype):
-        bucket: list[LocalParameter] = []
+    for _, same_type in groupby(units, key=lambda unit: value(unit[0].weight).dtype):
+        bucket: list[Unit] = []
         held = 0
-        for each in same_type:
-            nbytes = value(each.weight).nbytes
+        for unit in same_type:
+            nbytes = sum(value(each.weight).nbytes for each in unit)
             if bucket and held + nbytes > size:
                 yield bucket
                 bucket, held = [], 0
-            bucket.append(each)
+            bucket.append(unit)
             held += nbytes
         yield bucket
 
@@ -155,6 +177,18 @@ def _whole(parameter: LocalParameter, shards: list[Tensor], shape: ModelShape) -
         tensor = join(list(parts), entry.layout, entry.split_dim or 0, shape)
         named.append((hf_name, tensor[: shape.vocab_size] if entry.layout == "vocab" else tensor))
     return named
+
+
+def _all_experts(unit: Unit, shards: list[list[Tensor]], shape: ModelShape) -> tuple[str, Tensor]:
+    """The tensor that has all experts, from this rank's experts as all ranks hold them.
+
+    Args:
+        shards: Of each of this rank's experts those that have its place on all ranks.
+    """
+    layout = unit[0].entry.layout
+    of_ranks = zip(*shards, strict=True)
+    experts = [split(weight, layout, shape, shape.num_kv_heads)[0] for own in of_ranks for weight in own]
+    return unit[0].entry.hf_names[0], torch.stack(experts)
 
 
 def _on_rank_0(buckets: Iterator[Named], *, sends: bool) -> Iterator[tuple[str, Tensor]]:
@@ -244,7 +278,7 @@ def _dealt_out(
     size = min(bucket_bytes // part.group.size(), -(-total // len(replicas)))
     turn = list(replicas).index(part.replica) if part.replica in replicas else len(replicas)
     taken = dict.fromkeys(replicas.get(part.replica, []), 0)
-    buckets = list(_buckets_of(part.parameters, _own_weight, size))
+    buckets = list(_buckets_of(part.units(), _own_weight, size))
     for first in range(0, len(buckets), len(replicas)):
         mine: Named = []
         for bucket in buckets[first : first + len(replicas)][turn : turn + 1]:

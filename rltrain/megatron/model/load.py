@@ -67,18 +67,22 @@ def _fill(source: SafetensorsDirectory, parameters: list[LocalParameter], shape:
 
 def _own_slice(tensor: Any, parameter: LocalParameter, shape: ModelShape) -> Tensor:
     """This rank's slice of a tensor; the last ranks of a vocabulary may get less, or nothing."""
-    dim, size, rank = parameter.entry.split_dim, parameter.group.size(), parameter.group.rank()
+    entry = parameter.entry
+    dim, size, rank = entry.split_dim, parameter.group.size(), parameter.group.rank()
+    if entry.of_all_experts:
+        whole: Tensor = tensor[entry.expert : entry.expert + 1]
+        return whole[0]
     if dim is None:
         return tensor[:]
     length = tensor.get_shape()[dim]
-    rows = blocks(parameter.entry.layout, length, shape)
+    rows = blocks(entry.layout, length, shape)
     if len(rows) > 1:
         starts = [sum(rows[:i]) + rank * count // size for i, count in enumerate(rows)]
         return torch.cat(
             [tensor[start : start + count // size] for start, count in zip(starts, rows, strict=True)]
         )
     # Each rank's share of a vocabulary is one of its padded size, which the parameter has.
-    width = parameter.weight.shape[0] if parameter.entry.layout == "vocab" else length // size
+    width = parameter.weight.shape[0] if entry.layout == "vocab" else length // size
     start, stop = min(rank * width, length), min((rank + 1) * width, length)
     return tensor[start:stop] if dim == 0 else tensor[:, start:stop]
 

@@ -53,7 +53,7 @@ _IN_LAYER = {
     "post_self_attn_layernorm.weight": Parameter(("post_self_attn_layernorm.weight",), "plain", None),
     "post_mlp_layernorm.weight": Parameter(("post_mlp_layernorm.weight",), "plain", None),
 }
-_EXPERT = re.compile(r"mlp\.experts\.linear_fc([12])\.weight(\d+)")
+_EXPERT = re.compile(r"mlp\.experts\.linear_fc([12]\.(?:weight|bias))(\d+)")
 _EXPERTS = "mlp.experts.{}."
 _IN_EXPERT = {
     "mlp.experts.linear_fc1.weight": Parameter(
@@ -76,11 +76,10 @@ def parameter(name: str, family: Family) -> Parameter:
         raise KeyError(f"no Hugging Face tensor is known for {name}")
     prefix = f"model.layers.{match[1]}."
     if expert := _EXPERT.fullmatch(match[2]):
-        kind = f"mlp.experts.linear_fc{expert[1]}.weight"
-        entry = family.tensors.get(kind, _IN_EXPERT[kind])
-        return replace(
-            entry, hf_names=tuple(prefix + hf_name.format(expert[2]) for hf_name in entry.hf_names)
-        )
+        kind = f"mlp.experts.linear_fc{expert[1]}"
+        entry = family.tensors.get(kind) or _IN_EXPERT[kind]
+        names = tuple(prefix + hf_name.format(expert[2]) for hf_name in entry.hf_names)
+        return replace(entry, hf_names=names, expert=int(expert[2]))
     if match[2] in family.tensors:
         entry = family.tensors[match[2]]
     elif match[2] in _IN_LAYER:
@@ -102,7 +101,7 @@ def global_name(name: str, first_layer: int, first_expert: int) -> str:
         return name
     rest = match[2]
     if expert := _EXPERT.fullmatch(rest):
-        rest = f"mlp.experts.linear_fc{expert[1]}.weight{int(expert[2]) + first_expert}"
+        rest = f"mlp.experts.linear_fc{expert[1]}{int(expert[2]) + first_expert}"
     return f"decoder.layers.{int(match[1]) + first_layer}.{rest}"
 
 
@@ -115,6 +114,9 @@ def hf_shapes(
         local: The shape of one rank's part of the parameter.
         size: How many ranks it is split over.
     """
+    if entry.of_all_experts:
+        assert shape.experts is not None
+        return [(shape.experts.count, *(local if entry.layout == "plain" else reversed(local)))]
     if entry.split_dim is None:
         return [local]
     dim = entry.split_dim
@@ -138,6 +140,9 @@ def merge(parts: list[Tensor], layout: Layout, shape: ModelShape, groups: int) -
         parts: One slice for each of `Parameter.hf_names`.
         groups: Key-value groups of this rank.
     """
+    if layout in ("woven", "transposed"):
+        rows = parts[0].t()  # what has one dimension stays as it is
+        return torch.cat([rows[::2], rows[1::2]]) if layout == "woven" else rows
     if layout == "fused_qkv":
         parts = list(parts[0].split(blocks(layout, len(parts[0]), shape)))
     elif layout != "qkv":
@@ -157,6 +162,10 @@ def split(weight: Tensor, layout: Layout, shape: ModelShape, groups: int) -> lis
             return parts if layout == "qkv" else [torch.cat(parts)]
         case "stacked":
             return list(weight.chunk(2))
+        case "woven":
+            return [torch.stack(weight.chunk(2), dim=1).flatten(0, 1).t()]
+        case "transposed":
+            return [weight.t()]
         case _:
             return [weight]
 

@@ -93,7 +93,10 @@ def decoder_spec(
 
 
 def _of_family(layer: ModuleSpec, config: TransformerConfig, family: Family, norm: Any) -> ModuleSpec:
-    """The layer with the family's norms, of which `norm` is the kind."""
+    """The layer with the family's attention and norms, of which `norm` is the kind."""
+    if family.sinks:  # TransformerEngine has none for packed sequences
+        attention = with_submodules(layer.submodules.self_attention, core_attention=PackedAttention)
+        layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention))
     if family.whole_qk_norm:
         layer = _with_whole_qk_norms(layer, config)
     if not family.pre_norms:

@@ -11,6 +11,7 @@ from rltrain.models.families.llama import LLAMA
 from rltrain.models.families.minimax import MINIMAX
 from rltrain.models.families.mistral import MISTRAL
 from rltrain.models.families.olmo import OLMO
+from rltrain.models.families.openai import OPENAI
 from rltrain.models.families.phi import PHI
 from rltrain.models.families.qwen import QWEN
 from rltrain.models.families.smollm import SMOLLM
@@ -29,5 +30,6 @@ FAMILIES: dict[str, Family] = {
     **PHI,
     **GEMMA,
     **XIAOMI,
+    **OPENAI,
 }
 SUPPORTED_ARCHITECTURES = tuple(FAMILIES)

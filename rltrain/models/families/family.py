@@ -22,6 +22,8 @@ class Family:
         model_type: transformers' name of it, which decides there what a model computes.
         same_as: The `model_type` of transformers' that computes the same, where a model comes with code of its own.
         qkv_bias: On the query, key and value projections; the name of an entry: as that says.
+        biases: On the projection behind attention, on routers and on experts.
+        sinks: Every head has a number that its softmax takes as one more score, whose share goes nowhere.
         qk_norm: RMSNorm on queries and keys; the name of an entry: as that says.
         whole_qk_norm: On all heads together, not on each.
         experts: Reads the experts in place of MLPs.
@@ -34,6 +36,7 @@ class Family:
         query_scalar: Scores are multiplied by 1/√`query_pre_attn_scalar`.
         soft_caps: Of scores, `attn_logit_softcapping`, and of logits, `final_logit_softcapping`.
         ropes: The types of rotary embedding that there are, if not all.
+        usual_rope: What transformers takes if `config.json` says nothing of rotary embeddings but a base.
         local_rope: Layers with a window have a rotary embedding of their own: the entry with its base.
         rotary_interleaved: Neighbours are rotated with each other, not halves.
         partial_rotary: Part of a head may be rotated alone.
@@ -52,6 +55,8 @@ class Family:
     model_type: str
     same_as: str | None = None
     qkv_bias: bool | str = False
+    biases: bool = False
+    sinks: bool = False
     qk_norm: bool | str = False
     experts: Callable[[Mapping[str, Any]], Experts] | None = None
     latent: Callable[[Mapping[str, Any]], LatentAttention] | None = None
@@ -64,6 +69,7 @@ class Family:
     query_scalar: bool = False
     soft_caps: bool = False
     ropes: tuple[str, ...] = ()
+    usual_rope: Mapping[str, Any] | None = None
     local_rope: str | None = None
     rotary_interleaved: bool = False
     partial_rotary: bool = False
