@@ -9,6 +9,7 @@ import argparse
 import ast
 import importlib
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -147,6 +148,7 @@ def test_a_documented_command(
     words = [
         word for word in shlex.split(command, comments=True) if "…" not in word and not word.startswith("[")
     ]
+    words = [*itertools.takewhile(lambda word: word not in ("|", ">", ">>", "<", "&", ";", "||"), words)]
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words.pop(0)
     if not words:
