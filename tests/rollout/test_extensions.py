@@ -391,7 +391,7 @@ rollout_top_k: null
     assert loaded.data.apply_chat_template_kwargs == {"tools": None, "": [None]}
 
 
-@pytest.mark.parametrize(("text", "words"), [("a = ", "TOMLDecodeError"), (None, "FileNotFoundError")])
+@pytest.mark.parametrize(("text", "words"), [("a = ", "TOMLDecodeError"), (None, "there is no such file")])
 def test_a_custom_config_that_cannot_be_read_is_named(tmp_path: Path, text: str | None, words: str) -> None:
     if text is not None:
         (tmp_path / "c.toml").write_text(text)
