@@ -48,7 +48,6 @@ def doctor(argv: list[str], probe_nodes: bool = False) -> list[Check]:
     args, found = check_flags(request, facts)
     checks += found
     others = is_batch and not (facts and is_one_machine(facts))
-    checks += storage.check_home(os.environ)
     checks += storage.check_storage(request.options.runs_dir, others, _checkpoint_bytes(args))
     checks += machine.check_machine(_count_processes(args), is_batch)
     if facts is not None:

@@ -41,19 +41,6 @@ def check_storage(runs_dir: Path, others: bool, needed: float = 0.0) -> list[Che
     return checks
 
 
-def check_home(environment: Mapping[str, str]) -> list[Check]:
-    """A check that fails where the home directory can't be written: torch, for SGLang, keeps compiled code there."""
-    home = Path(environment.get("HOME") or Path.home())
-    if not home.is_dir():
-        problem: str | None = "there is no such directory"
-    else:
-        problem = _problem_of_writing(home)
-    if problem is None:
-        return []
-    advice = "set HOME to a directory that can be written, or the engines end at once"
-    return [fail("home directory", f"{home} can't be written: {problem}", advice)]
-
-
 def nearest_existing(path: Path) -> Path:
     """The path, or the nearest directory above it that exists."""
     return next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir())

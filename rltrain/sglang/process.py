@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Self
 
@@ -46,7 +47,7 @@ class ServerProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", module],
             stdin=subprocess.PIPE,
-            env={**os.environ, "TMPDIR": str(self._directory.path)},
+            env={**os.environ, **_home(self._directory.path), "TMPDIR": str(self._directory.path)},
             preexec_fn=partial(_prepare, dying_with_us(signal.SIGKILL)),
         )
         assert self._process.stdin is not None
@@ -108,6 +109,12 @@ class ServerProcess:
         code = self._process.returncode
         how = f"exit code {code}" if code >= 0 else f"signal {-code}"
         raise ServerDiedError(f"{self._module} (pid {self.pid}) ended with {how} {when}")
+
+
+def _home(instead: Path) -> dict[str, str]:
+    """`HOME` for a server whose user's home directory can't be written: SGLang and torch keep caches below it."""
+    home = Path.home()
+    return {} if home.is_dir() and os.access(home, os.W_OK | os.X_OK) else {"HOME": str(instead)}
 
 
 def _prepare(die_with_role: Callable[[], None]) -> None:

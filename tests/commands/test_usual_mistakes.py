@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc.doctor import examine
-from hpc.doctor.storage import check_home, check_storage
+from hpc.doctor.storage import check_storage
 from hpc.planning.request import SubmitOptions, read_request
 from hpc.submitting import resuming, start_run
 from rltrain import arguments
@@ -75,16 +75,6 @@ def test_a_recipe_and_a_place_for_runs_of_the_wrong_kind(place: Path) -> None:
         read_recipe("folder", [])
     (check,) = check_storage(place / "file" / "runs", others=False)
     assert check.level == "fail" and f"{place}/file is a file" in check.message
-
-
-def test_a_home_directory_that_cannot_be_written(tmp_path: Path) -> None:
-    (check,) = check_home({"HOME": "/proc/nobody"})
-    assert (
-        check.level == "fail" and "/proc/nobody can't be written: there is no such directory" in check.message
-    )
-    (check,) = check_home({"HOME": "/proc"})
-    assert check.level == "fail" and "HOME" in check.advice
-    assert check_home({"HOME": str(tmp_path)}) == []
 
 
 def test_a_models_id_is_found_in_the_cache_or_told_how_to_get_there(

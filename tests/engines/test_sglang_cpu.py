@@ -159,6 +159,21 @@ def test_a_server_that_never_answers_is_given_up_and_ended(
     assert not Path(f"/proc/{process.pid}").exists()
 
 
+@pytest.mark.parametrize("home", ["/proc/nobody", "here"])
+def test_a_server_has_a_home_directory_that_can_be_written(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "homely_server.py").write_text(
+        "import pathlib\n(pathlib.Path.home() / '.cache').mkdir()\nraise SystemExit(7)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path) if home == "here" else home)
+    ended = pytest.raises(ServerDiedError, match="exit code 7")
+    with ServerProcess("homely_server", {}, "http://127.0.0.1:9") as process, ended:
+        process.wait_until_ready(timeout=60)
+    assert (tmp_path / ".cache").exists() == (home == "here")
+
+
 def has_ended(process: psutil.Process) -> bool:
     """Also as a zombie: pid 1 of a container may not reap orphans."""
     try:
