@@ -24,8 +24,9 @@ from rltrain.arguments.groups.functions import (
     absent_of,
     check_functions,
 )
-from rltrain.arguments.hf_config import check_hf_config, read_hf_config, read_model_shape
+from rltrain.arguments.hf_config import check_hf_config, read_model_shape
 from rltrain.arguments.model_flags import check_model_flags, check_quantised
+from rltrain.models.directory import read_hf_config
 from rltrain.models.windows import check_engines
 from rltrain.run.errors import UserError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpc.planning.request import SubmitOptions
 from rltrain.arguments.flags import Flags
-from rltrain.arguments.hf_config import cached_model
+from rltrain.models.directory import cached_model
 from rltrain.run.errors import UserError
 from rltrain.run.layout import RunLayout
 

@@ -17,11 +17,12 @@ from rltrain import arguments
 from rltrain.arguments import flags as flag_data
 from rltrain.arguments.config import Config
 from rltrain.arguments.flags import Flags
-from rltrain.arguments.hf_config import check_hf_config, read_hf_config
+from rltrain.arguments.hf_config import check_hf_config
 from rltrain.arguments.megatron_names import flags_used
 from rltrain.arguments.model_flags import check_model_flags, check_quantised, megatron_shape
 from rltrain.arguments.recipes import read_recipe
 from rltrain.arguments.slime_names import remarks
+from rltrain.models.directory import read_hf_config
 from rltrain.run.errors import UserError
 
 _HIDDEN = ("api-key", "wandb-key")

@@ -25,8 +25,8 @@ from rltrain.arguments.groups.model import Model, check_recomputation
 from rltrain.arguments.groups.parallel import ParallelSizes, check_parallel
 from rltrain.arguments.groups.rollout import check_temperature, resolve_rollout
 from rltrain.arguments.groups.training import check_micro_batches, check_schedule, resolve_training
-from rltrain.arguments.hf_config import cached_model
 from rltrain.arguments.slime_names import our_path
+from rltrain.models.directory import cached_model
 from rltrain.run.errors import UserError
 
 _PATHS = (

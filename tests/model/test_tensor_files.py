@@ -11,7 +11,7 @@ import torch
 from helpers.megatron import init_single_process, make_config, tiny_config, write_hf_model
 from safetensors.torch import load_file, save_file
 
-from rltrain.arguments.hf_config import read_hf_config
+from rltrain.models.directory import read_hf_config
 from rltrain.run.errors import UserError
 
 pytestmark = pytest.mark.slow

@@ -28,13 +28,13 @@ from rltrain.arguments.hf_config import (
     ModelShape,
     check_hf_config,
     check_same_shape,
-    read_hf_config,
     read_model_shape,
 )
 from rltrain.arguments.megatron_names import given
 from rltrain.arguments.model_flags import check_model_flags, check_quantised
 from rltrain.megatron.device import device, use_cuda
 from rltrain.megatron.model.customize import custom_model
+from rltrain.megatron.model.layers.activations import gelu_tanh, quick_gelu
 from rltrain.megatron.model.layers.latent import complete_latent_attention
 from rltrain.megatron.model.layers.rotary import inverse_frequencies, set_frequencies
 from rltrain.megatron.model.layers.soft_cap import soft_capped_
@@ -42,6 +42,7 @@ from rltrain.megatron.model.specs import decoder_spec, use_transformer_engine
 from rltrain.megatron.ranks import together
 from rltrain.megatron.versions import normalises_plain_queries
 from rltrain.models.as_transformers import standard_config
+from rltrain.models.directory import read_hf_config
 from rltrain.models.latent import LatentAttention
 from rltrain.run.errors import UserError
 
@@ -213,16 +214,6 @@ def _latent_norms(latent: LatentAttention) -> dict[str, Any]:
             " the input of such queries. Install megatron-core 0.16, or remove TransformerEngine."
         )
     return {"qk_layernorm": True}
-
-
-def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """tanh's approximation of GELU."""
-    return F.gelu(x, approximate="tanh")
-
-
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """An approximation of GELU by a sigmoid; Megatron-core's own would be compiled."""
-    return x * torch.sigmoid(1.702 * x)
 
 
 def _activation(shape: ModelShape) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from rltrain.arguments.hf_config import other_weights
+from rltrain.models.directory import other_weights
 from rltrain.run.errors import UserError
 
 _ONE_FILE = "model.safetensors"
