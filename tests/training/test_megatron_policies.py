@@ -1,15 +1,12 @@
-"""Skipped steps, other policies, distillation, custom losses, hooks, freezing, and what is recorded of tokens."""
+"""Skipped steps, other policies, distillation, and training only some of the weights."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.megatron import (
@@ -24,58 +21,15 @@ from helpers.megatron import (
 )
 
 from rltrain.arguments.config import Config
-from rltrain.data.batch import TrainableTokens, TrainBatch
+from rltrain.data.batch import TrainBatch
 from rltrain.run.errors import UserError
 
 pytestmark = pytest.mark.slow
-
-OWN = """
-import torch
-from rltrain.megatron.custom_loss import response_log_probs
-
-calls = []
-
-def init(args):
-    calls.append(("init", args.lr))
-
-def before_log_prob(args, model, store_prefix):
-    calls.append(("log_probs", store_prefix, len(model)))
-
-def before_step(args, rollout_id, step_id, model, optimizer, opt_param_scheduler):
-    calls.append(("step", rollout_id, step_id, optimizer.param_groups[0]["lr"], opt_param_scheduler is not None))
-
-def policy_gradient(args, batch, logits, sum_of_sample_mean):
-    log_probs, entropies = response_log_probs(args, batch, logits)
-    assert logits.shape[1] == sum(batch["total_lengths"])
-    losses = [-a * (new - old).exp() for a, new, old in zip(batch["advantages"], log_probs, batch["log_probs"])]
-    return sum_of_sample_mean(torch.cat(losses)), {"my_entropy": sum_of_sample_mean(torch.cat(entropies)).detach()}
-
-def no_scalar(args, batch, logits, sum_of_sample_mean):
-    return logits.sum(-1), {}
-
-def provider(pre_process, post_process, config, args):
-    from rltrain.megatron.model.specs import decoder_spec
-    from megatron.core.models.gpt import GPTModel
-    calls.append(("provider", pre_process, post_process))
-    return GPTModel(config, decoder_spec(config, None), 61, 512, pre_process, post_process,
-                    position_embedding_type="rope", rotary_base=10000.0)
-"""
 
 
 @pytest.fixture(scope="module")
 def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_hf_model(tmp_path_factory.mktemp("teacher"), tiny_config(), seed=3)
-
-
-@pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    import importlib
-
-    (tmp_path / "own_training.py").write_text(OWN)
-    monkeypatch.syspath_prepend(tmp_path)
-    module = importlib.reload(importlib.import_module("own_training"))
-    module.calls.clear()
-    return module
 
 
 def weights_of(actor: Any) -> torch.Tensor:
@@ -278,68 +232,6 @@ def test_random_weights_stay_what_they_are_whatever_else_is_loaded(
         assert abs(actor.train(0, make_batch(4))["train/opd_reverse_kl"]) > 0.01
 
 
-# --- functions of the user
-
-
-def test_a_custom_loss_that_says_the_same_takes_the_same_step(
-    model_dir: Path, tmp_path: Path, own: Any
-) -> None:
-    batch = make_batch(9, masked=2, longest=8)
-    for options in ({"micro_batch_size": 2}, {"calculate_per_token_loss": True, "micro_batch_size": 16}):
-        common = {"num_steps_per_rollout": 2, "adam_eps": 1e-3, "eps_clip": 100.0, "eps_clip_high": 100.0}
-        plain = make_actor(make_config(model_dir, **common, **options), tmp_path)
-        config = make_config(
-            model_dir, **common, **options, loss_type="custom_loss",
-            custom_loss_function_path="own_training.policy_gradient",
-        )  # fmt: skip
-        custom = make_actor(config, tmp_path)
-        expected, found = plain.train(0, batch), custom.train(0, batch)
-        assert found["train/loss"] == pytest.approx(expected["train/loss"], abs=1e-6)
-        assert found["train/my_entropy"] == pytest.approx(expected["train/entropy"], rel=1e-5)
-        assert found["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-4)
-        torch.testing.assert_close(weights_of(custom), weights_of(plain), atol=2e-5, rtol=0)
-
-
-def test_a_custom_loss_that_is_no_scalar_is_named(model_dir: Path, tmp_path: Path, own: Any) -> None:
-    config = make_config(
-        model_dir, loss_type="custom_loss", custom_loss_function_path="own_training.no_scalar"
-    )
-    with pytest.raises(ValueError, match=r"own_training\.no_scalar: loss is of shape .*; expected a scalar"):
-        make_actor(config, tmp_path).train(0, make_batch(4))
-
-
-def test_hooks_are_called_as_slime_calls_them(model_dir: Path, tmp_path: Path, own: Any) -> None:
-    config = make_config(
-        model_dir, num_steps_per_rollout=2, use_kl_loss=True, kl_loss_coef=0.1,
-        custom_megatron_init_path="own_training.init",
-        custom_megatron_before_log_prob_hook_path="own_training.before_log_prob",
-        custom_megatron_before_train_step_hook_path="own_training.before_step",
-    )  # fmt: skip
-    make_actor(config, tmp_path).train(5, make_batch(8))
-    assert own.calls == [
-        ("init", 1e-3), ("log_probs", "ref_", 1), ("log_probs", "", 1),
-        ("step", 5, 0, 1e-3, True), ("step", 5, 1, 1e-3, True),
-    ]  # fmt: skip
-
-
-def test_what_the_init_function_sets_holds_for_the_trainer(model_dir: Path, tmp_path: Path, own: Any) -> None:
-    def init(args: Any) -> None:
-        args.lr, args.note = 0.25, "seen by every function"
-
-    own.init = init
-    actor = make_actor(make_config(model_dir, custom_megatron_init_path="own_training.init"), tmp_path)
-    assert actor.config.optimizer.lr == actor.policy.optimizer.param_groups[0]["lr"] == 0.25
-    assert actor.config.namespace.note == actor.config.of_critic().namespace.note == "seen by every function"
-
-
-def test_a_model_provider_of_ones_own_is_trained(model_dir: Path, tmp_path: Path, own: Any) -> None:
-    config = make_config(model_dir, custom_model_provider_path="own_training.provider")
-    batch = make_batch(6)
-    ours, theirs = make_actor(make_config(model_dir), tmp_path), make_actor(config, tmp_path)
-    assert ("provider", True, True) in own.calls
-    assert theirs.train(0, batch) == ours.train(0, batch)
-
-
 # --- freezing
 
 
@@ -410,97 +302,3 @@ def test_an_optimizer_that_is_reset_begins_anew(model_dir: Path, tmp_path: Path)
     # Adam's first step has size lr in every direction whose gradient is not tiny
     moved = (weights_of(actor) - before).abs()
     assert moved.max() == pytest.approx(1e-3, rel=1e-3) and moved.median() > 0.99e-3
-
-
-# --- what is recorded
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-def test_the_trainer_writes_what_it_saw_of_every_token(model_dir: Path, tmp_path: Path, steps: int) -> None:
-    batch = dataclasses.replace(make_batch(7, masked=2), indices=np.arange(70, 77))
-    config = make_config(
-        model_dir, num_steps_per_rollout=steps, advantage_estimator="reinforce_plus_plus", gamma=0.5
-    )
-    actor = make_actor(config, tmp_path)
-    expected, trainable = log_probs_of(actor, batch), TrainableTokens.of(batch)
-    actor.train(3, batch)
-    actor._tokens.wait()
-    table = pq.read_table(tmp_path / "rollouts_trainer/step=000003/attempt=0/part-0.parquet")
-    from rltrain.schema import TRAINER_SCHEMA
-
-    assert table.schema.equals(TRAINER_SCHEMA)
-    rows = table.to_pylist()
-    assert [row["index"] for row in rows] == list(range(70, 77)) and {row["step"] for row in rows} == {3}
-    for i, row in enumerate(rows):
-        if i < 2:
-            assert row["trainer_log_probs"] is row["trainer_entropies"] is row["advantages"] is None
-            continue
-        mask, found = trainable.masks[i], np.array(row["trainer_log_probs"])
-        np.testing.assert_allclose(found[mask], expected[i], atol=1e-5)
-        assert np.isnan(found[~mask]).all() and len(row["trainer_entropies"]) == len(mask)
-        assert (np.array(row["trainer_entropies"])[mask] > 0).all()
-        assert np.array(row["advantages"])[mask][-1] == pytest.approx(batch.train_rewards[i])
-    assert not list((tmp_path / "rollouts_trainer").rglob(".*"))
-
-
-def test_tokens_that_cannot_be_written_do_not_stop_the_training(model_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "rollouts_trainer").write_text("in the way")
-    actor = make_actor(make_config(model_dir), tmp_path)
-    actor.train(0, make_batch(4))
-    actor.train(1, make_batch(4))
-    kind, fields = actor._registry.events[-1]
-    assert kind == "trainer_tokens_not_saved" and "Error" in fields["reason"]
-    quiet = make_actor(make_config(model_dir, save_trainer_tokens=False), tmp_path / "quiet")
-    quiet.train(0, make_batch(4))
-    quiet._tokens.wait()
-    assert not (tmp_path / "quiet" / "rollouts_trainer").exists()
-    assert threading.active_count() < 20
-
-
-def test_metrics_of_speed_and_memory(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from helpers.megatron import RecordingRegistry
-
-    from rltrain.megatron.actor import MegatronTrainActor
-    from rltrain.megatron.training import speed
-    from rltrain.run.role import RoleContext
-
-    monkeypatch.setattr(speed, "peak_flops", lambda: 1e12)
-    context = RoleContext(tmp_path, 0, "trainer", 0, "", "")
-    config = make_config(model_dir, use_kl_loss=True, num_steps_per_rollout=2, advantage_estimator="ppo")
-    actor = MegatronTrainActor(config, context, RecordingRegistry())  # type: ignore[arg-type]
-    batch = make_batch(8)
-    metrics = actor.train(0, batch)
-    for phase in ("ref_log_probs", "log_probs", "critic_train", "actor_train"):
-        assert 0 < metrics[f"perf/{phase}_s"] < metrics["perf/train_all_s"]
-    whole = metrics["perf/tokens_per_s_per_rank"] * metrics["perf/train_all_s"]
-    assert whole == pytest.approx(batch.num_tokens)
-    assert metrics["perf/mfu"] == pytest.approx(metrics["perf/tflops_per_rank"])
-    assert 0.05 < metrics["perf/peak_memory_gib"] < 100
-    json.dumps(metrics, allow_nan=False)
-
-
-def test_the_gap_to_the_engine_is_measured_three_ways(model_dir: Path, tmp_path: Path) -> None:
-    batch = make_batch(5)
-    actor = make_actor(make_config(model_dir), tmp_path)
-    trainable = TrainableTokens.of(batch)
-    gap = np.concatenate(
-        [own - engine for own, engine in zip(
-            log_probs_of(actor, batch), trainable.select(batch.rollout_log_probs), strict=True)]
-    ).astype(np.float64)  # fmt: skip
-    metrics = actor.train(0, batch)
-    assert metrics["train/logprob_abs_diff"] == pytest.approx(np.abs(gap).mean(), rel=1e-4)
-    assert metrics["train/logprob_abs_diff_max"] == pytest.approx(np.abs(gap).max(), rel=1e-4)
-    assert metrics["train/logprob_k3"] == pytest.approx((np.exp(gap) - 1 - gap).mean(), rel=1e-4)
-
-
-def test_mismatch_is_measured_without_being_corrected(model_dir: Path, tmp_path: Path) -> None:
-    batch = make_batch(6)
-    plain, measured, corrected = (
-        make_actor(make_config(model_dir, **options), tmp_path).train(0, batch)
-        for options in ({}, {"get_mismatch_metrics": True}, {"use_tis": True})
-    )
-    assert measured["train/grad_norm"] == plain["train/grad_norm"]
-    assert measured["train/tis"] == corrected["train/tis"] and "train/tis" not in plain
-    assert corrected["train/grad_norm"] != plain["train/grad_norm"]
