@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from helpers.tiny_model import make_model
 from rltrain.arguments.config import Config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+with suppress(ImportError):  # a GPU node's environment may lack it
+    from hypothesis import settings
+
+    settings.load_profile("ci")  # the same examples everywhere, and no limit of 200 ms to each
 
 pytest_plugins = [
     "helpers.parallel",

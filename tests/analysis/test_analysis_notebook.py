@@ -22,7 +22,9 @@ def test_outputs_are_stripped(path: Path) -> None:
 def test_read_a_run_executes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURMLIME_RUN", str(write_run(tmp_path / "demo", steps=8).root))
     notebook = nbformat.read(NOTEBOOKS / "1_read_a_run.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    NotebookClient(
+        notebook, timeout=300, startup_timeout=300, resources={"metadata": {"path": str(NOTEBOOKS)}}
+    ).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
@@ -47,7 +49,9 @@ def test_the_others_execute_on_recorded_runs(
     monkeypatch.setenv("SLURMLIME_RUN", str(recorded_runs / "hacked"))
     monkeypatch.setenv("SLURMLIME_RUNS", str(recorded_runs))
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    NotebookClient(
+        notebook, timeout=300, startup_timeout=300, resources={"metadata": {"path": str(NOTEBOOKS)}}
+    ).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
     data = [output.data for output in outputs if "data" in output]

@@ -125,7 +125,7 @@ def test_another_models_checkpoint_names_the_first_difference(
 
 
 def test_checkpoints_that_others_may_have_written_are_refused(model_dir: Path, tmp_path: Path) -> None:
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # TMPDIR may lie where nobody else comes
         Path(name).chmod(0o755)  # pytest's own directories are nobody else's
         checkpoint = make_actor(make_config(model_dir, save=f"{name}/c"), tmp_path).save(0)
         (checkpoint / "common.pt").chmod(0o664)

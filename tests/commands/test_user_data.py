@@ -115,7 +115,7 @@ def test_a_reward_fails_its_own_sample_only(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
 
     async def grade() -> list[Grade]:
-        config = Config.from_values({"reward_timeout": 5.0, "reward_num_workers": 1})
+        config = Config.from_values({"reward_timeout": 60.0, "reward_num_workers": 1})
         pool = await RewardPool.start(config, f"odd_rewards.{function}")
         try:
             return [await pool.grade(Sample(index=0, metadata=metadata)), await pool.grade(Sample(index=1))]

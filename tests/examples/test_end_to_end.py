@@ -303,7 +303,7 @@ def interrupt_after_first_step(run_dir: Path, *flags: str) -> None:
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         wait_for_first_step(run_dir, process)
         process.send_signal(signal.SIGINT)
-        shown, _ = process.communicate(timeout=240)
+        shown, _ = process.communicate(timeout=480)
     assert process.returncode == 130, shown
     assert "resumes from" in shown
 

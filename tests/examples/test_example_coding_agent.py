@@ -36,7 +36,7 @@ def test_two_steps_of_the_coding_agent(tmp_path: Path) -> None:
     ]  # fmt: skip
     for command in commands:
         done = subprocess.run(
-            [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+            [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=900,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -26,7 +26,7 @@ def submit(runs: Path, name: str, *flags: str) -> Run:
     files = ["--hf-checkpoint", str(data / "model"), "--prompt-data", str(data / "train.jsonl")]
     job = ["--runs-dir", str(runs), "--name", name, "--wandb-mode", "disabled"]
     command = [sys.executable, "-m", "hpc.submit", f"@{RECIPE}", *files, *job, *flags]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return load_run(runs / name)
 

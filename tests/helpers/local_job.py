@@ -76,7 +76,7 @@ class Job:
 
     def finish(self, *flags: str, steps: int = 2, **roles: list[str]) -> tuple[int, str, str]:
         process = self.start(*flags, steps=steps, **roles)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=240)
         return process.returncode, out, err
 
     def living(self) -> list[int]:

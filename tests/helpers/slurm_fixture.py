@@ -77,7 +77,7 @@ def submit(cluster: Sandbox, script: str, *options: str, user: str | None = None
         return cluster.run("sbatch", *defaults, *options, file.name, user=user).strip()
 
 
-def wait_for(cluster: Sandbox, job: str, *states: JobState, timeout: float = 40.0) -> JobStatus:
+def wait_for(cluster: Sandbox, job: str, *states: JobState, timeout: float = 120.0) -> JobStatus:
     """Poll until a job is in one of these states (by default, in any final one)."""
     client = SlurmClient(cluster.env)
 

@@ -52,7 +52,7 @@ class FakeRun:
             start_new_session=True,
         )
 
-    def finish(self, *flags: str, timeout: float = 60, **more: object) -> tuple[int, str, str]:
+    def finish(self, *flags: str, timeout: float = 300, **more: object) -> tuple[int, str, str]:
         process = self.start(*flags, **more)  # type: ignore[arg-type]
         out, err = process.communicate(timeout=timeout)
         return process.returncode, out, err
@@ -90,6 +90,6 @@ def run(idle_cluster: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake
     idle_cluster.run("scancel", "--full", "--signal=KILL", "--name=job")
     idle_cluster.run("scancel", "--name=job")
     until(
-        lambda: not idle_cluster.run("squeue", "-h", "--name=job"), 30, "the job to let go of its directory"
+        lambda: not idle_cluster.run("squeue", "-h", "--name=job"), 120, "the job to let go of its directory"
     )
     shutil.rmtree(directory)

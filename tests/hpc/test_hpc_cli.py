@@ -18,7 +18,7 @@ HEAVY = "{'torch', 'pandas', 'numpy', 'submitit', 'wandb', 'rich', 'pyarrow', 'j
 
 
 def python(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")

@@ -337,7 +337,7 @@ def test_wandb_key(tmp_path: Path) -> None:
 def run_doctor(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PATH": "/nowhere", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "hpc.doctor", *words]
-    return subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_command_line_with_nothing(tmp_path: Path) -> None:

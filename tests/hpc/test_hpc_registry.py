@@ -50,7 +50,7 @@ def events(tmp_path: Path) -> list[dict[str, Any]]:
 def test_roles_find_each_other_in_order_of_index(server: RegistryServer) -> None:
     found: list[RoleAddress] = []
     waiting = threading.Thread(
-        target=lambda: found.extend(client(server, "trainer").wait_for("engine", 2, 10))
+        target=lambda: found.extend(client(server, "trainer").wait_for("engine", 2, 60))
     )
     waiting.start()
     client(server, "engine", 1).register("http://b")
@@ -58,8 +58,8 @@ def test_roles_find_each_other_in_order_of_index(server: RegistryServer) -> None
     assert waiting.is_alive()
     begun = time.monotonic()
     client(server, "engine", 0).register("http://a")
-    waiting.join(timeout=5)
-    assert time.monotonic() - begun < 1  # told at once, not at the end of the poll
+    waiting.join(timeout=60)
+    assert time.monotonic() - begun < 15  # told at once, not at the end of the poll
     assert [(role.index, role.url) for role in found] == [(0, "http://a"), (1, "http://b")]
 
 
@@ -140,6 +140,6 @@ def test_closing_answers_those_who_wait(tmp_path: Path) -> None:
     time.sleep(0.2)
     begun = time.monotonic()
     server.close()
-    waiting.join(timeout=5)
-    assert time.monotonic() - begun < 2
+    waiting.join(timeout=60)
+    assert time.monotonic() - begun < 20
     assert answers == [(200, {"roles": []})]

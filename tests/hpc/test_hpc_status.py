@@ -152,7 +152,7 @@ def test_plain_columns_line_up() -> None:
 
 def status_cli(*words: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hpc.status", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, env={"PATH": "/nowhere"})
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={"PATH": "/nowhere"})
 
 
 def test_command_line(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_an_unfinished_one_is_dropped(make_job) -> None:
     job = make_job(lambda i: never.wait(60), stop="SIGTERM")
     job.begin_evaluation(0)
     assert job.generate(0) is None and job.end_evaluation() is None
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
     never.set()
 
 

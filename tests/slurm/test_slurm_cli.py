@@ -30,14 +30,14 @@ FAKE_RESUBMIT = Path(__file__).parents[1] / "fakes" / "resubmit.py"
 def verb(job: FakeRun, module: str, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"hpc.{module}", "job", *words]
     env = {**os.environ, **job.cluster.env}
-    return subprocess.run(command, cwd=job.directory, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=job.directory, env=env, capture_output=True, text=True, timeout=240)
 
 
 def resubmit(job: FakeRun, *words: str) -> subprocess.CompletedProcess[str]:
     fake = {"FAKE_PLAN": json.dumps(SERVICES), "FAKE_ENGINES": "2"}
     command = [sys.executable, str(FAKE_RESUBMIT), "job", *words]
     env = {**job.cluster.env, **fake}
-    return subprocess.run(command, cwd=job.directory, env=env, capture_output=True, text=True, timeout=90)
+    return subprocess.run(command, cwd=job.directory, env=env, capture_output=True, text=True, timeout=240)
 
 
 def look(job: FakeRun) -> RunStatus:
@@ -50,7 +50,7 @@ def test_stop_look_and_go_on(run: FakeRun) -> None:
     follow = [sys.executable, "-m", "hpc.logs", "job", "-f", "--role=supervisor"]
     env = {**os.environ, **run.cluster.env}
     with subprocess.Popen(follow, cwd=run.directory, env=env, stdout=subprocess.PIPE, text=True) as follower:
-        until(lambda: run.steps(), 30, "the first step")
+        until(lambda: run.steps(), 120, "the first step")
         running = look(run)
         assert (running.state, running.job_id, running.spare_jobs) == ("RUNNING", first.job_id, 0)
         refused = resubmit(run)
@@ -58,7 +58,7 @@ def test_stop_look_and_go_on(run: FakeRun) -> None:
 
         cancelled = verb(run, "cancel")
         assert cancelled.returncode == 0 and "saves" in cancelled.stdout, cancelled.stderr
-        output, _ = follower.communicate(timeout=60)
+        output, _ = follower.communicate(timeout=240)
         assert follower.returncode == 0
     assert "started router-0" in output and "got SIGINT" in output
     # To Slurm it failed, so that no job that waits for it to end well begins; to us it is a run that was stopped.
@@ -76,13 +76,13 @@ def test_stop_look_and_go_on(run: FakeRun) -> None:
         table = json.loads(verb(run, "accounting", "--json").stdout or "[]")
         return list(dict.fromkeys(row["job_id"] for row in table if row["ended"]))
 
-    until(lambda: len(jobs_in_accounting()) == 2, 20, "slurmdbd to hear of both jobs")
+    until(lambda: len(jobs_in_accounting()) == 2, 120, "slurmdbd to hear of both jobs")
     assert "GPU-hours in all" in verb(run, "accounting").stdout
 
 
 def test_spare_jobs_take_over_and_those_not_needed_end(run: FakeRun) -> None:
     first = run.detach("--nodes=4", steps=1000)
-    until(lambda: run.steps(), 30, "the first step")
+    until(lambda: run.steps(), 120, "the first step")
     verb(run, "cancel")
     wait_for(run.cluster, first.job_id)
     total = len(run.steps()) + 60
@@ -90,11 +90,11 @@ def test_spare_jobs_take_over_and_those_not_needed_end(run: FakeRun) -> None:
     assert chained.returncode == 0, chained.stderr
     jobs = [entry["job_id"] for entry in run.entries()]
     assert len(jobs) == 4 and f"spare job 2 of 2: {jobs[3]}, after {jobs[2]}" in chained.stdout
-    until(lambda: len(run.events("attempt_started")) == 2, 40, "the second attempt")
+    until(lambda: len(run.events("attempt_started")) == 2, 120, "the second attempt")
     assert (look(run).job_id, look(run).spare_jobs) == (jobs[1], 2)
     run.cluster.run("scancel", jobs[1])  # as a partition does that cancels what it preempts
 
-    assert wait_for(run.cluster, jobs[3], timeout=90).state is JobState.COMPLETED
+    assert wait_for(run.cluster, jobs[3], timeout=180).state is JobState.COMPLETED
     assert len(run.events("attempt_started")) == 3
     assert run.steps() == list(range(total))
     assert look(run).state == "finished"
@@ -106,7 +106,7 @@ def test_spare_jobs_do_not_repeat_what_can_not_work(run: FakeRun) -> None:
     first, spare = (entry["job_id"] for entry in run.entries())
     assert f"spare job 1 of 1: {spare}, after {first}" in out
     assert (
-        wait_for(run.cluster, spare, timeout=90).state is JobState.FAILED
+        wait_for(run.cluster, spare, timeout=180).state is JobState.FAILED
     )  # so that --after it nothing begins
     assert len(run.events("attempt_started")) == 1
     assert "in the same way" in run.events("not_started")[0]["reason"]
@@ -151,7 +151,7 @@ def test_second_user_on_the_node_is_kept_out(run: FakeRun, idle_cluster: Sandbox
     run.layout.root.parent.mkdir(exist_ok=True)
     run.layout.root.parent.chmod(0o755)
     job = run.detach("--nodes=4", steps=1000)
-    until(lambda: run.steps(), 30, "the first step")
+    until(lambda: run.steps(), 120, "the first step")
     environ = _environment_of_a_role(run)
     node = next(event["host"] for event in run.events("role_ready") if event["role"] == "trainer")
     python = shutil.which("python3", path="/usr/bin:/bin")
@@ -177,7 +177,7 @@ def test_two_jobs_on_one_node_do_not_meet(run: FakeRun) -> None:
     place = ("--nodes=1", "--colocate", "--num-gpus-per-node=2", "--slurm.sbatch.nodelist=node1")
     jobs = [each.detach(*place, "--slurm.sbatch.cpus-per-task=2", steps=1000) for each in (run, other)]
     for each in (run, other):
-        until(lambda each=each: each.steps(), 30, "the first step")
+        until(lambda each=each: each.steps(), 120, "the first step")
     assert {e["host"] for each in (run, other) for e in each.events("role_ready")} == {"node1"}
     mine, theirs = _environment_of_a_role(run), _environment_of_a_role(other)
     assert mine["SLURMLIME_TOKEN"] != theirs["SLURMLIME_TOKEN"]

@@ -49,7 +49,7 @@ def started(cluster: Sandbox, layout: RunLayout, head: str = "", *options: str) 
     job = submit(cluster, head + POLITE.format(out=out), *options)
     record_job(layout, job)
     wait_for(cluster, job, JobState.RUNNING)
-    until(out.exists, 10, "the batch script")
+    until(out.exists, 120, "the batch script")
     return job
 
 
@@ -60,7 +60,7 @@ def by_name(runs: Path, client: SlurmClient) -> dict[str, RunStatus]:
 def verb(cluster: Sandbox, *words: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", *map(str, words)]
     return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **cluster.env}, capture_output=True, text=True, timeout=60
+        command, cwd=ROOT, env={**os.environ, **cluster.env}, capture_output=True, text=True, timeout=240
     )
 
 
@@ -88,7 +88,7 @@ def test_status_of_many_jobs(idle_cluster: Sandbox, runs: Path) -> None:
         run = by_name(runs, client)["waiting"]
         return run.expected_start is not None and run.reason in ("Resources", "Priority")
 
-    until(is_explained, 30, "the scheduler's reason and guess")
+    until(is_explained, 120, "the scheduler's reason and guess")
     done = verb(idle_cluster, "hpc.status", "--runs-dir", runs)
     assert (done.returncode, done.stderr) == (0, "")
     [line] = [line for line in done.stdout.splitlines() if line.startswith("waiting")]
@@ -99,7 +99,7 @@ def test_gpu_hours_over_attempts(idle_cluster: Sandbox, runs: Path) -> None:
     layout = make_run(runs, "x")
     job = started(idle_cluster, layout, "", "--gpus-per-node=4", "-w", "node1", "--requeue")
     client = SlurmClient(idle_cluster.env)
-    until(lambda: client.squeue([job])[0].elapsed_s >= 2, 10, "two seconds")
+    until(lambda: client.squeue([job])[0].elapsed_s >= 2, 120, "two seconds")
     client.requeue(job)
     wait_for(idle_cluster, job, JobState.PENDING)
     [run] = status(runs_dir=runs, client=client)
@@ -108,7 +108,7 @@ def test_gpu_hours_over_attempts(idle_cluster: Sandbox, runs: Path) -> None:
     def hours() -> float:
         return status(runs_dir=runs, client=client)[0].gpu_hours or 0.0
 
-    until(lambda: hours() >= 2 * 4 / 3600, 15, "slurmdbd to hear of the first attempt")
+    until(lambda: hours() >= 2 * 4 / 3600, 120, "slurmdbd to hear of the first attempt")
     assert hours() < 60 * 4 / 3600
 
 
@@ -131,7 +131,7 @@ def test_cancel_now_does_not_wait(idle_cluster: Sandbox, runs: Path, head: str) 
     job = started(idle_cluster, layout, head)
     done = verb(idle_cluster, "hpc.cancel", "x", "--now", "--runs-dir", runs)
     assert (done.returncode, done.stderr) == (0, "")
-    assert wait_for(idle_cluster, job, timeout=10).state is JobState.CANCELLED
+    assert wait_for(idle_cluster, job).state is JobState.CANCELLED
     assert (layout.root / "out").read_text().split() == ["ready"]
     again = verb(idle_cluster, "hpc.cancel", "x", "--runs-dir", runs)
     assert again.returncode == 2 and "does not run" in again.stderr

@@ -43,7 +43,7 @@ def pyxis(slurm_cluster: Sandbox, tmp_path: Path) -> Iterator[None]:
 def test_roles_start_in_the_container_and_the_supervisor_does_not(run: FakeRun, pyxis: None) -> None:
     flags = (f"--slurm.srun.container-image={IMAGE}", f"--slurm.srun.container-mounts={MOUNTS}")
     job = run.detach("--nodes=4", *flags, steps=1000)
-    until(lambda: run.steps(), 30, "the first step")
+    until(lambda: run.steps(), 120, "the first step")
     found = {}
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:

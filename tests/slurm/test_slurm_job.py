@@ -56,7 +56,7 @@ def test_role_that_dies_ends_the_job_in_seconds(run: FakeRun) -> None:
     assert "engine-1 exited with code 3" in err and "the engine has no memory left" in err
     died, finished = run.events("role_died")[0], run.events("attempt_finished")[0]
     assert (died["role"], died["index"], died["exit_code"]) == ("engine", 1, 3)
-    assert finished["time"] - died["time"] < 5
+    assert finished["time"] - died["time"] < 30
     assert wait_for(run.cluster, run.entries()[-1]["job_id"]).state is JobState.FAILED
     with pytest.raises(Exception, match="the engine has no memory left"):
         run.job().result()
@@ -88,23 +88,23 @@ def test_rank_that_dies_is_named(run: FakeRun) -> None:
 
 
 def test_ctrl_c_only_stops_looking(run: FakeRun) -> None:
-    process = run.start("--nodes=4", steps=400)
-    until(lambda: run.steps(), 30, "the first step")
+    process = run.start("--nodes=4", steps=800)
+    until(lambda: run.steps(), 120, "the first step")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "goes on" in out and "hpc.cancel" in out
     code, _, err = run.finish("--nodes=4")
     assert code == 2 and "which is RUNNING" in err
     assert run.job().result()["state"] == "finished"
-    assert run.steps() == list(range(400))
+    assert run.steps() == list(range(800))
 
 
 def test_cancelled_job_stays_cancelled_and_saves(run: FakeRun) -> None:
     job = run.detach("--nodes=4", steps=1000)
-    until(lambda: run.steps(), 30, "the first step")
+    until(lambda: run.steps(), 120, "the first step")
     job.cancel()
     assert wait_for(run.cluster, job.job_id).state is JobState.CANCELLED
-    until(lambda: run.events("attempt_finished"), 10, "the supervisor's last word")
+    until(lambda: run.events("attempt_finished"), 120, "the supervisor's last word")
     time.sleep(2)
     assert wait_for(run.cluster, job.job_id).state is JobState.CANCELLED
     assert (run.layout.checkpoints / "latest_checkpointed_iteration.txt").exists()
@@ -112,7 +112,7 @@ def test_cancelled_job_stays_cancelled_and_saves(run: FakeRun) -> None:
 
 def test_int_saves_and_ends(run: FakeRun) -> None:
     job = run.detach("--nodes=4", steps=1000)
-    until(lambda: run.steps(), 30, "the first step")
+    until(lambda: run.steps(), 120, "the first step")
     run.cluster.run("scancel", "--batch", "--signal=INT", job.job_id)
     report = job.result()
     assert report["state"] == "stopped" and report["saved"] and report["signal"] == "SIGINT"
@@ -127,13 +127,13 @@ def test_int_saves_and_ends(run: FakeRun) -> None:
     [("het", "low"), ("plain", "low"), ("colocated", "low"), ("het", "lowgrace")],
 )
 def test_preempted_job_goes_on_without_gap_or_repeat(run: FakeRun, layout: str, partition: str) -> None:
-    job = run.detach(*LAYOUTS[layout], steps=120, partition=partition)
-    until(lambda: len(run.steps()) > 3, 30, "some steps")
+    job = run.detach(*LAYOUTS[layout], steps=240, partition=partition)
+    until(lambda: len(run.steps()) > 3, 120, "some steps")
     node = next(event["host"] for event in run.events("role_ready") if event["role"] == "engine")
     rival = submit_script(run.cluster, "sleep 3", "-p", "high", "-w", node, "--exclusive")
-    until(lambda: run.events("requeued") or len(run.events("attempt_started")) > 1, 60, "a second attempt")
+    until(lambda: run.events("requeued") or len(run.events("attempt_started")) > 1, 120, "a second attempt")
     assert job.result()["state"] == "finished", run.output()
-    assert run.steps() == list(range(120))
+    assert run.steps() == list(range(240))
     attempts = [json.loads(line)["attempt"] for line in run.layout.metrics.read_text().splitlines()]
     assert attempts[0] == 0 and attempts[-1] == 1
     assert len(run.events("stop_requested")) == 1
@@ -142,18 +142,18 @@ def test_preempted_job_goes_on_without_gap_or_repeat(run: FakeRun, layout: str, 
 
 def test_time_limit(run: FakeRun) -> None:
     job = run.detach("--nodes=4", "--time=5", steps=3000)
-    until(lambda: run.steps(), 30, "the first step")
+    until(lambda: run.steps(), 120, "the first step")
     run.cluster.run("scancel", "--batch", "--signal=USR2", job.job_id)
-    until(lambda: len(run.events("attempt_started")) == 2, 60, "a second attempt")
+    until(lambda: len(run.events("attempt_started")) == 2, 120, "a second attempt")
     assert run.events("requeued")[0]["reason"] == "the time limit is near"
-    until(lambda: run.steps()[-1] > 10, 30, "steps of the second attempt")
+    until(lambda: run.steps()[-1] > 10, 120, "steps of the second attempt")
     assert run.steps() == list(range(len(run.steps())))
     job.cancel()
 
 
 def test_node_that_dies(run: FakeRun) -> None:
-    job = run.detach("--nodes=4", steps=100)
-    until(lambda: len(run.steps()) > 3, 30, "some steps")
+    job = run.detach("--nodes=4", steps=300)
+    until(lambda: len(run.steps()) > 3, 120, "some steps")
     host = next(event["host"] for event in run.events("role_ready") if event["role"] == "engine")
     other = next(event["host"] for event in run.events("role_ready") if event["role"] == "trainer")
     now, day = time.time(), 24 * 3600
@@ -163,11 +163,11 @@ def test_node_that_dies(run: FakeRun) -> None:
             with run.layout.events.open("a") as file:
                 file.write(json.dumps(event) + "\n")
     run.cluster.power_off(host)
-    until(lambda: run.cluster.run("squeue", "-h", "-j", job.job_id, "-t", "PENDING"), 90, "the requeue")
+    until(lambda: run.cluster.run("squeue", "-h", "-j", job.job_id, "-t", "PENDING"), 240, "the requeue")
     run.cluster.power_on(host)
     assert job.result()["state"] == "finished", run.output()
     assert len(run.events("attempt_started")) == 2
-    assert run.steps()[-1] == 99
+    assert run.steps()[-1] == 299
     # It has failed twice within a day, so the job does without it although it is back.
     second = {event["host"] for event in run.events("role_ready") if event["attempt"] == 1}
     assert host not in second and other in second
@@ -177,21 +177,21 @@ def test_node_that_dies(run: FakeRun) -> None:
 
 def test_half_requeued_job_is_started_as_a_whole(run: FakeRun) -> None:
     """Slurm requeues a component alone if its only node dies, while the others keep running."""
-    job = run.detach("--nodes=3", steps=100)
-    until(lambda: len(run.steps()) > 3, 30, "some steps")
+    job = run.detach("--nodes=3", steps=300)
+    until(lambda: len(run.steps()) > 3, 120, "some steps")
     trainer = next(event["host"] for event in run.events("role_ready") if event["role"] == "trainer")
     run.cluster.power_off(trainer)
     assert job.result()["state"] == "finished", run.output()
-    assert run.steps()[-1] == 99
+    assert run.steps()[-1] == 299
     assert len(run.events("attempt_started")) == 2  # the lone component did not count as one
 
 
 def test_where_the_site_cancels_instead_of_requeueing(run: FakeRun) -> None:
     job = run.detach("--nodes=4", "--max-restarts=0", steps=200, partition="lowcancel")
-    until(lambda: len(run.steps()) > 3, 30, "some steps")
+    until(lambda: len(run.steps()) > 3, 120, "some steps")
     node = next(event["host"] for event in run.events("role_ready") if event["role"] == "engine")
     rival = submit_script(run.cluster, "sleep 1", "-p", "high", "-w", node, "--exclusive")
-    until(lambda: run.events("not_requeued"), 30, "the supervisor's decision")
+    until(lambda: run.events("not_requeued"), 120, "the supervisor's decision")
     assert (run.layout.checkpoints / "latest_checkpointed_iteration.txt").exists()
     wait_for(run.cluster, rival)
     wait_for(run.cluster, job.job_id)
@@ -201,7 +201,7 @@ def test_where_the_site_cancels_instead_of_requeueing(run: FakeRun) -> None:
 
 
 def test_crash_loop_ends(run: FakeRun) -> None:
-    code, *_ = run.finish("--nodes=4", "--max-failures=2", rollout=["die"], steps=10_000, timeout=90)
+    code, *_ = run.finish("--nodes=4", "--max-failures=2", rollout=["die"], steps=10_000, timeout=300)
     assert code == 1
     assert len(run.events("attempt_started")) == 2
     assert "2 attempts in a row failed" in run.events("not_requeued")[0]["reason"]
@@ -209,7 +209,7 @@ def test_crash_loop_ends(run: FakeRun) -> None:
 
 def test_a_step_that_slurm_gave_up_does_not_finish_the_run(run: FakeRun) -> None:
     """srun exits with 0 then, as the trainer of the first attempt does here, and nobody has said that all is done."""
-    code, _, err = run.finish("--nodes=4", trainer=["leave_early"], steps=3, timeout=90)
+    code, _, err = run.finish("--nodes=4", trainer=["leave_early"], steps=3, timeout=300)
     assert code == 0, err + run.output()
     assert run.events("requeued")[0]["reason"] == "an attempt ended for an unknown reason"
     assert run.steps() == [0, 1, 2] and len(run.events("attempt_started")) == 2
@@ -217,7 +217,7 @@ def test_a_step_that_slurm_gave_up_does_not_finish_the_run(run: FakeRun) -> None
 
 def test_token_is_nowhere_to_be_seen(run: FakeRun) -> None:
     job = run.detach("--nodes=4", steps=1000)
-    until(lambda: run.steps(), 30, "the first step")
+    until(lambda: run.steps(), 120, "the first step")
     pid = run.events("role_started")[0]["pid"]
     environments = [
         path for path in Path("/proc").glob("[0-9]*/environ") if _reads(path, bytes(run.layout.root))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -247,7 +248,14 @@ def test_address_that_other_nodes_reach() -> None:
     )
 
 
-def test_address_of_a_node_that_dns_does_not_know() -> None:
+def test_address_of_a_node_that_dns_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lookup(name: str) -> str:  # fake: a real one may wait for a server that does not answer
+        if name.endswith(".invalid"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return name
+
+    monkeypatch.setattr(socket, "gethostbyname", lookup)
+
     class Slurm(SlurmClient):
         address = "NodeAddr=192.0.2.7 "
 

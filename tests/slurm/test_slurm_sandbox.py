@@ -168,7 +168,7 @@ class TestLife:
                 pid = owner.pid if victim == "owner" else connection.server_pid
             os.kill(pid, signal.SIGKILL)
             owner.kill()
-            until(lambda: processes_of(directory) == [], 10, "all processes to end")
+            until(lambda: processes_of(directory) == [], 120, "all processes to end")
 
     def test_no_accounting(self, directory: Path) -> None:
         with Sandbox(directory, SMALL, owner_pid=os.getpid()) as cluster:
@@ -320,12 +320,12 @@ class TestJobs:
         )
         job = submit(idle_cluster, script)
         wait_for(idle_cluster, job, JobState.RUNNING)
-        until((tmp_path / "starts").exists, 10, "the batch script")
+        until((tmp_path / "starts").exists, 120, "the batch script")
         submit(idle_cluster, "sleep 1", "-p", "high", "-w", "node5", "--exclusive", "--begin=now+2")
         assert wait_for(idle_cluster, job, JobState.COMPLETED).state is JobState.COMPLETED
         assert (tmp_path / "starts").read_text().split() == ["0", "1"]
         client = SlurmClient(idle_cluster.env)
-        until(lambda: client.poll([job])[job].state is JobState.COMPLETED, 10, "slurmdbd to hear of it")
+        until(lambda: client.poll([job])[job].state is JobState.COMPLETED, 120, "slurmdbd to hear of it")
         table = attempts([job], client)
         assert table[["component", "attempt", "state"]].values.tolist() == [
             *[[0, 0, "PREEMPTED"], [1, 0, "PREEMPTED"], [0, 1, "COMPLETED"], [1, 1, "COMPLETED"]]
