@@ -37,6 +37,7 @@ _OF_TRAINING = (
     *("load", "ref-load", "ref-ckpt-step", "save", "save-hf", "critic-load", "critic-save", "num-epoch"),
     *("debug-train-only", "debug-rollout-only", "save-debug-rollout-data", "save-debug-train-data"),
     *("load-debug-rollout-data", "load-debug-rollout-data-subsample", "wandb-run-id", "use-tensorboard"),
+    *("use-pytorch-profiler", "record-memory-history", "memory-snapshot-dir", "tensorboard-dir"),
 )
 # What an evaluation is.
 _OWN = ("load", "ckpt-step", "finetune", "start-rollout-id", "num-rollout")

@@ -29,7 +29,7 @@ from rltrain.run.layout import RunLayout
 
 HOST = "127.0.0.1"
 _KEPT_RUNS = 8  # whose frames are in memory
-_KEPT_PAGES = 8  # pages of samples that are open still, as the run was then
+_KEPT_PAGES = 3  # pages of samples that are open still, as the run was then
 _MOST_EVENTS = 500
 _MIN_GZIP = 1024  # bytes
 _NAMES = re.compile(

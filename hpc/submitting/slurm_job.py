@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -220,7 +221,12 @@ def _send(job: SlurmJob) -> str:
         limits=Limits(job.options.max_restarts, job.options.max_failures),
     )
     replace_text(layout.script, job.text())
-    submitted = job.executor.submit(supervisor)
+    before = os.umask(0o022)
+    os.umask(before | 0o022)  # a job refuses a pickle that others may have written
+    try:
+        submitted = job.executor.submit(supervisor)
+    finally:
+        os.umask(before)
     _write_down(job, submitted.job_id)
     return submitted.job_id
 

@@ -18,7 +18,10 @@ def cached_model(name: str) -> str:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:  # then nothing here has filled the cache
         return name
-    found = try_to_load_from_cache(name, "config.json")
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name that the Hub could have
+        return name
     return str(Path(found).parent) if isinstance(found, str) else name
 
 

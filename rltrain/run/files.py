@@ -6,8 +6,10 @@ replaced by rename. So a reader never finds half a file, and at most one unfinis
 
 from __future__ import annotations
 
+import grp
 import json
 import os
+import pwd
 import stat
 import threading
 import time
@@ -222,12 +224,21 @@ def others_may_write(path: Path) -> str | None:
     trusted, found = {os.geteuid(), 0}, path.stat()
     if found.st_uid not in trusted:
         return f"{path} belongs to {owner_of(path)}"
-    if not found.st_mode & 0o022:
+    if not found.st_mode & (0o002 if _is_private(found.st_gid) else 0o022):
         return None
     above = (place.stat() for place in path.parents)
     if any(place.st_uid in trusted and not place.st_mode & 0o011 for place in above):
         return None
     return f"{path} may be written by {'everybody' if found.st_mode & 0o002 else 'its group'}"
+
+
+def _is_private(gid: int) -> bool:
+    """Whether a group has only this user in it: many systems make one for each user, with a umask of 002."""
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return user.pw_gid == gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
 def own_file(path: Path) -> Path:
@@ -237,7 +248,7 @@ def own_file(path: Path) -> Path:
         UserError: others may have written it.
     """
     if why := others_may_write(path):
-        raise UserError(f"{why}, and reading it runs code that is in it. If it is yours: chmod go-w {path}")
+        raise UserError(f"{why}, and reading it runs code that is in it. If you trust it: chmod go-w {path}")
     return path
 
 

@@ -104,6 +104,17 @@ def test_what_can_t_be_loaded_is_said_before_the_start(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_package_prints_is_no_task(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = 'print("[nltk_data] Downloading")\ndef create_dataset(name, **args):\n    return [{"question": name}]\n'
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "reasoning_gym.py").write_text(fake)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    rows = tasks(configured(directory, *LEGS, "--prompt-data", str(tmp_path / "tasks.jsonl")))
+    assert [row["input"] for row in rows] == ["leg_counting"]
+
+
 def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
     directory: Path, tmp_path: Path
 ) -> None:

@@ -128,10 +128,10 @@ def test_checkpoints_that_others_may_have_written_are_refused(model_dir: Path, t
     with tempfile.TemporaryDirectory(dir="/tmp") as name:  # TMPDIR may lie where nobody else comes
         Path(name).chmod(0o755)  # pytest's own directories are nobody else's
         checkpoint = make_actor(make_config(model_dir, save=f"{name}/c"), tmp_path).save(0)
-        (checkpoint / "common.pt").chmod(0o664)
+        (checkpoint / "common.pt").chmod(0o646)
         for load in (f"{name}/c", str(checkpoint)):
             with pytest.raises(
-                UserError, match=r"common.pt may be written by its group.*--trust-load.*chmod"
+                UserError, match=r"common.pt may be written by everybody.*--trust-load.*chmod"
             ):
                 make_actor(make_config(model_dir, load=load), tmp_path)
         make_actor(make_config(model_dir, load=load, trust_load=True, finetune=True), tmp_path)

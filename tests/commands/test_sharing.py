@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -114,7 +116,11 @@ def test_share(tmp_path: Path) -> None:
     assert modes == {"x": 0o750, "metrics.jsonl": 0o640, "new": 0o640}
 
 
-def test_what_others_may_have_written_is_not_unpickled() -> None:
+def test_what_others_may_have_written_is_not_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    user = pwd.getpwuid(os.geteuid())
+    alone = grp.struct_group((user.pw_name, "x", user.pw_gid, []))
+    team = grp.struct_group(("team", "x", user.pw_gid, ["ann", user.pw_name]))
+    monkeypatch.setattr("grp.getgrgid", lambda gid: team)
     with tempfile.TemporaryDirectory(dir="/tmp") as name:  # TMPDIR may lie where nobody else comes
         place = Path(name) / "submitit"
         place.mkdir()
@@ -131,6 +137,10 @@ def test_what_others_may_have_written_is_not_unpickled() -> None:
         place.chmod(0o755)
         with pytest.raises(UserError, match=r"written by everybody.*runs code.*chmod go-w"):
             own_file(file)
+        file.chmod(0o664)
+        assert others_may_write(file)
+        monkeypatch.setattr("grp.getgrgid", lambda gid: alone)  # as with a umask of 002
+        assert others_may_write(file) is None
         if os.geteuid() == 0:
             file.chmod(0o644)
             os.chown(file, _NOBODY, -1)

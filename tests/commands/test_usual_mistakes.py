@@ -90,6 +90,9 @@ def test_a_models_id_is_found_in_the_cache_or_told_how_to_get_there(
     config = check_inputs(parse(model="Qwen/Qwen3-0.6B"))
     assert config.model.hf_checkpoint == str(kept / "snapshots" / "abc")
     assert parse().model.hf_checkpoint == str(place / "demo" / "model")  # a directory comes first
+    for wrong in ("../modle", "a--b/c"):  # no names of the Hub
+        with pytest.raises(UserError, match="there is no such directory"):
+            check_inputs(parse(model=wrong))
     assert resuming._is_same([config.model.hf_checkpoint], ["Qwen/Qwen3-0.6B"])
 
 
@@ -151,4 +154,6 @@ def test_a_package_that_a_reward_imports_and_nobody_has(
     with pytest.raises(UserError, match="nobodys_package"):
         start_run.submit_run(options, flags.split(given)[1])
     (place / "beside_it.py").write_text("import numpy\n")
+    check_imports(config)
+    (place / "beside_it.py").write_text("import sys\nsys.path.insert(0, '/elsewhere')\nimport of_elsewhere\n")
     check_imports(config)

@@ -122,6 +122,11 @@ async function followNotes() {
   }
 }
 
+// A sample that can't be had any more, as the server of an open page has begun anew.
+addEventListener("unhandledrejection", (event) => {
+  $("detail").replaceChildren(el("div", "empty", String(event.reason?.message ?? event.reason)));
+});
+
 start().catch((error) => {
   document.body.prepend(el("div", "empty", "This page could not be drawn: " + error + ". It needs a browser of 2023 or newer."));
   throw error;

@@ -26,6 +26,7 @@ _PACKAGES = {"verifiers": "verifiers", "reasoning_gym": "reasoning-gym"}
 
 def main() -> None:
     """Do what the first argument says; what the user can mend ends it with one line on standard error."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what packages print is no answer of ours
     sys.path.pop(0)  # the folder of this file: nothing of it is for the package
     given = json.loads(sys.stdin.readline())
     listing = sys.argv[1] == "prompts"
@@ -45,10 +46,10 @@ def main() -> None:
         for index, prompt in (
             _verifiers_tasks(name, args) if package == "verifiers" else _gym_tasks(name, args)
         ):
-            print(json.dumps([index, prompt]))
+            print(json.dumps([index, prompt]), file=answers)
     else:
         play = _play_verifiers if package == "verifiers" else _play_gym
-        print(json.dumps(play(name, args, environment["index"])))
+        print(json.dumps(play(name, args, environment["index"])), file=answers)
 
 
 def _gym(name: str, args: dict[str, Any]) -> Any:
