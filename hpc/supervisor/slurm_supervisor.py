@@ -33,7 +33,7 @@ from hpc.supervisor.srun import Allocation, SrunLauncher, failed_nodes
 from hpc.supervisor.supervisor import JobFailedError, Supervisor
 from rltrain import arguments
 from rltrain.run.errors import EXIT_REQUEUE, UserError
-from rltrain.run.files import append_event, read_lines
+from rltrain.run.files import StatusFile, append_event, read_json, read_lines
 from rltrain.run.finished import is_finished
 from rltrain.run.layout import RunLayout
 
@@ -67,6 +67,7 @@ class SlurmSupervisor(Supervisor):
         if job.is_half_requeued() and job.restarts < self.limits.max_restarts:
             self._requeue(job, layout, "only a part of the job had been requeued")
         if is_finished(layout, arguments.load(layout.root).rollout.num_rollout):
+            _say_finished(layout)
             return {"state": "finished", "reason": "an earlier job has finished the run", "saved": True}
         if reason := why_not_begin(read_lines(layout.events), self.limits, was_requeued=job.restarts > 0):
             _note(layout, "not_started", reason)
@@ -226,6 +227,13 @@ def _address_of(node: str, client: SlurmClient | None) -> str:
                 f"the address of node {node} is not known: its name can't be looked up ({error.strerror}), nor can"
                 f" Slurm's NodeAddr for it ({address[1] if address else 'none'}). It takes an IPv4 address."
             ) from None
+
+
+def _say_finished(layout: RunLayout) -> None:
+    """Have `status.json` say what the supervisor could not that was killed after the last step."""
+    said = read_json(layout.status) or {}
+    if said.get("phase") != "finished":
+        StatusFile(layout.status, said.get("attempt", 0)).update({**said, "phase": "finished"})
 
 
 def _failed_ending(layout: RunLayout, error: JobFailedError) -> Ending:

@@ -24,6 +24,7 @@ def cluster() -> Iterator[Sandbox]:
         yield up
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_nothing_is_lost_in_a_storm(cluster: Sandbox, seed: int) -> None:
     outcome = Storm(cluster, cluster.directory / "runs", f"storm-{seed}", STEPS).run(draw(seed, 6, STEPS))

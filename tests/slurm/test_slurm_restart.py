@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -24,10 +28,12 @@ from hpc.supervisor.restart import (
     step_seconds,
     why_not_begin,
 )
-from hpc.supervisor.slurm_supervisor import choose_address
+from hpc.supervisor.slurm_supervisor import SlurmSupervisor, choose_address
 from hpc.supervisor.srun import Allocation, failed_nodes, srun_env
 from hpc.supervisor.task import task_env
 from rltrain.run.errors import UserError
+from rltrain.run.finished import Finish, write_finish
+from rltrain.run.layout import RunLayout
 
 RUNNING = JobView(JobState.RUNNING, restarts=2, may_requeue=True, is_preempted=False)
 IN_GRACE = JobView(JobState.RUNNING, restarts=2, may_requeue=True, is_preempted=True)
@@ -303,3 +309,22 @@ def test_a_task_knows_its_rank_and_its_gpus() -> None:
     assert task_env(engine, {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}) == {
         "SLURMLIME_INDEX": "5", "SLURMLIME_NODE_RANK": "1", "SLURMLIME_NNODES": "2",
     }  # fmt: skip
+
+
+def test_a_job_that_finds_its_run_finished_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor before it was killed after the last step, and had no last word."""
+    layout = RunLayout(tmp_path)
+    write_finish(layout, Finish(steps=3, attempt=1))
+    layout.status.write_text(json.dumps({"phase": "training", "step": 2, "attempt": 1}))
+    config = SimpleNamespace(rollout=SimpleNamespace(num_rollout=3))
+    monkeypatch.setattr("rltrain.arguments.load", lambda directory: config)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        plan: Any = None
+        assert SlurmSupervisor(tmp_path, plan)()["state"] == "finished"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    said = json.loads(layout.status.read_text())
+    assert (said["phase"], said["step"], said["attempt"]) == ("finished", 2, 1)
