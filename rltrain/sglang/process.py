@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -51,7 +52,8 @@ class ServerProcess:
             preexec_fn=partial(_prepare, dying_with_us(signal.SIGKILL)),
         )
         assert self._process.stdin is not None
-        with self._process.stdin as stdin:
+        # If it has ended already, `wait_until_ready` says so.
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
             stdin.write(json.dumps(settings).encode())
 
     def __enter__(self) -> Self:

@@ -58,7 +58,7 @@ class Job:
         return self.layout.root / f"{role}.log"
 
     def url(self, role: str) -> str:
-        return Registry(self.context("test")).wait_for(role, timeout=120)[0].url
+        return Registry(self.context("test")).wait_for(role, timeout=400)[0].url
 
 
 @pytest.fixture
