@@ -7,6 +7,7 @@ from typing import Any
 
 from rltrain.arguments.config import Config
 from rltrain.arguments.engine_names import RENAMED
+from rltrain.arguments.groups.debug import idle_profiling
 from rltrain.run.errors import UserError
 
 _OF_SLIMES_CI = (
@@ -185,4 +186,5 @@ def remarks(config: Config) -> list[str]:
         ignored.append(
             f"--save-debug-rollout-data writes Parquet, with one row a sample, and not torch's format: {saved}"
         )
+    ignored += idle_profiling(config.profiling)
     return ignored + [f"--{name} changes nothing: it is always on" for name, given in always.items() if given]

@@ -138,3 +138,18 @@ def test_metrics_of_categories_and_of_correct_samples() -> None:
     lengths = [correct[f"rollout/correct_response_length_p{each}"] for each in (25, 50, 75, 100)]
     assert lengths == [2.0, 6.0, 8.0, 8.0] and correct["rollout/correct_response_length"] == 16 / 3
     assert correct_metrics(samples, [None] * 4) == {"rollout/correct_ratio": 0.0}
+
+
+def test_flags_of_a_profiler_that_is_off_are_named() -> None:
+    off = ["--profile-step-start", "3", "--memory-recorder", "memray"]
+    said = [
+        line
+        for line in arguments.remarks(arguments.parse([*LEAST, *off]))
+        if "changes nothing without" in line
+    ]
+    assert said == [
+        "--profile-step-start changes nothing without --use-pytorch-profiler",
+        "--memory-recorder changes nothing without --record-memory-history",
+    ]
+    on = [*LEAST, *off, "--use-pytorch-profiler", "--record-memory-history"]
+    assert not [line for line in arguments.remarks(arguments.parse(on)) if "changes nothing without" in line]

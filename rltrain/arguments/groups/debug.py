@@ -86,6 +86,21 @@ class Profiling:
     )
 
 
+def idle_profiling(profiling: Profiling) -> list[str]:
+    """A line for every flag that says how to profile while nothing is profiled."""
+    switches = {
+        "use_pytorch_profiler": ("profile_target", "profile_step_start", "profile_step_end"),
+        "record_memory_history": ("memory_recorder", "memory_snapshot_dir", "memory_snapshot_num_steps"),
+    }
+    usual = Profiling()
+    return [
+        f"--{name.replace('_', '-')} changes nothing without --{switch.replace('_', '-')}"
+        for switch, names in switches.items()
+        for name in names
+        if not getattr(profiling, switch) and getattr(profiling, name) != getattr(usual, name)
+    ]
+
+
 @dataclass(frozen=True)
 class Debug:
     """Debug."""
