@@ -24,8 +24,11 @@ from rltrain.tensorboard import TensorBoard, directory_of
 _OWN_KEYS = ("attempt", "time")
 # Beside the files of an offline attempt whose W&B ended in order: the last step that they hold.
 _WHOLE = "slurmlime-last-step"
-# Where offline attempts whose W&B died are put: what they hold is logged again, so `wandb sync` must not see them.
+# Where offline attempts are put whose W&B died, or that W&B was silent to: what they hold is logged again, so
+# `wandb sync` must not see them.
 _UNFINISHED = "unfinished"
+# In W&B's error when the server can't be reached; it has tried for a minute and a half by then.
+_SILENT = ("context deadline exceeded", "giving up after", "timed out")
 
 
 class Tracker:
@@ -116,21 +119,28 @@ def without_own_keys(row: Record) -> Record:
 def last_step(run: Any) -> int | None:
     """The last step that W&B has of a run that is resumed: the server says, or the offline attempts that are whole.
 
-    Offline attempts that are not whole are set aside.
+    Offline attempts that are not whole are set aside; all of them, if the server says.
     """
+    own, last = _files_of(run), None
     if not run.offline:
+        for attempt in own.parent.glob(f"offline-run-*-{run.id}"):
+            _set_aside(attempt)
         step = run.summary.get("step")
         return None if step is None else int(step)
-    own, last = _files_of(run), None
     for attempt in sorted(own.parent.glob(f"*run-*-{run.id}")):
         if attempt == own or attempt.is_symlink():
             continue
         if (attempt / _WHOLE).exists():
             last = json.loads((attempt / _WHOLE).read_text())
         else:
-            (own.parent / _UNFINISHED).mkdir(exist_ok=True)
-            attempt.rename(own.parent / _UNFINISHED / attempt.name)
+            _set_aside(attempt)
     return last
+
+
+def _set_aside(attempt: Path) -> None:
+    place = attempt.parent / _UNFINISHED
+    place.mkdir(exist_ok=True)
+    attempt.rename(place / attempt.name)
 
 
 def _files_of(run: Any) -> Path:
@@ -149,6 +159,24 @@ def _init_wandb(config: Config, layout: RunLayout) -> Any:
     mode = wandb_mode(config.tracking)
     if mode == "disabled":
         return None
+    import wandb
+    from wandb.errors import CommError
+
+    try:
+        return _begin_wandb(config, layout, mode)
+    except CommError as error:
+        if mode != "online" or not any(words in str(error) for words in _SILENT):
+            raise
+        print(
+            f"W&B does not answer: {error}. This attempt's metrics go to {layout.metrics} and into files for `wandb"
+            " sync`. The next attempt that reaches W&B sends them itself.",
+            flush=True,
+        )
+        wandb.teardown()  # its process believes that the run is under way
+        return _begin_wandb(config, layout, "offline")
+
+
+def _begin_wandb(config: Config, layout: RunLayout, mode: Any) -> Any:
     import wandb
 
     host = {"base_url": config.tracking.wandb_host} if config.tracking.wandb_host else {}

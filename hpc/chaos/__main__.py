@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import statistics
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +19,10 @@ from pathlib import Path
 
 from hpc import cli
 from hpc.chaos.faults import KINDS, Fault, draw, parse
+from hpc.chaos.isolated import disk_for_runs, is_isolated, isolate
+from hpc.chaos.recovery import table
 from hpc.chaos.shrink import shrink
+from hpc.chaos.soak import Watcher, judge
 from hpc.chaos.storm import Outcome, Storm
 from hpc.sandbox import ClusterSpec, Sandbox
 
@@ -28,7 +32,18 @@ EXIT_CODES = "exit codes: 0 nothing found, 1 something found, 2 bad input"
 
 def main(argv: list[str]) -> int:
     """The command line; returns an exit code."""
-    return weather(_parser().parse_args(argv))
+    args = _parser().parse_args(argv)
+    isolate(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing is left behind
+    with tempfile.TemporaryDirectory(prefix="slurmlime-chaos-") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        spec = ClusterSpec(nodes=4, cpu_nodes=0, gpus=1, networks=is_isolated())
+        with (
+            disk_for_runs(directory) as runs,
+            Sandbox(directory / "slurm", spec, owner_pid=os.getpid()) as cluster,
+        ):
+            return soak(cluster, runs, args) if args.soak else weather(cluster, runs, args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,40 +59,75 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, help="begin no storm after this time")
     parser.add_argument("--no-shrink", action="store_true", help="do not look for fewer faults")
     parser.add_argument("--repeat", nargs="+", metavar="FAULT", help="one storm of these faults")
+    parser.add_argument("--soak", type=int, metavar="STEPS", help="no storm, but one long run: what grows?")
+    parser.add_argument(
+        "--real", action="store_true", help="real engines and a real trainer of the demo's tiny model"
+    )
     return parser
 
 
-def weather(args: argparse.Namespace) -> int:
+def soak(cluster: Sandbox, runs: Path, args: argparse.Namespace) -> int:
+    """One long run, and what of it grows."""
+    timeout = 120.0 + args.soak * (10.0 if args.real else 1.0)
+    run = Storm(
+        cluster, runs, "soak", args.soak, timeout, real=_files(runs, args), flags=("--wandb-mode=offline",)
+    )
+    with Watcher(run.run_dir) as watcher:
+        outcome = run.run(())
+    lines, grown = judge(watcher.growth, files_per_step=2.0 if args.real else 0.0)
+    print("\n".join(lines))
+    problems = [*outcome.problems, *grown]
+    print(f"{args.soak} steps in {outcome.seconds:.0f} s: {'ok' if not problems else 'FOUND'}")
+    for problem in problems:
+        print(f"  {problem}", flush=True)
+    return 1 if problems else 0
+
+
+def _files(runs: Path, args: argparse.Namespace) -> Path | None:
+    """What a real run needs; None for one of stand-ins."""
+    if not args.real:
+        return None
+    os.environ["OMP_NUM_THREADS"] = "1"  # a machine has fewer processors than its nodes claim
+    directory = runs.parent / "demo-data"
+    if not directory.exists():
+        subprocess.run([sys.executable, "-m", "rltrain.demo.assets", str(directory)], check=True)
+    return directory
+
+
+def weather(cluster: Sandbox, runs: Path, args: argparse.Namespace) -> int:
     """Run the storms that were asked for."""
     begun, bad, outcomes = time.monotonic(), 0, []
-    with tempfile.TemporaryDirectory(prefix="slurmlime-chaos-") as directory:
-        root = Path(directory)
-        root.chmod(0o755)
-        spec = ClusterSpec(nodes=4, cpu_nodes=0, gpus=1)
-        with Sandbox(root / "slurm", spec, owner_pid=os.getpid()) as cluster:
-            for seed in range(args.seed, args.seed + (1 if args.repeat else args.storms)):
-                if args.minutes and time.monotonic() - begun > args.minutes * 60:
-                    break
-                faults = parse(args.repeat) if args.repeat else draw(seed, args.faults, args.steps)
-                outcome = Storm(cluster, root / "runs", f"storm-{seed}", args.steps).run(faults)
-                outcomes.append(outcome)
-                _report(seed, outcome)
-                if outcome.problems:
-                    bad += 1
-                    _find_fewer(cluster, root, seed, outcome, args)
+    for seed in range(args.seed, args.seed + (1 if args.repeat else args.storms)):
+        if args.minutes and time.monotonic() - begun > args.minutes * 60:
+            break
+        faults = parse(args.repeat) if args.repeat else draw(seed, args.faults, args.steps)
+        outcome = _storm(cluster, runs, f"storm-{seed}", args).run(faults)
+        outcomes.append(outcome)
+        _report(seed, outcome)
+        if outcome.problems:
+            bad += 1
+            _find_fewer(cluster, runs, seed, outcome, args)
     _summary(outcomes, bad)
     return 1 if bad else 0
 
 
-def _find_fewer(cluster: Sandbox, root: Path, seed: int, outcome: Outcome, args: argparse.Namespace) -> None:
+def _storm(cluster: Sandbox, runs: Path, name: str, args: argparse.Namespace) -> Storm:
+    return Storm(
+        cluster, runs, name, args.steps, timeout=3600.0 if args.real else 600.0, real=_files(runs, args)
+    )
+
+
+def _find_fewer(cluster: Sandbox, runs: Path, seed: int, outcome: Outcome, args: argparse.Namespace) -> None:
     tried = iter(range(1000))
 
     def fails(faults: tuple[Fault, ...]) -> bool:
         name = f"storm-{seed}-shrunk-{next(tried)}"
-        return bool(Storm(cluster, root / "runs", name, args.steps).run(faults).problems)
+        return bool(_storm(cluster, runs, name, args).run(faults).problems)
 
     faults = outcome.faults if args.no_shrink or args.repeat else shrink(outcome.faults, fails)
-    words = shlex.join([f"--steps={args.steps}", "--repeat", *map(str, faults)])
+    words = shlex.join(
+        [*(["--real"] if args.real else []), f"--steps={args.steps}", "--repeat", *map(str, faults)]
+    )
     print(f"  again: python -m hpc.chaos {words}", flush=True)
 
 
@@ -88,19 +138,16 @@ def _report(seed: int, outcome: Outcome) -> None:
         f" {outcome.seconds:.0f} s: {ending}   {' '.join(map(str, outcome.faults))}",
         flush=True,
     )
+    times = (f"{each.fault} {each.seconds:.1f} s (least {each.least:.1f})" for each in outcome.recoveries)
+    print(f"  the next step came after: {', '.join(times)}", flush=True)
     for problem in outcome.problems:
         print(f"  {problem}", flush=True)
 
 
 def _summary(outcomes: list[Outcome], bad: int) -> None:
-    recoveries = [seconds for outcome in outcomes for seconds in outcome.recoveries]
     done = sum(outcome.done for outcome in outcomes)
     print(f"{len(outcomes)} storms, {done} faults, {bad} storms found something")
-    if recoveries:
-        print(
-            f"without a step after a fault: median {statistics.median(recoveries):.1f} s,"
-            f" longest {max(recoveries):.1f} s"
-        )
+    print("\n".join(table([each for outcome in outcomes for each in outcome.recoveries])), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from hpc.chaos.faults import Fault
 from hpc.sandbox import Sandbox
@@ -100,6 +101,36 @@ class Weather:
         self._cluster.power_off(node)
         return lambda: self._cluster.power_on(node)
 
+    def _cut_off(self, fault: Fault, job: str) -> Undo:
+        if not self._cluster.spec.networks:
+            raise NobodyError("the nodes have no networks of their own: that takes root")
+        assert fault.target is not None
+        node = fault.target
+        self._cluster.cut_off(node)
+        return lambda: self._cluster.join(node)
+
+    def _lose_names(self, fault: Fault, job: str) -> Undo:
+        hosts = self._cluster.directory / "etc" / "hosts"  # the same file on all nodes, by a bind mount
+        text = hosts.read_text()
+        if "node" not in text:
+            raise NobodyError("they are lost already")
+        hosts.write_text("127.0.0.1 localhost\n")
+        return lambda: hosts.write_text(text)
+
+    def _fill_disk(self, fault: Fault, job: str) -> Undo:
+        disk = self._layout.root.parent
+        if disk.stat().st_dev == self._cluster.directory.stat().st_dev:  # ours would be everybody's
+            raise NobodyError("the runs have no disk of their own: that takes root")
+        filler = disk / ".filler"
+        with filler.open("wb") as file:
+            _fill(file)
+        return filler.unlink
+
+    def _lock_checkpoints(self, fault: Fault, job: str) -> Undo:
+        directory = self._layout.checkpoints
+        _call("chattr", "+i", str(directory))
+        return lambda: _call("chattr", "-i", str(directory))
+
     def _silence(self, fault: Fault, job: str) -> Undo:
         self._cluster.silence()
         return self._cluster.speak
@@ -111,7 +142,7 @@ class Weather:
         self._slurm("scancel", job)
 
     def _kill_supervisor(self, fault: Fault, job: str) -> None:
-        batch = {_supervisor_of(process) for process in processes_of(self._layout.root)} - {None}
+        batch = {supervisor_of(process) for process in processes_of(self._layout.root)} - {None}
         _signal([pid for pid in batch if pid], signal.SIGKILL)
 
     def _tear_metrics(self, fault: Fault, job: str) -> None:
@@ -139,6 +170,20 @@ class Weather:
             self._cluster.run(*command)
         except subprocess.CalledProcessError as error:
             raise NobodyError(error.stderr.strip()) from None
+
+
+def _fill(file: BinaryIO) -> None:
+    """Write until there is no room."""
+    for size in (1 << 24, 1 << 20, 1 << 12):
+        with contextlib.suppress(OSError):
+            while True:
+                os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, size)
+
+
+def _call(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise NobodyError(done.stderr.strip())
 
 
 def _split_env(data: bytes) -> dict[str, str]:
@@ -181,7 +226,7 @@ def _ancestor(pid: int, name: str) -> int | None:
     return None
 
 
-def _supervisor_of(process: Process) -> int | None:
+def supervisor_of(process: Process) -> int | None:
     """The parent of an srun, which is the supervisor."""
     if not process.command or Path(process.command[0]).name != "srun":
         return None

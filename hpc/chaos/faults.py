@@ -29,7 +29,7 @@ class Kind:
         what: in words.
         targets: whom it may meet; empty if it meets the job.
         seconds: bounds of how long it lasts; None for one that is over at once.
-        needs_a_hand: the run may end, and a person resubmits it.
+        needs_a_hand: the run may end, and a person resubmits it, once a fault that lasts is over.
         weight: how often it is drawn, against the others.
     """
 
@@ -51,6 +51,12 @@ KINDS = {
     "terminate": Kind("SIGTERM for the steps, as in a preemption with grace time", needs_a_hand=True),
     "suspend": Kind("scontrol suspend, and resume later", seconds=(0.5, 3.0)),
     "power-off": Kind("the power of a node is cut, and comes back", NODES, (0.5, 3.0), weight=3),
+    "cut-off": Kind("no word reaches a node or comes from it, until it is joined again", NODES, (0.5, 12.0)),
+    "lose-names": Kind("the nodes' names mean nothing, as when DNS is gone", seconds=(0.5, 5.0)),
+    "fill-disk": Kind("the disk of the run is full for a while", seconds=(0.5, 4.0), needs_a_hand=True),
+    "lock-checkpoints": Kind(
+        "nothing can be written in the directory of checkpoints", seconds=(0.5, 4.0), needs_a_hand=True
+    ),
     "silence": Kind("slurmctld does not answer for a while", seconds=(0.5, 8.0)),
     "restart-controller": Kind("slurmctld is killed and started again"),
     "cancel": Kind("scancel", needs_a_hand=True),

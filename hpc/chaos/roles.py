@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from rltrain import arguments
-from rltrain.run.errors import EXIT_REQUEUE
+from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_REQUEUE
 from rltrain.run.files import replace_text, sync_directory
 from rltrain.run.lifeline import end_without_supervisor
 from rltrain.run.role import Registry, RoleContext
@@ -70,6 +70,7 @@ def train(context: RoleContext, registry: Registry) -> int:
     registry.wait_for("rollout")
     first, value = load(context.layout.checkpoints)
     tracker.catch_up(first)
+    unsaved = None
     for step in range(first, steps):
         registry.status("training", step)
         time.sleep(STEP_SECONDS)
@@ -78,13 +79,26 @@ def train(context: RoleContext, registry: Registry) -> int:
         stop = registry.stop_requested()
         if stop or step + 1 == steps or (step + 1) % interval == 0:
             tracker.keep(step, metrics)
-            save(context.layout.checkpoints, step + 1, value)
-            registry.event("checkpoint_saved", step=step + 1)
+            unsaved = save_or_tell(registry, context.layout.checkpoints, step + 1, value)
         tracker.log(step, metrics)
         if stop and step + 1 < steps:
             return EXIT_REQUEUE
-    registry.prove_finished(steps, steps)
-    return 0
+    if unsaved is None:
+        registry.prove_finished(steps, steps)
+        return 0
+    registry.event("not_finished", reason=unsaved)
+    return EXIT_NEVER_RESTART
+
+
+def save_or_tell(registry: Registry, directory: Path, step: int, value: int) -> str | None:
+    """Save, and say so; or say why it can't be, and go on. Returns that."""
+    try:
+        save(directory, step, value)
+    except OSError as error:
+        registry.event("checkpoint_failed", step=step, reason=str(error))
+        return str(error)
+    registry.event("checkpoint_saved", step=step)
+    return None
 
 
 def save(directory: Path, step: int, value: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import time
@@ -11,9 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hpc.chaos import verdict
-from hpc.chaos.actions import NobodyError, Undo, Weather
+from hpc.chaos import roles, verdict
+from hpc.chaos.actions import Weather
 from hpc.chaos.faults import KINDS, Fault
+from hpc.chaos.recovery import Recovery, recoveries
+from hpc.chaos.script import Script
 from hpc.planning.job_plan import JobPlan
 from hpc.planning.request import SubmitOptions, read_request
 from hpc.resubmit import merge_options
@@ -33,18 +34,13 @@ from rltrain.run.metric_lines import newest_rows
 ROLES = "hpc.chaos.roles"
 FLAGS = (
     *("--partition=gpu", "--nodes=4", "--num-gpus-per-node=1", "--time=1:00:00", "--max-failures=3"),
-    *(
-        "--hf-checkpoint=/nowhere",
-        "--prompt-data=/nowhere",
-        "--rollout-batch-size=1",
-        "--n-samples-per-prompt=2",
-    ),
-    *("--global-batch-size=2", "--save-interval=5", "--wandb-mode=disabled"),
+    *("--rollout-batch-size=1", "--n-samples-per-prompt=2", "--global-batch-size=2", "--save-interval=5"),
 )
+NOWHERE = ("--hf-checkpoint=/nowhere", "--prompt-data=/nowhere")
+WITHOUT_WANDB = ("--wandb-mode=disabled",)
 _POLL_SECONDS = 0.05
 _LOOK_SECONDS = 2.0
 _MAX_HANDS = 20
-_GAP_SECONDS = 2.0  # without a step; a step takes a tenth of a second
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Outcome:
         done: how many of them met somebody.
         hands: how often the run had to be resubmitted.
         seconds: from submission to the end.
-        recoveries: seconds of each time in which no step was logged.
+        recoveries: from each fault to the next step.
         problems: what is not as it must be, in words; empty if all is.
     """
 
@@ -64,7 +60,7 @@ class Outcome:
     done: int
     hands: int
     seconds: float
-    recoveries: tuple[float, ...]
+    recoveries: tuple[Recovery, ...]
     problems: tuple[str, ...]
 
 
@@ -77,16 +73,31 @@ class Storm:
         name: of the run.
         steps: that it trains.
         timeout: seconds after which it counts as stuck.
+        real: a directory of the demo's files: the run has real engines and a real trainer of its tiny model.
+        flags: further ones.
     """
 
     def __init__(
-        self, cluster: Sandbox, runs_dir: Path, name: str, steps: int = 60, timeout: float = 600.0
+        self,
+        cluster: Sandbox,
+        runs_dir: Path,
+        name: str,
+        steps: int = 60,
+        timeout: float = 600.0,
+        real: Path | None = None,
+        flags: Sequence[str] = WITHOUT_WANDB,
     ) -> None:
         self._cluster, self._steps, self._timeout = cluster, steps, timeout
+        self._real, self._flags = real, (*flags, *(NOWHERE if real is None else flags_of_demo(real)))
         self._layout = RunLayout(runs_dir.resolve() / name)
         self._client = SlurmClient(cluster.env)
         self._weather = Weather(cluster, self._layout)
         self._looked = 0.0
+
+    @property
+    def run_dir(self) -> Path:
+        """Of the run, once it is submitted."""
+        return self._layout.root
 
     def run(self, faults: Sequence[Fault]) -> Outcome:
         """Run it to its end, and judge it."""
@@ -94,27 +105,28 @@ class Storm:
         begun = time.monotonic()
         with slurm_of(self._cluster):
             self._submit()
-            script = _Script(faults, self._weather)
-            hands, stuck = self._weather_it(script, begun + self._timeout)
-            script.end_all()
-            problems = [*stuck, *verdict.judge(self._layout, self._steps, self._cluster)]
+            with Script(faults, lambda fault: self._weather.do(fault, self._job()), self._trained) as script:
+                hands, stuck = self._weather_it(script, begun + self._timeout)
+            curve = roles.curve(self._steps) if self._real is None else None
+            problems = [*stuck, *verdict.judge(self._layout, self._steps, self._cluster, curve)]
         allowed = sum(KINDS[fault.kind].needs_a_hand for fault in faults)
         if hands > allowed:
             problems.append(
                 f"{hands} times the run ended and had to be resubmitted; {allowed} faults end one"
             )
         seconds = time.monotonic() - begun
-        return Outcome(faults, script.done, hands, seconds, _gaps(self._layout), tuple(problems))
+        lines = read_lines(self._layout.metrics), read_lines(self._layout.events)
+        done = sorted(script.done, key=lambda each: each[1])
+        return Outcome(faults, len(done), hands, seconds, recoveries(done, *lines), tuple(problems))
 
-    def _weather_it(self, script: _Script, deadline: float) -> tuple[int, list[str]]:
+    def _weather_it(self, script: Script, deadline: float) -> tuple[int, list[str]]:
         hands = 0
         # Slurm may take minutes to clean up where a node was lost; a finished run is over.
         while not is_finished(self._layout, self._steps) or self._is_alive(but_completing=True):
             if time.monotonic() > deadline:
                 return hands, [f"not finished after {self._timeout:.0f} s: {self._state()}"]
-            script.go_on(self._trained(), self._job())
             self._mend_nodes()
-            if not self._is_alive() and not is_finished(self._layout, self._steps):
+            if self._is_over() and not script.keeps_people_away:
                 if hands == _MAX_HANDS:
                     return hands, [f"not finished after {hands} times of resubmitting"]
                 hands += self._resubmit()
@@ -134,7 +146,12 @@ class Storm:
             pass
 
     def _submit(self) -> None:
-        words = [*FLAGS, f"--name={self._layout.name}", f"--runs-dir={self._layout.root.parent}"]
+        words = [
+            *FLAGS,
+            *self._flags,
+            f"--name={self._layout.name}",
+            f"--runs-dir={self._layout.root.parent}",
+        ]
         request = read_request([*words, f"--num-rollout={self._steps}"])
         self._send(request.options, request.train)
 
@@ -151,7 +168,7 @@ class Storm:
 
     def _send(self, options: SubmitOptions, flags: Flags) -> None:
         job = plan_job(options, flags, check=lambda config: config)
-        submit_job(replace(job, plan=with_stand_ins(job.plan)))
+        submit_job(job if self._real else replace(job, plan=with_stand_ins(job.plan)))
 
     def _trained(self) -> int:
         rows = newest_rows(read_lines(self._layout.metrics))
@@ -159,6 +176,9 @@ class Storm:
 
     def _job(self) -> str:
         return read_submissions(self._layout)[-1].job_id
+
+    def _is_over(self) -> bool:
+        return not self._is_alive() and not is_finished(self._layout, self._steps)
 
     def _is_alive(self, *, but_completing: bool = False) -> bool:
         """Whether the job waits or runs; a job that Slurm cleans up after counts, unless `but_completing`."""
@@ -175,58 +195,14 @@ class Storm:
             return str(error)
 
 
-class _Script:
-    """The faults that are still to come, and the ends of those that last."""
-
-    def __init__(self, faults: Sequence[Fault], weather: Weather) -> None:
-        self._to_come = sorted(faults, key=lambda fault: (fault.step, fault.delay))
-        self._weather = weather
-        self._undo: list[tuple[float, Undo]] = []
-        self._reached: dict[int, float] = {}
-        self.done = 0
-
-    def go_on(self, trained: int, job: str) -> None:
-        """Do what is due."""
-        now = time.monotonic()
-        for due, undo in list(self._undo):
-            if due <= now:
-                self._undo.remove((due, undo))
-                _try(undo)
-        while self._to_come and self._is_due(self._to_come[0], trained, now):
-            self._do(self._to_come.pop(0), job)
-
-    def end_all(self) -> None:
-        """End the faults that last."""
-        for _, undo in self._undo:
-            _try(undo)
-
-    def _is_due(self, fault: Fault, trained: int, now: float) -> bool:
-        if trained < fault.step:
-            return False
-        return now >= self._reached.setdefault(fault.step, now) + fault.delay
-
-    def _do(self, fault: Fault, job: str) -> None:
-        try:
-            undo = self._weather.do(fault, job)
-        except (NobodyError, TimeoutError, UserError, SlurmError) as error:
-            print(f"{fault}: {error}", flush=True)
-            return
-        self.done += 1
-        if undo:
-            self._undo.append((time.monotonic() + (fault.seconds or 0.0), undo))
-
-
-def _gaps(layout: RunLayout) -> tuple[float, ...]:
-    times = [row["time"] for row in read_lines(layout.metrics)]
-    gaps = [after - before for before, after in itertools.pairwise(times)]
-    return tuple(gap for gap in gaps if gap > _GAP_SECONDS)
-
-
-def _try(undo: Undo) -> None:
-    try:
-        undo()
-    except (NobodyError, TimeoutError, UserError) as error:
-        print(f"end of a fault: {error}", flush=True)
+def flags_of_demo(directory: Path) -> tuple[str, ...]:
+    """Flags of a real run of the demo's model and prompts."""
+    return (
+        *(f"--hf-checkpoint={directory / 'model'}", f"--prompt-data={directory / 'train.jsonl'}"),
+        *("--custom-rm-path=rltrain.demo.task.reward", "--label-key=label", "--no-bf16", "--lr=1e-4"),
+        "--random-init",
+        *("--rollout-max-response-len=16", "--no-use-distributed-optimizer"),
+    )
 
 
 def with_stand_ins(plan: JobPlan) -> JobPlan:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hpc.chaos.actions import processes_of
-from hpc.chaos.roles import curve
 from hpc.runs.find import read_run
 from hpc.runs.slurm_jobs import ask_slurm
 from hpc.runs.state import to_status
@@ -21,32 +20,32 @@ from rltrain.run.layout import RunLayout
 _PATIENCE_SECONDS = 30.0  # Slurm takes its time to end the last steps of a job
 
 
-def judge(layout: RunLayout, steps: int, cluster: Sandbox) -> list[str]:
+def judge(layout: RunLayout, steps: int, cluster: Sandbox, curve: list[float] | None) -> list[str]:
     """What is not as it must be, in words.
 
     Args:
         layout: of the run, which has ended.
         steps: that it was to train.
         cluster: on which it ran.
+        curve: the reward of each step of an undisturbed run; None if nobody knows.
     """
     return [
-        *_of_metrics(layout, steps),
+        *_of_metrics(layout, steps, curve),
         *_of_state(layout, steps, SlurmClient(cluster.env)),
         *_of_attempts(layout),
         *_of_what_is_left(layout.root, cluster),
     ]
 
 
-def _of_metrics(layout: RunLayout, steps: int) -> list[str]:
+def _of_metrics(layout: RunLayout, steps: int, curve: list[float] | None) -> list[str]:
     """Each step has one line, or more that say the same; the newest lines are the undisturbed curve."""
     rows = [row for row in read_lines(layout.metrics) if "rollout/reward" in row]
     seen = [int(row["step"]) for row in rows]
     problems = []
     if missing := sorted(set(range(steps)) - set(seen)):
         problems.append(f"metrics.jsonl lacks steps {missing}")
-    want = curve(steps)
-    if wrong := sorted({step for step, row in zip(seen, rows, strict=True)
-                        if step < steps and row["rollout/reward"] != want[step]}):  # fmt: skip
+    if curve and (wrong := sorted({step for step, row in zip(seen, rows, strict=True)
+                                   if step < steps and row["rollout/reward"] != curve[step]})):  # fmt: skip
         problems.append(f"the curve is another one at steps {wrong}")
     for before, step in itertools.pairwise(seen):
         if step > before + 1:

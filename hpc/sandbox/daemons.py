@@ -75,6 +75,10 @@ class Daemons:
         process = self._running.get(name)
         return process is not None and process.poll() is None
 
+    def pid(self, name: str) -> int:
+        """Id of a daemon's process."""
+        return self._running[name].pid
+
     def send_signal(self, name: str, number: signal.Signals) -> None:
         """Send a signal to a daemon."""
         self._running[name].send_signal(number)

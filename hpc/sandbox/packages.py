@@ -14,6 +14,7 @@ PACKAGE_OF = {
     "sbatch": "slurm-client",
     "unshare": "util-linux",
 }
+_NETWORK_PACKAGE_OF = {"ip": "iproute2"}  # for `ClusterSpec.networks` only
 ACCOUNTING_PACKAGE_OF = {
     "slurmdbd": "slurmdbd",
     "mariadbd": "mariadb-server-core",
@@ -42,7 +43,7 @@ def find_program(name: str) -> str:
     """
     path = shutil.which(name, path=search_path())
     if path is None:
-        package = (PACKAGE_OF | ACCOUNTING_PACKAGE_OF).get(name, name)
+        package = (PACKAGE_OF | ACCOUNTING_PACKAGE_OF | _NETWORK_PACKAGE_OF).get(name, name)
         raise MissingPackagesError(_hint([name], [package]))
     return path
 

@@ -8,6 +8,7 @@ import socket
 
 from hpc.sandbox import slurm_conf
 from hpc.sandbox.daemons import DaemonError, Daemons
+from hpc.sandbox.network import INSIDE
 from hpc.sandbox.packages import find_program
 from hpc.sandbox.paths import SandboxPaths
 from hpc.sandbox.spec import Addresses
@@ -18,6 +19,11 @@ _INIT = """\
 hostname {name} && mount --bind {hosts} /etc/hosts && mount -t tmpfs -o mode=1777 tmpfs /dev/shm || exit 1
 {slurmd} -D -N {name} -f {conf} &
 wait $!
+"""
+# In a network of its own: the server hands in the cable.
+_WIRED = """\
+until {ip} link set {inside} up 2>/dev/null; do sleep 0.02; done
+{ip} addr add {address}/24 dev {inside} && {ip} link set lo up || exit 1
 """
 ACCOUNT = "research"
 # Small and fast: the data lives no longer than the daemon.
@@ -36,8 +42,11 @@ mount -t tmpfs -o size=1g,mode=0700 tmpfs {directory} && {install} >/dev/null &&
 """
 
 
-def node_command(name: str, layout: SandboxPaths) -> list[str]:
-    """Start a node. Killing this process (`unshare`) kills all that runs in the node, like a power cut."""
+def node_command(name: str, layout: SandboxPaths, address: str | None = None) -> list[str]:
+    """Start a node. Killing this process (`unshare`) kills all that runs in the node, like a power cut.
+
+    With an `address` it waits for the cable of a network of its own.
+    """
     script = _INIT.format(
         name=shlex.quote(name),
         hosts=shlex.quote(str(layout.etc / "hosts")),
@@ -45,15 +54,18 @@ def node_command(name: str, layout: SandboxPaths) -> list[str]:
         conf=shlex.quote(str(layout.slurm_conf)),
     )
     namespaces = ["--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--uts", "--ipc"]
+    if address is not None:
+        script = _WIRED.format(ip=find_program("ip"), inside=INSIDE, address=address) + script
+        namespaces.append("--net")
     return unshare(*namespaces, "--", find_program("bash"), "-c", script)
 
 
-def controller_command(layout: SandboxPaths, again: bool = False) -> list[str]:
+def controller_command(layout: SandboxPaths, name: str, again: bool = False) -> list[str]:
     """Start slurmctld with an empty state, or `again` with its own, under the host name that slurm.conf knows it by."""
+    hosts = shlex.quote(str(layout.etc / "hosts"))
     slurmctld = [find_program("slurmctld"), "-D", *([] if again else ["-c"]), "-f", str(layout.slurm_conf)]
-    return unshare(
-        "--uts", "--", find_program("bash"), "-c", f"hostname localhost && exec {shlex.join(slurmctld)}"
-    )
+    script = f"hostname {name} && mount --bind {hosts} /etc/hosts && exec {shlex.join(slurmctld)}"
+    return unshare("--uts", "--mount", "--", find_program("bash"), "-c", script)
 
 
 def check_namespaces(daemons: Daemons) -> None:

@@ -173,6 +173,14 @@ class Sandbox:
                 raise TimeoutError(f"{node} is not usable {timeout:.0f} s after it was powered on")
             time.sleep(0.05)
 
+    def cut_off(self, node: str) -> None:
+        """Cut a node off from the network, until `join`; takes `ClusterSpec.networks`."""
+        self._request("cut_off", node=node)
+
+    def join(self, node: str) -> None:
+        """Mend what `cut_off` has cut."""
+        self._request("join", node=node)
+
     def silence(self) -> None:
         """Have slurmctld answer nobody, as one that is overloaded, until `speak`."""
         self._request("silence")

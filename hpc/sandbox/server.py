@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from hpc.sandbox import control, programs, slurm_conf
 from hpc.sandbox.daemons import DaemonError, Daemons
+from hpc.sandbox.network import Network
 from hpc.sandbox.packages import find_program, search_path
 from hpc.sandbox.paths import SandboxPaths
 from hpc.sandbox.spec import Addresses, ClusterSpec, choose_addresses
@@ -40,6 +41,8 @@ class SandboxServer:
         self._layout, self._spec = layout, spec
         self._user = pwd.getpwuid(os.geteuid()).pw_name
         self._stopping = False
+        self._addresses = choose_addresses(len(spec.node_names), spec.networks)
+        self._network: Network | None = None
         env = without_slurm(os.environ) | {"SLURM_CONF": str(layout.slurm_conf), "PATH": search_path()}
         self._daemons = Daemons(layout.log, env)
 
@@ -53,15 +56,17 @@ class SandboxServer:
         programs.check_namespaces(self._daemons)
         if self._spec.accounting:
             programs.start_database(self._daemons, self._layout, self._user)
-        addresses = choose_addresses(len(self._spec.node_names))
-        self._write_config(addresses)
+        self._write_config(self._addresses)
+        if self._spec.networks:
+            self._network = Network(self._daemons, self._addresses)
+            self._network.make()
         self._start_munge()
         if self._spec.accounting:
-            programs.start_slurmdbd(self._daemons, self._layout, addresses, self._user)
+            programs.start_slurmdbd(self._daemons, self._layout, self._addresses, self._user)
             self._log("slurmdbd answers")
-        self._daemons.start("slurmctld", programs.controller_command(self._layout))
+        self._daemons.start("slurmctld", self._controller())
         for name in self._spec.node_names:
-            self._daemons.start(name, programs.node_command(name, self._layout))
+            self._start_node(name)
         self._daemons.wait_until(self._all_idle, "idle nodes")
         self._log("every node is idle")
 
@@ -83,6 +88,8 @@ class SandboxServer:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         left = self._daemons.kill_all()
+        if self._network is not None:
+            self._network.remove()
         self._layout.control_socket.unlink(missing_ok=True)
         self._log(f"down, processes left: {left}")
 
@@ -97,16 +104,39 @@ class SandboxServer:
             case "power_on":
                 name = self._known(message["node"])
                 if not self._daemons.is_running(name):
-                    self._daemons.start(name, programs.node_command(name, self._layout))
+                    self._start_node(name)
+            case "cut_off":
+                self._wired().cut(self._index(message["node"]))
+            case "join":
+                self._wired().join(self._index(message["node"]))
             case "silence":
                 self._daemons.send_signal("slurmctld", signal.SIGSTOP)
             case "speak":
                 self._daemons.send_signal("slurmctld", signal.SIGCONT)
             case "restart_controller":
                 self._daemons.terminate("slurmctld")
-                self._daemons.start("slurmctld", programs.controller_command(self._layout, again=True))
+                self._daemons.start("slurmctld", self._controller(again=True))
             case other:
                 raise ValueError(f"unknown command {other!r}")
+
+    def _controller(self, again: bool = False) -> list[str]:
+        return programs.controller_command(self._layout, self._addresses.controller_name, again)
+
+    def _start_node(self, name: str) -> None:
+        if self._network is None:
+            self._daemons.start(name, programs.node_command(name, self._layout))
+            return
+        index = self._index(name)
+        self._daemons.start(name, programs.node_command(name, self._layout, self._addresses.node(index)))
+        self._network.plug_in(index, self._daemons.pid(name))
+
+    def _wired(self) -> Network:
+        if self._network is None:
+            raise ValueError("the nodes of this sandbox have no networks of their own")
+        return self._network
+
+    def _index(self, name: str) -> int:
+        return self._spec.node_names.index(self._known(name))
 
     def _known(self, name: str) -> str:
         if name not in self._spec.node_names:

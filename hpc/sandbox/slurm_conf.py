@@ -59,7 +59,9 @@ def gres_conf(spec: ClusterSpec, layout: SandboxPaths) -> str:
 
 def hosts_file(spec: ClusterSpec, addresses: Addresses, hostname: str) -> str:
     """/etc/hosts of the nodes: the machine's own name still means the machine."""
-    lines = ["127.0.0.1 localhost", f"127.0.0.1 {hostname}"]
+    lines = ["127.0.0.1 localhost", f"{addresses.controller} {hostname}"]
+    if addresses.controller_name != "localhost":
+        lines.append(f"{addresses.controller} {addresses.controller_name}")
     lines += [f"{addresses.node(index)} {name}" for index, name in enumerate(spec.node_names)]
     return "\n".join(lines) + "\n"
 
@@ -86,11 +88,11 @@ CommitDelay=0
 
 def _identity(addresses: Addresses, layout: SandboxPaths, user: str) -> str:
     # cred_expire: a requeued job waits that long before it may start again; Slurm's default is 120 s.
-    # NoCtldInAddrAny: slurmctld on loopback only. The same for slurmd (NoInAddrAny) breaks srun inside a node:
+    # NoCtldInAddrAny: slurmctld on one address only. The same for slurmd (NoInAddrAny) breaks srun inside a node:
     # the kernel's source address for all of 127/8 is 127.0.0.1, where srun would then not listen.
     return f"""\
 ClusterName={CLUSTER_NAME}
-SlurmctldHost=localhost(127.0.0.1)
+SlurmctldHost={addresses.controller_name}({addresses.controller})
 SlurmctldPort={addresses.slurmctld_port}
 CommunicationParameters=NoCtldInAddrAny
 SlurmUser={user}

@@ -29,6 +29,7 @@ class ClusterSpec:
         memory_mb: memory that each node claims to have, MiB.
         accounting: run slurmdbd and MariaDB, so that sacct answers.
         extra_conf: lines added to slurm.conf.
+        networks: each node has a network of its own, so that it can be cut off. Takes root; without accounting.
     """
 
     nodes: int = 6
@@ -39,6 +40,7 @@ class ClusterSpec:
     memory_mb: int = 64_000
     accounting: bool = False
     extra_conf: str = ""
+    networks: bool = False
 
     def __post_init__(self) -> None:
         """Refuse shapes that slurm.conf can't say."""
@@ -46,6 +48,8 @@ class ClusterSpec:
             raise UserError(f"a sandbox has 1 to {MAX_NODES} nodes, not {self.nodes} + {self.cpu_nodes}.")
         if self.gpus < 0 or self.cpus < 1 or self.memory_mb < 1:
             raise UserError("a node has at least one CPU, some memory, and no fewer than 0 GPUs.")
+        if self.networks and self.accounting:
+            raise UserError("a sandbox whose nodes have networks of their own has no accounting.")
         if self.gpus and not all(re.fullmatch(r"[a-z][a-z0-9_]*", kind) for kind in self.gpu_types or ("",)):
             raise UserError(f"GPU types are words like h100, not {','.join(self.gpu_types) or 'nothing'}.")
 
@@ -89,8 +93,18 @@ class Addresses:
     first_port: int
 
     @property
+    def controller(self) -> str:
+        """IPv4 address of slurmctld: this machine's, as the nodes see it."""
+        return "127.0.0.1" if self.network.startswith("127.") else f"{self.network}.1"
+
+    @property
+    def controller_name(self) -> str:
+        """Host name of slurmctld, which it listens on: this machine's or, for nodes with networks, one that is ours."""
+        return "localhost" if self.controller == "127.0.0.1" else "controller"
+
+    @property
     def slurmctld_port(self) -> int:
-        """On 127.0.0.1."""
+        """On `controller`."""
         return self.first_port
 
     @property
@@ -107,10 +121,15 @@ class Addresses:
         return f"{self.network}.{10 + index}"
 
 
-def choose_addresses(nodes: int) -> Addresses:
-    """A network below 127/8 and a run of free TCP ports for a cluster of `nodes` nodes."""
+def choose_addresses(nodes: int, networks: bool = False) -> Addresses:
+    """A network and a run of free TCP ports for a cluster of `nodes` nodes.
+
+    The network is below 127/8, which all share; with `networks` below 198.18/15, which is for tests (RFC 2544).
+    """
     chance = random.SystemRandom()  # two sandboxes must differ whatever seed their owners have set
     network = f"127.{chance.randint(1, 250)}.{chance.randint(0, 250)}"
+    if networks:
+        network = f"198.{chance.randint(18, 19)}.{chance.randint(0, 250)}"
     for _ in range(200):
         first = chance.randrange(_PORTS.start, _PORTS.stop - nodes - 2)
         if all_free(range(first, first + nodes + 2)):

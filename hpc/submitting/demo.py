@@ -6,15 +6,18 @@ import dataclasses
 import functools
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hpc.planning.job_plan import make_plan
 from hpc.planning.request import SubmitOptions, read_request
-from hpc.submitting.start_run import describe, submit_run
+from hpc.runs.find import read_submissions
+from hpc.submitting.start_run import EXIT_FINISHED, describe, follow_job, submit_run
 from rltrain import arguments, inputs
 from rltrain.arguments import flags as flag_data
 from rltrain.arguments.config import Config
 from rltrain.arguments.flags import Flags
+from rltrain.run.finished import is_finished
 from rltrain.run.layout import RunLayout
 
 
@@ -61,7 +64,27 @@ def _submit_to_slurm(
     to_come = {str(first.layout.checkpoints / "hf"): str(data / "model")}
     after = () if options.test_only else (first.name,)
     check = functools.partial(inputs.check_inputs, to_come=to_come)
-    return submit_run(dataclasses.replace(options, after=after), grpo | colocated, check)
+    second = dataclasses.replace(options, after=after, detach=True)
+    if (
+        (code := submit_run(second, grpo | colocated, check))
+        or options.test_only
+        or options.detach
+        or options.chain
+    ):
+        return code
+    return _follow_both([(first.layout, sft), (options.layout, grpo)])
+
+
+def _follow_both(runs: Sequence[tuple[RunLayout, Flags]]) -> int:
+    """Show one after the other; the exit code."""
+    for layout, flags in runs:
+        steps = int((flags["num-rollout"] or [""])[0])
+        if is_finished(layout, steps):
+            continue
+        code = follow_job(layout, read_submissions(layout)[-1].job_id, steps)
+        if code != EXIT_FINISHED:
+            return code or EXIT_FINISHED
+    return EXIT_FINISHED
 
 
 def _no_check(config: Config) -> Config:

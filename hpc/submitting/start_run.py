@@ -156,10 +156,11 @@ def _run_in_slurm(
         before = spare
     if options.detach or options.chain:  # of a chain, what is shown would end with its first job
         return EXIT_FINISHED
-    return _follow(layout, job_id, job.config.rollout.num_rollout)
+    return follow_job(layout, job_id, job.config.rollout.num_rollout) or EXIT_FINISHED
 
 
-def _follow(layout: RunLayout, job_id: str, num_rollout: int) -> int:
+def follow_job(layout: RunLayout, job_id: str, num_rollout: int) -> int | None:
+    """Show a run until its Slurm job is over; returns the exit code, or None if the person stopped looking."""
     from hpc.runs.live_view import follow, make_view
     from hpc.runs.summary import print_summary
     from hpc.slurm.client import SlurmClient
@@ -171,7 +172,7 @@ def _follow(layout: RunLayout, job_id: str, num_rollout: int) -> int:
         print(
             f"\njob {job_id} goes on. Look again: python -m hpc.logs -f {name}; end it: python -m hpc.cancel {name}"
         )
-        return EXIT_FINISHED
+        return None
     finished = is_finished(layout, num_rollout)
     if not finished:
         print(f"error: {layout.name}: {safe_text(why_it_ended(layout, status))}", file=sys.stderr)

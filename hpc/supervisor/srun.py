@@ -16,6 +16,7 @@ from hpc.planning.slurm_tables import Value
 from hpc.slurm.nodelist import expand
 from hpc.supervisor.causes import End, TaskExit, end_of_step, failed_nodes_in, parse_exits
 from hpc.supervisor.launcher import Handle
+from hpc.supervisor.said import Said, allow_many_files
 from hpc.supervisor.task import CLEANS_UP, END, make_spec
 from rltrain.run import processes
 from rltrain.run.errors import EXIT_REQUEUE
@@ -106,8 +107,9 @@ class SrunLauncher:
     python: str = "python3"
 
     def __post_init__(self) -> None:
-        """This process ends orphans."""
+        """This process ends orphans, and has a file open for each step."""
         processes.become_subreaper()
+        self._limit_files = allow_many_files()
 
     def start(self, process: RoleProcess, env: Mapping[str, str], log_dir: Path) -> Handle:
         """See `Launcher`."""
@@ -119,7 +121,9 @@ class SrunLauncher:
         command = step_command(process, self.allocation, spec, self.extra, self.python)
         srun_log = log_dir / f"srun-{process.name}.log"
         logs = [log_dir / f"{name}.log" for name in process.names]
-        return _start(command, {**env, **process.env}, srun_log, logs, cleans_up=process.role in CLEANS_UP)
+        return self._start(
+            command, {**env, **process.env}, srun_log, logs, cleans_up=process.role in CLEANS_UP
+        )
 
     def start_canary(self, env: Mapping[str, str], log_dir: Path) -> Handle:
         """A step that does nothing but die of the signal by which Slurm announces a preemption.
@@ -142,11 +146,38 @@ class SrunLauncher:
             "/bin/sleep",
             "infinity",
         ]
-        return _start(command, env, log_dir / f"srun-{CANARY}.log", [])
+        return self._start(command, env, log_dir / f"srun-{CANARY}.log", [])
 
     def close(self) -> list[int]:
         """See `Launcher`."""
         return processes.kill_descendants(os.getpid())
+
+    def _start(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        log: Path,
+        task_logs: list[Path],
+        *,
+        cleans_up: bool = False,
+    ) -> _StepHandle:
+        said = Said(log)
+        die_with_us = processes.dying_with_us(signal.SIGTERM)
+
+        def prepare() -> None:
+            self._limit_files()
+            die_with_us()
+
+        process = subprocess.Popen(
+            command,
+            env=srun_env(env),
+            stdin=subprocess.DEVNULL,
+            stdout=said.fd,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=prepare,
+        )
+        return _StepHandle(process, log, said, task_logs, cleans_up)
 
 
 def srun_env(env: Mapping[str, str]) -> dict[str, str]:
@@ -154,34 +185,12 @@ def srun_env(env: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if not _INPUTS.fullmatch(name)}
 
 
-def _start(
-    command: Sequence[str],
-    env: Mapping[str, str],
-    log: Path,
-    task_logs: list[Path],
-    *,
-    cleans_up: bool = False,
-) -> _StepHandle:
-    with log.open("ab") as output:
-        begun = output.tell()
-        process = subprocess.Popen(
-            command,
-            env=srun_env(env),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=processes.dying_with_us(signal.SIGTERM),
-        )
-    return _StepHandle(process, log, task_logs, begun, cleans_up)
-
-
 @dataclass
 class _StepHandle:
     process: subprocess.Popen[bytes]
     log: Path  # what srun says
+    said: Said
     task_logs: list[Path]
-    begun: int  # where in the log; before it, what was said of a step that this one replaces
     cleans_up: bool = False  # its tasks end by themselves when they are told to
     _is_killed: bool = False
 
@@ -221,9 +230,7 @@ class _StepHandle:
         return [each for each in parse_exits(self._said()) if each.code != EXIT_REQUEUE]
 
     def _said(self) -> str:
-        with self.log.open("rb") as file:
-            file.seek(self.begun)
-            return file.read().decode(errors="replace")
+        return self.said.read(self.process.poll() is not None)
 
     def terminate(self) -> None:
         """Have srun tell the tasks to clean up and end, or kill those that have nothing to clean up."""

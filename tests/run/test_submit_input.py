@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from helpers.run_files import LEAST
 
+from hpc.planning.request import SubmitOptions, read_request
 from hpc.submit import main
-from hpc.submitting import run_dir, start_run
+from hpc.submitting import demo, run_dir, start_run
 from rltrain import arguments, inputs
 from rltrain.arguments.config import Config
 from rltrain.run.errors import UserError
@@ -82,6 +83,37 @@ def test_dry_run_of_the_demo_writes_nothing(
     out, err = capsys.readouterr()
     assert out.count("--job-name=demo\n") == 1 and "each for training (1 rank each) and rollout" in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("codes", "shown", "code"),
+    [([0, 0], ["mine-sft", "mine"], 0), ([1], ["mine-sft"], 1), ([None], ["mine-sft"], 0)],
+)
+def test_both_jobs_of_the_demo_are_shown(
+    codes: list[int | None], shown: list[str], code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first one was not, and the second waited for it without a word."""
+    submitted, followed = [], []
+
+    def submit_nothing(options: SubmitOptions, flags: object, check: object = None) -> int:
+        submitted.append((options.name, options.detach, options.after))
+        run_dir.append_submission(options.layout, {"job_id": options.name})
+        return 0
+
+    def follow_nothing(layout: RunLayout, job: str, steps: int) -> int | None:
+        followed.append(job)
+        assert layout.name == job and steps > 0
+        return codes.pop(0)
+
+    monkeypatch.setattr(demo, "submit_run", submit_nothing)
+    monkeypatch.setattr(demo, "follow_job", follow_nothing)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **words: None)
+    for name in ("mine-sft", "mine"):
+        (tmp_path / name).mkdir()
+    request = read_request(["--partition=gpu", "--nodes=2", "--name=mine", f"--runs-dir={tmp_path}"])
+    assert demo.submit_demo(request.options, {}) == code
+    assert submitted == [("mine-sft", True, ()), ("mine", True, ("mine-sft",))]
+    assert (followed, codes) == (shown, [])
 
 
 def test_partition_without_slurm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

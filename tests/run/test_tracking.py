@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,7 @@ from rltrain.run.errors import UserError
 from rltrain.run.files import read_lines
 from rltrain.run.layout import RunLayout
 from rltrain.run.metric_lines import newest_rows
-from rltrain.tracking import Tracker
+from rltrain.tracking import Tracker, last_step
 
 HERE = Path(__file__).parents[1]
 
@@ -64,6 +65,30 @@ tracker.finish()
 """
 
 
+# Raises what the real one does after the server has said nothing for a minute and a half, or at once if it refuses.
+WITHOUT_SERVER = """
+import sys, wandb
+from pathlib import Path
+from wandb.errors import CommError
+from rltrain.arguments.config import Config
+from rltrain.run.layout import RunLayout
+from rltrain.tracking import Tracker
+real = wandb.init
+def silent_init(**words):
+    if words["mode"] == "online":
+        raise CommError(sys.argv[2])
+    return real(**words)
+wandb.init = silent_init
+try:
+    tracker = Tracker(Config().replace(wandb_mode="online"), RunLayout(Path(sys.argv[1])), 0)
+except CommError as error:
+    sys.exit(print("raised", error))
+tracker.catch_up(0)
+tracker.log(0, {"train/loss": 0.5})
+tracker.finish()
+"""
+
+
 def run_attempt(program: str, *words: object) -> str:
     python_path = os.pathsep.join([str(HERE / "fakes"), str(HERE.parent)])
     done = subprocess.run(
@@ -94,6 +119,24 @@ def test_next_attempt_gives_wandb_what_it_lacks(layout: RunLayout) -> None:
     losses = [step / 7 for step in range(done - 1)] + [9.0, 9.0]
     assert steps["train/loss"].dropna().tolist() == losses
     assert steps["eval/dev"].dropna().tolist() == [0.25]
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_does_not_keep_a_run_from_training(layout: RunLayout) -> None:
+    why = "Failed to get resume status for run abc: context deadline exceeded"
+    assert "W&B does not answer: Failed to get" in run_attempt(WITHOUT_SERVER, layout.root, why)
+    assert [row["step"] for row in read_lines(layout.metrics)] == [0]
+    (attempt,) = (layout.root / "wandb").glob("offline-run-*-abc")
+    assert (attempt / "slurmlime-last-step").read_text() == "0"
+
+    # The next attempt reaches it, and sends what lies in metrics.jsonl: nobody must sync it, too.
+    run = SimpleNamespace(
+        offline=False, id="abc", dir=str(attempt.parent / "run-2-abc" / "files"), summary={}
+    )
+    assert last_step(run) is None
+    assert [path.name for path in attempt.parent.glob("*/offline-run-*")] == [attempt.name]
+
+    assert "raised permission denied" in run_attempt(WITHOUT_SERVER, layout.root, "permission denied")
 
 
 def test_an_evaluation_that_comes_later_belongs_to_its_step(layout: RunLayout) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -35,6 +38,19 @@ def test_a_controller_that_restarts_loses_no_job(cluster: Sandbox) -> None:
     faults = parse(["restart-controller@5", "requeue@10", "restart-controller@10+0.3"])
     outcome = Storm(cluster, cluster.directory / "runs", "restarts", STEPS).run(faults)
     assert (outcome.problems, outcome.done, outcome.hands) == ((), 3, 0)
+
+
+def test_a_run_gets_over_a_full_disk_a_node_that_is_cut_off_and_names_that_are_gone() -> None:
+    """On a disk that was full, srun's word of a rank's end was lost, and the others waited a minute for it."""
+    need_slurm()
+    faults = ["cut-off:node2@3~1", "lose-names@5~3", "fill-disk@7~1", "lock-checkpoints@13~0.7"]
+    command = [sys.executable, "-m", "hpc.chaos", "--steps=18", "--repeat", *faults]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    if "takes root" in done.stdout:
+        pytest.skip("networks and disks of one's own take root")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 of 4 faults met somebody" in done.stdout
+    assert re.search(r"^fill-disk +1 ", done.stdout, re.MULTILINE), done.stdout
 
 
 def test_a_job_that_needs_every_node_goes_on_though_one_failed_twice(cluster: Sandbox) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc.chaos.actions import Weather
 from hpc.chaos.faults import KINDS, Fault, draw, parse
+from hpc.chaos.recovery import recoveries, table
 from hpc.chaos.roles import FIRST_VALUE, curve, next_value
 from hpc.chaos.shrink import shrink
+from hpc.chaos.soak import Growth, Reading, judge, read_disk, read_roles
 from rltrain.run.errors import UserError
 
 
@@ -67,3 +74,65 @@ def test_the_curve_shows_a_step_that_is_lost_or_trained_twice() -> None:
     assert len(set(whole)) == 10
     lost = curve(9)
     assert lost == whole[:9] and next_value(FIRST_VALUE) / (2**31 - 1) == whole[0]
+
+
+def test_the_recovery_from_a_fault_is_told_apart_from_what_no_run_can_do_without() -> None:
+    rows = [{"time": time} for time in (13.0, 13.1, 13.2, 30.0, 30.1, 33.0)]
+    events = [{"time": 10.0, "kind": "attempt_started"}, {"time": 15.0, "kind": "requeued"},
+              {"time": 25.0, "kind": "attempt_started"}, {"time": 34.0, "kind": "attempt_finished"}]  # fmt: skip
+    done = [(Fault("requeue", 2), 13.15), (Fault("freeze", 5, "trainer-0"), 30.5), (Fault("warn", 6), 40.0)]
+    first, second = recoveries(done, rows, events)
+    # It lasted from 13.2 to 30: ten seconds in the queue, three of a start. Nothing came after the last fault.
+    assert (first.fault.kind, first.seconds, first.least) == (
+        "requeue",
+        pytest.approx(16.8),
+        pytest.approx(13.0),
+    )
+    assert (second.seconds, second.least) == (pytest.approx(2.5), 0.0)
+    assert [line.split()[:2] for line in table([first, second])[1:]] == [["freeze", "1"], ["requeue", "1"]]
+
+
+def test_a_long_run_says_what_grows(tmp_path: Path) -> None:
+    growth = Growth()
+    for second in range(40):
+        growth.roles["engine-0"].append(Reading(50 * second, memory=10 << 20, files=20, threads=4 + second))
+        growth.roles["trainer-0"].append(
+            Reading(50 * second, (10 + 2 * second) << 20, files=second, threads=4)
+        )
+        growth.disk.append((50 * second, {"metrics.jsonl": (5000 * second, 1), "traces": (0, 50 * second)}))
+    lines, problems = judge(growth, files_per_step=0.0)
+    assert [problem.split(" at step")[0] for problem in problems] == [
+        "engine-0 has 20 more threads",
+        f"trainer-0 has {40 << 20} more memory",
+        "trainer-0 has 20 more files",
+        "the run directory got 1450 files in 1450 steps",
+    ]
+    assert "  ".join(lines).count("metrics.jsonl") == 1
+    assert judge(growth, files_per_step=1.0)[1] == problems[:3]
+
+
+def test_a_role_and_what_it_started_are_read_together(tmp_path: Path) -> None:
+    program = (
+        "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); sys.stdin.read()"
+    )
+    env = {
+        **os.environ,
+        "SLURMLIME_RUN_DIR": str(tmp_path),
+        "SLURMLIME_ROLE": "engine",
+        "SLURMLIME_INDEX": "3",
+    }
+    command = [sys.executable, "-c", program]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "a").write_text("12345")
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        child = int(process.stdout.readline())
+        try:
+            readings = read_roles(tmp_path, step=7)
+        finally:
+            os.kill(child, 9)
+            process.stdin.close()
+    assert list(readings) == ["engine-3"]
+    reading = readings["engine-3"]
+    assert reading.step == 7 and reading.threads == 2 and reading.memory > 1 << 20 and reading.files >= 6
+    assert read_disk(tmp_path) == {"logs": (5, 1)}

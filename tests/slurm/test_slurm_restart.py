@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -28,6 +30,7 @@ from hpc.supervisor.restart import (
     step_seconds,
     why_not_begin,
 )
+from hpc.supervisor.said import Said, allow_many_files
 from hpc.supervisor.slurm_supervisor import SlurmSupervisor, choose_address
 from hpc.supervisor.srun import Allocation, failed_nodes, srun_env
 from hpc.supervisor.task import task_env
@@ -218,6 +221,33 @@ def test_whose_failure_it_was(said: str, code: int, cause: Cause, reason: str) -
     end = end_of_step(said + "\n", code)
     assert end.cause is cause and reason in end.reason
     assert end.is_refused == ("did not start" in reason)
+
+
+def test_what_srun_says_is_known_though_its_log_can_not_be_written(tmp_path: Path) -> None:
+    log = tmp_path / "srun.log"
+    log.mkdir()  # as good as a full disk
+    said = Said(log)
+    assert said.fd is not None
+    os.write(said.fd, b"srun: error: n1: task 0: Killed\n")
+    assert [each.code for each in parse_exits(said.read(has_ended=False))] == [-9]
+    log.rmdir()
+    os.write(said.fd, b"srun: error: n2: task 1: Exited with exit code 3\n")
+    text = said.read(has_ended=True)
+    assert [each.code for each in parse_exits(text)] == [-9, 3]
+    assert log.read_text() == text == said.read(has_ended=True) and said.fd is None
+
+
+def test_a_supervisor_has_many_files_open_and_its_roles_the_limit_of_before() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = min(256, before[0])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
+    try:
+        limit_again = allow_many_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == before[1]
+        limit_again()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == few
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_sigkill_was_for_memory_where_the_cgroup_says_so() -> None:
