@@ -16,7 +16,12 @@ CURRENT       := .venv-current
 CURRENT_READY := $(CURRENT)/.ready
 CURRENT_TESTS  = $(shell sed 's/\#.*//' tests/current.txt)
 
-.PHONY: help setup slurm demo test test-all test-fast test-current test-current-fast test-gpu chaos lint lock format bench clean
+# Another megatron-core, in front of that of .venv-current, and the tests of all that calls it: families of models,
+# layouts, checkpoints of all versions, flags. 0.16 is in .venv.
+OTHER_MEGATRON = $(abspath $(CURRENT))/megatron-core-$(VERSION)
+MEGATRON_TESTS := tests/model tests/checkpoint tests/training tests/arguments/test_arguments_megatron.py
+
+.PHONY: help setup slurm demo test test-all test-fast test-current test-current-fast test-megatron test-gpu chaos lint lock format bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +64,12 @@ test-current-fast: $(CURRENT_READY) ## test-fast in .venv-current
 
 test-current: test-current-fast ## the tests and the demo in .venv-current, as on a GPU node (5 minutes and 11 GB to make)
 	@$(CURRENT)/bin/python -m pytest -n 2 -m "slow and not learning" $(CURRENT_TESTS)
+
+test-megatron: $(CURRENT_READY) ## the trainer's tests with another megatron-core than that of .venv-current: VERSION=0.18.2, 0.17 or later
+	@test -n "$(VERSION)" || { echo "which one? Such as: make test-megatron VERSION=0.18.2" >&2; exit 2; }
+	@$(CURRENT)/bin/python -m pip --quiet --quiet --disable-pip-version-check install --no-deps --upgrade \
+		--target $(OTHER_MEGATRON) megatron-core==$(VERSION)
+	@PYTHONPATH=$(OTHER_MEGATRON) $(CURRENT)/bin/python -m pytest -n 2 -m "not learning" $(MEGATRON_TESTS)
 
 $(CURRENT_READY): requirements/gpu.txt requirements/current.txt pyproject.toml
 	@echo "virtual environment in $(CURRENT)"

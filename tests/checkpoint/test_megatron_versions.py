@@ -54,7 +54,7 @@ def metrics_of_the_third_rollout(actor: Any) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if name.startswith("train/")}
 
 
-@pytest.mark.parametrize("version", ["0.16.1", "0.19.2"])
+@pytest.mark.parametrize("version", ["0.16.1", "0.17.1", "0.18.2", "0.19.2"])
 def test_a_run_goes_on_with_another_version(version: str, tmp_path: Path) -> None:
     with tarfile.open(RECORDED / f"megatron_core_{version}.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,18 +16,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.megatron import make_config, tiny_config
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rltrain.arguments.groups.training import LOGITS_WORKSPACE
+from rltrain.arguments.hf_config import read_model_shape
 from rltrain.megatron import device
+from rltrain.run.errors import UserError
 
 device.set_up()
 
 from rltrain.data.prefixes import Prefixes, lay_out  # noqa: E402
-from rltrain.megatron.model import attention, experts, prefix_attention  # noqa: E402
+from rltrain.megatron.model import attention, build, experts, prefix_attention  # noqa: E402
 from rltrain.megatron.model.attention import PackedSequences  # noqa: E402
 from rltrain.megatron.model.context_parallel import own_positions  # noqa: E402
 from rltrain.megatron.model.layers.soft_cap import capped_attention, soft_capped_  # noqa: E402
@@ -290,6 +295,14 @@ def test_memory_beside_bf16_logits(with_entropy: bool) -> None:
     assert 0 <= most - 2 * logits.numel() < LOGITS_WORKSPACE + 200 * count  # the gradient, in bf16
 
 
+SOME_OF: dict[str, dict[str, Any]] = {
+    "Gemma2ForCausalLM": {
+        "attn_logit_softcapping": 5.0,
+        "query_pre_attn_scalar": 8,
+        "tie_word_embeddings": True,
+    },
+    "GptOssForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
 WITH_A_GPU = """
 import torch
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
@@ -313,6 +326,20 @@ def test_a_gpu_without_transformer_engine_has_the_same_repairs() -> None:
     """The GPU is a mock; what is asked is which of Megatron-core's functions are replaced."""
     done = subprocess.run([sys.executable, "-c", WITH_A_GPU], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("architecture", "own"),
+    [("MistralForCausalLM", False), ("Gemma2ForCausalLM", True), ("GptOssForCausalLM", True)],
+)
+def test_windows_with_context_parallelism_where_attention_is_not_transformer_engines(
+    architecture: str, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "use_transformer_engine", lambda: True)
+    shape = read_model_shape(tiny_config(architecture, sliding_window=7, **SOME_OF.get(architecture, {})))
+    config = make_config(Path("model"), context_parallel_size=2)
+    with nullcontext() if own else pytest.raises(UserError, match="which TransformerEngine's context"):
+        assert build._window_config(shape, config)["window_size"] == (6, 0)
 
 
 def test_random_states_of_a_gpu_do_not_reach_a_cpu() -> None:

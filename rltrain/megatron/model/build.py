@@ -170,7 +170,7 @@ def _window_config(shape: ModelShape, config: Config) -> dict[str, Any]:
     window = shape.window
     if window is None:
         return {}
-    own_attention = not use_transformer_engine() or shape.family.sinks
+    own_attention = not use_transformer_engine() or shape.family.sinks or shape.soft_caps.scores is not None
     if not own_attention and config.parallel.context_parallel_size > 1:
         raise UserError(
             f"--context-parallel-size {config.parallel.context_parallel_size}: {config.model.hf_checkpoint} has"
