@@ -86,6 +86,22 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("chat", {"messages": [{"role": "user", "content": "x" * (10 << 20)}]}, 400, "leaves no room"),
     ("chat", {"messages": [{"role": "user", "content": "x" * 5000}]}, 400, "leaves no room"),
     ("chat", b" " * (33 << 20), 413, "exceeded"),
+    ("chat", {"messages": [USER], "functions": [{"name": "add"}]}, 400, "give tools"),
+    ("chat", {"messages": [{"role": "assistant", "function_call": {"name": "add"}}]}, 400, "give tool_calls"),
+    ("chat", {"messages": [USER], "modalities": ["text", "audio"]}, 400, "text only"),
+    ("chat", {"messages": [USER], "web_search_options": {"a": 1}}, 400, "web_search_options"),
+    ("chat", {"messages": [USER], "logprobs": True, "top_logprobs": 3}, 400, "top_logprobs"),
+    ("chat", {"messages": [USER], "tool_choice": "sometimes"}, 400, "tool_choice"),
+    ("chat", {"messages": [USER], "guided_json": {"type": "object"}}, 400, "guided_json can't be used here"),
+    ("responses", {"input": "x", "background": True}, 400, "background"),
+    ("responses", {"input": "x", "conversation": "conv_1"}, 400, "give previous_response_id"),
+    ("responses", {"input": "x", "include": ["message.output_text.logprobs"]}, 400, "include"),
+    ("responses", {"input": "x", "stop": ["END"]}, 400, "stop can't be used here"),
+    ("responses", {"input": "x", "n": 2}, 400, "n can't be used here"),
+    ("messages", {"messages": [USER], "max_tokens": 5, "mcp_servers": [{}]}, 400, "mcp_servers"),
+    ("messages", {"messages": [USER], "max_tokens": 5, "tool_choice": {"type": "all"}}, 400, "tool_choice"),
+    ("messages", {"messages": [USER], "max_tokens": 5, "compaction": {"a": 1}}, 400, "compaction"),
+    ("messages", {"messages": [USER], "max_tokens": 5, "thread": {"type": "go"}}, 400, "thread"),
     ("responses", {}, 400, "input is missing"),
     ("responses", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 400, "text only"),
     ("responses", {"input": [{"type": "item_reference", "id": "x"}]}, 400, "item_reference"),
@@ -112,6 +128,70 @@ def test_each_request_that_cannot_be_right_is_answered_in_the_protocols_form(
         assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200  # and it goes on
 
     assert len(serve(config, parsers, use)) == 1
+
+
+def test_an_unknown_thread_is_told_as_anthropics_client_takes_it(config: Config, parsers: Parsers) -> None:
+    """At this code its tool runner sends the whole conversation again."""
+
+    async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        thread = {"type": "continue", "previous_message_id": "msg_none"}
+        body = {"messages": [USER], "max_tokens": 5, "thread": thread}
+        status, answer = await post(PATHS["messages"], body)
+        assert (status, answer["error"]["details"]) == (404, {"error_code": "thread_not_found"})
+        status, answer = await post(PATHS["messages"], {**body, "system": "be brief"})
+        assert status == 400 and "created with" in answer["error"]["message"]
+
+    assert serve(config, parsers, use) == []
+
+
+# A request's fields, and those of them that the session's record names as without effect.
+FIELDS: list[tuple[str, dict[str, Any], set[str]]] = [
+    ("chat", {"temperature": 0, "top_p": 0.5, "seed": 3, "logit_bias": {"5": 1}},
+     {"temperature=0:", "top_p=0.5:", "seed=3:", "logit_bias={'5': 1}:"}),
+    ("chat", {"parallel_tool_calls": False, "tool_choice": "required", "response_format": {"type": "json_object"}},
+     {"parallel_tool_calls=False:", "tool_choice='required':", "response_format='json_object':"}),
+    ("chat", {"reasoning_effort": "high"}, {"reasoning_effort='high': the model's chat template does not know it"}),
+    ("chat", {"reasoning_effort": "none"}, set()),
+    ("chat", {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "foo": None}, set()),
+    ("chat", {"n": 1, "presence_penalty": None, "parallel_tool_calls": True, "tool_choice": "auto"}, set()),
+    ("responses", {"temperature": 0.0, "truncation": "auto", "text": {"verbosity": "low"}},
+     {"temperature=0.0:", "truncation='auto':", "text.verbosity='low':"}),
+    ("responses", {"include": ["reasoning.encrypted_content"], "store": False, "truncation": "disabled"}, set()),
+    ("messages", {"max_tokens": 9, "top_k": 5, "thinking": {"type": "enabled", "budget_tokens": 2000}},
+     {"top_k=5:", "thinking.budget_tokens=2000:"}),
+    ("messages", {"max_tokens": 9, "output_config": {"effort": "low"}, "tool_choice": {"type": "any"}},
+     {"reasoning_effort='low':", "tool_choice='any':"}),
+    ("messages", {"max_tokens": 9, "metadata": {"user_id": "u"}, "cache_control": {"type": "ephemeral"}}, set()),
+]  # fmt: skip
+
+
+def test_a_field_acts_is_refused_or_is_in_the_record(config: Config, parsers: Parsers) -> None:
+    async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        for protocol, fields, noted in FIELDS:
+            session.record.events.clear()
+            asked = {"input": "12"} if protocol == "responses" else {"messages": [USER]}
+            status, answer = await post(PATHS[protocol], {**asked, **fields})
+            assert status == 200, answer
+            events = {event.message for event in session.record.events}
+            assert len(events) == len(noted), (fields, events)
+            assert all(any(each.startswith(note) for each in events) for note in noted), (fields, events)
+            assert engine.requests[-1]["sampling_params"]["temperature"] == 1.0
+
+    serve(config, parsers, use)
+
+
+def test_log_probs_are_those_of_the_sampled_tokens(config: Config, parsers: Parsers) -> None:
+    async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        _, answer = await post(PATHS["chat"], {"messages": [USER], "logprobs": True})
+        entries = answer["choices"][0]["logprobs"]["content"]
+        (turn,) = session.trajectory.turns.values()
+        assert [entry["logprob"] for entry in entries] == list(turn.sampled.log_probs)
+        assert "".join(entry["token"] for entry in entries) == "done<|im_end|>"
+        assert bytes(entries[0]["bytes"]) == b"d"
+        _, answer = await post(PATHS["chat"], {"messages": [USER]})
+        assert answer["choices"][0]["logprobs"] is None
+
+    serve(config, parsers, use)
 
 
 def test_only_a_sessions_own_key_is_answered_and_it_ends_with_it(config: Config, parsers: Parsers) -> None:
@@ -181,8 +261,9 @@ def test_a_history_that_never_was_is_not_trained(config: Config, parsers: Parser
 
 def test_a_client_that_leaves_is_not_trained_on(config: Config, parsers: Parsers) -> None:
     async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        engine.open.clear()
         for stream in (False, True):
-            engine.seconds = 30.0
+            session.record.events.clear()
             body = {"messages": [USER], "stream": stream}
             asking = asyncio.ensure_future(post(PATHS["chat"], body))
             while len(engine.requests) < 1 + stream:
@@ -190,7 +271,7 @@ def test_a_client_that_leaves_is_not_trained_on(config: Config, parsers: Parsers
             asking.cancel()
             while not session.record.events:
                 await asyncio.sleep(0.005)
-        engine.seconds = 0.0
+        engine.open.set()
         assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200
         assert [event.kind for event in session.record.events] == ["disconnected"]
 

@@ -135,7 +135,7 @@ def test_streams_choices_stop_words_and_lengths(talk: Any) -> None:
         assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == ("so ", "stop")
         assert engine.requests[-1]["sampling_params"]["temperature"] == 1.0
         events = [(event.kind, event.message) for event in session.record.events]
-        assert events == [("not followed", "temperature=0.3: the run's own sampling holds")]
+        assert events == [("not followed", "temperature=0.3: no effect, the run's own sampling holds")]
         assert [model.id async for model in client.models.list()] == [session.model]
         assert (await client.models.retrieve(session.model)).id == session.model
 
@@ -185,6 +185,23 @@ def test_responses(talk: Any) -> None:
     talk(use, [CALL, "the answer is 12"])
 
 
+async def run_tools(anthropic: Any, client: Any, session: Session, engine: ScriptedEngine) -> None:
+    """Its own tool loop, which sends only what is new: the gateway holds the conversation."""
+
+    async def add(a: int) -> str:
+        """Adds one."""
+        return str(a + 1)
+
+    engine.says, before = [CALL, "the answer is 12"], len(session.turns)
+    runner = client.beta.messages.tool_runner(
+        model=session.model, max_tokens=100, tools=[anthropic.beta_async_tool(add)], system="be brief",
+        messages=[{"role": "user", "content": "add 1"}],
+    )  # fmt: skip
+    assert [message.stop_reason async for message in runner] == ["tool_use", "end_turn"]
+    first, second = session.turns[before:]
+    assert (second.parent, second.origin) == (first.turn, "append")
+
+
 def test_anthropics_messages(config: Config, parsers: Parsers) -> None:
     anthropic = pytest.importorskip("anthropic")
     tool = {"name": "add", "description": "adds", "input_schema": ADD["function"]["parameters"]}
@@ -231,6 +248,7 @@ def test_anthropics_messages(config: Config, parsers: Parsers) -> None:
                 final = await stream.get_final_message()
             assert final.content[1].input == {"a": 1} and final.content[0].thinking == "hm, then"
             assert [model.id async for model in client.models.list()] == [session.model]
+            await run_tools(anthropic, client, session, engine)
             return session.samples()
 
     first, *_ = asyncio.run(main())

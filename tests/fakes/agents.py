@@ -113,10 +113,11 @@ class ScriptedEngine(FakeEngine):
         self.tokenizer = make_tokenizer()
         self.says: list[str] = []
         self.version = "3"
-        self.seconds = 0.0
+        self.open = asyncio.Event()  # answers wait while it is not set
+        self.open.set()
 
     async def before_answer(self, body: dict[str, Any]) -> None:
-        await asyncio.sleep(self.seconds)
+        await self.open.wait()
 
     def answer(self, body: dict[str, Any], *, aborted: bool) -> dict[str, Any]:
         text = self.says.pop(0) if self.says else "done"

@@ -6,12 +6,34 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rltrain.agents.gateway.exchange import Answer, ApiError, Ask, arguments_of, bad, count, take, text_of
+from rltrain.agents.gateway.exchange import (
+    THREAD_NOT_FOUND,
+    Answer,
+    ApiError,
+    Ask,
+    arguments_of,
+    bad,
+    count,
+    left_over,
+    refuse,
+    take,
+    text_of,
+)
 from rltrain.sample import Message
 
 API = "messages"
 PING = b'event: ping\ndata: {"type": "ping"}\n\n'
-_SAMPLING = ("temperature", "top_p", "top_k")
+_ACTS = (
+    "messages", "model", "system", "max_tokens", "stop_sequences", "stream", "tools", "tool_choice", "thinking",
+    "output_config", "thread",
+)  # fmt: skip
+# Of Anthropic's own service.
+_HARMLESS = (
+    "metadata", "service_tier", "cache_control", "inference_geo", "diagnostics", "user_profile_id", "workspace_id",
+    "betas", "billing_policy", "fallbacks", "fallback_credit_token",
+)  # fmt: skip
+_NOTED = ("temperature", "top_p", "top_k", "speed", "context_management", "output_format")
+_REFUSED = {"mcp_servers": ": give tools", "container": ""}
 _STOPPED = {
     "stop": "end_turn",
     "length": "max_tokens",
@@ -51,11 +73,22 @@ def _read(body: Mapping[str, Any], max_tokens: int | None) -> Ask:
     words = take(body, "stop_sequences", list, [])
     if not all(isinstance(word, str) and word for word in words):
         raise bad("stop_sequences is not a list of texts", "stop_sequences")
-    choice = take(body, "tool_choice", dict, {}).get("type")
-    asked = {name: body[name] for name in _SAMPLING if body.get(name) is not None}
+    refuse(body, _REFUSED)
+    asked = left_over(body, (*_ACTS, *_HARMLESS), _NOTED)
+    thread, previous = _read_thread(body)
+    tool_choice, how = take(body, "tool_choice", dict, {}), take(body, "thinking", dict, {})
+    choice, thinking = tool_choice.get("type"), how.get("type")
+    if choice not in (None, "auto", "none", "any", "tool"):
+        raise bad(f"tool_choice.type is {choice!r:.80}; expected auto, any, tool or none", "tool_choice")
     if choice in ("any", "tool"):
         asked["tool_choice"] = choice
-    thinking = take(body, "thinking", dict, {}).get("type")
+    asked |= _of("tool_choice", tool_choice, ("type", "name"), ("disable_parallel_tool_use",))
+    asked |= _of("thinking", how, ("type", "display"), ("budget_tokens",))
+    output = take(body, "output_config", dict, {})
+    asked |= _of("output_config", output, ("effort",), ("format", "task_budget"))
+    kwargs: dict[str, Any] = {"enable_thinking": thinking != "disabled"} if thinking else {}
+    if effort := take(output, "effort", str):
+        kwargs["reasoning_effort"] = effort
     return Ask(
         api=API,
         messages=read,
@@ -63,9 +96,32 @@ def _read(body: Mapping[str, Any], max_tokens: int | None) -> Ask:
         max_tokens=max_tokens,
         stop=tuple(words),
         stream=take(body, "stream", bool, False),
-        template_kwargs={"enable_thinking": thinking != "disabled"} if thinking else {},
+        template_kwargs=kwargs,
         not_followed=asked,
+        previous=previous,
+        kept=thread,
+        thread=thread,
     )
+
+
+def _of(
+    name: str, given: Mapping[str, Any], known: tuple[str, ...], noted: tuple[str, ...]
+) -> dict[str, Any]:
+    return {f"{name}.{each}": value for each, value in left_over(given, known, noted).items()}
+
+
+def _read_thread(body: Mapping[str, Any]) -> tuple[bool, str | None]:
+    """Whether the conversation is held under the response's id, and the id of the one that it goes on with."""
+    thread = take(body, "thread", dict)
+    if thread is None:
+        return False, None
+    if thread.get("type") == "create":
+        return True, None
+    previous = take(thread, "previous_message_id", str)
+    if thread.get("type") != "continue" or not previous:
+        raise bad("thread is neither a create nor a continue with its previous_message_id", "thread")
+    refuse(body, dict.fromkeys(("system", "tools"), ": a thread keeps those that it was created with"))
+    return True, previous
 
 
 def write(answers: Sequence[Answer], model: str, ask: Ask, name: str) -> dict[str, Any]:
@@ -114,14 +170,17 @@ def _events(answer: Answer, model: str, name: str) -> Iterator[dict[str, Any]]:
 def error_body(error: ApiError) -> dict[str, Any]:
     """An error as Anthropic's clients read it."""
     kind = _ERRORS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+    details = {"details": {"error_code": error.code}} if error.code == THREAD_NOT_FOUND else {}
+    return {"type": "error", "error": {"type": kind, "message": str(error), **details}}
 
 
 def _read_message(message: Any, where: str) -> list[Message]:
     """A message as chat templates take it: results of tools become messages of their own, before the text."""
-    if not isinstance(message, dict) or message.get("role") not in ("user", "assistant"):
-        raise bad(f"{where} is not a message of user or assistant", where)
+    if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "system"):
+        raise bad(f"{where} is not a message of user, assistant or system", where)
     content, role = message.get("content"), message["role"]
+    if role == "system":
+        return [{"role": role, "content": text_of(content, f"{where}.content")}]
     if isinstance(content, str):
         return [{"role": role, "content": content}]
     if not isinstance(content, list):

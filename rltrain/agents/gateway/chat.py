@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from rltrain.agents.gateway.exchange import Answer, ApiError, Ask, arguments_of, bad, count, take, text_of
+from rltrain.agents.gateway.exchange import (
+    Answer,
+    ApiError,
+    Ask,
+    arguments_of,
+    bad,
+    count,
+    left_over,
+    refuse,
+    take,
+    text_of,
+)
 from rltrain.sample import Message
 
 API = "chat"
-# What is said of sampling: the run's own settings hold, because the log-probs that are trained on are theirs.
+# What acts here; what is of sampling, where the run's own holds, as its log-probs are trained on; and what is for the
+# service of those whose protocol it is: names of callers, storage, caches.
+_ACTS = (
+    "messages", "model", "stop", "n", "max_tokens", "max_completion_tokens", "stream", "stream_options", "tools",
+    "logprobs", "reasoning_effort", "chat_template_kwargs",
+)  # fmt: skip
 SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
-    "logit_bias", "seed", "logprobs", "top_logprobs",
+    "logit_bias", "seed", "min_tokens", "ignore_eos", "stop_token_ids", "verbosity", "moderation", "thinking",
+    "enable_thinking",
 )  # fmt: skip
+HARMLESS = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "prompt_cache_options", "prediction", "modalities",
+)  # fmt: skip
+_REFUSED = {
+    "functions": ": give tools",
+    "function_call": ": give tools",
+    "audio": "",
+    "web_search_options": "",
+    "top_logprobs": ": the log-probs of the sampled tokens are there with logprobs",
+}
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _FINISH = {"stop_word": "stop"}
 
@@ -28,6 +56,9 @@ def read(body: Mapping[str, Any]) -> Ask:
     messages = take(body, "messages", list)
     if not messages:
         raise bad("messages is missing or empty", "messages")
+    refuse(body, _REFUSED)
+    if [kind for kind in take(body, "modalities", list, []) if kind != "text"]:
+        raise bad("modalities: the model writes text only", "modalities")
     stop = body.get("stop")
     words = [stop] if isinstance(stop, str) else take(body, "stop", list, [])
     if not all(isinstance(word, str) and word for word in words):
@@ -43,7 +74,8 @@ def read(body: Mapping[str, Any]) -> Ask:
         stop=tuple(words),
         stream=take(body, "stream", bool, False),
         template_kwargs=template_kwargs(body, body.get("reasoning_effort")),
-        not_followed=not_followed(body, choice, body.get("response_format")),
+        not_followed=not_followed(body, (*_ACTS, *_REFUSED), choice, body.get("response_format")),
+        log_probs=take(body, "logprobs", bool, False),
     )
 
 
@@ -54,6 +86,7 @@ def read_message(message: Any, where: str) -> Message:
     role = message.get("role")
     if role not in _ROLES:
         raise bad(f"{where}.role is {role!r:.80}; expected one of {', '.join(_ROLES)}", f"{where}.role")
+    refuse(message, {"function_call": ": give tool_calls", "audio": ""})
     content = text_of(message.get("content"), f"{where}.content", ("text", "refusal"))
     read: Message = {"role": {"developer": "system", "function": "tool"}.get(role, role), "content": content}
     if role == "assistant":
@@ -87,9 +120,18 @@ def template_kwargs(body: Mapping[str, Any], effort: Any) -> dict[str, Any]:
     return kwargs
 
 
-def not_followed(body: Mapping[str, Any], choice: Any, form: Any) -> dict[str, Any]:
-    """What the request asks of sampling."""
-    asked = {name: body[name] for name in SAMPLING if body.get(name) not in (None, False, {})}
+def not_followed(body: Mapping[str, Any], known: Collection[str], choice: Any, form: Any) -> dict[str, Any]:
+    """What the request asks of sampling, where the run's own settings hold.
+
+    Raises:
+        ApiError: it has a field that nobody here knows, or a `tool_choice` that is none.
+    """
+    known = (*known, *HARMLESS, "tool_choice", "response_format", "parallel_tool_calls")
+    asked = left_over(body, known, SAMPLING)
+    if body.get("parallel_tool_calls") is False:
+        asked["parallel_tool_calls"] = False
+    if not (choice in (None, "auto", "none", "required") or isinstance(choice, dict)):
+        raise bad(f"tool_choice is {choice!r:.80}; expected none, auto, required or a tool", "tool_choice")
     if choice not in (None, "auto", "none"):
         asked["tool_choice"] = choice
     if isinstance(form, dict) and form.get("type") != "text":
@@ -100,7 +142,12 @@ def not_followed(body: Mapping[str, Any], choice: Any, form: Any) -> dict[str, A
 def write(answers: Sequence[Answer], model: str, ask: Ask, name: str) -> dict[str, Any]:
     """The response; `name` is its id."""
     choices = [
-        {"index": i, "message": _message(answer), "finish_reason": _finish(answer), "logprobs": None}
+        {
+            "index": i,
+            "message": _message(answer),
+            "finish_reason": _finish(answer),
+            "logprobs": _log_probs(answer, ask),
+        }
         for i, answer in enumerate(answers)
     ]
     return {**_head("chat.completion", name, model), "choices": choices, "usage": usage(answers)}
@@ -112,8 +159,10 @@ def events(
     """The same in parts, as pairs of an event's name (none here) and its data."""
     head = _head("chat.completion.chunk", name, model)
 
-    def part(i: int, delta: dict[str, Any], finish: str | None = None) -> tuple[None, dict[str, Any]]:
-        choice = {"index": i, "delta": delta, "finish_reason": finish, "logprobs": None}
+    def part(
+        i: int, delta: dict[str, Any], finish: str | None = None, log_probs: Any = None
+    ) -> tuple[None, dict[str, Any]]:
+        choice = {"index": i, "delta": delta, "finish_reason": finish, "logprobs": log_probs}
         return None, {**head, "choices": [choice]}
 
     for i, answer in enumerate(answers):
@@ -127,7 +176,7 @@ def events(
             yield part(i, {"tool_calls": [{"index": k, **opened}]})
             arguments = {"arguments": call["function"]["arguments"]}
             yield part(i, {"tool_calls": [{"index": k, "function": arguments}]})
-        yield part(i, {}, _finish(answer))
+        yield part(i, {}, _finish(answer), _log_probs(answer, ask))
     if isinstance(options, dict) and options.get("include_usage"):
         yield None, {**head, "choices": [], "usage": usage(answers)}
 
@@ -184,6 +233,17 @@ def _message(answer: Answer) -> dict[str, Any]:
     if calls:
         message["tool_calls"] = calls
     return message
+
+
+def _log_probs(answer: Answer, ask: Ask) -> dict[str, Any] | None:
+    """Of all tokens of the response, in the order in which they were sampled: reasoning and calls are among them."""
+    if not ask.log_probs:
+        return None
+    entries = [
+        {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []}
+        for text, value in answer.log_probs
+    ]
+    return {"content": entries, "refusal": None}
 
 
 def _calls(answer: Answer) -> list[dict[str, Any]]:

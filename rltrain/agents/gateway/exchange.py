@@ -7,11 +7,13 @@ parsed arguments, `tool_call_id`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rltrain.sample import Message
+
+THREAD_NOT_FOUND = "thread_not_found"  # a code at which Anthropic's client sends the whole conversation again
 
 Finish = Literal["stop", "length", "tool_calls", "stop_word"]
 
@@ -25,7 +27,10 @@ class Ask:
         max_tokens: of a response; None: as many as the run allows.
         stop: stop words beside the run's.
         template_kwargs: for the chat template, beside the run's.
-        not_followed: what the request says of sampling, where the run's own settings hold.
+        not_followed: fields of the request that change nothing, and that whoever reads the run should know of.
+        log_probs: whether the agent wants those of the tokens.
+        kept: whether a later request may go on with the response by its id.
+        thread: Anthropic's, in which the tools of the first request are those of all.
         previous: id of the response whose conversation goes on with `messages`.
         lead: how many of the messages are instructions for this response only.
     """
@@ -41,6 +46,9 @@ class Ask:
     not_followed: dict[str, Any] = field(default_factory=dict)
     previous: str | None = None
     lead: int = 0
+    log_probs: bool = False
+    kept: bool = False
+    thread: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Answer:
     cached_tokens: int = 0
     sampled_tokens: int = 0
     reasoning_tokens: int = 0
+    log_probs: tuple[tuple[str, float], ...] = ()  # text and log-prob of each token, if wanted
 
 
 def as_message(content: str, reasoning: str, calls: Sequence[ToolCall]) -> Message:
@@ -147,6 +156,42 @@ def count(body: Mapping[str, Any], name: str, default: int | None = None) -> int
     if value is not None and value < 1:
         raise bad(f"{name} is {value}; it must be at least 1", name)
     return value
+
+
+def refuse(body: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Refuse fields that would change what a response is.
+
+    Args:
+        body: the request.
+        names: each of these fields, and what to do without it.
+
+    Raises:
+        ApiError: one of them is there, and not empty.
+    """
+    for name, instead in names.items():
+        if body.get(name):
+            raise bad(f"{name} can't be used here{instead}", name)
+
+
+def left_over(body: Mapping[str, Any], known: Collection[str], noted: Collection[str] = ()) -> dict[str, Any]:
+    """Fields that change nothing here, and say something: those that are only noted.
+
+    Args:
+        body: the request, or a part of it.
+        known: fields that are read elsewhere, or that are without meaning here.
+        noted: fields that are accepted without effect.
+
+    Raises:
+        ApiError: there is another field: nobody here knows what the response would have to be.
+    """
+    found = {}
+    for name, value in body.items():
+        if name in known or value is None or value is False or value in ("", [], {}):
+            continue
+        if name not in noted:
+            raise bad(f"{name} can't be used here: nothing acts on it", name)
+        found[name] = value
+    return found
 
 
 def text_of(content: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> str:

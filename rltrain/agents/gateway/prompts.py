@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +153,14 @@ class Templates:
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text
+
+    def without_effect(self, kwargs: Mapping[str, Any]) -> list[str]:
+        """Those of the names that the template does not have; of the two ways to end thinking, one is enough."""
+        unknown = [name for name in kwargs if name not in str(self.tokenizer.chat_template)]
+        ways = {"reasoning_effort", "enable_thinking"}
+        if kwargs.get("reasoning_effort") == "none" and not ways <= set(unknown):
+            return [name for name in unknown if name not in ways]
+        return unknown
 
     def unwritten(self, closing: str, ids: Sequence[int]) -> str:
         """What the template writes after an answer and the model, which wrote `ids`, has not."""

@@ -7,12 +7,34 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rltrain.agents.gateway import chat
-from rltrain.agents.gateway.exchange import Answer, Ask, arguments_of, bad, count, take, text_of
+from rltrain.agents.gateway.exchange import (
+    Answer,
+    Ask,
+    arguments_of,
+    bad,
+    count,
+    left_over,
+    refuse,
+    take,
+    text_of,
+)
 from rltrain.sample import Message
 
 API = "responses"
 _TEXT = ("text", "input_text", "output_text", "refusal")
-_NO_USE = ("background", "prompt", "conversation")
+_ACTS = (
+    "input", "model", "instructions", "tools", "max_output_tokens", "stream", "stream_options", "reasoning",
+    "previous_response_id", "chat_template_kwargs",
+)  # fmt: skip
+# The reasoning is in the response as it is, so nobody needs its summary, or it encrypted.
+_HARMLESS = ("include", "max_tool_calls")
+_NOTED = ("truncation", "context_management")
+_REFUSED = {
+    "background": "",
+    "prompt": ": give its text",
+    "conversation": ": give previous_response_id",
+    "top_logprobs": "",
+}
 
 
 def read(body: Mapping[str, Any]) -> Ask:
@@ -21,9 +43,12 @@ def read(body: Mapping[str, Any]) -> Ask:
     Raises:
         ApiError: something in it is wrong.
     """
-    for name in _NO_USE:
-        if body.get(name):
-            raise bad(f"{name} can't be used here", name)
+    refuse(body, _REFUSED)
+    if [each for each in take(body, "include", list, []) if each != "reasoning.encrypted_content"]:
+        raise bad(
+            "include: only reasoning.encrypted_content is of use, and the reasoning is there anyway",
+            "include",
+        )
     given = body.get("input")
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
@@ -31,7 +56,11 @@ def read(body: Mapping[str, Any]) -> Ask:
         raise bad("input is missing or empty", "input")
     instructions = take(body, "instructions", str)
     lead: list[Message] = [{"role": "system", "content": instructions}] if instructions else []
-    choice, form = body.get("tool_choice"), take(body, "text", dict, {}).get("format")
+    choice, text = body.get("tool_choice"), take(body, "text", dict, {})
+    known = (*_ACTS, *_HARMLESS, *_REFUSED, *_NOTED, "text")
+    noted = chat.not_followed(body, known, choice, text.get("format"))
+    noted |= {name: body[name] for name in _NOTED if body.get(name) not in (None, "disabled", [])}
+    noted |= {f"text.{name}": value for name, value in left_over(text, ["format"], ["verbosity"]).items()}
     return Ask(
         api=API,
         messages=lead + _read_items(given),
@@ -39,9 +68,10 @@ def read(body: Mapping[str, Any]) -> Ask:
         max_tokens=count(body, "max_output_tokens"),
         stream=take(body, "stream", bool, False),
         template_kwargs=chat.template_kwargs(body, take(body, "reasoning", dict, {}).get("effort")),
-        not_followed=chat.not_followed(body, choice, form),
+        not_followed=noted,
         previous=take(body, "previous_response_id", str),
         lead=len(lead),
+        kept=True,
     )
 
 

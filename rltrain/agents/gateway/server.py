@@ -267,8 +267,8 @@ async def _stream(
 
 
 def _keep(session: Session, protocol: Protocol, ask: Ask, answers: Sequence[Answer], name: str) -> None:
-    if protocol is _RESPONSES:
-        session.keep(f"resp_{name}", ask, answers[0])
+    if ask.kept:
+        session.keep(f"{'resp' if protocol is _RESPONSES else 'msg'}_{name}", ask, answers[0])
 
 
 async def _count_tokens(request: web.Request) -> web.Response:

@@ -7,7 +7,15 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rltrain.agents.gateway.exchange import Answer, ApiError, Ask, Finish, ToolCall, as_message
+from rltrain.agents.gateway.exchange import (
+    THREAD_NOT_FOUND,
+    Answer,
+    ApiError,
+    Ask,
+    Finish,
+    ToolCall,
+    as_message,
+)
 from rltrain.agents.gateway.parsers import Parsed, Parsers
 from rltrain.agents.gateway.prompts import Conversations, Prompt, Templates
 from rltrain.agents.gateway.record import Origin, SessionRecord, TurnRecord
@@ -69,7 +77,7 @@ class Session:
         self.trajectory = Trajectory()
         self._shared, self._sample, self._params, self._limits = shared, sample, params, limits
         self._conversations = Conversations(shared.templates)
-        self._responses: dict[str, list[Message]] = {}
+        self._responses: dict[str, Ask] = {}
         self._clock = timing.current_clock()
         self._slots = asyncio.Semaphore(_MOST_IN_FLIGHT)
         self._begun = self._spent = 0
@@ -108,8 +116,8 @@ class Session:
         Raises:
             ApiError: the request can't be right, a limit is reached, or the engines do not answer.
         """
-        self._check(ask)
         ask = self._continued(ask)
+        self._check(ask)
         self._begun += ask.n
         prompt = self._conversations.prompt(ask, self.trajectory.tokens)
         ids = prompt.ids if prompt.ids is not None else await self._encode(prompt.rendered)
@@ -119,7 +127,10 @@ class Session:
                 "rewritten", "the chat template, or the client, renders earlier turns differently"
             )
         for name, value in ask.not_followed.items():
-            self.record.note("not followed", f"{name}={value!r}: the run's own sampling holds")
+            self.record.note("not followed", f"{name}={value!r}: no effect, the run's own sampling holds")
+        for name in self._shared.templates.without_effect(ask.template_kwargs):
+            said = ask.template_kwargs[name]
+            self.record.note("not followed", f"{name}={said!r}: the model's chat template does not know it")
         same = sum(turn.prompt_length == len(ids) for turn in self.trajectory.turns.values())
         tasks = [asyncio.ensure_future(self._answer(ask, prompt, ids, room, same + k)) for k in range(ask.n)]
         try:
@@ -147,7 +158,8 @@ class Session:
     def keep(self, response: str, ask: Ask, answer: Answer) -> None:
         """Later requests may go on with this response by its id."""
         message = as_message(answer.content, answer.reasoning, answer.tool_calls)
-        self._responses[response] = [*self._continued(ask).messages[ask.lead :], message]
+        held = self._continued(ask)
+        self._responses[response] = replace(held, messages=[*held.messages[ask.lead :], message])
 
     def _continued(self, ask: Ask) -> Ask:
         if ask.previous is None:
@@ -155,13 +167,18 @@ class Session:
         earlier = self._responses.get(ask.previous)
         if earlier is None:
             raise ApiError(
-                404, f"this session has no response {ask.previous!r:.80}", param="previous_response_id"
+                404,
+                f"this session has no response {ask.previous!r:.80}",
+                code=THREAD_NOT_FOUND if ask.thread else None,
+                param="previous_response_id",
             )
-        messages = [*ask.messages[: ask.lead], *earlier, *ask.messages[ask.lead :]]
-        return replace(ask, messages=messages, previous=None)
+        messages = [*ask.messages[: ask.lead], *earlier.messages, *ask.messages[ask.lead :]]
+        tools = earlier.tools if ask.thread else ask.tools
+        return replace(ask, messages=messages, tools=tools, previous=None)
 
     def count(self, ask: Ask) -> int:
         """Tokens of the prompt that a request would have."""
+        ask = self._continued(ask)
         prompt = self._conversations.prompt(ask, self.trajectory.tokens)
         return len(prompt.ids if prompt.ids is not None else self._shared.templates.encode(prompt.rendered))
 
@@ -228,6 +245,9 @@ class Session:
         turn = self.trajectory.add(ids, sampled)
         shown = self._shown(sampled, prompt, ask, stop)
         message, answer = shown.message(), shown.answer(turn)
+        if ask.log_probs:
+            texts = (self._shared.templates.decode([token]) for token in sampled.tokens)
+            answer = replace(answer, log_probs=tuple(zip(texts, sampled.log_probs, strict=True)))
         self._conversations.hold(ask, prompt, turn.number, message)
         self._remember(ask, prompt, turn, answer, began)
         return answer
