@@ -112,6 +112,13 @@ def _check_environment(config: Config) -> None:
         raise UserError("--environment has its own reward: leave --rm-type out.")
     if config.data.prompt_data is None:
         raise UserError("--environment needs --prompt-data FILE, the file that its tasks are written to.")
+    evaluation = config.evaluation
+    if config.agents.eval_environment_args is not None and not (
+        evaluation.eval_prompt_data or evaluation.eval_config
+    ):
+        raise UserError(
+            "--eval-environment-args needs --eval-prompt-data NAME FILE, the file that these tasks are written to."
+        )
 
 
 def _check_required(config: Config) -> None:

@@ -19,6 +19,8 @@ from rltrain.agents.rollout import run_command
 from rltrain.arguments.config import Config
 from rltrain.inputs import check_agents
 from rltrain.rewards.rules import asks_for_reward
+from rltrain.rollout.base_types import RolloutFnEvalOutput
+from rltrain.rollout.eval import eval_rollout
 from rltrain.run.errors import UserError
 from rltrain.sample import Sample
 
@@ -88,6 +90,70 @@ def test_tasks_of_reasoning_gym_are_prompts_played_and_scored(directory: Path) -
 
 
 @pytest.mark.slow
+def test_evaluation_sets_are_written_and_played_too(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "sets.toml").write_text(f"""
+[[eval.datasets]]
+name = "sums"
+path = "{tmp_path}/sums.jsonl"
+environment = "reasoning_gym/basic_arithmetic"
+environment_args = {{size = 1, seed = 5}}
+""")
+    config = configured(
+        directory, *LEGS, "--environment-args", '{"size": 4}', "--prompt-data", str(tmp_path / "legs.jsonl"),
+        "--eval-prompt-data", "held", str(tmp_path / "held.jsonl"), "part", str(tmp_path / "held.jsonl@[1:2]"),
+        "--eval-environment-args", '{"size": 2, "seed": 1}', "--eval-interval", "1", "--agent-sandbox", "none",
+        "--eval-config", str(tmp_path / "sets.toml"),
+    )  # fmt: skip
+    prepare(config)
+    import reasoning_gym
+
+    held = list(reasoning_gym.create_dataset("leg_counting", seed=1, size=2))
+    rows = [json.loads(line) for line in (tmp_path / "held.jsonl").read_text().splitlines()]
+    assert [row["input"] for row in rows] == [entry["question"] for entry in held]
+
+    async def main() -> RolloutFnEvalOutput:
+        async with running_gateway(config) as (gateway, _):
+            server.set_gateway(gateway)
+            try:
+                return await eval_rollout(config, 0)
+            finally:
+                server.set_gateway(None)
+
+    data = asyncio.run(main()).data
+    assert {name: len(each["rewards"]) for name, each in data.items()} == {"held": 2, "part": 1, "sums": 1}
+    for each in data.values():
+        assert all(sample.metadata["agent"]["failure"] == "" for sample in each["samples"])
+        assert all(sample.response == "done<|im_end|>" for sample in each["samples"])
+    assert data["part"]["samples"][0].prompt == held[1]["question"]
+
+
+def test_evaluation_sets_that_can_t_be_right_are_refused(directory: Path, tmp_path: Path) -> None:
+    ours = (*LEGS, "--environment-args", '{"size": 3, "max_animals": 4}')
+    own = ("--eval-prompt-data", "own", str(tmp_path / "own.jsonl"))
+    tasks(configured(directory, *ours))
+    with pytest.raises(UserError, match=r"set own: its tasks would be those .* --eval-environment-args"):
+        prepare(configured(directory, *ours, *own))
+    prepare(configured(directory, *ours, "--eval-prompt-data", "own", f"{directory}/tasks.jsonl@[0:1]"))
+    (tmp_path / "own.jsonl").write_text('{"input": "x", "label": "y"}\n')
+    with pytest.raises(UserError, match=r"set own: .*own.jsonl was not written for --environment"):
+        prepare(configured(directory, *ours, *own, "--eval-environment-args", '{"seed": 1}'))
+    for text, message in (
+        ('rm_type = "math"', "leave rm_type out"),
+        ('environment_args = "x"', "it is a table"),
+        ('custom_generate_function_path = "a.b"\nenvironment = "reasoning_gym/x"', "function of its own"),
+    ):
+        (tmp_path / "sets.toml").write_text(f'[[eval.datasets]]\nname = "a"\npath = "a.jsonl"\n{text}\n')
+        with pytest.raises(UserError, match=message):
+            configured(directory, *ours, "--eval-config", str(tmp_path / "sets.toml"))
+    # A set that is not the environment's has its own way to be generated and graded.
+    text = 'custom_generate_function_path = "rltrain.rollout.generate.single_turn.generate"\nrm_type = "math"'
+    (tmp_path / "sets.toml").write_text(f'[[eval.datasets]]\nname = "a"\npath = "a.jsonl"\n{text}\n')
+    config = configured(directory, *ours, "--eval-config", str(tmp_path / "sets.toml"))
+    (plain,) = config.evaluation.eval_datasets
+    assert "environment" not in plain and asks_for_reward(config.of_eval_set(plain))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -133,6 +199,8 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
         ((*LEGS, "--agent-command", "python x.py"), "leave --agent-command out"),
         ((*LEGS, "--agent-answer", "x"), "leave --agent-answer out"),
         (("--environment-args", '{"size": 3}'), "--environment-args needs --environment"),
+        (("--eval-environment-args", "{}"), "--eval-environment-args needs --environment"),
+        ((*LEGS, "--eval-environment-args", "{}"), "--eval-environment-args needs --eval-prompt-data"),
     ],
 )
 def test_flags_that_contradict_it_are_refused(directory: Path, flags: tuple[str, ...], message: str) -> None:

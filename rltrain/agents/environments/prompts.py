@@ -21,24 +21,41 @@ _SECONDS = 3600  # a data set may have to be downloaded
 
 
 def prepare(config: Config) -> None:
-    """Write --prompt-data if it isn't there.
+    """Write --prompt-data, and the files of the evaluation sets that an environment plays, where they aren't there.
 
     Raises:
-        UserError: the environment can't be loaded in --agent-python, has no tasks, or the file is of another one.
+        UserError: an environment can't be loaded in --agent-python, has no tasks, or a file is of another one.
     """
     agents, data = config.agents, config.data
     assert agents.environment and data.prompt_data
-    path, _ = split_slice(data.prompt_data)
-    asked = {"name": agents.environment, "args": agents.environment_args}
+    python = agents.agent_python or sys.executable
+    trained = {"name": agents.environment, "args": agents.environment_args}
+    _prepare(python, trained, data.prompt_data, (data.input_key, data.metadata_key), "--prompt-data")
+    for each in config.evaluation.eval_datasets:
+        if "environment" not in each:
+            continue
+        where = f"evaluation set {each['name']}:"
+        asked = {"name": each["environment"], "args": each["environment_args"]}
+        if asked == trained and not split_slice(each["path"])[0].exists():
+            raise UserError(
+                f"{where} its tasks would be those of the training. Give it others with --eval-environment-args, as"
+                f" another seed; or name the file of --prompt-data, with a part of it as {data.prompt_data}@[0:100]."
+            )
+        _prepare(python, asked, each["path"], (each["input_key"], each["metadata_key"]), where)
+
+
+def _prepare(python: str, asked: dict[str, Any], file: str, keys: tuple[str, str], where: str) -> None:
+    path, _ = split_slice(file)
+    input_key, metadata_key = keys
     if path.exists():
-        _check(path, asked, data.metadata_key)
+        _check(path, asked, metadata_key, where)
         return
     lines = []
-    for index, prompt in _tasks(agents.agent_python or sys.executable, asked):
+    for index, prompt in _tasks(python, asked):
         metadata = {"environment": {**asked, "index": index}}
-        lines.append(json.dumps({data.input_key: prompt, data.metadata_key: metadata}) + "\n")
+        lines.append(json.dumps({input_key: prompt, metadata_key: metadata}) + "\n")
     if not lines:
-        raise UserError(f"--environment {agents.environment} has no tasks.")
+        raise UserError(f"--environment {asked['name']} has no tasks.")
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, "".join(lines))
 
@@ -58,7 +75,7 @@ def _tasks(python: str, asked: dict[str, Any]) -> list[tuple[int, str]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 
 
-def _check(path: Path, asked: dict[str, Any], key: str) -> None:
+def _check(path: Path, asked: dict[str, Any], key: str, where: str) -> None:
     """The file must be of this environment: a rollout plays what its line says."""
     with path.open() as file:
         line = file.readline()
@@ -69,7 +86,8 @@ def _check(path: Path, asked: dict[str, Any], key: str) -> None:
         same = False
     if not same:
         raise UserError(
-            f"--prompt-data {path} was not written for --environment {asked['name']} with these --environment-args."
+            f"{where} {path} was not written for --environment {asked['name']} with the arguments"
+            f" {json.dumps(asked['args'])}."
             " Name a file that does not exist: it is written then."
         )
 

@@ -39,6 +39,9 @@ class Agents:
         metavar="NAME",
     )
     environment_args: dict[str, Any] = flag("its arguments", {}, metavar="JSON")
+    eval_environment_args: dict[str, Any] | None = flag(
+        "its arguments for the tasks of evaluation sets (default: --environment-args)", metavar="JSON"
+    )
     agent_python: str | None = flag(
         "the agent's own Python, which comes first in its PATH (default: the run's)", metavar="FILE"
     )
@@ -104,7 +107,7 @@ def resolve_agents(agents: Agents, functions: Functions) -> tuple[Agents, Functi
         raise UserError(f"{' and '.join(asked)}: each fills the samples. Give one of them.")
     runs_agents = bool(agents.agent_command or functions.agent_function_path)
     for name, option in given.items():
-        if name == "environment_args" and not agents.environment:
+        if name in ("environment_args", "eval_environment_args") and not agents.environment:
             raise UserError(f"{option} needs --environment.")
         if name in _OF_COMMANDS and not agents.agent_command:
             raise UserError(f"{option} says how a program is run: add --agent-command, or leave it out.")

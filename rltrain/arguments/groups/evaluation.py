@@ -72,7 +72,10 @@ SETTINGS = {
     "apply_chat_template": "apply_chat_template",
     "stop": "rollout_stop",
     "stop_token_ids": "rollout_stop_token_ids",
+    "environment": "environment",
+    "environment_args": "eval_environment_args",
 }
+_OF_ENVIRONMENT = ("environment", "environment_args")
 # Settings of a set that no flag has.
 OWN_SETTINGS = ("min_eval_samples", "metadata_overrides")
 
@@ -153,6 +156,7 @@ def settings_of_set(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> di
     }
     changes["tool_key"] = settings.get("tool_key", usual["tool_key"])
     changes["reward_key"] = settings.get("reward_key")
+    changes["environment"] = settings.get("environment")
     if "max_prompt_len" in settings:
         changes["rollout_max_prompt_len"] = settings["max_prompt_len"]
     if "max_context_len" in settings:  # the engines' own limit, if it is known by now, holds as well
@@ -168,7 +172,40 @@ def _complete(each: dict[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: each.get(name, usual[attribute]) for name, attribute in SETTINGS.items()}
     known = {"name": each["name"], "path": absolute(each["path"])}
     values |= {name: each.get(name) for name in OWN_SETTINGS}
+    values |= _environment(each, usual)
     return known | {name: value for name, value in values.items() if value is not None}
+
+
+def _environment(each: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Which environment plays a set, and with what arguments: none, if the set has a generation function of its own.
+
+    Raises:
+        UserError: the set names one in a run that has none, or says something of its reward.
+    """
+    where, given = f"evaluation set {each['name']!r}", [name for name in _OF_ENVIRONMENT if each.get(name)]
+    usual_function = usual["custom_generate_function_path"]
+    plain = each.get("custom_generate_function_path", usual_function) != usual_function
+    if given and (plain or not usual["environment"]):
+        why = (
+            "a generation function of its own" if plain else "no --environment: it is of the run that has one"
+        )
+        raise UserError(f"{where} has {' and '.join(given)}, and {why}.")
+    if plain or not usual["environment"]:
+        return dict.fromkeys(_OF_ENVIRONMENT)
+    if own := [name for name in ("rm_type", "custom_rm_path") if each.get(name)]:
+        raise UserError(
+            f"{where}: its environment has its own reward, so leave {own[0]} out; or give the set a"
+            " custom_generate_function_path."
+        )
+    args = (
+        usual["environment_args"]
+        if usual["eval_environment_args"] is None
+        else usual["eval_environment_args"]
+    )
+    args = each.get("environment_args", args)
+    if not isinstance(args, dict):
+        raise UserError(f"{where}: environment_args is {args!r}; it is a table of names and values.")
+    return {"environment": each.get("environment") or usual["environment"], "environment_args": args}
 
 
 def _read(path: str) -> list[dict[str, Any]]:
