@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--faults", type=int, default=8, help="a storm (%(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="that each run trains (%(default)s)")
+    parser.add_argument(
+        "--nodes", type=int, choices=(3, 4), help="of each run (4; of storms with an odd seed 3)"
+    )
     parser.add_argument("--minutes", type=float, help="begin no storm after this time")
     parser.add_argument("--no-shrink", action="store_true", help="do not look for fewer faults")
     parser.add_argument("--repeat", nargs="+", metavar="FAULT", help="one storm of these faults")
@@ -101,7 +104,7 @@ def weather(cluster: Sandbox, runs: Path, args: argparse.Namespace) -> int:
         if args.minutes and time.monotonic() - begun > args.minutes * 60:
             break
         faults = parse(args.repeat) if args.repeat else draw(seed, args.faults, args.steps)
-        outcome = _storm(cluster, runs, f"storm-{seed}", args).run(faults)
+        outcome = _storm(cluster, runs, f"storm-{seed}", seed, args).run(faults)
         outcomes.append(outcome)
         _report(seed, outcome)
         if outcome.problems:
@@ -111,10 +114,13 @@ def weather(cluster: Sandbox, runs: Path, args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _storm(cluster: Sandbox, runs: Path, name: str, args: argparse.Namespace) -> Storm:
-    return Storm(
-        cluster, runs, name, args.steps, timeout=3600.0 if args.real else 600.0, real=_files(runs, args)
-    )
+def _storm(cluster: Sandbox, runs: Path, name: str, seed: int, args: argparse.Namespace) -> Storm:
+    timeout = 3600.0 if args.real else 600.0
+    return Storm(cluster, runs, name, args.steps, timeout, _nodes(seed, args), _files(runs, args))
+
+
+def _nodes(seed: int, args: argparse.Namespace) -> int:
+    return args.nodes or (3 if seed % 2 and not args.repeat else 4)
 
 
 def _find_fewer(cluster: Sandbox, runs: Path, seed: int, outcome: Outcome, args: argparse.Namespace) -> None:
@@ -122,11 +128,17 @@ def _find_fewer(cluster: Sandbox, runs: Path, seed: int, outcome: Outcome, args:
 
     def fails(faults: tuple[Fault, ...]) -> bool:
         name = f"storm-{seed}-shrunk-{next(tried)}"
-        return bool(_storm(cluster, runs, name, args).run(faults).problems)
+        return bool(_storm(cluster, runs, name, seed, args).run(faults).problems)
 
     faults = outcome.faults if args.no_shrink or args.repeat else shrink(outcome.faults, fails)
     words = shlex.join(
-        [*(["--real"] if args.real else []), f"--steps={args.steps}", "--repeat", *map(str, faults)]
+        [
+            *(["--real"] if args.real else []),
+            f"--steps={args.steps}",
+            f"--nodes={_nodes(seed, args)}",
+            "--repeat",
+            *map(str, faults),
+        ]
     )
     print(f"  again: python -m hpc.chaos {words}", flush=True)
 

@@ -82,8 +82,12 @@ class Weather:
     def _requeue(self, fault: Fault, job: str) -> None:
         self._slurm("scontrol", "requeue", job)
 
-    def _requeue_part(self, fault: Fault, job: str) -> None:
-        self._slurm("scontrol", "requeue", f"{job}+1")
+    def _requeue_part(self, fault: Fault, job: str) -> Undo:
+        node = self._slurm("squeue", "-h", "-j", job, "-o", "%B").split()[:1]
+        if node not in [[name] for name in self._cluster.spec.node_names]:
+            raise NobodyError("the job runs nowhere")
+        self._cluster.power_off(node[0])
+        return lambda: self._cluster.power_on(node[0])
 
     def _warn(self, fault: Fault, job: str) -> None:
         self._slurm("scancel", "--batch", "--signal=USR2", job)
@@ -165,9 +169,9 @@ class Weather:
             raise NobodyError(f"no {fault.target}")
         return found
 
-    def _slurm(self, *command: str) -> None:
+    def _slurm(self, *command: str) -> str:
         try:
-            self._cluster.run(*command)
+            return self._cluster.run(*command)
         except subprocess.CalledProcessError as error:
             raise NobodyError(error.stderr.strip()) from None
 

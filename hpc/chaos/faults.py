@@ -46,7 +46,10 @@ KINDS = {
     "end-step": Kind("SIGKILL for the srun of a role's step", ROLES),
     "lose-step": Kind("SIGKILL for the slurmstepd of a role's step", ROLES),
     "requeue": Kind("scontrol requeue", weight=4),
-    "requeue-part": Kind("scontrol requeue of the second component of a heterogeneous job"),
+    "requeue-part": Kind(
+        "the power of the batch node is cut: of a job whose first part has no other, Slurm requeues only that part",
+        seconds=(0.5, 3.0),
+    ),
     "warn": Kind("SIGUSR2 for the batch process, as when the time limit is near", weight=4),
     "terminate": Kind("SIGTERM for the steps, as in a preemption with grace time", needs_a_hand=True),
     "suspend": Kind("scontrol suspend, and resume later", seconds=(0.5, 3.0)),

@@ -33,7 +33,7 @@ from rltrain.run.metric_lines import newest_rows
 
 ROLES = "hpc.chaos.roles"
 FLAGS = (
-    *("--partition=gpu", "--nodes=4", "--num-gpus-per-node=1", "--time=1:00:00", "--max-failures=3"),
+    *("--partition=gpu", "--num-gpus-per-node=1", "--time=1:00:00", "--max-failures=3"),
     *("--rollout-batch-size=1", "--n-samples-per-prompt=2", "--global-batch-size=2", "--save-interval=5"),
 )
 NOWHERE = ("--hf-checkpoint=/nowhere", "--prompt-data=/nowhere")
@@ -73,6 +73,7 @@ class Storm:
         name: of the run.
         steps: that it trains.
         timeout: seconds after which it counts as stuck.
+        nodes: of the job: 4, two of which train, or 3, of which one does.
         real: a directory of the demo's files: the run has real engines and a real trainer of its tiny model.
         flags: further ones.
     """
@@ -84,11 +85,15 @@ class Storm:
         name: str,
         steps: int = 60,
         timeout: float = 600.0,
+        nodes: int = 4,
         real: Path | None = None,
         flags: Sequence[str] = WITHOUT_WANDB,
     ) -> None:
         self._cluster, self._steps, self._timeout = cluster, steps, timeout
-        self._real, self._flags = real, (*flags, *(NOWHERE if real is None else flags_of_demo(real)))
+        self._real, self._flags = (
+            real,
+            (f"--nodes={nodes}", *flags, *(NOWHERE if real is None else flags_of_demo(real))),
+        )
         self._layout = RunLayout(runs_dir.resolve() / name)
         self._client = SlurmClient(cluster.env)
         self._weather = Weather(cluster, self._layout)

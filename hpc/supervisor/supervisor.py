@@ -160,7 +160,7 @@ def _report(
 
     `ballast` is a file that makes room for that on a disk that is full by then.
     """
-    begun = time.time()
+    begun = time.monotonic()  # the clock may jump
     report: dict[str, Any] = {"attempt": attempt}
     with suppress(OSError):
         ballast.write_bytes(os.urandom(_BALLAST_BYTES))
@@ -177,7 +177,7 @@ def _report(
         _finish(events, status, "failed", f"{error}" or type(error).__name__, exit_code=1, **more)
         raise
     ballast.unlink(missing_ok=True)
-    report["seconds"] = time.time() - begun
+    report["seconds"] = time.monotonic() - begun
     _finish(events, status, report["state"], report["reason"], exit_code=0)
 
 
