@@ -112,11 +112,14 @@ def _order(file: LogFile) -> tuple[int, str, int]:
 
 
 def last_lines(path: Path, count: int, max_bytes: int = 64 * 1024) -> list[str]:
-    """The last lines of a text file, looking at no more than `max_bytes` of it."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(max(0, size - max_bytes))
-        return file.read().decode(errors="replace").splitlines()[-count:]
+    """The last lines of a text file, looking at no more than `max_bytes` of it; none if there is no such file."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - max_bytes))
+            return file.read().decode(errors="replace").splitlines()[-count:]
+    except FileNotFoundError:
+        return []
 
 
 def disk_is_full(lines: Sequence[str]) -> bool:

@@ -78,7 +78,15 @@ def _cause(dead: list[RunningRole]) -> Cause:
 
 def _first_to_last(dead: list[RunningRole]) -> list[RunningRole]:
     """When one rank dies the others soon lose their connection: the log that fell silent first is the cause."""
-    return sorted(dead, key=lambda role: role.handle.failed_log().stat().st_mtime)
+    return sorted(dead, key=lambda role: _last_word(role.handle.failed_log()))
+
+
+def _last_word(log: Path) -> float:
+    """When a log was written to last; one that could not even be made was silent first."""
+    try:
+        return log.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def describe_deaths(dead: list[RunningRole]) -> str:

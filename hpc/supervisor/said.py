@@ -23,6 +23,8 @@ class Said:
     def __init__(self, log: Path) -> None:
         self.fd: int | None = os.memfd_create(log.name)
         self._log, self._text, self._copied = log, b"", 0
+        with suppress(OSError):
+            log.touch()  # whoever looks for it finds that nothing was said
 
     def read(self, has_ended: bool) -> str:
         """All of it so far.

@@ -7,12 +7,14 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from hpc.planning.job_plan import RoleProcess
 from hpc.slurm.client import SlurmClient
 from hpc.slurm.states import JobState
 from hpc.supervisor.causes import Cause, TaskExit, end_of_process, end_of_step, parse_exits
@@ -30,9 +32,10 @@ from hpc.supervisor.restart import (
     step_seconds,
     why_not_begin,
 )
+from hpc.supervisor.roles import RunningRole, failure
 from hpc.supervisor.said import Said, allow_many_files
 from hpc.supervisor.slurm_supervisor import SlurmSupervisor, choose_address
-from hpc.supervisor.srun import Allocation, failed_nodes, srun_env
+from hpc.supervisor.srun import Allocation, _StepHandle, failed_nodes, srun_env
 from hpc.supervisor.task import task_env
 from rltrain.run.errors import UserError
 from rltrain.run.finished import Finish, write_finish
@@ -235,6 +238,19 @@ def test_what_srun_says_is_known_though_its_log_can_not_be_written(tmp_path: Pat
     text = said.read(has_ended=True)
     assert [each.code for each in parse_exits(text)] == [-9, 3]
     assert log.read_text() == text == said.read(has_ended=True) and said.fd is None
+
+
+def test_a_step_that_said_nothing_and_whose_log_could_not_be_made_has_died_all_the_same(
+    tmp_path: Path,
+) -> None:
+    Said(tmp_path / "srun.log")
+    assert (tmp_path / "srun.log").read_text() == ""
+    said = Said(tmp_path / "nowhere" / "srun.log")
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    handle = _StepHandle(process, tmp_path / "nowhere" / "srun.log", said, [tmp_path / "no" / "engine-0.log"])
+    role = RunningRole(RoleProcess("engine", 0, ("engine",)), handle)
+    assert "engine-0 exited with code 0. Its log" in str(failure([role])) and said.fd is None
 
 
 def test_a_supervisor_has_many_files_open_and_its_roles_the_limit_of_before() -> None:
