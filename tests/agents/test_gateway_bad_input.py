@@ -13,7 +13,10 @@ from fakes.agents import ScriptedEngine, agent_config, log_prob, make_agent_mode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rltrain.agents.gateway import chat, server
+from rltrain.agents.gateway.exchange import Ask
 from rltrain.agents.gateway.parsers import Parsers
+from rltrain.agents.gateway.prompts import Conversations
 from rltrain.agents.gateway.server import Gateway
 from rltrain.agents.gateway.session import Session
 from rltrain.arguments.config import Config
@@ -72,6 +75,7 @@ def serve(
 BAD: list[tuple[str, Any, int, str]] = [
     ("chat", b"{not json", 400, "not JSON"),
     ("chat", b"[1]", 400, "not a JSON object"),
+    ("chat", b"\xff\x00\x9d{}", 400, "not JSON"),
     ("chat", b"[" * 100_000, 400, "not JSON"),
     ("chat", {"messages": [USER], "model": "gpt-5"}, 404, "no model 'gpt-5'"),
     ("chat", {}, 400, "messages is missing"),
@@ -276,6 +280,58 @@ def test_a_client_that_leaves_is_not_trained_on(config: Config, parsers: Parsers
         assert [event.kind for event in session.record.events] == ["disconnected"]
 
     assert len(serve(config, parsers, use)) == 1
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_stream(
+    config: Config, parsers: Parsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_PATIENCE", 0.02)
+
+    async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        engine.open.clear()
+        body = {"model": session.model, "messages": [USER], "stream": True}
+        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {session.api_key}"}) as client:
+            response = await client.post(f"{session.base_url}/chat/completions", json=body)
+            assert (response.status, await response.content.readline()) == (200, b": ping\n")
+            response.close()
+            while not session.record.events:
+                await asyncio.sleep(0.005)
+        engine.open.set()
+        assert [event.kind for event in session.record.events] == ["disconnected"] and not session.turns
+        assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200
+
+    assert len(serve(config, parsers, use)) == 1
+
+
+def test_a_hundred_conversations_of_one_agent_at_once(
+    config: Config, parsers: Parsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is answered and trained, and none holds up the event loop for more than its own part."""
+    rounds, seen = 0, []
+    prompt = Conversations.prompt
+
+    def noted(self: Conversations, ask: Ask, tokens: Any) -> Any:
+        seen.append(rounds)
+        return prompt(self, ask, tokens)
+
+    async def count_rounds() -> None:
+        nonlocal rounds
+        while True:
+            await asyncio.sleep(0)
+            rounds += 1
+
+    async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        bodies = [{"messages": [{"role": "user", "content": f"number {i}"}]} for i in range(100)]
+        answers = await asyncio.gather(*(post(PATHS["chat"], body) for body in bodies))
+        assert [status for status, _ in answers] == [200] * 100
+        monkeypatch.setattr(Conversations, "prompt", noted)
+        counting = asyncio.create_task(count_rounds())
+        await asyncio.gather(*(session.ask(chat.read(body)) for body in bodies[:20]))
+        counting.cancel()
+        assert len(set(seen)) == 20, seen
+
+    samples = serve(config, parsers, use)
+    assert len(samples) == 120 and all(sample.loss_mask == [1] * 5 for sample in samples)
 
 
 def test_a_rollout_that_is_stopped_starts_over(config: Config, parsers: Parsers) -> None:

@@ -24,6 +24,7 @@ from rltrain.agents.gateway.exchange import Answer, ApiError, Ask
 from rltrain.agents.gateway.parsers import Parsers
 from rltrain.agents.gateway.prompts import Templates
 from rltrain.agents.gateway.session import Limits, Model, Session
+from rltrain.agents.gateway.turnstile import Turnstile
 from rltrain.arguments.config import Config
 from rltrain.data.tokenizer import load_tokenizer
 from rltrain.rollout.generate.single_turn import SamplingParams
@@ -126,7 +127,7 @@ class Gateway:
         if self._parsers is None:
             self._parsers = await asyncio.to_thread(Parsers, self._tokenizer, self._config.engines.sglang)
         name = self._config.model.hf_checkpoint.rstrip("/").rsplit("/", 1)[-1]
-        self._model = Model(self._config, name, self._templates, self._parsers)
+        self._model = Model(self._config, name, self._templates, self._parsers, Turnstile())
         app = web.Application(middlewares=[self._guard], client_max_size=_MOST_BYTES)
         app.add_routes(self._routes())
         # Who leaves is not worked for any more.

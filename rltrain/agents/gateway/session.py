@@ -19,6 +19,7 @@ from rltrain.agents.gateway.exchange import (
 from rltrain.agents.gateway.parsers import Parsed, Parsers
 from rltrain.agents.gateway.prompts import Conversations, Prompt, Templates
 from rltrain.agents.gateway.record import Origin, SessionRecord, TurnRecord
+from rltrain.agents.gateway.turnstile import Turnstile
 from rltrain.agents.trajectory import Sampled, Trajectory, Turn, to_samples
 from rltrain.arguments.config import Config
 from rltrain.rollout.generate import timing
@@ -49,6 +50,7 @@ class Model:
     name: str
     templates: Templates
     parsers: Parsers
+    turnstile: Turnstile
 
 
 class Session:
@@ -116,11 +118,14 @@ class Session:
         Raises:
             ApiError: the request can't be right, a limit is reached, or the engines do not answer.
         """
-        ask = self._continued(ask)
-        self._check(ask)
-        self._begun += ask.n
-        prompt = self._conversations.prompt(ask, self.trajectory.tokens)
-        ids = prompt.ids if prompt.ids is not None else await self._encode(prompt.rendered)
+        async with self._shared.turnstile:
+            ask = self._continued(ask)
+            self._check(ask)
+            self._begun += ask.n
+            prompt = self._conversations.prompt(ask, self.trajectory.tokens)
+            ids = self._encoded(prompt)
+        if ids is None:
+            ids = await asyncio.to_thread(self._shared.templates.encode, prompt.rendered)
         room = self._room(len(ids), ask.max_tokens)
         if prompt.rewritten and prompt.held is not None:
             self.record.note(
@@ -200,13 +205,14 @@ class Session:
         self.record.note("limit", message)
         return ApiError(403, message, code="session_limit")
 
-    async def _encode(self, text: str) -> list[int]:
-        context = self._context
+    def _encoded(self, prompt: Prompt) -> list[int] | None:
+        """Its ids; None if they are still to be made, and that takes long."""
+        if prompt.ids is not None:
+            return prompt.ids
+        context, text = self._context, prompt.rendered
         if len(text) > _CHARACTERS * context:
             raise _too_long(f"of {len(text)} characters", context)
-        if len(text) > _LONG:
-            return await asyncio.to_thread(self._shared.templates.encode, text)
-        return self._shared.templates.encode(text)
+        return self._shared.templates.encode(text) if len(text) <= _LONG else None
 
     @property
     def _context(self) -> int:
@@ -233,6 +239,13 @@ class Session:
             params["sampling_seed"] = (params["sampling_seed"] + copy) & 0x7FFFFFFF
         began = self.record.now()
         response = await self._generate(ids, params)
+        async with self._shared.turnstile:
+            return self._hold(ask, prompt, ids, response, stop, began)
+
+    def _hold(
+        self, ask: Ask, prompt: Prompt, ids: list[int], response: Sample, stop: list[str], began: float
+    ) -> Answer:
+        """The response becomes a turn, and what the agent is told of it."""
         sampled = Sampled(
             response.tokens[len(ids) :],
             response.rollout_log_probs or [],
