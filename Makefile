@@ -28,7 +28,7 @@ help: ## list the targets
 
 setup: $(READY) ## make .venv with everything a CPU machine needs (about a minute, 2 GB)
 
-$(READY): requirements/cpu.txt requirements/cpu-no-deps.txt requirements/constraints.txt pyproject.toml
+$(READY): requirements/cpu.txt requirements/cpu-no-deps.txt requirements/clients.txt requirements/constraints.txt pyproject.toml
 	@echo "[1/4] virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[2/4] PyTorch"
@@ -36,6 +36,8 @@ $(READY): requirements/cpu.txt requirements/cpu-no-deps.txt requirements/constra
 	@echo "[3/4] Megatron-core, SGLang and the rest"
 	@$(PIP) install -c requirements/constraints.txt -r requirements/cpu.txt
 	@$(PIP) install --no-deps -r requirements/cpu-no-deps.txt
+	@$(BIN)/python -m venv --without-pip $(VENV)/clients
+	@$(PIP) --python $(VENV)/clients install -r requirements/clients.txt
 	@echo "[4/4] slurmlime itself"
 	@$(PIP) install -c requirements/constraints.txt -e .
 	@touch $@
