@@ -100,7 +100,7 @@ environment_args = {{size = 1, seed = 5}}
 """)
     config = configured(
         directory, *LEGS, "--environment-args", '{"size": 4}', "--prompt-data", str(tmp_path / "legs.jsonl"),
-        "--eval-prompt-data", "held", str(tmp_path / "held.jsonl"), "part", str(tmp_path / "held.jsonl@[1:2]"),
+        "--eval-prompt-data", "held", str(tmp_path / "held.jsonl@[1:2]"),
         "--eval-environment-args", '{"size": 2, "seed": 1}', "--eval-interval", "1", "--agent-sandbox", "none",
         "--eval-config", str(tmp_path / "sets.toml"),
     )  # fmt: skip
@@ -120,11 +120,11 @@ environment_args = {{size = 1, seed = 5}}
                 server.set_gateway(None)
 
     data = asyncio.run(main()).data
-    assert {name: len(each["rewards"]) for name, each in data.items()} == {"held": 2, "part": 1, "sums": 1}
+    assert {name: len(each["rewards"]) for name, each in data.items()} == {"held": 1, "sums": 1}
     for each in data.values():
         assert all(sample.metadata["agent"]["failure"] == "" for sample in each["samples"])
         assert all(sample.response == "done<|im_end|>" for sample in each["samples"])
-    assert data["part"]["samples"][0].prompt == held[1]["question"]
+    assert data["held"]["samples"][0].prompt == held[1]["question"]
 
 
 def test_evaluation_sets_that_can_t_be_right_are_refused(directory: Path, tmp_path: Path) -> None:
