@@ -127,6 +127,7 @@ environment_args = {{size = 1, seed = 5}}
     assert data["held"]["samples"][0].prompt == held[1]["question"]
 
 
+@pytest.mark.slow
 def test_evaluation_sets_that_can_t_be_right_are_refused(directory: Path, tmp_path: Path) -> None:
     ours = (*LEGS, "--environment-args", '{"size": 3, "max_animals": 4}')
     own = ("--eval-prompt-data", "own", str(tmp_path / "own.jsonl"))
