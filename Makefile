@@ -21,6 +21,9 @@ CURRENT_TESTS  = $(shell sed 's/\#.*//' tests/current.txt)
 OTHER_MEGATRON = $(abspath $(CURRENT))/megatron-core-$(VERSION)
 MEGATRON_TESTS := tests/model tests/checkpoint tests/training tests/arguments/test_arguments_megatron.py
 
+# Where PYTHONDONTWRITEBYTECODE is set, each of the tests' many processes would compile all that it imports.
+COMPILE := -m compileall -q hpc rltrain analysis
+
 .PHONY: help setup slurm demo test test-all test-fast test-current test-current-fast test-megatron test-gpu chaos lint lock format bench clean
 
 help: ## list the targets
@@ -50,18 +53,21 @@ slurm: ## install Debian's Slurm packages, which the sandbox and its tests need 
 
 test test-all: $(READY)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then requirements/install-debian.sh; fi
+	@$(BIN)/python $(COMPILE)
 	@$(BIN)/python -m pytest $(PARALLEL) $(if $(filter test,$@),-m "not learning and not resolving",-m "not resolving")
 
 test: ## every test but whole runs that learn for minutes, on the real parts
 test-all: ## those too
 
 test-fast: $(READY) ## only the tests that start no engine, no trainer and no job
+	@$(BIN)/python $(COMPILE)
 	@$(BIN)/python -m pytest -n 2 -m "not slow and not slurm"
 
 test-gpu: ## what to run first on a GPU node, in the environment of docs/gpu.md that is activated; skips without a GPU
 	@python3 -m pytest -m gpu -rs -s tests/gpu
 
 test-current-fast: $(CURRENT_READY) ## test-fast in .venv-current
+	@$(CURRENT)/bin/python $(COMPILE)
 	@$(CURRENT)/bin/python -m pytest -n 2 -m "not slow and not slurm"
 
 test-current: test-current-fast ## the tests and the demo in .venv-current, as on a GPU node (5 minutes and 11 GB to make)

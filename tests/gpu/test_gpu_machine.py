@@ -32,6 +32,7 @@ print("rank on", here, name)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", EVERYWHERE)
 def test_a_rank_under_slurm_computes_on_its_gpu(where: str, tmp_path: Path) -> None:
     """Of two ranks that see the same GPUs, and of one that Slurm has bound to the last GPU alone."""

@@ -2,7 +2,8 @@
 
 Files that need the same slow thing (an engine, a Slurm cluster) run one after the other in one process, and the longest
 begin first. Half of the tests wait, for Slurm or for a supervisor, so there may be more processes than cores. A file
-that is not named here is a group of its own, and comes last.
+that is not named here is a group of its own, and comes after those, the ones without a slow test last: so that at the
+end no process has minutes to go while the others have nothing to do.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class ByGroup(LoadScopeScheduling):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every group together, the longest first."""
-    items.sort(key=lambda item: _ORDER.get(item.path.stem, len(GROUPS)))
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("slurm")}
+    items.sort(key=lambda item: _ORDER.get(item.path.stem, len(GROUPS) + (item.path not in slow)))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -14,6 +14,7 @@ import pytest
 from helpers.run_files import make_run
 
 from hpc.doctor import doctor
+from hpc.doctor.__main__ import main
 from hpc.doctor.check import Check
 from hpc.doctor.machine import check_address, check_open_files, check_ports, check_threads
 from hpc.doctor.partition import check_interruptions, check_partition, gpu_memory_gib, partition_memory
@@ -351,15 +352,21 @@ def test_command_line_with_nothing(tmp_path: Path) -> None:
 
 
 def test_command_line_with_a_run_that_is_fine(
-    tmp_path: Path, tiny_tokenizer: Path, prompt_file: Path
+    tmp_path: Path,
+    tiny_tokenizer: Path,
+    prompt_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path)
     flags = (
         f"--hf-checkpoint={tiny_tokenizer} --random-init --prompt-data={prompt_file} --label-key=label --rm-type=exact"
         " --num-rollout=2 --rollout-batch-size=4 --n-samples-per-prompt=2 --save-interval=1 --json"
     )
-    done = run_doctor(tmp_path, *flags.split())
-    checks = {check["name"]: check for check in json.loads(done.stdout)}
-    assert done.returncode == 0, done.stdout
+    code = main(flags.split())
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    assert code == 0, checks
     assert checks["flags"]["message"] == "4 prompts × 2 samples = 1 optimizer step(s) of 8"
     assert checks["input files"]["level"] == "ok"
     assert "trainer rank: weights" in checks["memory"]["message"]
@@ -369,9 +376,9 @@ def test_command_line_with_a_run_that_is_fine(
     other = tmp_path / "other"
     shutil.copytree(tiny_tokenizer, other)
     (other / "config.json").write_text(json.dumps(config | {"initializer_range": "wide"}))
-    done = run_doctor(tmp_path, *flags.replace(str(tiny_tokenizer), str(other)).split())
-    checks = {check["name"]: check for check in json.loads(done.stdout)}
-    assert done.returncode == 1 and checks["model"]["level"] == "fail"
+    code = main(flags.replace(str(tiny_tokenizer), str(other)).split())
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    assert code == 1 and checks["model"]["level"] == "fail"
     assert re.search(r"transformers 5\S+ can't use .*config\.json", checks["model"]["message"])
 
 
