@@ -59,7 +59,9 @@ class ByGroup(LoadScopeScheduling):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every group together, the longest first."""
-    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("slurm")}
+    slow = {
+        item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("slurm")
+    }
     items.sort(key=lambda item: _ORDER.get(item.path.stem, len(GROUPS) + (item.path not in slow)))
 
 
