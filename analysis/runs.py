@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +25,9 @@ class Runs(Sequence[Run]):
 
     def __init__(self, members: Sequence[Run]) -> None:
         self._members = list(members)
-        names = [run.name for run in members]
+        names = Counter(run.name for run in members)
         # Runs of the same name in several directories are told apart by their paths.
-        self._names = [str(run.path) if names.count(run.name) > 1 else run.name for run in members]
+        self._names = [str(run.path) if names[run.name] > 1 else run.name for run in members]
 
     def __len__(self) -> int:
         return len(self._members)

@@ -85,14 +85,16 @@ def main() -> None:
         wandb_file(Path(name) / "wandb", args.wandb_rows)
 
 
-def write_run(root: Path, steps: int, response: int) -> RunLayout:
-    """A run whose steps all hold the same 100 samples, written as a run writes them."""
-    demo, size = demo_data.demo_runs()[1], Size(groups=GROUPS, group_size=GROUP_SIZE)
+def write_run(root: Path, steps: int, response: int, groups: int = GROUPS) -> RunLayout:
+    """A run whose steps all hold the same samples but for their numbers, written as a run writes them."""
+    demo, size = demo_data.demo_runs()[1], Size(groups=groups, group_size=GROUP_SIZE)
     source = RunLayout(write_demo_run(root.with_name(f"{root.name}-source"), demo, size))
     layout, base = RunLayout(root), with_responses(read_table(source.step_dir(5, 0)), response)
 
     def write_step(step: int) -> None:
         own = base.set_column(0, "step", pa.array([step] * len(base), pa.int32()))
+        numbers = pa.array(range(step * len(base), (step + 1) * len(base)), pa.int64())
+        own = own.set_column(own.column_names.index("index"), "index", numbers)
         layout.step_dir(step, 0).mkdir(parents=True)
         pq.write_table(own, layout.step_dir(step, 0) / "part-0.parquet", compression="zstd")
 

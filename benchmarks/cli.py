@@ -69,16 +69,9 @@ def start_up(directory: Path) -> None:
 
 
 def status(directory: Path, count: int) -> None:
-    runs, bin_dir, log = directory / "runs", directory / "bin", directory / "calls"
+    runs, log = directory / "runs", directory / "calls"
     make_runs(runs, count)
-    bin_dir.mkdir()
-    squeue = directory / "squeue.txt"
-    squeue.write_text("".join(squeue_line(1000 + i) for i in range(count)))
-    for program in ("squeue", "scontrol"):
-        path = bin_dir / program
-        path.write_text(FAKE_SLURM.format(log=log, squeue=squeue))
-        path.chmod(0o755)
-    env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}"}
+    env = fake_slurm(directory, count, log)
     command = [sys.executable, "-m", "hpc.status", "--json", "--runs-dir", str(runs)]
     found = json.loads(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
     assert len(found) == count and {run["state"] for run in found} == {"PENDING"}
@@ -89,17 +82,39 @@ def status(directory: Path, count: int) -> None:
           f" calls of Slurm's commands: {', '.join(calls)}")  # fmt: skip
 
 
+def fake_slurm(directory: Path, count: int, log: Path) -> dict[str, str]:
+    """An environment with a Slurm in which the jobs of so many runs wait; it writes its calls to `log`."""
+    bin_dir, squeue = directory / "bin", directory / "squeue.txt"
+    bin_dir.mkdir(parents=True)
+    squeue.write_text("".join(squeue_line(1000 + i) for i in range(count)))
+    for program in ("squeue", "scontrol"):
+        path = bin_dir / program
+        path.write_text(FAKE_SLURM.format(log=log, squeue=squeue))
+        path.chmod(0o755)
+    return {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}"}
+
+
 def make_runs(runs: Path, count: int) -> None:
+    """Runs of one attempt and 100 steps that have ended, and wait as a job again."""
+    rows = [
+        {"step": step, "attempt": 0, "rollout/reward": 0.5, **{f"m{j}": 0.1 for j in range(25)}}
+        for step in range(100)
+    ]
+    kinds = ["attempt_started", *["role_started", "role_ready"] * 4, *["weights_updated"] * 8]
+    kinds += ["checkpoint_saved", "stop_requested", "attempt_finished"]
+    events = [
+        {"time": 1.7e9 + second, "attempt": 0, "kind": kind, "host": "node", "state": "stopped"}
+        for second, kind in enumerate(kinds)
+    ]
+    metrics, happened = ("".join(json.dumps(row) + "\n" for row in each) for each in (rows, events))
     for i in range(count):
         root = runs / f"run-{i:03d}"
         (root / "logs" / "attempt_0").mkdir(parents=True)
         train = "".join(f"flag_{j} = {j}\n" for j in range(120))
         (root / "config.toml").write_text(f"[flags]\nlr = 1\n[train]\n{train}num_rollout = 200\n")
         (root / "status.json").write_text('{"phase": "training", "step": 99}')
-        rows = (
-            {"step": step, "rollout/reward": 0.5, **{f"m{j}": 0.1 for j in range(25)}} for step in range(100)
-        )
-        (root / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (root / "metrics.jsonl").write_text(metrics)
+        (root / "events.jsonl").write_text(happened)
         entry = {
             "job_id": str(1000 + i),
             "components": [],

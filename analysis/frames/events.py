@@ -33,6 +33,7 @@ ATTEMPT_COLUMNS = {
     "gpus": "Int64",
     "gpu_hours": "Float64",
 }
+_FIELDS = ("time", "attempt", "kind", "role", "host", "gpus", "job_id", "state", "exit_code", "reason")
 _STATES = {"finished": "COMPLETED", "failed": "FAILED", "stopped": "REQUEUED"}
 
 
@@ -57,40 +58,62 @@ def attempts_from_events(events: pd.DataFrame, config: Mapping[str, Any]) -> pd.
 
     `gpus` is 0 for an attempt that says it had none, else the number that the configuration asks for.
     """
-    gpus = gpu_count(config)
-    numbers = sorted(events.loc[events["kind"] == "attempt_started", "attempt"].dropna().unique())
-    rows = [_row(events, int(number), gpus) for number in numbers]
-    return pd.DataFrame(rows, columns=list(ATTEMPT_COLUMNS)).astype(ATTEMPT_COLUMNS)
+    gpus, lines = gpu_count(config), _lines(events)
+    started = {
+        line["attempt"] for line in lines if line.get("kind") == "attempt_started" and "attempt" in line
+    }
+    rows = [_row(lines, int(number), gpus) for number in sorted(started)]
+    return pd.DataFrame(
+        {
+            name: pd.Series([row.get(name) for row in rows], dtype=kind)
+            for name, kind in ATTEMPT_COLUMNS.items()
+        }
+    )
 
 
-def _row(events: pd.DataFrame, number: int, gpus: int) -> dict[str, Any]:
-    own = events[events["attempt"] == number]
-    started = own.loc[own["kind"] == "attempt_started", "time"].iloc[0]
-    before = events[(events["kind"] == "run_submitted") & (events["time"] <= started)]
-    own = own[own["time"] >= started]
-    recorded = _last(own[own["kind"] == "attempt_started"], "gpus")
+def _lines(events: pd.DataFrame) -> list[dict[str, Any]]:
+    """What is known of each event, of what attempts are made of: filtering a frame again and again costs far more than
+    going through a list, and there may be a thousand runs."""
+    columns = [events[name].tolist() if name in events else [None] * len(events) for name in _FIELDS]
+    return [
+        {name: value for name, value in zip(_FIELDS, values, strict=True) if _is_known(value)}
+        for values in zip(*columns, strict=True)
+    ]
+
+
+def _is_known(value: Any) -> bool:
+    return not (
+        value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value)
+    )
+
+
+def _row(lines: list[dict[str, Any]], number: int, gpus: int) -> dict[str, Any]:
+    own = [line for line in lines if line.get("attempt") == number]
+    started = next(line["time"] for line in own if line.get("kind") == "attempt_started")
+    before = [line for line in lines if line.get("kind") == "run_submitted" and line["time"] <= started]
+    own = [line for line in own if line["time"] >= started]
+    recorded = _last(own, "attempt_started", "gpus")
     gpus = gpus if recorded is None else int(recorded)
-    finished = own[own["kind"] == "attempt_finished"]
-    ended = finished["time"].iloc[-1] if len(finished) else None
+    ended = _last(own, "attempt_finished", "time")
     # An event after the end belongs to the next submission.
-    seen = own["time"].max() if ended is None else ended
+    seen = max(line["time"] for line in own) if ended is None else ended
     elapsed = (seen - started).total_seconds()
-    submitted = before["time"].iloc[-1] if len(before) else None
+    submitted = _last(before, "run_submitted", "time")
     reason = _reason(own)
-    state = _STATES.get(str(_last(finished, "state")), "RUNNING")
+    state = _STATES.get(str(_last(own, "attempt_finished", "state")), "RUNNING")
     if state == "REQUEUED" and reason and "preempt" in reason.lower():
         state = "PREEMPTED"
     if state == "REQUEUED" and reason and "SIGINT" in reason:  # a person's Ctrl-C: nothing brings it back
         state = "CANCELLED"
-    hosts = sorted({str(host) for host in own.get("host", pd.Series(dtype=object)).dropna()})
+    hosts = sorted({str(line["host"]) for line in own if "host" in line})
     return {
-        "job_id": _last(before, "job_id"),
+        "job_id": _last(before, "run_submitted", "job_id"),
         "component": 0,
         "role": "all",
         "attempt": number,
         "state": state,
         "reason": reason,
-        "exit_code": _last(finished, "exit_code"),
+        "exit_code": _last(own, "attempt_finished", "exit_code"),
         "submitted": submitted,
         "started": started,
         "ended": ended,
@@ -103,16 +126,13 @@ def _row(events: pd.DataFrame, number: int, gpus: int) -> dict[str, Any]:
     }
 
 
-def _reason(own: pd.DataFrame) -> str | None:
-    died = own[own["kind"] == "role_died"]
-    if len(died):
-        return f"{_last(died, 'role')} died"
-    stop = _last(own[own["kind"] == "stop_requested"], "reason")
+def _reason(own: list[dict[str, Any]]) -> str | None:
+    if any(line.get("kind") == "role_died" for line in own):
+        return f"{_last(own, 'role_died', 'role')} died"
+    stop = _last(own, "stop_requested", "reason")
     return None if stop is None else str(stop)
 
 
-def _last(frame: pd.DataFrame, column: str) -> Any:
-    if column not in frame:
-        return None
-    values = frame[column].dropna()
-    return values.iloc[-1] if len(values) else None
+def _last(lines: list[dict[str, Any]], kind: str, field: str) -> Any:
+    """The field of the last event of a kind that has it; None if none has."""
+    return next((line[field] for line in reversed(lines) if line.get("kind") == kind and field in line), None)

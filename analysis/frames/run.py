@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -200,15 +200,21 @@ class RunFrames:
             raise NotInRunError(f"step {key['step']} of {self.path} has no sample with index {key['index']}")
         return rows.iloc[0]
 
-    def read_set(self, dataset: str, steps: int | Iterable[int], columns: Columns = "all") -> pd.DataFrame:
-        """Rows of some steps of a set: `train`, or the name of an evaluation set.
+    def read_set(
+        self,
+        dataset: str,
+        steps: int | Iterable[int],
+        columns: Columns = "all",
+        indices: Collection[int] | None = None,
+    ) -> pd.DataFrame:
+        """Rows of some steps of a set: `train`, or the name of an evaluation set; with `indices` only those samples.
 
         Raises:
             NotInRunError: an unknown column, or a step without samples.
         """
         if dataset == "train" or self.layout is None:
-            return self.read_samples(columns, steps=steps)
-        return read_evaluations(self.layout, columns, steps, [dataset], strict=self._strict)
+            return read_training(self.layout, columns, steps, indices, strict=self._strict)
+        return read_evaluations(self.layout, columns, steps, [dataset], indices, strict=self._strict)
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:

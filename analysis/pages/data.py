@@ -94,7 +94,8 @@ def parts(chosen: pd.DataFrame) -> list[pd.DataFrame]:
 def read_part(run: RunFrames, part: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """The rows of a part with further columns; what can't be read is missing in its row."""
     steps = part["step"].unique().tolist()
-    rows = run.read_set(str(part["dataset"].iloc[0]), steps, [*_KEYS, *columns])
+    indices = None if part["index"].isna().any() else part["index"].unique().tolist()
+    rows = run.read_set(str(part["dataset"].iloc[0]), steps, [*_KEYS, *columns], indices)
     rows = rows[[*_KEYS, *columns]].drop_duplicates(_KEYS)
     return part.drop(columns=columns, errors="ignore").merge(rows, on=_KEYS, how="left")
 

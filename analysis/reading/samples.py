@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -57,24 +58,31 @@ def column_names(columns: Columns) -> list[str]:
 
 
 def read_training(
-    layout: RunLayout | None, columns: Columns, steps: int | Iterable[int] | None, *, strict: bool
+    layout: RunLayout | None,
+    columns: Columns,
+    steps: int | Iterable[int] | None,
+    indices: Collection[int] | None = None,
+    *,
+    strict: bool,
 ) -> pd.DataFrame:
     """Training samples of the wanted steps (all if None), with what the trainer saw of them if that is asked for.
+
+    With `indices` only those with such an `index`: the others are never in memory all at once.
 
     Raises:
         NotInRunError: an unknown column, or a step without samples.
         DamagedFileError: a file is damaged, if `strict`.
     """
-    files = select_files(layout.sample_files() if layout else {}, steps)
-    names = column_names(columns)
+    files = select_files(lambda some: layout.sample_files(steps=some) if layout else {}, steps)
+    names, paths = column_names(columns), [path for own in files.values() for path in own]
     if layout is None or not set(names) & set(TRAINER):
-        return read_frame([path for paths in files.values() for path in paths], names, strict=strict)
+        return read_frame(paths, names, indices, strict=strict)
     wanted = list(dict.fromkeys([*names, "response_length"]))
-    frame = read_frame([path for paths in files.values() for path in paths], wanted, strict=strict)
-    there = layout.trainer_files()
+    frame = read_frame(paths, wanted, indices, strict=strict)
+    there = layout.trainer_files(files)
     trainer_names = ["step", "attempt", "index", *(name for name in names if name in TRAINER)]
     trainer_paths = [path for step in files for path in there.get(step, [])]
-    trainer = _table(trainer_paths, trainer_names, strict).to_pandas()
+    trainer = _table(trainer_paths, trainer_names, indices, strict).to_pandas()
     return _with_trainer(frame, trainer)[names]
 
 
@@ -83,10 +91,13 @@ def read_evaluations(
     columns: Columns,
     steps: int | Iterable[int] | None = None,
     datasets: Sequence[str] | None = None,
+    indices: Collection[int] | None = None,
     *,
     strict: bool,
 ) -> pd.DataFrame:
     """Evaluation samples of some of `RunLayout.eval_datasets` (all if None) and of the wanted steps (all if None).
+
+    With `indices` only those with such an `index`.
 
     Raises:
         NotInRunError: an unknown column, or a step without samples.
@@ -94,12 +105,14 @@ def read_evaluations(
     """
     names = column_names(columns)
     wanted = layout.eval_datasets() if layout and datasets is None else datasets or ()
-    files = {each: select_files(layout.sample_files(each), steps) for each in wanted} if layout else {}
+    files = (
+        {each: select_files(partial(layout.sample_files, each), steps) for each in wanted} if layout else {}
+    )
     paths = {each: [path for part in found.values() for path in part] for each, found in files.items()}
     own = [path for each in paths if "/" not in each for path in paths[each]]
     # Files of later evaluations know the set, but not the evaluation's name.
-    later = [_of_dataset(_table(paths[each], names, strict), each) for each in paths if "/" in each]
-    table = pa.concat_tables([_table(own, names, strict), *later]).unify_dictionaries()
+    later = [_of_dataset(_table(paths[each], names, indices, strict), each) for each in paths if "/" in each]
+    table = pa.concat_tables([_table(own, names, indices, strict), *later]).unify_dictionaries()
     del later
     return table.to_pandas(split_blocks=True, self_destruct=True)
 
@@ -109,35 +122,43 @@ def _of_dataset(table: pa.Table, dataset: str) -> pa.Table:
     return table.set_column(at, "dataset", pa.array([dataset] * len(table), pa.string()).dictionary_encode())
 
 
-def read_frame(files: Sequence[Path], columns: Columns, *, strict: bool) -> pd.DataFrame:
-    """Rows of `files` in order. Columns that an older file lacks are missing values.
+def read_frame(
+    files: Sequence[Path], columns: Columns, indices: Collection[int] | None = None, *, strict: bool
+) -> pd.DataFrame:
+    """Rows of `files` in order, with `indices` of those alone. Columns that an older file lacks are missing values.
 
     Raises:
         DamagedFileError: a file is not readable Parquet, if `strict`; otherwise it is named and left out.
     """
-    table = _table(files, column_names(columns), strict)
+    table = _table(files, column_names(columns), indices, strict)
     return table.to_pandas(split_blocks=True, self_destruct=True)
 
 
-def select_files(files: dict[int, list[Path]], steps: int | Iterable[int] | None) -> dict[int, list[Path]]:
-    """The files of the wanted steps (all if None), by step.
+def select_files(
+    find: Callable[[Collection[int] | None], dict[int, list[Path]]], steps: int | Iterable[int] | None
+) -> dict[int, list[Path]]:
+    """The files of the wanted steps (all if None), by step; `find` gets those of some steps, or of all.
 
     Raises:
         NotInRunError: a wanted step has no samples.
     """
     if steps is None:
-        return files
+        return find(None)
     wanted = [steps] if isinstance(steps, int) else sorted(set(steps))
+    files = find(wanted)
     missing = [step for step in wanted if step not in files]
     if missing:
+        files = find(None)
         there = f"steps {min(files)} to {max(files)} have" if files else "the run has none yet"
         raise NotInRunError(f"no samples of step {', '.join(map(str, missing))}: {there}")
     return {step: files[step] for step in wanted}
 
 
-def _table(files: Sequence[Path], names: Sequence[str], strict: bool) -> pa.Table:
+def _table(
+    files: Sequence[Path], names: Sequence[str], indices: Collection[int] | None, strict: bool
+) -> pa.Table:
     categories = [name for name in _CATEGORIES if name in names]
-    return read_files(files, pa.schema([_FIELDS[name] for name in names]), categories, strict=strict)
+    return read_files(files, pa.schema([_FIELDS[name] for name in names]), categories, indices, strict=strict)
 
 
 def _with_trainer(frame: pd.DataFrame, trainer: pd.DataFrame) -> pd.DataFrame:
@@ -165,19 +186,28 @@ class _Block:
 
 
 def read_files(
-    files: Sequence[Path], schema: pa.Schema, categories: Sequence[str] = (), *, strict: bool
+    files: Sequence[Path],
+    schema: pa.Schema,
+    categories: Sequence[str] = (),
+    indices: Collection[int] | None = None,
+    *,
+    strict: bool,
 ) -> pa.Table:
     """Columns of `schema` of all files, in order. A column that a file lacks is null in its rows.
 
     Args:
         categories: columns of texts that take few values; they come as dictionaries.
+        indices: only rows with such an `index`, which is one of the columns.
 
     Raises:
         DamagedFileError: a file is not readable Parquet, if `strict`; otherwise it is named and left out.
     """
     starts = range(0, len(files), _BLOCK)
+    chosen = None if indices is None else pa.array(indices, _FIELDS["index"].type)
     with ThreadPoolExecutor(_THREADS) as threads:
-        work = [threads.submit(_read_block, files[i : i + _BLOCK], schema, categories) for i in starts]
+        work = [
+            threads.submit(_read_block, files[i : i + _BLOCK], schema, categories, chosen) for i in starts
+        ]
         blocks = [future.result() for future in progress(work, "reading samples")]
     for path, reason in (problem for block in blocks for problem in block.unreadable):
         damaged(path, reason, strict=strict)
@@ -185,11 +215,14 @@ def read_files(
     return pa.concat_tables(tables).unify_dictionaries()
 
 
-def _read_block(files: Sequence[Path], schema: pa.Schema, categories: Sequence[str]) -> _Block:
+def _read_block(
+    files: Sequence[Path], schema: pa.Schema, categories: Sequence[str], chosen: pa.Array | None
+) -> _Block:
     tables, unreadable = [], []
     for path in files:
         try:
-            tables.append(_read_file(path, schema))
+            table = _read_file(path, schema)
+            tables.append(table if chosen is None else table.filter(_is_in(table["index"], chosen)))
         except (pa.ArrowException, OSError) as error:
             unreadable.append((path, str(error).partition("\n")[0]))
     table = pa.concat_tables(tables) if tables else schema.empty_table()
@@ -219,6 +252,12 @@ def _read_file(path: Path, schema: pa.Schema) -> pa.Table:
         for field in schema
     ]
     return pa.table(columns, schema=schema)
+
+
+def _is_in(values: pa.ChunkedArray, chosen: pa.Array) -> pa.ChunkedArray:
+    import pyarrow.compute as pc
+
+    return pc.is_in(values, value_set=chosen)
 
 
 def _encoded(table: pa.Table, categories: Sequence[str]) -> pa.Table:

@@ -242,11 +242,11 @@ def _check_nodes(components: tuple[Component, ...], facts: ClusterFacts) -> None
 
 
 def _usable_nodes(component: Component, facts: ClusterFacts) -> set[str]:
-    partition = facts.partition(component.partition or "")
+    members = set(facts.partition(component.partition or "").nodes)
     return {
         node.name
         for node in facts.nodes
-        if node.name in partition.nodes
+        if node.name in members
         and node.is_usable
         and sum(n for kind, n in node.gpus.items() if component.gpu_type in (None, kind)) >= component.gpus
     }

@@ -16,7 +16,7 @@ from hpc.runs.lock import Holder, find_holder
 from hpc.runs.log_files import disk_is_full, last_lines
 from hpc.runs.progress import read_status
 from rltrain.run.errors import UserError, nearest
-from rltrain.run.files import owner_of, read_json, read_last_lines
+from rltrain.run.files import newest_lines, owner_of, read_json
 from rltrain.run.finished import asked_steps, claims_to_be_finished, finished_steps, is_finished
 from rltrain.run.layout import RunLayout
 from rltrain.run.metric_lines import sound_row
@@ -166,9 +166,7 @@ def read_run(layout: RunLayout) -> RunRecord:
     status = read_status(layout)
     holder = find_holder(layout)
     attempts = len(layout.attempts())
-    last = [sound_row(line) for line in read_last_lines(layout.metrics, _TAIL_BYTES)]
-    trained = [row for row in last if row is not None and row["step"] >= 0]
-    rewards = [record["rollout/reward"] for record in trained if "rollout/reward" in record]
+    done, reward = _progress(layout)
     phase, num_rollout = status.get("phase"), asked_steps(layout)
     state = _state(layout, phase, num_rollout, holder, attempts)
     return RunRecord(
@@ -176,13 +174,26 @@ def read_run(layout: RunLayout) -> RunRecord:
         state=state,
         reason=_reason(layout, state, holder),
         phase=phase,
-        step=trained[-1]["step"] + 1 if trained else 0,
+        step=done,
         num_rollout=num_rollout,
-        reward=rewards[-1] if rewards else None,
+        reward=reward,
         attempts=attempts,
         holder=holder,
         submissions=read_submissions(layout),
     )
+
+
+def _progress(layout: RunLayout) -> tuple[int, float | None]:
+    """Steps that are done, and the reward of the last one that has one."""
+    done = None
+    for line in newest_lines(layout.metrics, _TAIL_BYTES):
+        row = sound_row(line)
+        if row is None or row["step"] < 0:
+            continue
+        done = row["step"] + 1 if done is None else done
+        if "rollout/reward" in row:
+            return done, row["rollout/reward"]
+    return done or 0, None
 
 
 def _state(
@@ -209,19 +220,16 @@ def _reason(layout: RunLayout, state: str, holder: Holder | None) -> str | None:
     if state == "stopped" and claims_to_be_finished(layout):
         done = finished_steps(layout)
         return f"only {done} steps are known to be done and saved; `python -m hpc.resubmit` goes on"
-    ends = [
-        event
-        for event in read_last_lines(layout.events, _TAIL_BYTES)
-        if event.get("kind") == "attempt_finished"
-    ]
-    text = str(ends[-1].get("reason") or "").strip() if ends else ""
+    events = newest_lines(layout.events, _TAIL_BYTES)
+    end = next((event for event in events if event.get("kind") == "attempt_finished"), {})
+    text = str(end.get("reason") or "").strip()
     # The first sentence; a failed role's last lines of log come after it.
     return re.split(r"\.\s|\n", text)[0].rstrip(".") if text else None
 
 
 def _why_unsaved(layout: RunLayout) -> str | None:
     """Why the newest checkpoint could not be written, if so."""
-    for event in reversed(read_last_lines(layout.events, _TAIL_BYTES)):
+    for event in newest_lines(layout.events, _TAIL_BYTES):
         if event.get("kind") in ("checkpoint_saved", "attempt_started"):
             return None
         if event.get("kind") == "checkpoint_failed":

@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 
@@ -157,7 +158,7 @@ def pack_ranks(
         max_tokens: As for `plan_step`, like the rest.
     """
     own = [[lengths[i] for i in rank] for rank in ranks]
-    trees = [(prefixes or Prefixes.none(len(lengths))).subset(rank) for rank in ranks]
+    trees = [prefixes.subset(rank) if prefixes else Prefixes.none(len(rank)) for rank in ranks]
     if any(any(tree.common) for tree in trees):
         binned = _sharing_of_ranks(own, trees, max_tokens, micro_batch_size, multiple)
     elif max_tokens is None:
@@ -214,27 +215,30 @@ def _even(lengths: Sequence[int], tight: list[list[int]], count: int, max_tokens
 def _spread(loads: Sequence[float], count: int, *, most: int) -> list[list[int]]:
     """`count` bins of nearly equal load, with at most `most` entries each: longest first to the emptiest."""
     bins: list[list[int]] = [[] for _ in range(count)]
-    totals: list[tuple[float, int]] = [(0, b) for b in range(count)]  # ascending; full bins are dropped
+    totals: list[tuple[float, int]] = [(0, b) for b in range(count)]  # a heap; full bins are dropped
     for i in sorted(range(len(loads)), key=lambda i: -loads[i]):
-        total, b = totals.pop(0)
+        total, b = heappop(totals)
         bins[b].append(i)
         if len(bins[b]) < most:
-            insort(totals, (total + loads[i], b))
+            heappush(totals, (total + loads[i], b))
     return bins
 
 
 def _split(bins: list[list[int]], lengths: Sequence[int], count: int) -> list[list[int]]:
     """Split the fullest bins until there are `count`; empty ones where nothing is left to split."""
     bins = [list(b) for b in bins]
-    while len(bins) < count:
-        splittable = [b for b in bins if len(b) > 1]
-        if not splittable:
-            return bins + [[] for _ in range(count - len(bins))]
-        fullest = max(splittable, key=lambda b: sum(lengths[i] for i in b))
-        halves = _spread([lengths[i] for i in fullest], 2, most=len(fullest))
-        bins.append([fullest[i] for i in halves[1]])
-        fullest[:] = [fullest[i] for i in halves[0]]
-    return bins
+    fullest = [(-sum(lengths[i] for i in b), number) for number, b in enumerate(bins) if len(b) > 1]
+    heapify(fullest)
+    while len(bins) < count and fullest:
+        _, number = heappop(fullest)
+        whole = bins[number]
+        halves = _spread([lengths[i] for i in whole], 2, most=len(whole))
+        bins[number], other = ([whole[i] for i in half] for half in halves)
+        bins.append(other)
+        for each in (number, len(bins) - 1):
+            if len(bins[each]) > 1:
+                heappush(fullest, (-sum(lengths[i] for i in bins[each]), each))
+    return bins + [[] for _ in range(count - len(bins))]
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 # A shorter beginning is computed once a sample: joining it costs more than it saves.
 LEAST = 8
+_FEW = 32  # places: their least number is found as fast by looking at all
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,29 @@ class Prefixes:
         places = sorted(self.place[i] for i in samples)
         result = []
         for before, at in zip([-1, *places], places, strict=False):
-            common = 0 if before < 0 else min(self.common[before + 1 : at + 1])
+            common = 0 if before < 0 else self._least_between(before + 1, at + 1)
             result.append((self.order[at], common))
         return result
+
+    def _least_between(self, first: int, last: int) -> int:
+        """The least of `common` from one place up to another."""
+        if last - first <= _FEW:
+            return min(self.common[first:last])
+        level = (last - first).bit_length() - 1
+        least = self._least[level]
+        return int(min(least[first], least[last - 2**level]))
+
+    @cached_property
+    def _least(self) -> list[NDArray[np.int64]]:
+        """By level k and place: the least of `common` there and at the 2**k - 1 places after it.
+
+        Samples of a micro-batch can lie anywhere, and looking at all that is between them would take a time that grows
+        with the square of their number.
+        """
+        levels = [np.array(self.common, np.int64)]
+        while len(levels[-1]) > (half := 2 ** (len(levels) - 1)):
+            levels.append(np.minimum(levels[-1][:-half], levels[-1][half:]))
+        return levels
 
     def subset(self, samples: Sequence[int]) -> Prefixes:
         """The tree of these samples alone, which it names by their place in `samples`."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections.abc import Sequence
 from functools import cache
+from heapq import heapify, heappop, heappush
+from itertools import count as count_from
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -83,13 +85,28 @@ def even_tree(
         if len(found := pack_tree(lengths, prefixes, size)) <= count:
             bins = found
             break
-    while len(bins) < count:
-        longest = max(bins, key=lambda each: (len(each) > 1) * tree_size(lengths, prefixes, each))
-        if len(longest) == 1:
-            return bins + [[] for _ in range(count - len(bins))]
-        bins.remove(longest)
-        bins += _halves(lengths, prefixes, longest)
-    return bins
+    return _cut_longest(lengths, prefixes, bins, count)
+
+
+def _cut_longest(
+    lengths: Sequence[int], prefixes: Prefixes, bins: list[list[int]], count: int
+) -> list[list[int]]:
+    """The longest cut in two until there are `count`; empty ones where nothing is left to cut."""
+    numbered = dict(enumerate(bins))
+    numbers = count_from(len(bins))
+
+    def key(number: int) -> tuple[int, int]:
+        return -tree_size(lengths, prefixes, numbered[number]), number
+
+    longest = [key(number) for number, each in numbered.items() if len(each) > 1]
+    heapify(longest)
+    while len(numbered) < count and longest:
+        for half in _halves(lengths, prefixes, numbered.pop(heappop(longest)[1])):
+            number = next(numbers)
+            numbered[number] = half
+            if len(half) > 1:
+                heappush(longest, key(number))
+    return [*numbered.values(), *([] for _ in range(count - len(numbered)))]
 
 
 def _halves(lengths: Sequence[int], prefixes: Prefixes, samples: list[int]) -> tuple[list[int], list[int]]:

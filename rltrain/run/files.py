@@ -68,12 +68,22 @@ def read_lines(path: Path) -> list[Record]:
 
 def read_last_lines(path: Path, max_bytes: int) -> list[Record]:
     """The objects at the end of a file of JSON lines, looking at no more than `max_bytes` of it."""
+    return parse_lines(_last_bytes(path, max_bytes))
+
+
+def newest_lines(path: Path, max_bytes: int) -> Iterator[Record]:
+    """The same, the last one first; each is parsed when it is asked for."""
+    for line in reversed(_last_bytes(path, max_bytes).split(b"\n")):
+        yield from parse_lines(line)
+
+
+def _last_bytes(path: Path, max_bytes: int) -> bytes:
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - max_bytes))
-            return parse_lines(_finished(file.read()))
+            return _finished(file.read())
     except FileNotFoundError:
-        return []
+        return b""
 
 
 class GrowingLines:

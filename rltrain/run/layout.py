@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,21 +160,24 @@ class RunLayout:
         """Steps that have at least a directory, ascending."""
         return sorted(_step_dirs(self.rollouts))
 
-    def sample_files(self, dataset: str | None = None) -> dict[int, list[Path]]:
+    def sample_files(
+        self, dataset: str | None = None, steps: Collection[int] | None = None
+    ) -> dict[int, list[Path]]:
         """Finished Parquet files by step, ascending, of each step's newest attempt.
 
-        Of the training samples, or of the evaluation set `dataset`: one of `eval_datasets`.
+        Of the training samples, or of the evaluation set `dataset`: one of `eval_datasets`. With `steps` only the
+        directories of those are looked into.
         """
         name, slash, later = (dataset or "").partition("/")
         if slash:
-            parts = [each.sample_files(later) for _, each in self.later_evaluations(name)]
+            parts = [each.sample_files(later, steps) for _, each in self.later_evaluations(name)]
             return dict(sorted((step, files) for part in parts for step, files in part.items()))
         base = self.rollouts if dataset is None else self.rollouts / "eval" / dataset
-        return _newest_files(base)
+        return _newest_files(base, steps)
 
-    def trainer_files(self) -> dict[int, list[Path]]:
+    def trainer_files(self, steps: Collection[int] | None = None) -> dict[int, list[Path]]:
         """Finished Parquet files of `trainer_dir` by step, ascending, of each step's newest attempt."""
-        return _newest_files(self.root / "rollouts_trainer")
+        return _newest_files(self.root / "rollouts_trainer", steps)
 
     def eval_datasets(self) -> list[str]:
         """Names of the evaluation sets that have samples, sorted; then NAME/SET of `later_evaluations`."""
@@ -201,8 +205,9 @@ def _step_dirs(base: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in matches if match}
 
 
-def _newest_files(base: Path) -> dict[int, list[Path]]:
-    newest = ((step, _newest_attempt(path)) for step, path in sorted(_step_dirs(base).items()))
+def _newest_files(base: Path, steps: Collection[int] | None) -> dict[int, list[Path]]:
+    dirs = _step_dirs(base) if steps is None else {step: base / f"step={step:06d}" for step in steps}
+    newest = ((step, _newest_attempt(path)) for step, path in sorted(dirs.items()))
     return {step: files for step, files in newest if files}
 
 

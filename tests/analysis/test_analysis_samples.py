@@ -1,10 +1,13 @@
 """Samples of a run: which files, which columns, damaged files; and the progress bar while they are read."""
 
 import json
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -94,6 +97,25 @@ def test_evals_count_the_steps_trained_before_them(layout: RunLayout) -> None:
     assert list(means) == pytest.approx(list(recorded))
     assert set(run.evals["dataset"]) == {"sums"}
     assert "tokens" in run.read_evals("tokens")
+
+
+def test_some_samples_of_some_steps(layout: RunLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are those of the whole step, and the directories of other steps are not even looked into."""
+    run, looked, really_list = load_run(layout.root), [], os.listdir
+
+    def listdir(path: Path) -> list[str]:
+        looked.append(str(path))
+        return really_list(path)
+
+    for dataset, steps in (("train", [2, 7]), ("sums", [5])):
+        whole = run.read_set(dataset, steps)
+        chosen = whole["index"].iloc[[1, 4, len(whole) - 1]].tolist()
+        looked.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "listdir", listdir)
+            found = run.read_set(dataset, steps, indices=chosen)
+        pd.testing.assert_frame_equal(found, whole[whole["index"].isin(chosen)].reset_index(drop=True))
+        assert {int(step) for path in looked for step in re.findall(r"step=(\d+)", path)} == set(steps)
 
 
 def test_a_file_that_is_being_written_is_ignored(copy: RunLayout) -> None:

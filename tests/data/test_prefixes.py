@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -52,6 +54,21 @@ def test_every_token_lies_where_it_and_all_before_it_are(tokens: list[list[int]]
     for length, keys in zip(layout.lengths, layout.keys, strict=True):
         start += length
         assert keys[-length:].tolist() == list(range(start - length, start))  # its own are the last it sees
+
+
+def test_samples_that_lie_far_apart_share_the_least_of_what_is_between_them() -> None:
+    rng = np.random.default_rng(0)
+    common = (0, *rng.integers(1, 1000, 299).tolist())
+    order = tuple(rng.permutation(300).tolist())
+    place = tuple(order.index(sample) for sample in range(300))
+    prefixes = Prefixes(order, common, place)
+    for count in (2, 3, 20, 100, 300):
+        chosen = rng.choice(300, count, replace=False).tolist()
+        found = prefixes.among(chosen)
+        assert [sample for sample, _ in found] == sorted(chosen, key=lambda sample: place[sample])
+        assert found[0][1] == 0
+        for (before, _), (sample, shared) in pairwise(found):
+            assert shared == min(common[place[before] + 1 : place[sample] + 1])
 
 
 def test_a_short_beginning_is_not_shared() -> None:

@@ -18,4 +18,5 @@ def test_trainer_files_are_the_newest_finished_ones(tmp_path: Path) -> None:
     found = layout.trainer_files()
     assert list(found) == [1, 3]
     assert found[3] == [layout.trainer_dir(3, 1) / "part-0.parquet"]
+    assert layout.trainer_files([9, 3]) == {3: found[3]}
     assert layout.steps() == []  # they are no samples

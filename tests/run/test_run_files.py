@@ -10,6 +10,7 @@ import pytest
 from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_USAGE, UserError, nearest, run_main
 from rltrain.run.files import (
     append_line,
+    newest_lines,
     parse_lines,
     read_json,
     read_last_lines,
@@ -42,11 +43,12 @@ def test_bad_lines_are_named_by_number() -> None:
 
 def test_the_end_of_a_long_file(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    assert read_last_lines(path, 100) == []
+    assert read_last_lines(path, 100) == list(newest_lines(path, 100)) == []
     for i in range(100):
         append_line(path, {"i": i})
     assert read_last_lines(path, 25) == [{"i": 98}, {"i": 99}]
-    assert read_last_lines(path, 10**6) == read_lines(path)
+    assert list(newest_lines(path, 25)) == [{"i": 99}, {"i": 98}]
+    assert read_last_lines(path, 10**6) == read_lines(path) == list(newest_lines(path, 10**6))[::-1]
 
 
 def test_lines_of_one_step_and_attempt_are_one_row() -> None:
