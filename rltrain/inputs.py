@@ -27,6 +27,7 @@ from rltrain.arguments.groups.functions import (
 from rltrain.arguments.hf_config import check_hf_config, read_model_shape
 from rltrain.arguments.model_flags import check_model_flags, check_quantised
 from rltrain.models.directory import read_hf_config
+from rltrain.models.lengths import check_engines_limit
 from rltrain.models.windows import check_engines
 from rltrain.run.errors import UserError
 
@@ -172,6 +173,7 @@ def _check_model(config: Config, to_come: Mapping[str, str]) -> Path:
                 " --sglang-trust-remote-code."
             )
         check_engines(shape.window, shape.family.windows, longest, hf_checkpoint)
+        check_engines_limit(shape.limit, longest, hf_checkpoint)
     algorithm = config.algorithm
     replays = algorithm.use_routing_replay or algorithm.use_rollout_routing_replay
     if replays and read_model_shape(hf_config).experts is None:

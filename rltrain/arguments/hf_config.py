@@ -14,6 +14,7 @@ from rltrain.models.experts import Experts
 from rltrain.models.families import FAMILIES, SUPPORTED_ARCHITECTURES
 from rltrain.models.families.family import Family
 from rltrain.models.latent import LatentAttention
+from rltrain.models.lengths import Limit
 from rltrain.models.quantised import fp8_block
 from rltrain.models.rope import Rope, read_rope, read_ropes
 from rltrain.models.windows import Window, read_window
@@ -75,6 +76,11 @@ class ModelShape:
     local_theta: float | None = None  # base of the rotary embedding of layers with a window, if it is another
     multipliers: Multipliers = Multipliers()
     soft_caps: SoftCaps = SoftCaps()
+
+    @property
+    def limit(self) -> Limit | None:
+        """How long sequences may be; None: as long as you like."""
+        return self.rope.limit
 
     @property
     def family(self) -> Family:
@@ -178,6 +184,11 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
             " key-value heads must divide the others, and the size must be even."
         )
     rope, local_theta = _ropes(config, family, latent=latent is not None)
+    if rope.slower and len(rope.slower) != int(head_dim * rope.percent) // 2:
+        raise UserError(
+            f"the model's config.json has a short_factor of {len(rope.slower)} numbers; {int(head_dim * rope.percent)}"
+            " rotated dimensions need half as many."
+        )
     return ModelShape(
         architecture=architecture,
         num_layers=whole_number(config, "num_hidden_layers"),

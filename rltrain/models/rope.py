@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rltrain.models.entries import number
+from rltrain.models.entries import number, whole_number
+from rltrain.models.lengths import Limit
 from rltrain.run.errors import UserError
 
 _STYLES = ("rope_scaling", "rope_parameters")  # of transformers 4 and 5
@@ -17,13 +18,9 @@ _NEEDED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
-_LONG_ROPE = (
-    " Its frequencies are others from a length on, which transformers decides for each sequence and SGLang for a whole"
-    " batch: engines and trainer would be different models."
-)
 _WHY_NOT = {
-    "longrope": _LONG_ROPE,
-    "su": _LONG_ROPE,  # its name before
+    "longrope": " Of other architectures than Phi-3's it is not known here.",
+    "su": ' Its name is "longrope" now: write that.',
     "dynamic": " transformers scales long sequences only, each by its own length, and SGLang all by one factor: engines"
     " and trainer would be different models.",
 }
@@ -35,12 +32,14 @@ class Rope:
     """How the frequencies follow from the base; the names are transformers'.
 
     Attributes:
-        kind: `default`, `linear`, `llama3` or `yarn`.
+        kind: `default`, `linear`, `llama3`, `yarn` or `longrope`.
         percent: Share of a head's dimensions that is rotated.
         original_positions: Of the training before the scaling.
         mscale_all_dim: YaRN's growth of all products of queries with keys, which only latent attention has.
         mscale: The like of rotated ones, part of `attention_factor`.
         attention_factor: Rotated queries and keys are multiplied by it.
+        slower: What LongRoPE divides each frequency by in sequences of up to `original_positions` tokens; in longer
+            ones it divides them by other numbers.
     """
 
     theta: float
@@ -56,6 +55,18 @@ class Rope:
     truncate: bool = True
     mscale_all_dim: float = 0.0
     mscale: float = 1.0
+    slower: tuple[float, ...] = ()
+
+    @property
+    def limit(self) -> Limit | None:
+        """How long sequences may be."""
+        if self.kind != "longrope":
+            return None
+        return Limit(
+            self.original_positions,
+            f"sequences of more than {self.original_positions} tokens ({_ORIGINAL}) have the rotary embeddings of"
+            " long_factor, which transformers decides for each sequence and SGLang for a whole batch",
+        )
 
 
 def read_rope(
@@ -92,11 +103,13 @@ def read_rope(
     percent = number(
         entries.get("partial_rotary_factor", config["partial_rotary_factor"]), "partial_rotary_factor"
     )
-    if percent > 1 or (percent != 1.0 and (kind != "default" or not partial)):
+    if percent > 1 or (percent != 1.0 and (kind not in ("default", "longrope") or not partial)):
         raise UserError(
             f"the model's config.json sets partial_rotary_factor {percent}, which the trainer does not support for"
             f" this architecture with rope_type {kind!r}."
         )
+    if kind == "longrope":
+        return _longrope(config, entries, Rope(theta, kind, percent))
     needed = {name: number(entries.get(name), f"{name} of rope_type {kind!r}") for name in _NEEDED[kind]}
     rope = Rope(
         theta,
@@ -154,6 +167,35 @@ def _original(config: Mapping[str, Any], entries: Mapping[str, Any]) -> int:
             " Write it into rope_parameters (or rope_scaling) alone."
         )
     return int(number(own, _ORIGINAL))
+
+
+def _longrope(config: Mapping[str, Any], entries: Mapping[str, Any], rope: Rope) -> Rope:
+    """LongRoPE, https://arxiv.org/abs/2402.13753, of sequences that are not longer than before it."""
+    _original(config, {_ORIGINAL: config[_ORIGINAL], **entries})
+    original = whole_number(config, _ORIGINAL, least=2)
+    factor = whole_number(config, "max_position_embeddings") / original
+    growth = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    # SGLang reads neither of the first two, and transformers neither of the others.
+    implied = {"factor": factor, "attention_factor": growth, "short_mscale": None, "long_mscale": None}
+    for name, value in implied.items():
+        given = entries.get(name)
+        if given is not None and (isinstance(given, bool) or given != value):
+            raise UserError(
+                f"the model's config.json has {name} {given} in its longrope: transformers and SGLang would be"
+                " different models. Leave it out."
+            )
+    factors = {name: entries.get(name) for name in ("short_factor", "long_factor")}
+    for name, values in factors.items():
+        if not isinstance(values, list) or not values or not all(_is_positive(each) for each in values):
+            raise UserError(
+                f"the model's config.json has {name} {values}: it must be a list of numbers above 0."
+            )
+    slower = tuple(float(each) for each in factors["short_factor"] or ())
+    return replace(rope, original_positions=original, attention_factor=growth, slower=slower)
+
+
+def _is_positive(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and value > 0
 
 
 def _yarn(rope: Rope, entries: Mapping[str, Any]) -> Rope:

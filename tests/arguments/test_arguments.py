@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.megatron import tiny_config
 from helpers.run_files import LEAST
 
 from rltrain import arguments
@@ -193,6 +194,16 @@ def test_code_that_comes_with_a_model_is_the_engines_and_must_be_allowed(inputs:
     more = ("--random-init", "--num-rollout", "1")
     assert "--sglang-trust-remote-code" in check(inputs, *more)
     assert check(inputs, *more, "--sglang-trust-remote-code") == "fine: 1"
+
+
+def test_a_model_that_changes_with_the_length_needs_a_limit(inputs: dict[str, Path]) -> None:
+    file = inputs["model"] / "config.json"
+    phi = tiny_config("Phi3ForCausalLM", pad_token_id=None, original_max_position_embeddings=64)
+    rope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    file.write_text(json.dumps(phi | {"rope_scaling": rope}))
+    more = ("--random-init", "--num-rollout", "1")
+    assert "Give --rollout-max-context-len 64 or less" in check(inputs, *more)
+    assert check(inputs, *more, "--rollout-max-context-len", "64") == "fine: 1"
 
 
 def test_chat_template_must_exist(inputs: dict[str, Path]) -> None:

@@ -26,6 +26,7 @@ from helpers.megatron import (
 from rltrain.arguments.hf_config import ModelShape
 from rltrain.models.families import FAMILIES
 from rltrain.models.families.family import Family
+from rltrain.models.lengths import check_sequences
 from rltrain.run.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -68,7 +69,11 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
     "MiMoForCausalLM": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
-    "Phi3ForCausalLM": {"sliding_window": 9},
+    "Phi3ForCausalLM": {
+        "sliding_window": 9,
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 64,
+    },
     "Gemma2ForCausalLM": {
         "query_pre_attn_scalar": 2,
         "sliding_window": 9,
@@ -106,6 +111,12 @@ ROPES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 64,
         "beta_fast": 2.0,
         "beta_slow": 0.5,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.5],
+        "long_factor": [2.0, 5.0],
+        "original_max_position_embeddings": 64,
     },
 }
 Entries = dict[str, Any]
@@ -225,6 +236,7 @@ class Sweep:
         except Exception as error:
             return f"accepted, but transformers says {type(error).__name__}: {error}"
         try:
+            check_sequences(shape.limit, LENGTHS)
             ours = self._log_probs(shape, saved)
         except UserError:
             self.refused += 1
@@ -330,8 +342,13 @@ def test_every_entry(architecture: str, new_style: bool, sweep: Sweep) -> None:
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("style", ["rope_scaling", "rope_parameters"])
 def test_every_rotary_embedding(rope: str, style: str, sweep: Sweep) -> None:
-    others = {"default": ["Glm4ForCausalLM"], "yarn": ["DeepseekV3ForCausalLM"]}
-    for architecture in ["LlamaForCausalLM", *others.get(rope, [])]:
+    llama = "LlamaForCausalLM"
+    having = {
+        "default": [llama, "Glm4ForCausalLM"],
+        "yarn": [llama, "DeepseekV3ForCausalLM"],
+        "longrope": ["Phi3ForCausalLM"],
+    }
+    for architecture in having.get(rope, [llama]):
         config = base(architecture, rope, new_style=style == "rope_parameters")
         equal, refused = check(sweep, one_rope_changed(config, style))
         assert equal and refused

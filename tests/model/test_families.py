@@ -6,6 +6,7 @@ A new one needs an entry in `SWITCHES`; `test_config_sweep` goes through its con
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,15 @@ from helpers.megatron import (
 from safetensors.torch import load_file, save_file
 
 from rltrain.arguments.config import Config
+from rltrain.arguments.hf_config import read_model_shape
 from rltrain.data.batch import TrainableTokens
 from rltrain.models.families import FAMILIES
+from rltrain.run.errors import UserError
 
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-5
+LONGEST = 45  # tokens of the longest sample
 ROPE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 GROUPED_EXPERTS = {
@@ -83,7 +87,13 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "Glm4MoeLiteForCausalLM": LATENT
     | GROUPED_EXPERTS
     | {"n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5},
-    "Phi3ForCausalLM": {"pad_token_id": None, "partial_rotary_factor": 0.5, "sliding_window": 9},
+    "Phi3ForCausalLM": {
+        "pad_token_id": None,
+        "partial_rotary_factor": 0.5,
+        "sliding_window": 9,
+        "original_max_position_embeddings": LONGEST,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.1, 1.7], "long_factor": [2.0, 9.0]},
+    },
     "Gemma2ForCausalLM": {
         "pad_token_id": None,
         "query_pre_attn_scalar": 2,
@@ -255,6 +265,16 @@ def test_a_checkpoint_gives_the_same_bytes_back(
     before, after = (load_file(path / "model.safetensors") for path in (original, tmp_path / "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_what_is_trained_on_is_no_longer_than_longrope_allows(models: dict[str, Path]) -> None:
+    from rltrain.megatron.training.share import RankShare
+
+    config = config_of(models["Phi3ForCausalLM"])
+    shape = read_model_shape(json.loads((models["Phi3ForCausalLM"] / "config.json").read_text()))
+    shorter = replace(shape, rope=replace(shape.rope, original_positions=LONGEST - 1))
+    with pytest.raises(UserError, match=f"a sequence has {LONGEST} tokens"):
+        RankShare(config, shorter, make_batch(5, longest=40))
 
 
 def test_the_docs_name_every_architecture() -> None:

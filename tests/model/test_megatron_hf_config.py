@@ -11,6 +11,7 @@ from helpers.megatron import tiny_config, write_config
 from rltrain.arguments.groups.parallel import Parallel
 from rltrain.arguments.hf_config import check_hf_config, check_same_shape, read_model_shape
 from rltrain.models.as_transformers import standard_config
+from rltrain.models.lengths import check_engines_limit, check_sequences
 from rltrain.models.rope import Rope
 from rltrain.models.windows import check_engines
 from rltrain.run.errors import UserError
@@ -44,7 +45,10 @@ def check(config: dict[str, Any], tensor_parallel: int = 1, **changes: Any) -> N
             {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
             "rope_type 'dynamic'.* SGLang all by one factor",
         ),
-        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'.* SGLang for a whole batch"),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 4.0}},
+            "'longrope'.* other architectures than Phi-3's",
+        ),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
             "low_freq_factor of rope_type 'llama3' None",
@@ -71,6 +75,43 @@ def test_a_window_that_engines_lack_limits_sequences() -> None:
             check_engines(shape.window, shape.family.windows, longest, "/models/m")
     check_engines(shape.window, shape.family.windows, 8, "/models/m")
     check_engines(None, shape.family.windows, None, "/models/m")
+
+
+LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 5.0]}
+
+
+def phi(**changes: Any) -> dict[str, Any]:
+    others = {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 64, "pad_token_id": None}
+    return tiny_config("Phi3ForCausalLM", **others, rope_scaling=LONG_ROPE | changes)
+
+
+def test_longrope_limits_sequences() -> None:
+    limit = read_model_shape(phi()).limit
+    for longest in (None, 65):
+        with pytest.raises(
+            UserError, match=r"original_max_position_embeddings.*--rollout-max-context-len 64"
+        ):
+            check_engines_limit(limit, longest, "/models/m")
+    check_engines_limit(limit, 64, "/models/m")
+    with pytest.raises(UserError, match="a sequence has 65 tokens, and sequences of more than 64"):
+        check_sequences(limit, [3, 65])
+    check_sequences(limit, [3, 64])
+    for short in (read_model_shape(tiny_config()).limit, None):
+        check_engines_limit(short, None, "/models/m")
+
+
+def test_longrope_that_sglang_reads_otherwise_is_refused() -> None:
+    assert read_model_shape(phi(factor=8.0)).rope == read_model_shape(phi()).rope  # 512 tokens are 8 × 64
+    for changes, message in (
+        ({"factor": 4.0}, "factor 4.0 in its longrope"),
+        ({"attention_factor": 1.5}, "attention_factor 1.5"),
+        ({"short_mscale": 1.0}, "short_mscale"),
+        ({"short_factor": [1.0]}, "4 rotated dimensions need half as many"),
+        ({"long_factor": None}, "long_factor None"),
+        ({"original_max_position_embeddings": 32}, "for which it is 32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_model_shape(phi(**changes))
 
 
 def test_missing_entries_are_named() -> None:

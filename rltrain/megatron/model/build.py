@@ -112,7 +112,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         add_qkv_bias=shape.qkv_bias,
         rotary_interleaved=shape.family.rotary_interleaved,
         # Of queries and keys, so that it counts twice.
-        softmax_scale=shape.rope.attention_factor**2
+        softmax_scale=(shape.rope.attention_factor**2 if shape.rope.percent == 1 else 1)
         * (shape.multipliers.attention or 1 / math.sqrt(shape.head_dim)),
         no_rope_freq=[int(i in shape.unrotated) for i in range(shape.num_layers)]
         if shape.unrotated

@@ -29,6 +29,7 @@ from rltrain.megatron.training.micro_batch import (
     build_micro_batch,
     computed_length,
 )
+from rltrain.models.lengths import check_sequences
 
 
 class RankShare:
@@ -45,7 +46,12 @@ class RankShare:
     """
 
     def __init__(self, config: Config, shape: ModelShape, batch: TrainBatch) -> None:
-        """Share a rollout out over the data parallel ranks."""
+        """Share a rollout out over the data parallel ranks.
+
+        Raises:
+            UserError: a sequence is longer than the model may be given, on every rank.
+        """
+        check_sequences(shape.limit, map(len, batch.tokens))
         self._config, self._shape, self.batch = config, shape, batch
         self.trainable = TrainableTokens.of(batch)
         self._split = TokenSplit(

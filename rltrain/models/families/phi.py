@@ -7,18 +7,19 @@ from rltrain.models.tensors import Parameter
 from rltrain.models.windows import WindowRule
 
 PHI = {
-    # Phi-3, and Phi-4 (14B); those with longrope are refused.
+    # Phi-3 and Phi-4, those of 128k tokens with longrope.
     "Phi3ForCausalLM": Family(
         "phi3",
         partial_rotary=True,
         windows=WindowRule(),
-        ropes=("default",),
+        ropes=("default", "longrope"),
         # Biases it has none, whatever attention_bias says.
         only={"attention_bias": (None, False, True), "resid_pdrop": (0.0, 0), "embd_pdrop": (0.0, 0)},
         defaults=COMMON
         | {
             "rms_norm_eps": 1e-5,
             "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
             "sliding_window": None,
             "pad_token_id": 32000,
             "resid_pdrop": 0.0,

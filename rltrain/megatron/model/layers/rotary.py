@@ -18,7 +18,8 @@ def set_frequencies(model: GPTModel, shape: ModelShape) -> None:
     """Give a model on this pipeline stage the frequencies of its `config.json`.
 
     Megatron-core has not all kinds of scaling, and fixes most of Llama 3's constants. Where layers with a window have
-    another base, the model computes the angles of both, and each layer takes its own.
+    another base, the model computes the angles of both, and each layer takes its own. Where part of a head is rotated,
+    what rotated queries and keys are multiplied by is no matter of the scores' scale.
     """
     frequencies = [inverse_frequencies(shape.rope, shape.head_dim)]
     if shape.local_theta is not None:
@@ -28,7 +29,20 @@ def set_frequencies(model: GPTModel, shape: ModelShape) -> None:
         for layer in model.decoder.layers:
             own = partial(_own_angles, int(layer.layer_number - 1 in windowed))
             layer.self_attention.register_forward_pre_hook(own, with_kwargs=True)
+    if shape.rope.percent != 1 and shape.rope.attention_factor != 1:
+        rotated = int(shape.head_dim * shape.rope.percent)
+        for layer in model.decoder.layers:
+            grown = partial(_grown_queries, rotated, shape.rope.attention_factor**2)
+            layer.self_attention.core_attention.register_forward_pre_hook(grown)
     model.rotary_pos_emb.inv_freq = torch.cat(frequencies).to(model.rotary_pos_emb.inv_freq.device)
+
+
+def _grown_queries(
+    rotated: int, factor: float, module: torch.nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Queries, [..., head_dim], of which the rotated dimensions count `factor` times: for the keys' too."""
+    query = args[0]
+    return torch.cat([query[..., :rotated] * factor, query[..., rotated:]], dim=-1), *args[1:]
 
 
 def _own_angles(
@@ -43,6 +57,8 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
     """Radians a position of each pair of rotated dimensions, [rotated / 2], computed as transformers does."""
     size = int(head_dim * rope.percent)
     plain = 1.0 / (rope.theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
+    if rope.kind == "longrope":
+        return plain / torch.tensor(rope.slower)
     if rope.kind == "linear":
         return plain / rope.factor
     if rope.kind == "llama3":
