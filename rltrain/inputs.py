@@ -172,6 +172,13 @@ def _check_model(config: Config, to_come: Mapping[str, str]) -> Path:
                 " code that comes with the model. The trainer needs none; allow it for engines with"
                 " --sglang-trust-remote-code."
             )
+        beside = hf_config.get("partial_rotary_factor", 1.0)
+        if shape.family.partial_beside and beside != shape.rope.percent:
+            raise UserError(
+                f"{hf_checkpoint}/config.json has partial_rotary_factor {shape.rope.percent} in rope_parameters, and"
+                f" {beside} beside it, which SGLang reads: engines and trainer would be different models. Write"
+                f' "partial_rotary_factor": {shape.rope.percent} beside rope_parameters too.'
+            )
         check_engines(shape.window, shape.family.windows, longest, hf_checkpoint)
         check_engines_limit(shape.limit, longest, hf_checkpoint)
     algorithm = config.algorithm

@@ -206,6 +206,17 @@ def test_a_model_that_changes_with_the_length_needs_a_limit(inputs: dict[str, Pa
     assert check(inputs, *more, "--rollout-max-context-len", "64") == "fine: 1"
 
 
+def test_the_part_of_a_head_that_is_rotated_must_be_where_sglang_reads_it(inputs: dict[str, Path]) -> None:
+    file = inputs["model"] / "config.json"
+    phi = tiny_config("Phi3ForCausalLM", pad_token_id=None)
+    phi["rope_parameters"] = {"rope_theta": phi.pop("rope_theta"), "partial_rotary_factor": 0.5}
+    file.write_text(json.dumps(phi))
+    more = ("--random-init", "--num-rollout", "1")
+    assert "partial_rotary_factor 0.5 in rope_parameters, and 1.0 beside it" in check(inputs, *more)
+    file.write_text(json.dumps(phi | {"partial_rotary_factor": 0.5}))
+    assert check(inputs, *more) == "fine: 1"
+
+
 def test_chat_template_must_exist(inputs: dict[str, Path]) -> None:
     assert "no chat template" in check(inputs, "--random-init", "--num-rollout", "1", "--apply-chat-template")
 

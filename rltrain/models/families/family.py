@@ -40,6 +40,7 @@ class Family:
         local_rope: Layers with a window have a rotary embedding of their own: the entry with its base.
         rotary_interleaved: Neighbours are rotated with each other, not halves.
         partial_rotary: Part of a head may be rotated alone.
+        partial_beside: SGLang reads which part beside `rope_parameters` alone.
         unrotated_layers: Some layers have no rotary embedding, as `no_rope_layers` says.
         windows: Which layers have a sliding window; None: none can have one.
         multipliers: Embeddings, attention, residuals and logits are scaled.
@@ -73,6 +74,7 @@ class Family:
     local_rope: str | None = None
     rotary_interleaved: bool = False
     partial_rotary: bool = False
+    partial_beside: bool = False
     unrotated_layers: bool = False
     windows: WindowRule | None = None
     multipliers: bool = False

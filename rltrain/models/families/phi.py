@@ -11,6 +11,7 @@ PHI = {
     "Phi3ForCausalLM": Family(
         "phi3",
         partial_rotary=True,
+        partial_beside=True,
         windows=WindowRule(),
         ropes=("default", "longrope"),
         # Biases it has none, whatever attention_bias says.
