@@ -6,6 +6,7 @@ Reads the packages' metadata and imports none of them.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import sys
 import sysconfig
@@ -112,14 +113,18 @@ def driver_cuda() -> tuple[int, int] | None:
     return version.value // 1000, version.value % 1000 // 10
 
 
-def hide_kernels_that_need_a_driver() -> None:
-    """Without a driver, `import flash_mla` becomes an ImportError. Call before Megatron-core is imported.
+def prepare_for_megatron() -> None:
+    """Call before Megatron-core is imported. It does nothing on a machine with a GPU's driver.
 
-    SGLang's package of this name loads libcuda at once and raises an OSError, which Megatron-core (0.17 and later) does
-    not expect; without the package it does without.
+    - `import flash_mla` becomes an ImportError: SGLang's package of this name loads libcuda at once and raises an
+      OSError, which Megatron-core (0.17 and later) does not expect; without the package it does without.
+    - torch.compile leaves functions as they are, unless TORCHDYNAMO_DISABLE says otherwise. Megatron-core has parts of
+      its experts compiled: a C++ compiler would run for seconds in every process, and to load torch's own takes a
+      fifth of a rank's start.
     """
     if driver_cuda() is None:
         sys.modules.setdefault("flash_mla", None)  # type: ignore[arg-type]
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def driver_problem(built_for: tuple[int, int] | None, driver: tuple[int, int] | None) -> str | None:

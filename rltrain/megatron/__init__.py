@@ -1,5 +1,5 @@
 """The trainer: a Megatron-core GPT model, its weights, its optimizer steps and its checkpoints."""
 
-from rltrain.packages import hide_kernels_that_need_a_driver
+from rltrain.packages import prepare_for_megatron
 
-hide_kernels_that_need_a_driver()
+prepare_for_megatron()
