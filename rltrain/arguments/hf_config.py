@@ -80,7 +80,7 @@ class ModelShape:
     @property
     def limit(self) -> Limit | None:
         """How long sequences may be; None: as long as you like."""
-        return self.rope.limit
+        return (self.latent.limit if self.latent else None) or self.rope.limit
 
     @property
     def family(self) -> Family:
@@ -209,7 +209,7 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
         latent=latent,
         experts=family.experts(config) if family.experts else None,
         unrotated=_unrotated(config) if family.unrotated_layers else (),
-        window=read_window(config, family.windows),
+        window=read_window(config, family.windows, family.attention),
         multipliers=_multipliers(config, family),
         soft_caps=_soft_caps(config) if family.soft_caps else SoftCaps(),
     )

@@ -107,6 +107,11 @@ def listed_experts(config: Mapping[str, Any]) -> Experts:
     return _sigmoid_experts(config, layers)
 
 
+def first_or_listed_experts(config: Mapping[str, Any]) -> Experts:
+    """DeepSeek-V3.2's: as DeepSeek-V3's, or as `mlp_layer_types` says."""
+    return deepseek_experts(config) if config["mlp_layer_types"] is None else listed_experts(config)
+
+
 def minimax_experts(config: Mapping[str, Any]) -> Experts:
     """MiniMax-M2's: sigmoid and a bias where experts are chosen; `intermediate_size` is theirs, in every layer."""
     return _checked(

@@ -46,16 +46,19 @@ class WindowRule:
     in_sglang: bool = False
 
 
-def read_window(config: Mapping[str, Any], rule: WindowRule | None) -> Window | None:
+def read_window(
+    config: Mapping[str, Any], rule: WindowRule | None, usual: str = "full_attention"
+) -> Window | None:
     """The windows of a `config.json` whose defaults have been filled in; None if every token sees all before it.
 
     Args:
         rule: None for an architecture that has no windows.
+        usual: What `layer_types` calls a layer without.
 
     Raises:
         UserError: entries that disagree, or make no sense.
     """
-    listed = _listed(config, listed=rule is not None and rule.listed)
+    listed = _listed(config, usual, listed=rule is not None and rule.listed)
     if rule is None:
         return None
     size = config["sliding_window"]
@@ -86,12 +89,12 @@ def read_window(config: Mapping[str, Any], rule: WindowRule | None) -> Window | 
     return Window(size, found) if found else None
 
 
-def _listed(config: Mapping[str, Any], *, listed: bool) -> list[bool] | None:
+def _listed(config: Mapping[str, Any], usual: str, *, listed: bool) -> list[bool] | None:
     """Which layers have a window, as `layer_types` says; None if it is left out."""
     kinds = config.get("layer_types")
     if not kinds and not (listed and kinds is not None):
         return None
-    allowed = set(_KINDS) if listed else {"full_attention"}
+    allowed = set(_KINDS) if listed else {usual}
     if not isinstance(kinds, list) or (others := {str(each) for each in kinds} - allowed):
         shown = ", ".join(sorted(others)) if isinstance(kinds, list) else kinds
         raise UserError(
@@ -101,7 +104,7 @@ def _listed(config: Mapping[str, Any], *, listed: bool) -> list[bool] | None:
         raise UserError(
             f"the model's config.json has {len(kinds)} layer_types for {config['num_hidden_layers']} layers."
         )
-    return [_KINDS[each] for each in kinds]
+    return [_KINDS.get(each, False) for each in kinds]
 
 
 def check_engines(

@@ -57,6 +57,7 @@ LATENT = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 10,
 }
+INDEXER = {"index_topk": LONGEST, "index_n_heads": 2, "index_head_dim": 8}
 SWITCHES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {
         "rope_parameters": ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 3.0}
@@ -87,6 +88,11 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "Glm4MoeLiteForCausalLM": LATENT
     | GROUPED_EXPERTS
     | {"n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5},
+    "DeepseekV32ForCausalLM": LATENT | GROUPED_EXPERTS | INDEXER,
+    "GlmMoeDsaForCausalLM": LATENT
+    | GROUPED_EXPERTS
+    | INDEXER
+    | {"n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5, "indexer_types": ["full", "shared"]},
     "Phi3ForCausalLM": {
         "pad_token_id": None,
         "partial_rotary_factor": 0.5,
@@ -196,7 +202,8 @@ def of_transformers(directory: Path, work: Path) -> tuple[dict[int, Any], dict[s
         for weight in model.state_dict(keep_vars=True).values():
             weight.copy_(torch.zeros_like(weight) if weight.grad is None else weight.grad)
     model.save_pretrained(work)  # gives them the names of published weights
-    return log_probs, {name: tensor.numpy() for name, tensor in load_file(work / "model.safetensors").items()}
+    gradients = load_file(work / "model.safetensors").items()
+    return log_probs, {name: tensor.numpy() for name, tensor in gradients if ".indexer." not in name}
 
 
 def add_head(directory: Path) -> None:

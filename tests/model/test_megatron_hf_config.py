@@ -114,6 +114,28 @@ def test_longrope_that_sglang_reads_otherwise_is_refused() -> None:
             read_model_shape(phi(**changes))
 
 
+def indexed(**changes: Any) -> dict[str, Any]:
+    latent = {"num_key_value_heads": 4, "q_lora_rank": 8}
+    return tiny_config("GlmMoeDsaForCausalLM", **latent | {"head_dim": 64, "index_topk": 64} | changes)
+
+
+def test_an_indexer_limits_sequences() -> None:
+    limit = read_model_shape(indexed()).limit
+    with pytest.raises(UserError, match=r"index_topk.* --rollout-max-context-len 64 or less"):
+        check_engines_limit(limit, None, "/models/m")
+    with pytest.raises(UserError, match="a sequence has 65 tokens"):
+        check_sequences(limit, [65])
+    check_engines_limit(limit, 64, "/models/m")
+    for changes, message in (
+        ({"q_lora_rank": None}, "no q_lora_rank, which its indexer needs"),
+        ({"index_topk": 0}, "index_topk 0"),
+        ({"index_head_dim": 2}, "index_head_dim 2, less than qk_rope_head_dim 64"),
+        ({"indexer_types": ["shared", "full"]}, "full for the first"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_model_shape(indexed(**changes))
+
+
 def test_missing_entries_are_named() -> None:
     config = tiny_config()
     del config["hidden_size"], config["vocab_size"]

@@ -321,7 +321,7 @@ class Exporter:
     def write(self, directory: Path) -> None:
         """Write the weights as a Hugging Face directory, every rank its share; done when this returns.
 
-        Layers of the template that predict further tokens are kept as they are.
+        Layers of the template that predict further tokens, and its indexers, are kept as they are.
 
         Raises:
             OSError: it can't be written, on every rank; what was there under its name is untouched.
@@ -354,7 +354,7 @@ def _quantised_form(template: Path) -> BlockFp8 | None:
 
 
 def kept_heads(template: Path, shape: ModelShape) -> Iterator[NamedTensor]:
-    """Layers that predict further tokens, as they are in the model directory; nothing, if that has no weights."""
+    """What is not trained (see `extra_heads`), as it is in the model directory; nothing, if that has no weights."""
     if not shape.family.extra_heads or not any(template.glob("model*.safetensors")):
         return
     source = SafetensorsDirectory(template)

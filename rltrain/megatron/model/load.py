@@ -24,6 +24,7 @@ from rltrain.models.tensors import Parameter
 from rltrain.run.errors import UserError
 
 _OUTPUT = "lm_head.weight"
+_INDEXER = ".self_attn.indexer."
 _BUFFER = ".rotary_emb.inv_freq"  # old checkpoints have it; every model computes it
 
 
@@ -107,11 +108,16 @@ def _check_names(source: SafetensorsDirectory, parameters: list[LocalParameter],
 
 
 def extra_heads(names: Iterable[str], shape: ModelShape) -> list[str]:
-    """Tensors of layers that predict further tokens, behind or beside the others: they are kept as they are."""
+    """Tensors that are kept as they are: of layers that predict further tokens, behind or beside the others, and of
+    indexers.
+    """
     layers = re.compile(r"model\.(?:layers\.(\d+)|mtp_layers\.\d+)\.")
+    indexed = shape.latent is not None and shape.latent.chosen is not None
     numbers = ((name, layers.match(name)) for name in names if shape.family.extra_heads)
     return sorted(
-        name for name, found in numbers if found and int(found[1] or shape.num_layers) >= shape.num_layers
+        name
+        for name, found in numbers
+        if found and (int(found[1] or shape.num_layers) >= shape.num_layers or (indexed and _INDEXER in name))
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from rltrain.models.experts import deepseek_experts
-from rltrain.models.families.family import COMMON, NO_BIAS, Family
-from rltrain.models.latent import DEFAULTS, read_latent
+from dataclasses import replace
 
-DEEPSEEK = {
+from rltrain.models.experts import deepseek_experts, first_or_listed_experts
+from rltrain.models.families.family import COMMON, NO_BIAS, Family
+from rltrain.models.latent import DEFAULTS, read_indexed_latent, read_latent
+
+_V3 = {
     "DeepseekV3ForCausalLM": Family(
         "deepseek_v3",
         experts=deepseek_experts,
@@ -43,3 +45,19 @@ DEEPSEEK = {
         },
     ),
 }
+_V3_2 = replace(
+    _V3["DeepseekV3ForCausalLM"],
+    model_type="deepseek_v32",
+    latent=read_indexed_latent,
+    experts=first_or_listed_experts,
+    attention="indexed_attention",
+    defaults={
+        **_V3["DeepseekV3ForCausalLM"].defaults,
+        "max_position_embeddings": 163840,
+        "mlp_layer_types": None,
+        "index_topk": 2048,
+        "index_n_heads": 64,
+        "index_head_dim": 128,
+    },
+)
+DEEPSEEK = _V3 | {"DeepseekV32ForCausalLM": _V3_2}

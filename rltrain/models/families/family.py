@@ -43,6 +43,7 @@ class Family:
         partial_beside: SGLang reads which part beside `rope_parameters` alone.
         unrotated_layers: Some layers have no rotary embedding, as `no_rope_layers` says.
         windows: Which layers have a sliding window; None: none can have one.
+        attention: What `layer_types` calls attention without a window.
         multipliers: Embeddings, attention, residuals and logits are scaled.
         null_head_dim: `head_dim` may be null, which means the same as its absence.
         extra_heads: Checkpoints may have layers behind the last one, or `mtp_layers`, which predict further tokens and
@@ -77,6 +78,7 @@ class Family:
     partial_beside: bool = False
     unrotated_layers: bool = False
     windows: WindowRule | None = None
+    attention: str = "full_attention"
     multipliers: bool = False
     null_head_dim: bool = False
     extra_heads: bool = False

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rltrain.models.experts import deepseek_experts, listed_experts
+from rltrain.models.experts import deepseek_experts, first_or_listed_experts, listed_experts
 from rltrain.models.families.family import COMMON, NO_BIAS, Family
-from rltrain.models.latent import DEFAULTS, read_latent
+from rltrain.models.latent import DEFAULTS, read_indexed_latent, read_latent
 from rltrain.models.tensors import Parameter
 
 GLM = {
@@ -86,6 +86,46 @@ GLM = {
             "topk_group": 1,
             "mlp_layer_types": None,
             "norm_topk_prob": True,
+        },
+    ),
+    # 5
+    "GlmMoeDsaForCausalLM": Family(
+        "glm_moe_dsa",
+        experts=first_or_listed_experts,
+        latent=read_indexed_latent,
+        attention="indexed_attention",
+        extra_heads=True,
+        only=NO_BIAS
+        | {
+            "rope_interleave": (None, True),
+            "scoring_func": (None, "sigmoid"),
+            "topk_method": (None, "noaux_tc"),
+            "moe_layer_freq": (None, 1),
+        },
+        defaults=COMMON
+        | DEFAULTS
+        | {
+            "num_key_value_heads": 64,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 202752,
+            "q_lora_rank": 2048,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 192,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 256,
+            "n_routed_experts": 256,
+            "moe_intermediate_size": 2048,
+            "num_experts_per_tok": 8,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 2.5,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 3,
+            "mlp_layer_types": None,
+            "norm_topk_prob": True,
+            "index_topk": 2048,
+            "index_n_heads": 32,
+            "index_head_dim": 128,
         },
     ),
 }
