@@ -160,6 +160,19 @@ class RunFrames:
         (`hpc.evaluate`). For `columns` see `read_samples`."""
         return read_evaluations(self.layout, columns, strict=self._strict)
 
+    @cached_property
+    def eval_scores(self) -> dict[str, pd.Series]:
+        """The mean reward of each evaluation set by the number of steps trained before it: of those that the run
+        makes itself, then of NAME/SET of evaluations made later."""
+        # The evaluation on the line of step k used the weights that step k + 1 generates with.
+        own = {name: metric(self.steps, name) for name in eval_names(self.steps)}
+        scores = {name.removeprefix("eval/"): each.set_axis(each.index + 1) for name, each in own.items()}
+        names = [name for name in self.layout.eval_datasets() if "/" in name] if self.layout else []
+        for name in names:
+            rows = read_evaluations(self.layout, ["step", "reward"], datasets=[name], strict=self._strict)
+            scores[name] = rows.groupby("step")["reward"].mean().dropna()
+        return {name: each for name, each in scores.items() if len(each)}
+
     def read_groups(self, *, threshold: float = 1.0, evals: bool = False) -> pd.DataFrame:
         """One row a group, with mean and spread of its rewards and the unbiased pass@k.
 

@@ -13,7 +13,7 @@ from analysis.checks.examine import examine
 from analysis.frames.run import RunFrames
 from analysis.frames.samples import message_rows, prompt_messages
 from analysis.frames.sessions import RECORD, record_of, tree_rows
-from analysis.frames.steps import eval_names, metric, resumed_at
+from analysis.frames.steps import metric, resumed_at
 from analysis.plots.style import BLUE, EVAL_COLOURS, ORANGE
 from analysis.reading.samples import TRAINER
 from analysis.reading.vocabulary import Vocabulary
@@ -251,23 +251,21 @@ def meta_of(
 
 def _charts(run: RunFrames) -> Iterator[list[Any]]:
     steps = run.steps
-    evals = eval_names(steps)
-    reward = [_series(steps, "rollout/reward", "training", BLUE)]
-    # The evaluation on the line of step k used the weights that step k + 1 generates with.
-    for name, colour in zip(evals, EVAL_COLOURS * len(evals), strict=False):
-        reward.append({**_series(steps, name, name.removeprefix("eval/"), colour, shift=1), "dots": True})
+    reward = [_series(metric(steps, "rollout/reward"), "training", BLUE)]
+    evals = run.eval_scores
+    for (name, scores), colour in zip(evals.items(), EVAL_COLOURS * len(evals), strict=False):
+        reward.append({**_series(scores, name, colour), "dots": True})
     yield ["Mean reward", [series for series in reward if series["x"]]]
     length = [
-        _series(steps, "rollout/response_length", "mean", BLUE),
-        _series(steps, "rollout/response_length_max", "longest", ORANGE),
+        _series(metric(steps, "rollout/response_length"), "mean", BLUE),
+        _series(metric(steps, "rollout/response_length_max"), "longest", ORANGE),
     ]
     yield ["Response length (tokens)", [series for series in length if series["x"]]]
 
 
-def _series(steps: pd.DataFrame, name: str, label: str, colour: str, shift: int = 0) -> dict[str, Any]:
-    values = metric(steps, name)
+def _series(values: pd.Series, label: str, colour: str) -> dict[str, Any]:
     values = values[np.isfinite(values.astype("float64"))]
-    return {"label": label, "colour": colour, "x": (values.index + shift).tolist(), "y": values.tolist()}
+    return {"label": label, "colour": colour, "x": values.index.tolist(), "y": values.tolist()}
 
 
 def _numbers(column: pd.Series) -> list[float | None]:

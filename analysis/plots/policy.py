@@ -8,7 +8,7 @@ import numpy as np
 
 from analysis import metrics
 from analysis.frames.run import RunFrames
-from analysis.frames.steps import eval_names, metric
+from analysis.frames.steps import metric
 from analysis.plots.style import (
     BLUE,
     EVAL_COLOURS,
@@ -43,13 +43,12 @@ def reward_curve(run: RunFrames, ax: Axes | None = None) -> Axes:
     if len(trained):
         ax.plot(trained.index, trained, color=BLUE, linewidth=0.8, alpha=0.4)
         ax.plot(trained.index, smooth(trained), color=BLUE, linewidth=2.2, label="training samples")
-    sets = eval_names(run.steps)
-    for name, colour in zip(sets, EVAL_COLOURS * len(sets), strict=False):
-        scores = metric(run.steps, name)
-        # The evaluation on the line of step k used the weights that step k + 1 generates with.
-        ax.plot(scores.index + 1, scores, "o-", color=colour, linewidth=1.6, markersize=5,
-                label=f"held out: {name.removeprefix('eval/')}")  # fmt: skip
-        label_last(ax, scores.index[-1] + 1, scores.iloc[-1], colour)
+    sets = run.eval_scores
+    for (name, scores), colour in zip(sets.items(), EVAL_COLOURS * len(sets), strict=False):
+        ax.plot(
+            scores.index, scores, "o-", color=colour, linewidth=1.6, markersize=5, label=f"held out: {name}"
+        )
+        label_last(ax, scores.index[-1], scores.iloc[-1], colour)
     attempt_marks(ax, run.steps)
     if ax.lines and ax.dataLim.y0 >= 0 and ax.dataLim.y1 <= 1:
         ax.set_ylim(-0.02, 1.04)

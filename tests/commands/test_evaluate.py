@@ -13,6 +13,8 @@ from helpers.run_files import make_run
 
 from analysis import load_run
 from analysis.live.server import LiveServer
+from analysis.pages.data import meta_of
+from analysis.plots.policy import reward_curve
 from hpc.evaluate import evaluate, evaluation_flags, main
 from hpc.runs.live_view import describe_step, panel
 from hpc.runs.progress import RunState
@@ -179,7 +181,18 @@ def test_a_runs_evals_have_what_was_evaluated_later(short_runs: Path, tmp_path: 
         assert server.live.run("fast")[1].block("meta")["total"] == len(before.samples) + 2 * len(
             before.evals
         )
+        lines = server.live.lines(["fast"], ["eval/sums", "eval/again/sums"], "step")
+    own, later = (lines["lines"]["fast"][name] for name in ("eval/sums", "eval/again/sums"))
+    assert "eval/again/sums" in lines["metrics"] and later["x"] == own["x"] == [
+        each - 1 for each in steps if each
+    ]
+    assert later["y"] == pytest.approx(own["y"])
     run = load_run(root)
+    title, curves = meta_of(run, 0, 0, overview=True)["charts"][0]
+    named = {each["label"]: each for each in curves}
+    assert title == "Mean reward" and named["again/sums"]["x"] == named["sums"]["x"] == steps
+    assert named["again/sums"]["y"] == pytest.approx(named["sums"]["y"])
+    assert [line.get_label() for line in reward_curve(run).lines].count("held out: again/sums") == 1
     evals = run.evals
     assert (
         evals["dataset"].unique().tolist() == ["sums", "again/sums"] and evals["dataset"].dtype == "category"
