@@ -1,16 +1,20 @@
 """Show the logs of a run's roles: the last lines of each, or everything new for as long as the run lives.
 
+Of an attempt that failed the cause comes first.
+
 With several logs each line begins with its role. `-f` continues across preemptions and restarts, and ends when the
 run has ended.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hpc import cli
 from hpc.runs.find import find_run
@@ -25,6 +29,7 @@ EXAMPLE = "python -m hpc.logs demo -f --role trainer"
 LINES_OF_ONE, LINES_OF_MANY = 50, 10
 
 _POLL_SECONDS = 0.25
+_LOG_FOLLOWS = re.compile(r"\. Its log, .*, ends:$")  # hpc.supervisor.roles
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,16 @@ def last_lines(
 ) -> list[LogLine]:
     """The last `n` lines of each chosen log, log by log (None: 50 of a single log, 10 each of several).
 
+    Where all roles are chosen and the attempt failed, the first line says why, under the name "cause".
+
     Raises:
         UserError: there is no such run, attempt or role; the message names those that there are.
     """
-    files = choose_logs(find_run(run, Path(runs_dir)), Selection(role, index, attempt))
+    layout, selection = find_run(run, Path(runs_dir)), Selection(role, index, attempt)
+    files = choose_logs(layout, selection)
     count = n if n is not None else LINES_OF_ONE if len(files) == 1 else LINES_OF_MANY
-    return [LogLine(file.attempt, file.name, line) for file in files for line in file.tail(count)]
+    lines = [LogLine(file.attempt, file.name, line) for file in files for line in file.tail(count)]
+    return [*_cause(layout, selection, files), *lines]
 
 
 def follow(
@@ -108,18 +117,32 @@ def choose_logs(layout: RunLayout, selection: Selection) -> list[LogFile]:
 
 
 def _ended_well(layout: RunLayout, attempt: int) -> bool:
-    return any(
-        event.get("kind") == "attempt_finished"
-        and event.get("attempt") == attempt
-        and event.get("state") in ("finished", "stopped")
+    return any(event.get("state") in ("finished", "stopped") for event in _ends(layout, attempt))
+
+
+def _ends(layout: RunLayout, attempt: int) -> Iterator[dict[str, Any]]:
+    return (
+        event
         for event in read_lines(layout.events)
+        if event.get("kind") == "attempt_finished" and event.get("attempt") == attempt
     )
+
+
+def _cause(layout: RunLayout, selection: Selection, files: list[LogFile]) -> list[LogLine]:
+    """Why the attempt failed, in one line: the logs' own lines follow anyway."""
+    attempt = files[0].attempt if files else None
+    if selection.role is not None or attempt is None:
+        return []
+    failed = [event for event in _ends(layout, attempt) if event.get("state") == "failed"]
+    first = str(failed[-1].get("reason") or "").partition("\n")[0] if failed else ""
+    return [LogLine(attempt, "cause", _LOG_FOLLOWS.sub("", first))] if first else []
 
 
 def _follow(layout: RunLayout, selection: Selection, n: int | None, end: RunEnd) -> Iterator[LogLine]:
     known = {file.path: file for file in _logs_to_follow(layout, selection)}
     shown = choose_logs(layout, selection) if layout.attempts() else []
     count = n if n is not None else LINES_OF_ONE if len(shown) == 1 else LINES_OF_MANY
+    yield from _cause(layout, selection, shown)
     for file in known.values():
         if file in shown:
             yield from _lines(file, file.tail(count))

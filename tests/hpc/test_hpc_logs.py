@@ -60,6 +60,18 @@ def test_what_slurm_says_of_a_step_comes_first(layout: RunLayout) -> None:
     assert logs.last_lines(layout.root, role="srun")
 
 
+def test_the_cause_of_a_failure_comes_first(layout: RunLayout) -> None:
+    (layout.log_dir(1) / "srun-engine-0.log").write_text("srun: error: node1: task 0: Killed\n")
+    failure = "trainer-0 exited with code 1: ValueError: no reward"
+    told = f"{failure}. Its log, {layout.log_dir(1)}/trainer-0.log, ends:\n  | trainer-0 99"
+    append_event(layout.events, 0, "attempt_finished", {"state": "failed", "reason": "an older one"})
+    append_event(layout.events, 1, "attempt_finished", {"state": "failed", "reason": told})
+    assert logs.last_lines(layout.root)[0] == logs.LogLine(1, "cause", failure)
+    assert next(logs.follow(layout.root)) == logs.LogLine(1, "cause", failure)
+    assert texts(logs.last_lines(layout.root, attempt=0)) == ["an older one", "old"]
+    assert logs.last_lines(layout.root, role="trainer", n=1)[0].text == "trainer-0 99"  # it was asked for
+
+
 def test_a_single_log_is_shown_longer(layout: RunLayout) -> None:
     lines = logs.last_lines(layout.root, role="engine", index=1)
     assert texts(lines) == [f"engine-1 {i}" for i in range(50, 100)]
