@@ -25,7 +25,7 @@ from rltrain.arguments.groups.functions import (
     check_functions,
 )
 from rltrain.arguments.hf_config import check_hf_config, read_model_shape
-from rltrain.arguments.model_flags import check_model_flags, check_quantised
+from rltrain.arguments.model_flags import check_lora, check_model_flags, check_quantised
 from rltrain.models.directory import read_hf_config
 from rltrain.models.lengths import check_engines_limit
 from rltrain.models.windows import check_engines
@@ -162,6 +162,7 @@ def _check_model(config: Config, to_come: Mapping[str, str]) -> Path:
     check_hf_config(hf_config, config.parallel, hf_checkpoint)
     check_model_flags(config.shape, hf_config, hf_checkpoint)
     check_quantised(hf_config, config)
+    check_lora(hf_config, config)
     if not config.debug.debug_train_only:
         shape = read_model_shape(hf_config)
         longest = config.rollout.rollout_max_context_len

@@ -222,4 +222,11 @@ def _checkpoint_bytes(config: Config | None) -> float:
     if config is None:
         return 0.0
     shape = memory_fit.read_shape(config.model)
-    return float(memory.checkpoint_bytes(shape, bool(config.model.bf16), critic=use_critic(config.algorithm)))
+    return float(
+        memory.checkpoint_bytes(
+            shape,
+            bool(config.model.bf16),
+            critic=use_critic(config.algorithm),
+            lora_rank=config.lora.lora_rank,
+        )
+    )

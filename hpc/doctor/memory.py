@@ -38,6 +38,7 @@ class TrainerAsk:
         tokens: in the largest micro-batch.
         log_probs_chunk_size: of them, whose log-probs are computed at a time; -1 for what a GPU takes.
         keeps_reference: whether reference weights visit the device (KL loss).
+        lora_rank: of adapters, which alone are trained; 0: everything is.
     """
 
     tensor: int
@@ -51,6 +52,7 @@ class TrainerAsk:
     keeps_reference: bool = False
     pipeline: int = 1
     expert: int = 1
+    lora_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,14 @@ def count_parameters(shape: ModelShape, tensor: int = 1, pipeline: int = 1, expe
     )
 
 
+def adapter_parameters(shape: ModelShape, rank: int) -> int:
+    """Parameters of LoRA's adapters on all linear layers that can have one, of the whole model."""
+    queries, values = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    attention = 2 * (shape.hidden_size + queries) + 2 * (shape.hidden_size + values)
+    mlp = 0 if shape.experts else 3 * (shape.hidden_size + shape.ffn_hidden_size)
+    return rank * shape.num_layers * (attention + mlp)
+
+
 def trainer_memory(shape: ModelShape, ask: TrainerAsk) -> TrainerMemory:
     """Memory of a rank with Megatron-core's Adam: gradients in fp32; with bf16 weights also fp32 master weights.
 
@@ -158,10 +168,12 @@ def _memory(shape: ModelShape, ask: TrainerAsk, count: int, outputs: int) -> Tra
     width = BF16 if ask.bf16 else FP32
     state = 2 * FP32 + (FP32 if ask.bf16 else 0)
     rows = logits_rows(ask.log_probs_chunk_size, outputs)
-    owned = -(-count // ask.data) if ask.distributed_optimizer else count
+    adapters = adapter_parameters(shape, ask.lora_rank) // ask.pipeline  # at most: some of it is split
+    trained = adapters if ask.lora_rank else count
+    owned = -(-trained // ask.data) if ask.distributed_optimizer else trained
     return TrainerMemory(
-        weights=count * width,
-        gradients=count * FP32,
+        weights=(count + adapters) * width,
+        gradients=trained * FP32,
         optimizer=owned * state,
         reference=count * width if ask.keeps_reference else 0,
         activations=_activations(shape, ask) * width,
@@ -200,11 +212,14 @@ def engine_memory(shape: ModelShape, tensor: int, bf16: bool) -> EngineMemory:
     )
 
 
-def checkpoint_bytes(shape: ModelShape, bf16: bool, *, critic: bool = False) -> int:
+def checkpoint_bytes(shape: ModelShape, bf16: bool, *, critic: bool = False, lora_rank: int = 0) -> int:
     """Size of a checkpoint of all ranks: weights, Adam's moments and, with bf16 weights, the fp32 master weights.
 
     Args:
         critic: With the critic's, which is saved beside it.
+        lora_rank: The optimizer has adapters of this rank only; 0: everything.
     """
     count = count_parameters(shape).total + (_critic_parameters(shape) if critic else 0)
-    return count * ((BF16 + FP32 if bf16 else FP32) + 2 * FP32)
+    adapters = adapter_parameters(shape, lora_rank)
+    trained = adapters if lora_rank else count
+    return (count + adapters) * (BF16 if bf16 else FP32) + trained * ((FP32 if bf16 else 0) + 2 * FP32)

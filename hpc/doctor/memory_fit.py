@@ -70,6 +70,7 @@ def trainer_ask(config: Config) -> TrainerAsk:
         tokens=tokens,
         log_probs_chunk_size=config.training.log_probs_chunk_size,
         keeps_reference=config.algorithm.use_kl_loss,
+        lora_rank=config.lora.lora_rank,
     )
 
 

@@ -13,7 +13,10 @@ from rltrain.run.errors import UserError
 from rltrain.run.layout import RunLayout
 
 # They say what a run begins with. Afterwards its checkpoint does, and they would change nothing.
-FIXED = ("hf-checkpoint", "random-init", "load", "finetune", "seed", "rollout-seed")
+FIXED = (
+    "hf-checkpoint", "random-init", "load", "finetune", "seed", "rollout-seed",
+    "lora-rank", "lora-alpha", "lora-target-modules",
+)  # fmt: skip
 
 
 def check_resume(options: SubmitOptions, before: Flags, now: Flags) -> list[str]:

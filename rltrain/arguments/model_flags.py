@@ -200,6 +200,47 @@ def check_quantised(hf_config: Mapping[str, Any], config: Config) -> None:
     _check_quantising_engines(hf_config, config, is_quantised=block is not None)
 
 
+def check_lora(hf_config: Mapping[str, Any], config: Config) -> None:
+    """Refuse adapters that the model can't have.
+
+    Raises:
+        UserError: names the flag and what there is.
+    """
+    lora, shape = config.lora, read_model_shape(hf_config)
+    if not lora.lora_rank:
+        return
+    if shape.latent is not None:
+        raise UserError(
+            f"--lora-rank {lora.lora_rank}: {shape.architecture} has latent attention, which can't have adapters. Train"
+            " all of it, without the flag."
+        )
+    there = lora_modules(shape)
+    if missing := [name for name in lora.lora_target_modules or [] if name not in (*there, "all-linear")]:
+        raise UserError(
+            f"--lora-target-modules {missing[0]}: this {shape.architecture} has {', '.join(there)}"
+            + (" (with experts, only attention can have adapters)." if shape.experts else ".")
+        )
+
+
+def lora_modules(shape: ModelShape) -> list[str]:
+    """The linear layers of a model that can have adapters, as Hugging Face names them: of attention and of MLPs that
+    are no experts, in models without any."""
+    own = shape.family.tensors
+    usual = {
+        "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),
+        "self_attention.linear_proj": ("o_proj",),
+        "mlp.linear_fc1": ("gate_proj", "up_proj"),
+        "mlp.linear_fc2": ("down_proj",),
+    }
+    if shape.experts is not None:
+        usual = {name: words for name, words in usual.items() if not name.startswith("mlp")}
+    found: list[str] = []
+    for name, words in usual.items():
+        entry = own.get(f"{name}.weight")
+        found += words if entry is None else [full.split(".")[-2] for full in entry.hf_names]
+    return found
+
+
 def _check_quantising_engines(hf_config: Mapping[str, Any], config: Config, *, is_quantised: bool) -> None:
     settings = config.engines.sglang
     method = settings.get("quantization")

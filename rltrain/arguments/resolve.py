@@ -15,7 +15,7 @@ from rltrain.arguments.fleet import read_models
 from rltrain.arguments.groups.agents import resolve_agents
 from rltrain.arguments.groups.algorithm import resolve_algorithm
 from rltrain.arguments.groups.checkpoint import check_checkpoint
-from rltrain.arguments.groups.critic import check_critic
+from rltrain.arguments.groups.critic import check_critic, use_critic
 from rltrain.arguments.groups.data import absolute, resolve_data
 from rltrain.arguments.groups.debug import check_profiling, resolve_debug
 from rltrain.arguments.groups.engines import Engines, check_health, resolve_count, resolve_offload
@@ -24,7 +24,12 @@ from rltrain.arguments.groups.functions import DEFAULT_ROLLOUT_FUNCTION, SFT_ROL
 from rltrain.arguments.groups.model import Model, check_recomputation
 from rltrain.arguments.groups.parallel import ParallelSizes, check_parallel
 from rltrain.arguments.groups.rollout import check_temperature, resolve_rollout
-from rltrain.arguments.groups.training import check_micro_batches, check_schedule, resolve_training
+from rltrain.arguments.groups.training import (
+    check_micro_batches,
+    check_schedule,
+    resolve_lora,
+    resolve_training,
+)
 from rltrain.arguments.slime_names import our_path
 from rltrain.models.directory import cached_model
 from rltrain.run.errors import UserError
@@ -56,7 +61,7 @@ def resolve(config: Config) -> Config:
     _check_environment(config)
     _check_required(config)
     check_ranges([getattr(config, name) for name in ("rollout", "training", "checkpoint", "evaluation")])
-    check_ranges([config.parallel, config.weights, config.algorithm, config.profiling])
+    check_ranges([config.parallel, config.weights, config.algorithm, config.profiling, config.lora])
     check_profiling(config.profiling, config.debug)
     config = replace(config, training=resolve_training(config.training, config.rollout))
     config = _resolve_parallel(config)
@@ -67,7 +72,7 @@ def resolve(config: Config) -> Config:
     config = replace(config, rollout=resolve_rollout(config.rollout), data=resolve_data(config.data))
     config = _resolve_evaluation(config)
     config = _resolve_staleness(config)
-    config = _resolve_routing(_resolve_algorithm(config))
+    config = _resolve_lora(_resolve_routing(_resolve_algorithm(config)))
     _check_shared_prompts(config)
     return _absolute_paths(config)
 
@@ -274,6 +279,22 @@ def _resolve_routing(config: Config) -> Config:
         return config
     # What the engine did is replayed in all passes of the trainer: there is nothing left to record.
     return replace(config, algorithm=replace(algorithm, use_routing_replay=False))
+
+
+def _resolve_lora(config: Config) -> Config:
+    lora = resolve_lora(config.lora)
+    if not lora.lora_rank:
+        return config
+    refused = {
+        "--advantage-estimator ppo: a critic is trained whole": use_critic(config.algorithm),
+        "--only-train-params-name-list: nothing but adapters is trained": config.training.only_train_params_name_list,
+        "--freeze-params-name-list: nothing but adapters is trained": config.training.freeze_params_name_list,
+        "--custom-model-provider-path: adapters are for our own layers": config.functions.custom_model_provider_path,
+        "--ckpt-format torch: adapters are saved as torch_dist": config.checkpoint.ckpt_format == "torch",
+    }
+    if problem := next((words for words, given in refused.items() if given), None):
+        raise UserError(f"--lora-rank {lora.lora_rank} does not go with {problem}. Leave one of them out.")
+    return replace(config, lora=lora)
 
 
 def _absolute_paths(config: Config) -> Config:

@@ -16,6 +16,7 @@ from rltrain.arguments.groups.critic import use_critic
 from rltrain.data.batch import Flat, TrainBatch
 from rltrain.megatron import routing_replay
 from rltrain.megatron.checkpoint.directory import iteration_of
+from rltrain.megatron.checkpoint.peft_files import write_adapters
 from rltrain.megatron.checkpoint.resume import (
     WeightSource,
     check_trusted,
@@ -199,8 +200,13 @@ class MegatronTrainActor:
         self._event("checkpoint_failed", step=step, reason=reason)
 
     def export(self, directory: Path) -> None:
-        """Write the present weights as a Hugging Face directory; done when this returns."""
+        """Write the present weights as a Hugging Face directory; done when this returns.
+
+        With adapters these are merged, and in `adapter/` of it alone: beside the weights transformers would add them.
+        """
         self._exporter.write(directory)
+        if self.config.lora.lora_rank:
+            write_adapters(directory / "adapter", self.models, self.shape, self.config)
 
     def update_weights(self, find_engines: Callable[[], Sequence[Engine]], version: int) -> None:
         """Have every engine load the present weights; only rank 0 asks `find_engines` for them."""

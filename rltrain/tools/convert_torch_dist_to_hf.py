@@ -49,7 +49,8 @@ def main(argv: list[str]) -> Path:
     if not is_legacy(checkpoint):
         stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
         dtype = stored["decoder.final_layernorm.weight"].dtype
-        config = config.replace(bf16=str(dtype) == "torch.bfloat16")
+        adapters = (dist_checkpointing.load_content_metadata(str(checkpoint)) or {}).get("lora") or {}
+        config = config.replace(bf16=str(dtype) == "torch.bfloat16", **adapters)
     models = build_model(shape, config)
     load_checkpoint(checkpoint, TrainState(models))
     tensors = chain(export_hf_weights(models, shape), kept_heads(origin, shape))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from helpers.megatron import tiny_config, tiny_experts_config
 
 from rltrain.arguments import UserError, dump, parse
 from rltrain.arguments.groups.critic import use_critic
+from rltrain.arguments.model_flags import check_lora
 
 REQUIRED = ["--hf-checkpoint", "m", "--prompt-data", "p", "--rollout-batch-size", "8", "--num-rollout", "4"]
 PPO = ["--advantage-estimator", "ppo"]
@@ -35,12 +37,50 @@ PPO = ["--advantage-estimator", "ppo"]
         ("--keep-old-actor --use-rollout-logprobs", "Take one"),
         ("--use-opsm --advantage-estimator cispo", "CISPO keeps every token"),
         ("--max-skipped-steps 0", "--max-skipped-steps is 0"),
+        ("--lora-rank -1", "--lora-rank is -1"),
+        ("--lora-alpha 8", "--lora-alpha does nothing without --lora-rank"),
+        ("--lora-target-modules q_proj", "does nothing without --lora-rank"),
+        ("--lora-rank 8 --lora-alpha 0", "--lora-alpha 0: it must be greater"),
+        ("--lora-rank 8 --lora-target-modules lm_head", "lm_head: no such layer can have an adapter"),
+        (
+            "--lora-rank 8 --advantage-estimator ppo",
+            "--lora-rank 8 does not go with --advantage-estimator ppo",
+        ),
+        ("--lora-rank 8 --only-train-params-name-list mlp", "not go with --only-train-params-name-list"),
+        ("--lora-rank 8 --freeze-params-name-list mlp", "not go with --freeze-params-name-list"),
+        ("--lora-rank 8 --custom-model-provider-path a.b", "not go with --custom-model-provider-path"),
+        ("--lora-rank 8 --ckpt-format torch", "not go with --ckpt-format torch"),
     ],
 )
 def test_refusals_name_the_flag(flags: str, words: str) -> None:
     with pytest.raises(UserError) as caught:
         parse([*REQUIRED, *flags.split()])
     assert words in str(caught.value)
+
+
+def test_adapters_are_scaled_by_two_and_on_all_layers_unless_flags_say() -> None:
+    lora = parse([*REQUIRED, "--lora-rank", "8"]).lora
+    assert (lora.lora_alpha, lora.lora_target_modules, lora.scale) == (16.0, ["all-linear"], 2.0)
+    assert lora.is_target("o_proj")
+    given = parse(
+        [*REQUIRED, "--lora-rank", "8", "--lora-alpha", "4", "--lora-target-modules", "q_proj", "k_proj"]
+    ).lora
+    assert (given.scale, given.is_target("k_proj"), given.is_target("v_proj")) == (0.5, True, False)
+
+
+def test_adapters_that_the_model_cannot_have_are_refused() -> None:
+    phi, experts = tiny_config("Phi3ForCausalLM", pad_token_id=None), tiny_experts_config()
+    latent = tiny_config("Glm4MoeLiteForCausalLM", head_dim=64, num_key_value_heads=4)
+    for name, model, words in (
+        ("q_proj", phi, "this Phi3ForCausalLM has qkv_proj, o_proj, gate_up_proj, down_proj."),
+        ("up_proj", experts, "has q_proj, k_proj, v_proj, o_proj (with experts, only attention"),
+        ("q_proj", latent, "Glm4MoeLiteForCausalLM has latent attention"),
+    ):
+        config = parse([*REQUIRED, "--lora-rank", "8", "--lora-target-modules", name])
+        with pytest.raises(UserError) as caught:
+            check_lora(model, config)
+        assert words in str(caught.value)
+    check_lora(tiny_config(), parse([*REQUIRED, "--lora-rank", "8"]))
 
 
 def test_fine_tuning_does_without_advantages() -> None:

@@ -46,7 +46,7 @@ def test_names_of_torch_files_stand_for_parquet_files_and_that_is_said() -> None
     assert loaded.debug.load_debug_rollout_data == "/data/{rollout_id}.parquet"
 
 
-@pytest.mark.parametrize("flag", ["--no-load-args", "--no-load-scheduler", "--no-rng", "--lora-alpha"])
+@pytest.mark.parametrize("flag", ["--no-load-args", "--no-load-scheduler", "--no-rng", "--peft-method"])
 def test_a_flag_that_nobody_here_has_is_not_taken_for_another_one(flag: str) -> None:
     with pytest.raises(UserError, match=f"unknown flag {flag}; see --help"):
         arguments.parse([*LEAST, flag])

@@ -36,6 +36,7 @@ GROUPS = (
     ("test_submit_local",),
     ("test_rollout_roles",),
     ("test_megatron_parallel",),
+    ("test_lora",),
     ("test_megatron_reshard",),
     ("test_hpc_cancel",),
     ("test_hpc_resubmit",),

@@ -127,6 +127,16 @@ def test_bytes_of_a_parameter() -> None:
     assert checkpoint_bytes(LLAMA_3_8B, bf16=False) == 12 * count
 
 
+def test_adapters_alone_have_gradients_and_an_optimizer() -> None:
+    """Of rank 16: on q and o 2·(4096 + 4096), on k and v 2·(4096 + 1024), on the MLP 3·(4096 + 14336), 32 layers."""
+    count, adapters = 8_030_261_248, 16 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+    assert adapters == 41_943_040  # as published for all linear layers
+    found = trainer_memory(LLAMA_3_8B, replace(ASK, lora_rank=16))
+    assert (found.weights, found.gradients) == (2 * (count + adapters), 4 * adapters)
+    assert found.optimizer == 12 * adapters
+    assert checkpoint_bytes(LLAMA_3_8B, bf16=True, lora_rank=16) == 2 * count + 14 * adapters
+
+
 def test_a_critic_has_one_number_where_the_policy_has_logits() -> None:
     count = 8_030_261_248 - 128256 * 4096 + 4096 + 1
     policy, critic = trainer_memory(LLAMA_3_8B, ASK), critic_memory(LLAMA_3_8B, ASK)

@@ -64,6 +64,8 @@ def test_changes_are_told_and_what_would_be_ignored_is_refused(
     ]
     with pytest.raises(UserError, match=r"--seed .not given. → 7: the run grpo has a checkpoint"):
         again(first, tmp_path, recipes[0], "--seed=7", "--lr=1")
+    with pytest.raises(UserError, match=r"--lora-rank .not given. → 8: the run grpo has a checkpoint"):
+        again(first, tmp_path, recipes[0], "--lora-rank=8")
     begun = {**first.train, "hf-checkpoint": [str(tmp_path / "model")]}  # stored as an absolute path
     monkeypatch.chdir(tmp_path)
     given = flag_data.merge(begun, {"hf-checkpoint": ["model"]})

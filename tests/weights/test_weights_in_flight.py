@@ -7,15 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TOKEN
 from helpers.engine import GivenEngine, GivenWeights, load_weights, running_requests, wait_until
-from helpers.megatron import init_single_process, make_config
+from helpers.megatron import init_single_process, log_probs_of, make_actor, make_batch, make_config
 from helpers.tiny_model import make_model
 from safetensors.torch import load_file
 
 from rltrain.arguments.config import Config
+from rltrain.data.batch import TrainBatch
 from rltrain.megatron.push import WeightPush, make_sender
 from rltrain.rollout.generate.single_turn import update_sample
 from rltrain.run.http import call
@@ -184,6 +186,25 @@ def test_engines_that_were_given_random_weights_get_more_than_changes(
     given_engine = GivenEngine(engine.url, TOKEN)
     WeightPush(config, context, given, lambda kind, **_: events.append(kind)).push(lambda: [given_engine], 5)
     assert events == ["weights_proven"]
+
+
+@pytest.mark.usefixtures("process_group", "other_model")
+def test_an_engine_gets_adapters_merged(engine: Any, router: Any, tiny_model: Path, tmp_path: Path) -> None:
+    lora = {"lora_rank": 4, "lora_alpha": 16.0, "lora_target_modules": ["all-linear"], "lr": 0.05}
+    config = make_config(tiny_model, **lora, update_weight_transport="disk")
+    context = RoleContext(tmp_path, 0, "trainer", 0, "http://127.0.0.1:9", TOKEN)
+    actor = make_actor(config, tmp_path)
+    actor.train(0, make_batch(8))
+    push = WeightPush(config, context, actor._exporter, lambda kind, **_: None)
+    push.push(lambda: [GivenEngine(engine.url, TOKEN)], 1)
+    sample = generate(router.url, PROMPTS[0], 0)
+    assert sample.weight_versions == ["1"]
+    mask = np.ones(NEW_TOKENS, np.int8)
+    tokens = [np.array(sample.tokens, np.int32)]
+    batch = TrainBatch(tokens, [NEW_TOKENS], [mask], np.ones(1, np.float32), None)
+    given, own = torch.tensor(sample.rollout_log_probs), torch.from_numpy(log_probs_of(actor, batch)[0])
+    torch.testing.assert_close(given, own, atol=2e-5, rtol=0)
+    assert (own - log_probs(tiny_model, sample)).abs().max() > 1e-2
 
 
 class Spy:

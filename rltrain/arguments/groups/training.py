@@ -62,6 +62,40 @@ class Training:
     )
 
 
+# Of attention and MLP in all families that can have adapters, as Hugging Face names them.
+LORA_MODULES = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA.
+
+    Low-rank adapters are trained and the model's own weights are not; engines get both merged: docs/lora.md.
+    """
+
+    owner: ClassVar[Owner] = "slurmlime"
+
+    lora_rank: int = flag("rank of the adapters (default: 0, none)", 0, metavar="R", at_least=0)
+    lora_alpha: float | None = flag("adapters are scaled by A / R (default: 2 R)", metavar="A")
+    lora_target_modules: list[str] | None = flag(
+        "linear layers with adapters, as PEFT names them: q_proj k_proj …, or all-linear (default)",
+        metavar="NAME",
+    )
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's output is multiplied by."""
+        assert self.lora_alpha is not None
+        return self.lora_alpha / self.lora_rank
+
+    def is_target(self, name: str) -> bool:
+        """Whether the module with this name, such as q_proj, has an adapter."""
+        targets = self.lora_target_modules or []
+        return name in targets or "all-linear" in targets
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """Optimizer and schedule of Megatron."""
@@ -122,6 +156,29 @@ def resolve_training(training: Training, rollout: Rollout) -> Training:
     if training.log_probs_max_tokens_per_gpu is None:
         return replace(training, log_probs_max_tokens_per_gpu=training.max_tokens_per_gpu)
     return training
+
+
+def resolve_lora(lora: Lora) -> Lora:
+    """Fill in alpha and the layers that have adapters.
+
+    Raises:
+        UserError: a flag does nothing without another, or has no meaning.
+    """
+    if not lora.lora_rank:
+        for name in ("lora_alpha", "lora_target_modules"):
+            if getattr(lora, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} does nothing without --lora-rank: give both.")
+        return lora
+    if lora.lora_alpha is not None and not lora.lora_alpha > 0:
+        raise UserError(f"--lora-alpha {lora.lora_alpha:g}: it must be greater than 0.")
+    targets = lora.lora_target_modules or ["all-linear"]
+    if unknown := [name for name in targets if name not in (*LORA_MODULES, "all-linear")]:
+        raise UserError(
+            f"--lora-target-modules {unknown[0]}: no such layer can have an adapter; there are"
+            f" {', '.join(LORA_MODULES)}, and all-linear for all that the model has of them."
+        )
+    alpha = 2.0 * lora.lora_rank if lora.lora_alpha is None else lora.lora_alpha
+    return replace(lora, lora_alpha=alpha, lora_target_modules=targets)
 
 
 def check_micro_batches(training: Training, data_ranks: int) -> None:

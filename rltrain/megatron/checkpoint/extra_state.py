@@ -13,6 +13,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
+from rltrain.megatron.model.layers.lora import is_adapter
+
 MARK = "_extra_state"
 
 
@@ -28,12 +30,14 @@ def drop_absent(content: dict[str, Any], checkpoint: Path) -> None:
 
 
 def load_weights(model: torch.nn.Module, state: dict[str, Any]) -> None:
-    """`load_state_dict` that is strict with all but `_extra_state`.
+    """`load_state_dict` that is strict with all but `_extra_state`, and adapters where the state has none of them.
 
     Raises:
         RuntimeError: keys are missing, or are not the model's.
     """
     missing, unexpected = model.load_state_dict(state, strict=False)
+    if not any(map(is_adapter, state)):
+        missing = [name for name in missing if not is_adapter(name)]
     wrong = sorted(name for name in [*missing, *unexpected] if MARK not in name)
     if wrong:
         raise RuntimeError(f"missing in the checkpoint, or unknown to the model: {', '.join(wrong)}")

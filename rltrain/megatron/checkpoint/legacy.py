@@ -21,6 +21,7 @@ from rltrain.megatron.checkpoint.state import (
     rng_state,
 )
 from rltrain.megatron.device import megatron_scope
+from rltrain.megatron.model.layers.lora import is_adapter
 from rltrain.megatron.model.optimizer import load_optimizer
 from rltrain.megatron.ranks import first_problem
 from rltrain.run.errors import UserError
@@ -129,7 +130,7 @@ def _layout() -> dict[str, int]:
 
 def _difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str | None:
     for name, tensor in wanted.items():
-        if not isinstance(tensor, torch.Tensor) or MARK in name:
+        if not isinstance(tensor, torch.Tensor) or MARK in name or is_adapter(name):
             continue
         if name not in stored:
             return f"it has no {name}, which is {tuple(tensor.shape)} in the model"

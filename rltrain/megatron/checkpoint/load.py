@@ -15,6 +15,7 @@ from rltrain.megatron.checkpoint.state import (
     TrainState,
     chunks,
     layout,
+    lora_settings,
     optimizer_kind,
     restore_rng,
     sharded_rng_state,
@@ -23,6 +24,7 @@ from rltrain.megatron.checkpoint.state import (
     state_dict,
 )
 from rltrain.megatron.device import megatron_scope
+from rltrain.megatron.model.layers.lora import is_adapter
 from rltrain.megatron.model.optimizer import fit_chain, load_optimizer
 from rltrain.megatron.ranks import first_problem
 from rltrain.run.errors import UserError
@@ -37,9 +39,11 @@ def load_checkpoint(checkpoint: Path, state: TrainState, *, load_rng: bool = Tru
         UserError: the checkpoint is of another model, or its optimizer state does not fit; on every rank.
     """
     if is_legacy(checkpoint):
+        _check_same_adapters(checkpoint, state, None)
         return load_legacy(checkpoint, state, load_rng=load_rng)
     stored = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
     metadata = sharding(stored.get(BY_LAYER, False))
+    _check_same_adapters(checkpoint, state, stored.get("lora"))
     _check_same_model(checkpoint, state, metadata)
     if state.optimizer is not None:
         _check_same_optimizer(checkpoint, stored.get("optimizer_kind"), optimizer_kind(state.optimizer))
@@ -49,6 +53,8 @@ def load_checkpoint(checkpoint: Path, state: TrainState, *, load_rng: bool = Tru
     with megatron_scope():
         for key, _ in chunks(state):
             drop_absent(content[key], checkpoint)
+            if not stored.get("lora"):
+                _drop_adapters(content[key])
         loaded = dist_checkpointing.load(content, str(checkpoint))
         for key, model in chunks(state):
             load_weights(model, loaded[key])
@@ -84,6 +90,41 @@ def _check_same_optimizer(checkpoint: Path, stored: str | None, wanted: str) -> 
         )
 
 
+def _check_same_adapters(checkpoint: Path, state: TrainState, stored: dict[str, Any] | None) -> None:
+    """See that the checkpoint has the model's adapters, or none where only weights are taken.
+
+    Raises:
+        UserError: says how it was trained, and what to do.
+    """
+    own = lora_settings(state)
+    if stored == own or (stored is None and state.optimizer is None):
+        return
+    if stored is None:
+        raise UserError(
+            f"{checkpoint} was trained without --lora-rank, so there is no going on with its optimizer. Give --finetune"
+            " to begin at rollout 0 with its weights."
+        )
+    raise UserError(
+        f"{checkpoint} was trained with {_lora_flags(stored)}, and this run has {_lora_flags(own)}. Give the same"
+        " flags; or let python -m rltrain.tools.convert_torch_dist_to_hf merge it into a Hugging Face directory, and"
+        " start from that."
+    )
+
+
+def _lora_flags(settings: dict[str, Any] | None) -> str:
+    if settings is None:
+        return "no adapters"
+    return (
+        f"--lora-rank {settings['lora_rank']} --lora-alpha {settings['lora_alpha']:g}"
+        f" --lora-target-modules {' '.join(settings['lora_target_modules'])}"
+    )
+
+
+def _drop_adapters(content: dict[str, Any]) -> None:
+    for name in [name for name in content if is_adapter(name)]:
+        del content[name]
+
+
 def _check_same_model(checkpoint: Path, state: TrainState, metadata: dict[str, Any]) -> None:
     """See that the checkpoint has every weight of the model, in its shape; on all ranks alike.
 
@@ -93,6 +134,8 @@ def _check_same_model(checkpoint: Path, state: TrainState, metadata: dict[str, A
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     with megatron_scope():
         wanted = {key: model.sharded_state_dict(metadata=metadata) for key, model in chunks(state)}
+    for content in wanted.values():  # compared already
+        _drop_adapters(content)
     apply_factories(wanted)
     tensors = sorted(sharded_tensors(wanted), key=lambda each: each.key)
     problem = first_problem(_difference(tensors, stored))

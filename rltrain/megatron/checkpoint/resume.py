@@ -25,6 +25,7 @@ from rltrain.megatron.checkpoint.directory import (
 from rltrain.megatron.checkpoint.load import has_optimizer, load_checkpoint
 from rltrain.megatron.checkpoint.state import TrainState
 from rltrain.megatron.model.host_copy import SavedWeights
+from rltrain.megatron.model.layers.lora import reset_adapters
 from rltrain.megatron.model.load import load_hf_weights
 from rltrain.megatron.ranks import first_problem
 from rltrain.run.errors import UserError
@@ -161,6 +162,7 @@ def _foreign_file(directory: Path) -> str | None:
 
 def load_source(models: list[GPTModel], shape: ModelShape, source: WeightSource) -> None:
     """Fill a model (its chunks on this rank) that is not yet wrapped for data parallelism."""
+    reset_adapters(models)  # what the source does not have
     if source.hf_directory is not None:
         load_hf_weights(models, shape, source.hf_directory)
     elif source.checkpoint is not None:

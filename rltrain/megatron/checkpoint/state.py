@@ -6,7 +6,7 @@ Two formats are built of it: `torch_dist`, which fits any parallel layout, and M
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,14 @@ def stored_metadata(state: TrainState, metadata: dict[str, Any], *, has_rng: boo
         **layout(),
         "has_rng": has_rng,
         "optimizer_kind": None if state.optimizer is None else optimizer_kind(state.optimizer),
+        "lora": lora_settings(state),
     }
+
+
+def lora_settings(state: TrainState) -> dict[str, Any] | None:
+    """How the model's adapters were made, as flags; None if it has none."""
+    lora = getattr(state.models[0], "lora", None)
+    return None if lora is None else asdict(lora)
 
 
 def layout() -> dict[str, int]:

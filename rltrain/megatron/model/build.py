@@ -31,11 +31,12 @@ from rltrain.arguments.hf_config import (
     read_model_shape,
 )
 from rltrain.arguments.megatron_names import given
-from rltrain.arguments.model_flags import check_model_flags, check_quantised
+from rltrain.arguments.model_flags import check_lora, check_model_flags, check_quantised
 from rltrain.megatron.device import device, use_cuda
 from rltrain.megatron.model.customize import custom_model
 from rltrain.megatron.model.layers.activations import gelu_tanh, quick_gelu
 from rltrain.megatron.model.layers.latent import complete_latent_attention
+from rltrain.megatron.model.layers.lora import add_adapters
 from rltrain.megatron.model.layers.rotary import inverse_frequencies, set_frequencies
 from rltrain.megatron.model.layers.soft_cap import soft_capped_
 from rltrain.megatron.model.specs import decoder_spec, use_transformer_engine
@@ -74,6 +75,7 @@ def read_shape(config: Config) -> ModelShape:
     check_hf_config(hf_config, config.parallel, directory)
     check_model_flags(config.shape, hf_config, directory)
     check_quantised(hf_config, config)
+    check_lora(hf_config, config)
     together(lambda: _compare(hf_config, directory) if dist.get_rank() == 0 else None, UserError)
     return read_model_shape(hf_config)
 
@@ -277,6 +279,8 @@ def build_model(shape: ModelShape, run_config: Config) -> list[GPTModel]:
         # From here on it only says that gradients of such norms are added over tensor parallel ranks, but one over all
         # heads is split.
         config.qk_layernorm = False
+    if run_config.lora.lora_rank:
+        add_adapters(models, shape, run_config.lora, run_config.optimizer.seed)
     return models
 
 

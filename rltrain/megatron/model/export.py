@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rltrain.arguments.hf_config import ModelShape
 from rltrain.megatron.device import device
+from rltrain.megatron.model.layers.lora import adapters_of
 from rltrain.megatron.model.load import LocalParameter, extra_heads, local_parameters
 from rltrain.megatron.model.names import join, split
 from rltrain.megatron.model.tensor_files import SafetensorsDirectory
@@ -39,28 +40,37 @@ Unit = list[LocalParameter]
 Value = Callable[[Tensor], Tensor]
 
 
-def _own_weight(weight: Tensor) -> Tensor:
-    """What is exported unless something else is asked for."""
-    return weight.detach()
-
-
 @torch.no_grad()
 def export_hf_weights(
-    models: list[GPTModel], shape: ModelShape, value: Value = _own_weight, bucket_bytes: int = BUCKET_BYTES
+    models: list[GPTModel], shape: ModelShape, value: Value | None = None, bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face names and whole tensors, on rank 0. Every rank must iterate to the end; the others get none.
 
     Args:
         models: This rank's chunks of the model.
-        value: What to take of each parameter: a tensor of its shape.
+        value: What to take of each parameter, a tensor of its shape; None: the weight, with adapters merged.
         bucket_bytes: About how much is gathered and sent at a time.
 
     Yields:
         Tensors on the model's device; they may share memory with the model.
     """
     for part in _parts_of(models, shape):
-        tensors = _gathered(part, shape, value, bucket_bytes) if part.replica == 0 else iter(())
-        yield from _on_rank_0(tensors, sends=part.replica == 0 and part.group.rank() == 0)
+        yield from _whole_on_rank_0(part, shape, value, bucket_bytes)
+
+
+@torch.no_grad()
+def export_adapters(models: list[GPTModel], shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    """LoRA's matrices by the name of their Hugging Face module, as `export_hf_weights` has weights."""
+    found = [each for adapter in adapters_of(models) for each in adapter.files()]
+    part = _part_without_experts([LocalParameter(weight, entry) for weight, entry in found])
+    yield from _whole_on_rank_0(part, shape, None, BUCKET_BYTES)
+
+
+def _whole_on_rank_0(
+    part: Part, shape: ModelShape, value: Value | None, bucket_bytes: int
+) -> Iterator[tuple[str, Tensor]]:
+    tensors = _gathered(part, shape, value, bucket_bytes) if part.replica == 0 else iter(())
+    yield from _on_rank_0(tensors, sends=part.replica == 0 and part.group.rank() == 0)
 
 
 @dataclass(frozen=True)
@@ -95,12 +105,7 @@ def _parts_of(models: list[GPTModel], shape: ModelShape) -> Iterator[Part]:
     """
     own = [parameter for parameter in local_parameters(models, shape) if not parameter.is_copy]
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    yield Part(
-        [parameter for parameter in own if not parameter.entry.is_expert],
-        parallel_state.get_tensor_model_parallel_group(),
-        parallel_state.get_data_parallel_rank(with_context_parallel=True),
-        (stage,),
-    )
+    yield _part_without_experts([parameter for parameter in own if not parameter.entry.is_expert])
     if shape.experts:
         experts = [parameter for parameter in own if parameter.entry.is_expert]
         fused = any(parameter.of_all_experts for parameter in shape.family.tensors.values())
@@ -114,13 +119,22 @@ def _parts_of(models: list[GPTModel], shape: ModelShape) -> Iterator[Part]:
         )
 
 
-def _gathered(part: Part, shape: ModelShape, value: Value, bucket_bytes: int) -> Iterator[Named]:
+def _part_without_experts(parameters: list[LocalParameter]) -> Part:
+    return Part(
+        parameters,
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        (parallel_state.get_pipeline_model_parallel_rank(),),
+    )
+
+
+def _gathered(part: Part, shape: ModelShape, value: Value | None, bucket_bytes: int) -> Iterator[Named]:
     """Whole tensors, one bucket at a time, on every rank of the group."""
     for bucket in _buckets_of(part.units(), value, bucket_bytes // part.group.size()):
         yield _gather(bucket, part, shape, value)
 
 
-def _gather(bucket: list[Unit], part: Part, shape: ModelShape, value: Value) -> Named:
+def _gather(bucket: list[Unit], part: Part, shape: ModelShape, value: Value | None) -> Named:
     """The Hugging Face tensors of a bucket, on every rank of the part's group, which all gather it together."""
     gathered = [
         each
@@ -128,20 +142,25 @@ def _gather(bucket: list[Unit], part: Part, shape: ModelShape, value: Value) -> 
         for each in unit
         if each.entry.split_dim is not None or each.entry.of_all_experts
     ]
-    shards = iter(_all_gather([value(each.weight) for each in gathered], part.group))
+    shards = iter(_all_gather([_taken(each, value) for each in gathered], part.group))
     named: Named = []
     for unit in bucket:
         if unit[0].entry.of_all_experts:
             named.append(_all_experts(unit, [next(shards) for _ in unit], shape))
             continue
         for each in unit:
-            own = [value(each.weight)] if each.entry.split_dim is None else next(shards)
+            own = [_taken(each, value)] if each.entry.split_dim is None else next(shards)
             named += _whole(each, own, shape)
     return named
 
 
-def _buckets_of(units: list[Unit], value: Value, size: int) -> Iterator[list[Unit]]:
+def _taken(parameter: LocalParameter, value: Value | None) -> Tensor:
+    return parameter.value() if value is None else value(parameter.weight)
+
+
+def _buckets_of(units: list[Unit], value: Value | None, size: int) -> Iterator[list[Unit]]:
     """Neighbours of one type, up to about `size` bytes."""
+    value = value or torch.Tensor.detach  # merged with adapters it has the same type and size
     for _, same_type in groupby(units, key=lambda unit: value(unit[0].weight).dtype):
         bucket: list[Unit] = []
         held = 0
@@ -278,11 +297,11 @@ def _dealt_out(
     size = min(bucket_bytes // part.group.size(), -(-total // len(replicas)))
     turn = list(replicas).index(part.replica) if part.replica in replicas else len(replicas)
     taken = dict.fromkeys(replicas.get(part.replica, []), 0)
-    buckets = list(_buckets_of(part.units(), _own_weight, size))
+    buckets = list(_buckets_of(part.units(), None, size))
     for first in range(0, len(buckets), len(replicas)):
         mine: Named = []
         for bucket in buckets[first : first + len(replicas)][turn : turn + 1]:
-            for name, tensor in _gather(bucket, part, shape, _own_weight):
+            for name, tensor in _gather(bucket, part, shape, None):
                 taker = min(taken, key=lambda rank: (taken[rank], rank))
                 taken[taker] += tensor.nbytes
                 if taker == part.group.rank():

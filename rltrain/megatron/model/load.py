@@ -16,6 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from rltrain.arguments.hf_config import ModelShape
+from rltrain.megatron.model.layers.lora import Adapter, adapters_of, is_adapter
 from rltrain.megatron.model.names import blocks, global_name, hf_shapes, merge, parameter
 from rltrain.megatron.model.tensor_files import SafetensorsDirectory
 from rltrain.megatron.ranks import control_group, together
@@ -146,11 +147,17 @@ class LocalParameter:
 
     Attributes:
         is_copy: A tied embedding's second copy, on the last pipeline stage.
+        adapter: What LoRA adds to it.
     """
 
     weight: Tensor
     entry: Parameter
-    is_copy: bool
+    is_copy: bool = False
+    adapter: Adapter | None = None
+
+    def value(self) -> Tensor:
+        """The weight as the model computes: with its adapter in it, in memory of its own then."""
+        return self.weight.detach() if self.adapter is None else self.adapter.merged()
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -161,14 +168,17 @@ class LocalParameter:
 
 
 def local_parameters(models: list[GPTModel], shape: ModelShape) -> Iterator[LocalParameter]:
-    """All weights of this rank's chunks of a model, with their place in the whole model."""
+    """All weights of this rank's chunks of a model but adapters, with their place in the whole model."""
     for model in models:
         config, layers = model.config, model.decoder.layers
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
         experts = (config.num_moe_experts or 0) // config.expert_model_parallel_size
         first_expert = parallel_state.get_expert_model_parallel_rank() * experts
+        adapters = {id(each.linear.weight): each for each in adapters_of([model])}
         for name, weight in chain(model.named_parameters(), expert_biases(model)):
+            if is_adapter(name):
+                continue
             is_copy = name == "output_layer.weight" and model.share_embeddings_and_output_weights
             whole = "embedding.word_embeddings.weight" if is_copy else name
             entry = parameter(global_name(whole, first_layer, first_expert), shape.family)
-            yield LocalParameter(weight, entry, is_copy)
+            yield LocalParameter(weight, entry, is_copy, adapters.get(id(weight)))

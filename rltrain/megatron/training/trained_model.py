@@ -59,7 +59,9 @@ class TrainedModel:
     def full_state(self) -> TrainState:
         """Everything that a checkpoint can hold."""
         partly = bool(
-            self.config.training.only_train_params_name_list or self.config.training.freeze_params_name_list
+            self.config.lora.lora_rank
+            or self.config.training.only_train_params_name_list
+            or self.config.training.freeze_params_name_list
         )
         return TrainState(self.models, self.optimizer, self.scheduler, partly)
 

@@ -35,10 +35,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised input."""
-        return _rms_norm(x, self.weight, self.eps, self.is_zero_centered)
+        return rms_norm(x, self.weight, self.eps, self.is_zero_centered)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float | None, is_zero_centered: bool) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float | None, is_zero_centered: bool) -> Tensor:
     """RMSNorm of the last dimension, times the weight or 1 + the weight."""
     if not is_zero_centered:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
@@ -60,7 +60,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The linear layer's output and its bias, of the normalised input."""
-        normed = _rms_norm(x, self.layer_norm_weight, self.layer_norm_eps, self.is_zero_centered)
+        normed = rms_norm(x, self.layer_norm_weight, self.layer_norm_eps, self.is_zero_centered)
         return super().forward(normed, *args, **kwargs)
 
 
