@@ -5,7 +5,8 @@ The ranks are new processes: of those for the CPU CUDA hides its GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from helpers.megatron import (
     write_config,
     write_hf_model,
 )
+from model.test_families import SWITCHES
 from on_gpu import CPU_ONLY, EVERYWHERE, environment, needs_gpu, report
 
 from rltrain.arguments.config import Config
+from rltrain.models.families import FAMILIES
 
 pytestmark = pytest.mark.slow
 
@@ -59,13 +62,19 @@ def steps(configs: dict[str, Config], work: Path) -> dict[str, dict[str, Any]]:
     return {name: step(name, each, work / name) for name, each in configs.items()}
 
 
-def step(name: str, config: Config, work: Path) -> dict[str, Any]:
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """While entered, models are built without TransformerEngine, also where it is installed."""
     from rltrain.megatron.model import build, specs
 
     with pytest.MonkeyPatch.context() as patch:
-        if name.endswith("without TransformerEngine"):
-            patch.setattr(specs, "use_transformer_engine", lambda: False)
-            patch.setattr(build, "use_transformer_engine", lambda: False)
+        for module in (specs, build):
+            patch.setattr(module, "use_transformer_engine", lambda: False)
+        yield
+
+
+def step(name: str, config: Config, work: Path) -> dict[str, Any]:
+    with plain_layers() if name.endswith("without TransformerEngine") else nullcontext():
         actor = make_actor(config, work)
         batch = make_batch(8)  # of many lengths, packed together
         before = np.concatenate(log_probs_of(actor, batch))
@@ -106,6 +115,43 @@ def test_a_step_is_that_of_fp32_on_the_cpu(
         assert each["grad_norm"] == pytest.approx(exact["grad_norm"], rel=2 * rounding), name
     print(f"{where}: log-probs differ from fp32 on the CPU by at most", end=" ")
     print({name: float(abs(each["log_probs"] - exact["log_probs"]).max()) for name, each in found.items()})
+
+
+def parameters(configs: dict[str, Config], work: Path) -> list[dict[str, Any]]:
+    """What each family's model on this rank holds: with this machine's layers, and with plain ones."""
+    own = {name: held(each) for name, each in configs.items()}
+    with plain_layers():
+        return [own, {name: held(each) for name, each in configs.items()}]
+
+
+def held(config: Config) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The shapes of all parameters, by what they are called in a Hugging Face directory."""
+    from rltrain.arguments.hf_config import read_model_shape
+    from rltrain.megatron.device import megatron_scope
+    from rltrain.megatron.model.build import build_model
+    from rltrain.megatron.model.load import local_parameters
+    from rltrain.models.directory import read_hf_config
+
+    shape = read_model_shape(read_hf_config(Path(config.model.hf_checkpoint), without_weights=True))
+    with megatron_scope():
+        models = build_model(shape, config)
+    return {each.entry.hf_names: tuple(each.weight.shape) for each in local_parameters(models, shape)}
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_layers_of_every_family_hold_what_the_converters_expect(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TransformerEngine's have the names and shapes of the plain ones, which are proven against transformers."""
+    # Without compressed queries Megatron-core 0.19 can't have TransformerEngine.
+    switches = SWITCHES | {"DeepseekV3ForCausalLM": SWITCHES["DeepseekV3ForCausalLM"] | {"q_lora_rank": 24}}
+    configs = {
+        name: make_config(write_config(tmp_path / name, tiny_config(name, **changes)), bf16=True)
+        for name, changes in switches.items()
+    }
+    own, plain = one_rank(monkeypatch, environment(where), parameters, configs, tmp_path / "work")
+    assert own == plain and own.keys() == FAMILIES.keys()
+    assert all(len(each) > 10 for each in own.values())
 
 
 def speed(config: Config, work: Path) -> dict[str, float]:

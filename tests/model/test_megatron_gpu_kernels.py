@@ -342,6 +342,33 @@ def test_windows_with_context_parallelism_where_attention_is_not_transformer_eng
         assert build._window_config(shape, config)["window_size"] == (6, 0)
 
 
+def test_each_ranks_biases_of_experts_count_in_the_norm_of_gradients() -> None:
+    """TransformerEngine marks those of the second layer as copies, which they are only where an expert is split."""
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+
+    layer, expert = torch.nn.Module(), torch.nn.Linear(2, 2)
+    expert.weight.tensor_model_parallel = True  # type: ignore[assignment]
+    layer.mlp = torch.nn.ModuleDict({"experts": torch.nn.ModuleDict({"linear_fc2": expert})})
+    model = torch.nn.ModuleDict({"decoder": layer})
+    config = SimpleNamespace(
+        expert_model_parallel_size=2, expert_tensor_parallel_size=1, tensor_model_parallel_size=2
+    )
+    build._mark_experts([model], config)  # type: ignore[list-item, arg-type]
+    second = SimpleNamespace(rank=lambda: 1, size=lambda: 2)
+    assert all(param_is_not_tensor_parallel_duplicate(each, second) for each in model.parameters())
+    assert not any(each.allreduce for each in model.parameters())
+
+
+def test_plain_queries_and_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = SimpleNamespace(query_rank=None)
+    monkeypatch.setattr(build, "use_transformer_engine", lambda: True)
+    monkeypatch.setattr(build, "normalises_plain_queries", lambda: False)
+    assert build._latent_norms(latent) == {"qk_layernorm": True}  # type: ignore[arg-type]
+    monkeypatch.setattr(build, "normalises_plain_queries", lambda: True)
+    with pytest.raises(UserError, match=r"Install one before 0.19, such as 0\.18\.2"):
+        build._latent_norms(latent)  # type: ignore[arg-type]
+
+
 def test_random_states_of_a_gpu_do_not_reach_a_cpu() -> None:
     """A run that goes on where there is no GPU: its trackers keep the seeds that they have."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker

@@ -213,7 +213,8 @@ def _latent_norms(latent: LatentAttention) -> dict[str, Any]:
     if latent.query_rank is None and normalises_plain_queries():
         raise UserError(
             "the model's config.json sets q_lora_rank to null: with TransformerEngine, this megatron-core normalises"
-            " the input of such queries. Install megatron-core 0.16, or remove TransformerEngine."
+            " the input of such queries. Install one before 0.19, such as 0.18.2 (on Python 3.11: 0.16.1), or remove"
+            " TransformerEngine."
         )
     return {"qk_layernorm": True}
 
@@ -336,7 +337,9 @@ def _build_chunk(
 def _mark_experts(models: list[GPTModel], config: TransformerConfig) -> None:
     """Tell Megatron-core whether experts' gradients are added up over other ranks than those of all other weights.
 
-    Its own layers say so only where experts are shared out, not where tensor parallel ranks hold them whole.
+    Its own layers say so only where experts are shared out, not where tensor parallel ranks hold them whole. And each
+    rank's biases count in the gradient's norm: TransformerEngine's layers call them copies of the first rank's, which
+    Megatron-core before 0.19 then leaves out.
     """
     alike = config.expert_model_parallel_size == 1
     alike &= config.expert_tensor_parallel_size == config.tensor_model_parallel_size
@@ -344,6 +347,8 @@ def _mark_experts(models: list[GPTModel], config: TransformerConfig) -> None:
         for name, weight in model.named_parameters():
             if ".mlp.experts." in name:
                 weight.allreduce = alike
+                if ".bias" in name:  # such experts are never split
+                    weight.tensor_model_parallel = True
 
 
 def _embedding_factor(shape: ModelShape, dtype: torch.dtype) -> float:
