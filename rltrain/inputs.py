@@ -26,6 +26,7 @@ from rltrain.arguments.groups.functions import (
 )
 from rltrain.arguments.hf_config import check_hf_config, read_model_shape
 from rltrain.arguments.model_flags import check_lora, check_model_flags, check_quantised
+from rltrain.models import linear
 from rltrain.models.directory import read_hf_config
 from rltrain.models.lengths import check_engines_limit
 from rltrain.models.windows import check_engines
@@ -163,8 +164,13 @@ def _check_model(config: Config, to_come: Mapping[str, str]) -> Path:
     check_model_flags(config.shape, hf_config, hf_checkpoint)
     check_quantised(hf_config, config)
     check_lora(hf_config, config)
+    shape = read_model_shape(hf_config)
+    if config.training.share_prompts and shape.linear:
+        raise UserError(
+            f"--share-prompts: {hf_checkpoint} has linear attention, and what that has seen of a prompt can't go on to"
+            " several samples. Leave the flag out."
+        )
     if not config.debug.debug_train_only:
-        shape = read_model_shape(hf_config)
         longest = config.rollout.rollout_max_context_len
         own = not config.engines.are_external
         if shape.family.same_as and own and not config.engines.sglang.get("trust_remote_code"):
@@ -180,11 +186,12 @@ def _check_model(config: Config, to_come: Mapping[str, str]) -> Path:
                 f" {beside} beside it, which SGLang reads: engines and trainer would be different models. Write"
                 f' "partial_rotary_factor": {shape.rope.percent} beside rope_parameters too.'
             )
+        linear.check_engines(shape.linear, hf_config, hf_checkpoint)
         check_engines(shape.window, shape.family.windows, longest, hf_checkpoint)
         check_engines_limit(shape.limit, longest, hf_checkpoint)
     algorithm = config.algorithm
     replays = algorithm.use_routing_replay or algorithm.use_rollout_routing_replay
-    if replays and read_model_shape(hf_config).experts is None:
+    if replays and shape.experts is None:
         raise UserError(
             f"--use-routing-replay and --use-rollout-routing-replay: {hf_checkpoint} has no experts to route tokens to."
         )

@@ -104,15 +104,20 @@ def count_parameters(shape: ModelShape, tensor: int = 1, pipeline: int = 1, expe
     """
     vocab = -(-shape.vocab_size // tensor) * tensor
     layers = -(-shape.num_layers // pipeline)
-    qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    qkv = ((1 + shape.family.output_gate) * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     attention = shape.hidden_size * qkv + shape.num_heads * shape.head_dim * shape.hidden_size
     attention += qkv if shape.qkv_bias else 0
     whole = 0  # of the attention, on every tensor parallel rank
     if shape.latent is not None:
         attention, whole = shape.latent.weights(shape.hidden_size, shape.num_heads)
+    of_heads = 2 * shape.head_dim if shape.qk_norm else 0
+    attentions, own_norms = layers * attention, layers * of_heads
+    if shape.linear is not None:
+        linear = layers * len(shape.linear.layers) // shape.num_layers
+        attentions += linear * (shape.linear.weights(shape.hidden_size) - attention)
+        own_norms += linear * (shape.linear.value_size - of_heads)
     embeddings = vocab * shape.hidden_size * (1 if shape.tied_embeddings or pipeline > 1 else 2)
     norms = (4 if shape.family.post_norms else 2) * shape.hidden_size
-    norms += 2 * shape.head_dim if shape.qk_norm else 0
     norms += shape.latent.kv_rank + (shape.latent.query_rank or 0) if shape.latent else 0
     with_experts, experts, shared, routers = 0, 0, 0, 0
     if shape.experts is not None:
@@ -123,8 +128,8 @@ def count_parameters(shape: ModelShape, tensor: int = 1, pipeline: int = 1, expe
         shared = with_experts * 3 * shape.hidden_size * shape.experts.shared_size
     dense = (layers - with_experts) * 3 * shape.hidden_size * shape.ffn_hidden_size
     return Parameters(
-        split=(layers * attention + dense + shared + embeddings) // tensor + experts,
-        replicated=layers * (norms + whole) + shape.hidden_size + routers,
+        split=(attentions + dense + shared + embeddings) // tensor + experts,
+        replicated=layers * (norms + whole) + own_norms + shape.hidden_size + routers,
     )
 
 
@@ -206,9 +211,12 @@ def engine_memory(shape: ModelShape, tensor: int, bf16: bool) -> EngineMemory:
     """Memory of one of `tensor` ranks of an engine. Key-value heads are copied where there are fewer than ranks."""
     width = BF16 if bf16 else FP32
     kv_heads = max(1, shape.num_kv_heads // tensor)
+    layers = shape.num_layers - (
+        len(shape.linear.layers) if shape.linear else 0
+    )  # those keep a state a request
     return EngineMemory(
         weights=count_parameters(shape, tensor).total * width,
-        kv_per_token=2 * shape.num_layers * kv_heads * shape.head_dim * width,
+        kv_per_token=2 * layers * kv_heads * shape.head_dim * width,
     )
 
 

@@ -15,6 +15,7 @@ from rltrain.models.families import FAMILIES, SUPPORTED_ARCHITECTURES
 from rltrain.models.families.family import Family
 from rltrain.models.latent import LatentAttention
 from rltrain.models.lengths import Limit
+from rltrain.models.linear import LinearAttention
 from rltrain.models.quantised import fp8_block
 from rltrain.models.rope import Rope, read_rope, read_ropes
 from rltrain.models.windows import Window, read_window
@@ -71,6 +72,7 @@ class ModelShape:
     qk_norm: bool = False
     experts: Experts | None = None
     latent: LatentAttention | None = None
+    linear: LinearAttention | None = None
     unrotated: tuple[int, ...] = ()  # layers without a rotary embedding, from 0
     window: Window | None = None
     local_theta: float | None = None  # base of the rotary embedding of layers with a window, if it is another
@@ -117,8 +119,25 @@ def check_hf_config(config: dict[str, Any], parallel: Parallel, hf_checkpoint: s
             f"--tensor-model-parallel-size {size} does not divide the {shape.experts.shared_size} columns of the"
             f" shared experts of {hf_checkpoint}."
         )
+    if shape.linear:
+        _check_linear(shape.linear, parallel, hf_checkpoint)
     virtual_stages(parallel, shape.num_layers)
     _check_experts(shape.experts, parallel, hf_checkpoint)
+
+
+def _check_linear(linear: LinearAttention, parallel: Parallel, hf_checkpoint: str) -> None:
+    size = parallel.tensor_model_parallel_size
+    if linear.key_heads % size:
+        raise UserError(
+            f"--tensor-model-parallel-size {size} does not divide linear_num_key_heads {linear.key_heads} of"
+            f" {hf_checkpoint}: each tensor parallel rank takes an equal share of them."
+        )
+    if parallel.context_parallel_size > 1:
+        raise UserError(
+            f"--context-parallel-size {parallel.context_parallel_size}: {hf_checkpoint} has layers with linear"
+            " attention, which read a sequence from its beginning, so that ranks can't share one. Use"
+            " --context-parallel-size 1, with more --tensor-model-parallel-size, or --recompute-granularity full."
+        )
 
 
 def _check_experts(experts: Experts | None, parallel: Parallel, hf_checkpoint: str) -> None:
@@ -157,7 +176,7 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
     """
     architecture = _architecture(config)
     family = FAMILIES[architecture]
-    if missing := [key for key in _REQUIRED if key not in config]:
+    if missing := [key for key in _REQUIRED if key not in config and key not in family.defaults]:
         raise UserError(f"the model's config.json lacks {', '.join(missing)}.")
     if config.get("head_dim", 1) is None and not family.null_head_dim:
         raise UserError(
@@ -165,6 +184,7 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
         )
     config = with_defaults(config)
     refuse_features(config, architecture)
+    num_layers = whole_number(config, "num_hidden_layers")
     latent = family.latent(config) if family.latent else None
     heads, hidden = whole_number(config, "num_attention_heads"), whole_number(config, "hidden_size")
     kv_heads, head_dim = heads, hidden // heads
@@ -183,6 +203,7 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
             f"the model's config.json has {heads} attention heads, {kv_heads} key-value heads and head_dim {head_dim}:"
             " key-value heads must divide the others, and the size must be even."
         )
+    experts = family.experts(config) if family.experts else None
     rope, local_theta = _ropes(config, family, latent=latent is not None)
     if rope.slower and len(rope.slower) != int(head_dim * rope.percent) // 2:
         raise UserError(
@@ -191,9 +212,9 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
         )
     return ModelShape(
         architecture=architecture,
-        num_layers=whole_number(config, "num_hidden_layers"),
+        num_layers=num_layers,
         hidden_size=hidden,
-        ffn_hidden_size=whole_number(config, "intermediate_size"),
+        ffn_hidden_size=_mlp_size(config, family, experts),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -207,12 +228,20 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
         qkv_bias=bool(config[family.qkv_bias]) if isinstance(family.qkv_bias, str) else family.qkv_bias,
         qk_norm=bool(config[family.qk_norm]) if isinstance(family.qk_norm, str) else family.qk_norm,
         latent=latent,
-        experts=family.experts(config) if family.experts else None,
+        linear=family.linear(config) if family.linear else None,
+        experts=experts,
         unrotated=_unrotated(config) if family.unrotated_layers else (),
-        window=read_window(config, family.windows, family.attention),
+        window=None if family.linear else read_window(config, family.windows, family.attention),
         multipliers=_multipliers(config, family),
         soft_caps=_soft_caps(config) if family.soft_caps else SoftCaps(),
     )
+
+
+def _mlp_size(config: Mapping[str, Any], family: Family, experts: Experts | None) -> int:
+    """The width of dense MLPs; that of an expert, where every layer has experts and the entry is missing."""
+    if experts and config["intermediate_size"] is None and "intermediate_size" in family.defaults:
+        return experts.ffn_hidden_size
+    return whole_number(config, "intermediate_size")
 
 
 def _ropes(config: Mapping[str, Any], family: Family, *, latent: bool) -> tuple[Rope, float | None]:
@@ -291,6 +320,7 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 def _architecture(config: Mapping[str, Any]) -> str:
     names = [str(name) for name in config.get("architectures") or ()]
     if len(names) != 1 or names[0] not in SUPPORTED_ARCHITECTURES:
+        _refuse_wrapper(config, names)
         found = ", ".join(names) or f"model_type {config.get('model_type')!r}"
         raise UserError(
             f"the model's config.json names the architecture {found}, which the trainer does not support;"
@@ -303,6 +333,19 @@ def _architecture(config: Mapping[str, Any]) -> str:
             f" whose model_type is {expected!r}: transformers and SGLang would take one of them each."
         )
     return names[0]
+
+
+def _refuse_wrapper(config: Mapping[str, Any], names: list[str]) -> None:
+    """Say how to get at the text part of a model of text and images, if that can be trained."""
+    text = config.get("text_config")
+    kind = text.get("model_type") if isinstance(text, dict) else None
+    for name, family in FAMILIES.items():
+        if family.model_type == kind:
+            raise UserError(
+                f"the model's config.json is that of a {', '.join(names)}, a model of text and images. The trainer"
+                f" supports its text part, a {name}: give a directory with that alone. docs/adding_a_model.md shows how"
+                " to write the one of Qwen3.5."
+            )
 
 
 # What changes the computation, with the only value that is supported.

@@ -48,6 +48,8 @@ def megatron_shape(config: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
             found.qk_norm,
             family.qk_norm if isinstance(family.qk_norm, str) else "architectures",
         ),
+        "apply-layernorm-1p": (family.zero_centered_norms, "architectures"),
+        "attention-output-gate": (family.output_gate, "architectures"),
         "post-self-attn-layernorm": (family.post_norms, "architectures"),
         "post-mlp-layernorm": (family.post_norms, "architectures"),
         "position-embedding-type": ("rope", "architectures"),
@@ -62,7 +64,7 @@ def megatron_shape(config: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     }
     if rope.kind == "llama3":
         shape["rope-scaling-factor"] = (rope.factor, "rope_scaling.factor")
-    return _latent(found, shape) | _experts(found)
+    return _latent(found, shape) | _experts(found) | _linear(found)
 
 
 def _latent(shape: ModelShape, usual: dict[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
@@ -96,6 +98,21 @@ def _latent(shape: ModelShape, usual: dict[str, tuple[Any, str]]) -> dict[str, t
     }
 
 
+def _linear(shape: ModelShape) -> dict[str, tuple[Any, str]]:
+    linear = shape.linear
+    if linear is None:
+        return {"linear-attention-freq": (None, "architectures")}
+    layers = [int(i in linear.layers) for i in range(shape.num_layers)]
+    return {
+        "linear-attention-freq": (layers, "entries for layers with linear attention"),
+        "linear-conv-kernel-dim": (linear.kernel, "linear_conv_kernel_dim"),
+        "linear-key-head-dim": (linear.key_size, "linear_key_head_dim"),
+        "linear-value-head-dim": (linear.value_size, "linear_value_head_dim"),
+        "linear-num-key-heads": (linear.key_heads, "linear_num_key_heads"),
+        "linear-num-value-heads": (linear.value_heads, "linear_num_value_heads"),
+    }
+
+
 def _experts(shape: ModelShape) -> dict[str, tuple[Any, str]]:
     experts = shape.experts
     if experts is None:
@@ -122,22 +139,24 @@ def moe_layers(shape: ModelShape) -> list[int]:
     return [int(shape.experts is not None and i in shape.experts.layers) for i in range(shape.num_layers)]
 
 
-def layer_pattern(text: str, num_layers: int) -> list[int]:
+def layer_pattern(text: str, num_layers: int, flag: str = "moe-layer-freq") -> list[int]:
     """`--moe-layer-freq`: the interval between layers with experts, or a list such as `([0]*1+[1]*47)`.
+
+    `--linear-attention-freq`: the interval between layers without linear attention, or such a list.
 
     Raises:
         UserError: it is neither.
     """
     compact = re.sub(r"[\s()'\"]", "", text)
     if re.fullmatch(r"\d+", compact) and int(compact):
+        if flag == "linear-attention-freq":
+            return [int((i + 1) % int(compact) != 0) for i in range(num_layers)]
         return [int(i % int(compact) == 0) for i in range(num_layers)]
     pattern: list[int] = []
     for term in compact.split("+"):
         match = re.fullmatch(r"\[([01](?:,[01])*)\](?:\*(\d+))?", term)
         if match is None:
-            raise UserError(
-                f"--moe-layer-freq {text!r}: neither a number nor a list of 0 and 1 such as '([1]*48)'."
-            )
+            raise UserError(f"--{flag} {text!r}: neither a number nor a list of 0 and 1 such as '([1]*48)'.")
         pattern += [int(each) for each in match[1].split(",")] * int(match[2] or 1)
     return pattern
 
@@ -161,8 +180,8 @@ def check_model_flags(
         if told is None:
             continue
         value = told
-        if flag == "moe-layer-freq" and expected is not None:
-            value = layer_pattern(told, config["num_hidden_layers"])
+        if flag in ("moe-layer-freq", "linear-attention-freq") and expected is not None:
+            value = layer_pattern(told, config["num_hidden_layers"], flag)
         if value != expected:
             shown = f"--{flag}" if told is True else f"--{flag} {told}"
             shown += f" ({(sources or {}).get(flag, 'flag')})"
@@ -209,9 +228,10 @@ def check_lora(hf_config: Mapping[str, Any], config: Config) -> None:
     lora, shape = config.lora, read_model_shape(hf_config)
     if not lora.lora_rank:
         return
-    if shape.latent is not None:
+    if shape.latent is not None or shape.linear is not None:
+        kind = "latent" if shape.latent is not None else "linear"
         raise UserError(
-            f"--lora-rank {lora.lora_rank}: {shape.architecture} has latent attention, which can't have adapters. Train"
+            f"--lora-rank {lora.lora_rank}: {shape.architecture} has {kind} attention, which can't have adapters. Train"
             " all of it, without the flag."
         )
     there = lora_modules(shape)

@@ -217,6 +217,24 @@ def test_the_part_of_a_head_that_is_rotated_must_be_where_sglang_reads_it(inputs
     assert check(inputs, *more) == "fine: 1"
 
 
+def test_linear_attention_shares_no_prompts_and_engines_need_its_interval(inputs: dict[str, Path]) -> None:
+    file = inputs["model"] / "config.json"
+    entries = json.loads(file.read_text()) | {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+    }
+    layers = ["linear_attention", "full_attention"] * (entries["num_hidden_layers"] // 2)
+    file.write_text(json.dumps(entries | {"layer_types": layers}))
+    more = ("--random-init", "--num-rollout", "1")
+    assert 'Add "full_attention_interval": 2.' in check(inputs, *more)
+    file.write_text(json.dumps(entries | {"layer_types": layers[::-1]}))
+    assert "at no interval" in check(inputs, *more)
+    file.write_text(json.dumps(entries | {"layer_types": layers, "full_attention_interval": 2}))
+    assert check(inputs, *more) == "fine: 1"
+    shared = ("--share-prompts", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "4096")
+    assert "has linear attention" in check(inputs, *more, *shared)
+
+
 def test_chat_template_must_exist(inputs: dict[str, Path]) -> None:
     assert "no chat template" in check(inputs, "--random-init", "--num-rollout", "1", "--apply-chat-template")
 

@@ -68,6 +68,10 @@ DEEPSEEK_V3 = shape(
     architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", num_hidden_layers=61, hidden_size=7168,
     intermediate_size=18432, num_attention_heads=128, vocab_size=129280, num_experts_per_tok=8,
 )  # fmt: skip
+QWEN3_NEXT = shape(
+    architectures=["Qwen3NextForCausalLM"], model_type="qwen3_next", num_hidden_layers=48, hidden_size=2048,
+    intermediate_size=5120, num_attention_heads=16, vocab_size=151936,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -78,6 +82,7 @@ DEEPSEEK_V3 = shape(
         (LLAMA_3_8B, 8_030_261_248),
         (QWEN3_30B_A3B, 30_532_122_624),
         (DEEPSEEK_V3, 671_026_404_352),
+        (QWEN3_NEXT, 79_674_391_296),  # as transformers counts
     ],
 )
 def test_published_sizes(model: ModelShape, published: int) -> None:

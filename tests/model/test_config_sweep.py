@@ -55,6 +55,13 @@ LATENT = {
     "v_head_dim": 10,
 }
 INDEXER = {"index_topk": 64, "index_n_heads": 2, "index_head_dim": 8}
+LINEAR = {
+    "layer_types": ["linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+}
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": 9},
     "Qwen2ForCausalLM": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
@@ -95,6 +102,9 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     },
     "Qwen2MoeForCausalLM": EXPERTS | {"shared_expert_intermediate_size": 24},
     "Qwen3MoeForCausalLM": EXPERTS,
+    "Qwen3NextForCausalLM": EXPERTS | LINEAR | {"shared_expert_intermediate_size": 24},
+    "Qwen3_5ForCausalLM": LINEAR,
+    "Qwen3_5MoeForCausalLM": EXPERTS | LINEAR | {"shared_expert_intermediate_size": 24},
     "MiniMaxM2ForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "DeepseekV3ForCausalLM": LATENT | GROUPED_EXPERTS,
     "DeepseekV32ForCausalLM": LATENT | GROUPED_EXPERTS | INDEXER,

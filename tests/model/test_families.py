@@ -58,6 +58,16 @@ LATENT = {
     "v_head_dim": 10,
 }
 INDEXER = {"index_topk": LONGEST, "index_n_heads": 2, "index_head_dim": 8}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 3,
+    "shared_expert_intermediate_size": 24,
+    "partial_rotary_factor": 0.5,
+}
 SWITCHES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {
         "rope_parameters": ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 3.0}
@@ -75,6 +85,9 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "Qwen2MoeForCausalLM": EXPERTS | {"shared_expert_intermediate_size": 24, "norm_topk_prob": False},
     "Qwen3ForCausalLM": {"rope_parameters": ROPE | {"rope_type": "yarn", "beta_fast": 2.0}},
     "Qwen3MoeForCausalLM": EXPERTS | {"norm_topk_prob": True},
+    "Qwen3NextForCausalLM": EXPERTS | LINEAR,
+    "Qwen3_5ForCausalLM": LINEAR | {"attn_output_gate": True, "tie_word_embeddings": True},
+    "Qwen3_5MoeForCausalLM": EXPERTS | LINEAR,
     "Glm4MoeForCausalLM": GROUPED_EXPERTS | {"use_qk_norm": True, "attention_bias": True},
     "Olmo2ForCausalLM": {"pad_token_id": None},
     "MiniMaxM2ForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4},
@@ -138,6 +151,7 @@ OF_EXPERTS: dict[str, dict[str, Any]] = {  # each rank has half of the experts, 
     "ep2": LAYOUTS["tp2"] | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 }
 
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 OWN_ATTENTION: dict[str, dict[str, Any]] = {"cp2": {"context_parallel_size": 2}}
 
 
@@ -145,6 +159,9 @@ def layouts(architecture: str) -> dict[str, dict[str, Any]]:
     family = FAMILIES[architecture]
     found = LAYOUTS | (OF_EXPERTS if family.experts else {}) | (OWN_ATTENTION if family.soft_caps else {})
     whole_experts = {"expert_tensor_parallel_size": 1} if family.biases else {}
+    if family.linear:
+        found |= {"pp2": LAYOUTS["pp2"] | RECOMPUTED}
+        found |= {} if family.experts else {"tp2": LAYOUTS["tp2"] | {"sequence_parallel": False}}
     return {name: changes | whole_experts for name, changes in found.items()}
 
 
@@ -209,8 +226,10 @@ def of_transformers(directory: Path, work: Path) -> tuple[dict[int, Any], dict[s
 def add_head(directory: Path) -> None:
     """Give a model of two layers one more, to predict a token more."""
     file = directory / "model.safetensors"
-    is_beside = "MiMo" in (directory / "config.json").read_text()
+    config = (directory / "config.json").read_text()
+    is_beside = "MiMo" in config
     name = "model.mtp_layers.0.input_proj.weight" if is_beside else "model.layers.2.eh_proj.weight"
+    name = "mtp.layers.0.self_attn.q_proj.weight" if "linear_num" in config else name
     head = {name: torch.randn(8, 16)}
     save_file(load_file(file) | head, file, metadata={"format": "pt"})
 

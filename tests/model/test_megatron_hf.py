@@ -110,3 +110,35 @@ def test_missing_tensor_is_named(tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
     with pytest.raises(UserError, match="gate_proj"):
         make_actor(make_config(directory), tmp_path)
+
+
+def test_the_text_part_of_a_model_with_images_is_trained_as_transformers_writes_it(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3_5Config
+
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+    text = tiny_config("Qwen3_5ForCausalLM", linear_value_head_dim=6, **linear)
+    layers = {"layer_types": ["linear_attention", "full_attention"], "architectures": None}
+    images = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(
+        Qwen3_5Config(text_config=text | layers, vision_config=images | {"num_position_embeddings": 16}),
+        dtype=torch.float32,
+    )
+    whole.save_pretrained(tmp_path / "whole")
+    init_single_process()
+    with pytest.raises(UserError, match="its text part, a Qwen3_5ForCausalLM"):
+        make_actor(make_config(tmp_path / "whole"), tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole", dtype="auto"
+    )  # as docs/adding_a_model.md says
+    part = AutoModelForCausalLM.from_config(read.config, dtype=read.dtype)
+    part.load_state_dict(read.state_dict())
+    part.save_pretrained(tmp_path / "text")
+    batch = make_batch(3, longest=40)
+    ours = log_probs_of(make_actor(make_config(tmp_path / "text"), tmp_path), batch)
+    for i, positions in enumerate(TrainableTokens.of(batch).positions):
+        ids = torch.from_numpy(batch.tokens[i].astype(np.int64))
+        with torch.no_grad():
+            logits = whole.eval()(ids[None]).logits[0, :-1]
+        expected = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1).numpy()[positions]
+        np.testing.assert_allclose(ours[i], expected, atol=1e-5, rtol=0)

@@ -160,6 +160,19 @@ def test_experts_with_biases_are_not_split() -> None:
         check(tiny_config(), tensor_parallel=3)
 
 
+def test_layers_with_linear_attention_are_not_split_within_a_sequence() -> None:
+    config = tiny_config("Qwen3NextForCausalLM", num_experts=4, num_experts_per_tok=2, linear_num_key_heads=2)
+    sizes = config | {"linear_num_value_heads": 4, "num_hidden_layers": 8}
+    check(sizes, tensor_parallel=2, sequence_parallel=True)
+    assert read_model_shape(sizes).linear.layers == (0, 1, 2, 4, 5, 6)  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"--context-parallel-size 2: /models/m has layers with linear"):
+        check(sizes, context_parallel_size=2)
+    with pytest.raises(UserError, match="does not divide linear_num_key_heads 3"):
+        check(sizes | {"linear_num_key_heads": 3, "linear_num_value_heads": 3}, tensor_parallel=2)
+    with pytest.raises(UserError, match="full_attention_interval 3, but by layer_types"):
+        check(config | {"full_attention_interval": 3, "layer_types": ["full_attention", "linear_attention"]})
+
+
 def test_defaults_of_sparse_configurations() -> None:
     config = tiny_config("LlamaForCausalLM")
     for key in ("head_dim", "num_key_value_heads", "rope_theta", "tie_word_embeddings"):

@@ -90,3 +90,39 @@ def test_loss_and_gradient_depend_on_the_samples_alone(
     whole = total_loss(estimator, per_token, [[tuple(range(len(BATCH)))]])
     assert ours[0] == pytest.approx(whole[0], rel=1e-6)
     np.testing.assert_allclose(ours[1], whole[1], rtol=1e-6, atol=1e-12)
+
+
+def by_steps(*parts: torch.Tensor) -> torch.Tensor:
+    """The gated delta rule of one sequence, token by token: queries, keys, values, beta, log of decay."""
+    state, outputs = torch.zeros(3, 2, 4), []
+    for query, key, value, beta, decay in zip(*parts, strict=True):
+        query, key = (each / (each.square().sum(-1, keepdim=True) + 1e-6).sqrt() for each in (query, key))
+        state = state * decay.exp()[:, None, None]
+        correction = beta[:, None] * (value - torch.einsum("hkv,k->hv", state, key[0]))
+        state = state + torch.einsum("k,hv->hkv", key[0], correction)
+        outputs.append(torch.einsum("hkv,k->hv", state, query[0]) / 2**0.5)
+    return torch.stack(outputs)
+
+
+def test_linear_attention_reads_each_packed_sequence_from_its_beginning() -> None:
+    from rltrain.megatron.model.layers.delta_net import convolve, delta_rule, find_places
+
+    lengths = (3, 150, 64, 1, 70)
+    places = find_places(lengths, 4, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 2), (1, 2), (3, 4), (3,), (3,))  # one key head, three value heads
+    parts = [torch.randn(sum(lengths), *shape, generator=generator) for shape in shapes]
+    parts = [*parts[:3], parts[3].sigmoid(), -parts[4].exp()]
+    leaves = [each.clone().requires_grad_() for each in parts]
+    alone = [by_steps(*each) for each in zip(*(leaf.split(lengths) for leaf in leaves), strict=True)]
+    together = delta_rule(*leaves, places)
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+    weights = torch.randn(together.shape, generator=generator)
+    expected = torch.autograd.grad((torch.cat(alone) * weights).sum(), leaves)
+    for mine, theirs in zip(torch.autograd.grad((together * weights).sum(), leaves), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+    x, kernel = torch.randn(sum(lengths), 5, generator=generator), torch.randn(5, 1, 4, generator=generator)
+    padded = [torch.nn.functional.pad(each.t(), (3, 0)) for each in x.split(lengths)]
+    single = [torch.nn.functional.conv1d(each[None], kernel, groups=5)[0].t() for each in padded]
+    torch.testing.assert_close(convolve(x, kernel, places), torch.cat(single))

@@ -105,6 +105,14 @@ class Shape:
     mscale: float | None = flag(None)
     mscale_all_dim: float | None = flag(None)
     rope_type: str | None = flag(None)
+    apply_layernorm_1p: bool | None = flag(None)
+    attention_output_gate: bool | None = flag(None)
+    linear_attention_freq: str | None = flag(None)
+    linear_conv_kernel_dim: int | None = flag(None)
+    linear_key_head_dim: int | None = flag(None)
+    linear_value_head_dim: int | None = flag(None)
+    linear_num_key_heads: int | None = flag(None)
+    linear_num_value_heads: int | None = flag(None)
 
 
 def check_recomputation(model: Model) -> None:

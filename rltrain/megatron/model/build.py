@@ -112,6 +112,11 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         kv_channels=shape.head_dim,
         layernorm_epsilon=shape.norm_eps,
         add_qkv_bias=shape.qkv_bias,
+        attention_output_gate=shape.family.output_gate,
+        # Our own layer. Megatron-core reads it where it saves layers that are not alike.
+        linear_attention_freq=[int(i in shape.linear.layers) for i in range(shape.num_layers)]
+        if shape.linear
+        else None,
         rotary_interleaved=shape.family.rotary_interleaved,
         # Of queries and keys, so that it counts twice.
         softmax_scale=(shape.rope.attention_factor**2 if shape.rope.percent == 1 else 1)
@@ -302,6 +307,7 @@ def _build_chunk(
             config,
             stage,
             family=shape.family,
+            linear=shape.linear,
             residual=shape.multipliers.residual,
             soft_cap=shape.soft_caps.scores,
         ),

@@ -189,11 +189,11 @@ def _all_gather(tensors: list[Tensor], group: dist.ProcessGroup) -> list[list[Te
 def _whole(parameter: LocalParameter, shards: list[Tensor], shape: ModelShape) -> Named:
     """The Hugging Face tensors of a parameter from all its shards."""
     entry = parameter.entry
-    groups = shape.num_kv_heads // len(shards)
-    per_rank = [split(shard, entry.layout, shape, groups) for shard in shards]
+    per_rank = [split(shard, entry.layout, shape, len(shards)) for shard in shards]
     named: Named = []
-    for hf_name, parts in zip(entry.hf_names, zip(*per_rank, strict=True), strict=True):
-        tensor = join(list(parts), entry.layout, entry.split_dim or 0, shape)
+    for number, parts in enumerate(zip(*per_rank, strict=True)):
+        hf_name = entry.hf_names[number]
+        tensor = join(list(parts), entry.layout, entry.split_dim or 0, shape, number)
         named.append((hf_name, tensor[: shape.vocab_size] if entry.layout == "vocab" else tensor))
     return named
 
@@ -206,7 +206,7 @@ def _all_experts(unit: Unit, shards: list[list[Tensor]], shape: ModelShape) -> t
     """
     layout = unit[0].entry.layout
     of_ranks = zip(*shards, strict=True)
-    experts = [split(weight, layout, shape, shape.num_kv_heads)[0] for own in of_ranks for weight in own]
+    experts = [split(weight, layout, shape, 1)[0] for own in of_ranks for weight in own]
     return unit[0].entry.hf_names[0], torch.stack(experts)
 
 

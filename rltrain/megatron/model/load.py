@@ -59,16 +59,20 @@ def _fill(source: SafetensorsDirectory, parameters: list[LocalParameter], shape:
         entry, weight, size = each.entry, each.weight, each.group.size()
         wholes = hf_shapes(entry, tuple(weight.shape), size, shape)
         tensors = [source.tensor(name, whole) for name, whole in zip(entry.hf_names, wholes, strict=True)]
-        parts = [_own_slice(tensor, each, shape) for tensor in tensors]
-        merged = merge(parts, entry.layout, shape, shape.num_kv_heads // size)
+        parts = [_own_slice(tensor, each, shape, number) for number, tensor in enumerate(tensors)]
+        merged = merge(parts, entry.layout, shape, size)
         if entry.layout == "vocab":
             merged = torch.nn.functional.pad(merged, (0, 0, 0, weight.shape[0] - merged.shape[0]))
             _check_tied(source, each, merged, shape)
         weight.copy_(merged)
 
 
-def _own_slice(tensor: Any, parameter: LocalParameter, shape: ModelShape) -> Tensor:
-    """This rank's slice of a tensor; the last ranks of a vocabulary may get less, or nothing."""
+def _own_slice(tensor: Any, parameter: LocalParameter, shape: ModelShape, number: int = 0) -> Tensor:
+    """This rank's slice of a parameter's tensor; the last ranks of a vocabulary may get less, or nothing.
+
+    Args:
+        number: Which of its tensors.
+    """
     entry = parameter.entry
     dim, size, rank = entry.split_dim, parameter.group.size(), parameter.group.rank()
     if entry.of_all_experts:
@@ -77,7 +81,7 @@ def _own_slice(tensor: Any, parameter: LocalParameter, shape: ModelShape) -> Ten
     if dim is None:
         return tensor[:]
     length = tensor.get_shape()[dim]
-    rows = blocks(entry.layout, length, shape)
+    rows = blocks(entry.layout, length, shape, number)
     if len(rows) > 1:
         starts = [sum(rows[:i]) + rank * count // size for i, count in enumerate(rows)]
         return torch.cat(
@@ -112,7 +116,7 @@ def extra_heads(names: Iterable[str], shape: ModelShape) -> list[str]:
     """Tensors that are kept as they are: of layers that predict further tokens, behind or beside the others, and of
     indexers.
     """
-    layers = re.compile(r"model\.(?:layers\.(\d+)|mtp_layers\.\d+)\.")
+    layers = re.compile(r"model\.(?:layers\.(\d+)|mtp_layers\.\d+)\.|mtp\.")
     indexed = shape.latent is not None and shape.latent.chosen is not None
     numbers = ((name, layers.match(name)) for name in names if shape.family.extra_heads)
     return sorted(

@@ -40,6 +40,12 @@ _IN_LAYER = {
     "self_attention.q_layernorm.weight": Parameter(("self_attn.q_norm.weight",), "plain", None),
     "self_attention.k_layernorm.weight": Parameter(("self_attn.k_norm.weight",), "plain", None),
     "self_attention.linear_proj.weight": Parameter(("self_attn.o_proj.weight",), "plain", 1),
+    "self_attention.in_proj.layer_norm_weight": Parameter(("input_layernorm.weight",)),
+    "self_attention.convolution": Parameter(("linear_attn.conv1d.weight",), "delta_convolution", 0),
+    "self_attention.A_log": Parameter(("linear_attn.A_log",), "plain", 0),
+    "self_attention.dt_bias": Parameter(("linear_attn.dt_bias",), "plain", 0),
+    "self_attention.out_norm": Parameter(("linear_attn.norm.weight",)),
+    "self_attention.out_proj.weight": Parameter(("linear_attn.out_proj.weight",), "plain", 1),
     "mlp.linear_fc1.layer_norm_weight": Parameter(("post_attention_layernorm.weight",), "plain", None),
     "mlp.linear_fc1.weight": Parameter(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "stacked", 0),
     "mlp.linear_fc2.weight": Parameter(("mlp.down_proj.weight",), "plain", 1),
@@ -124,67 +130,105 @@ def hf_shapes(
     match entry.layout:
         case "vocab":
             return [(shape.vocab_size, *whole[1:])]
-        case "qkv":
-            heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-            return [(count * shape.head_dim, *whole[1:]) for count in heads]
+        case "qkv" | "gated_qkv" | "delta" | "delta_by_head":
+            groups, rows = _grouped(entry.layout, shape)
+            return [(groups * sum(each), *whole[1:]) for each in rows]
         case "stacked":
             return [(whole[0] // 2, *whole[1:])] * 2
         case _:
             return [whole]
 
 
-def merge(parts: list[Tensor], layout: Layout, shape: ModelShape, groups: int) -> Tensor:
+def _grouped(layout: Layout, shape: ModelShape) -> tuple[int, list[tuple[int, ...]]]:
+    """How many groups of rows a parameter has, and how many rows of each tensor, and of each of its parts, one has."""
+    if not layout.startswith("delta"):
+        queries = shape.num_heads // shape.num_kv_heads * shape.head_dim
+        if layout == "fused_qkv":
+            return shape.num_kv_heads, [(queries, shape.head_dim, shape.head_dim)]
+        gated = 2 if layout == "gated_qkv" else 1
+        return shape.num_kv_heads, [(gated * queries,), (shape.head_dim,), (shape.head_dim,)]
+    assert shape.linear is not None
+    sizes = shape.linear.group
+    of_layout: dict[str, list[tuple[int, ...]]] = {
+        "delta": [sizes[:3], *((size,) for size in sizes[3:])],
+        "delta_by_head": [(sum(sizes[:4]),), (sum(sizes[4:]),)],
+        "delta_convolution": [sizes[:3]],
+    }
+    return shape.linear.key_heads, of_layout[layout]
+
+
+_IN_GROUPS = ("qkv", "fused_qkv", "gated_qkv", "delta", "delta_by_head", "delta_convolution")
+
+
+def merge(parts: list[Tensor], layout: Layout, shape: ModelShape, size: int) -> Tensor:
     """One rank's Megatron-core parameter from its slices of the Hugging Face tensors.
 
     Args:
         parts: One slice for each of `Parameter.hf_names`.
-        groups: Key-value groups of this rank.
+        size: How many ranks it is split over.
     """
     if layout in ("woven", "transposed"):
         rows = parts[0].t()  # what has one dimension stays as it is
         return torch.cat([rows[::2], rows[1::2]]) if layout == "woven" else rows
-    if layout == "fused_qkv":
-        parts = list(parts[0].split(blocks(layout, len(parts[0]), shape)))
-    elif layout != "qkv":
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-    by_group = [part.unflatten(0, (groups, -1)) for part in parts]
-    return torch.cat(by_group, dim=1).flatten(0, 1)
+    if layout not in _IN_GROUPS:
+        return _below(parts)
+    groups, rows_of = _grouped(layout, shape)
+    groups //= size
+    if layout == "gated_qkv":
+        by_head = parts[0].unflatten(0, (groups, -1, 2, shape.head_dim))
+        parts = [by_head.transpose(1, 2).flatten(0, 3), *parts[1:]]
+    pieces = [
+        piece.unflatten(0, (groups, -1))
+        for part, sizes in zip(parts, rows_of, strict=True)
+        for piece in part.split([groups * each for each in sizes])
+    ]
+    return torch.cat(pieces, dim=1).flatten(0, 1)
 
 
-def split(weight: Tensor, layout: Layout, shape: ModelShape, groups: int) -> list[Tensor]:
+def split(weight: Tensor, layout: Layout, shape: ModelShape, size: int) -> list[Tensor]:
     """The inverse of `merge`."""
     match layout:
-        case "qkv" | "fused_qkv":
-            queries = shape.num_heads // shape.num_kv_heads * shape.head_dim
-            sizes = [queries, shape.head_dim, shape.head_dim]
-            by_group = weight.unflatten(0, (groups, -1)).split(sizes, dim=1)
-            parts = [part.flatten(0, 1) for part in by_group]
-            return parts if layout == "qkv" else [torch.cat(parts)]
         case "stacked":
             return list(weight.chunk(2))
         case "woven":
             return [torch.stack(weight.chunk(2), dim=1).flatten(0, 1).t()]
         case "transposed":
             return [weight.t()]
-        case _:
+        case _ if layout not in _IN_GROUPS:
             return [weight]
+    groups, rows_of = _grouped(layout, shape)
+    groups //= size
+    pieces = iter(
+        weight.unflatten(0, (groups, -1)).split([each for sizes in rows_of for each in sizes], dim=1)
+    )
+    parts = [_below([next(pieces).flatten(0, 1) for _ in sizes]) for sizes in rows_of]
+    if layout == "gated_qkv":
+        by_kind = parts[0].unflatten(0, (groups, 2, -1, shape.head_dim))
+        parts[0] = by_kind.transpose(1, 2).flatten(0, 3)
+    return parts
 
 
-def blocks(layout: Layout, length: int, shape: ModelShape) -> list[int]:
-    """How many rows the parts of a tensor, or of a rank's share of it, have: a rank holds a share of each."""
-    match layout:
-        case "halves":
-            return [length // 2] * 2
-        case "fused_qkv":
-            heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-            return [length // sum(heads) * count for count in heads]
-        case _:
-            return [length]
+def _below(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def join(shards: list[Tensor], layout: Layout, dim: int, shape: ModelShape) -> Tensor:
-    """A whole Hugging Face tensor from the ranks' shares of it."""
+def blocks(layout: Layout, length: int, shape: ModelShape, number: int = 0) -> list[int]:
+    """How many rows the parts of a tensor, or of a rank's share of it, have: a rank holds a share of each.
+
+    Args:
+        number: Which of the parameter's tensors.
+    """
+    if layout == "halves":
+        return [length // 2] * 2
+    if layout not in _IN_GROUPS:
+        return [length]
+    sizes = _grouped(layout, shape)[1][number]
+    return [length // sum(sizes) * each for each in sizes]
+
+
+def join(shards: list[Tensor], layout: Layout, dim: int, shape: ModelShape, number: int = 0) -> Tensor:
+    """A whole Hugging Face tensor, the parameter's of this number, from the ranks' shares of it."""
     if len(shards) == 1:
         return shards[0]
-    parts = [shard.split(blocks(layout, shard.shape[dim], shape), dim) for shard in shards]
+    parts = [shard.split(blocks(layout, shard.shape[dim], shape, number), dim) for shard in shards]
     return torch.cat([part for same in zip(*parts, strict=True) for part in same], dim)

@@ -34,6 +34,8 @@ from torch import Tensor
 from rltrain.megatron.device import use_cuda
 from rltrain.megatron.model.attention import PackedAttention
 from rltrain.megatron.model.experts import ColumnGroupedLinear, RowGroupedLinear
+from rltrain.megatron.model.layers.delta_net import DeltaNetSubmodules, GatedDeltaNet
+from rltrain.megatron.model.layers.gates import GatedSelfAttention
 from rltrain.megatron.model.layers.latent import latent_attention
 from rltrain.megatron.model.layers.norms import (
     LayerNormColumnParallelLinear,
@@ -44,6 +46,7 @@ from rltrain.megatron.model.layers.norms import (
 )
 from rltrain.megatron.versions import experts_builder, with_submodules
 from rltrain.models.families.family import Family
+from rltrain.models.linear import LinearAttention
 
 
 def use_transformer_engine() -> bool:
@@ -68,6 +71,7 @@ def decoder_spec(
     stage: int | None = None,
     *,
     family: Family | None = None,
+    linear: LinearAttention | None = None,
     residual: float = 1.0,
     soft_cap: float | None = None,
 ) -> TransformerBlockSubmodules:
@@ -75,6 +79,7 @@ def decoder_spec(
 
     Args:
         family: What its layers have beside the plain ones; None: nothing.
+        linear: Which layers have linear attention, and its sizes.
         residual: What the outputs of attention and MLP are multiplied by before they are added.
         soft_cap: Of attention's scores. TransformerEngine's attention has none, so that ours is taken.
     """
@@ -89,6 +94,12 @@ def decoder_spec(
         layers = [_with_scaled_outputs(each, residual) for each in layers]
     if family is not None:
         layers = [_of_family(each, config, family, spec.layer_norm) for each in layers]
+    if linear is not None:
+        first = get_transformer_layer_offset(config, vp_stage=stage)
+        layers = [
+            _with_linear_attention(each, linear) if i in linear.layers else each
+            for i, each in enumerate(layers, first)
+        ]
     return replace(spec, layer_specs=layers)
 
 
@@ -97,6 +108,9 @@ def _of_family(layer: ModuleSpec, config: TransformerConfig, family: Family, nor
     if family.sinks:  # TransformerEngine has none for packed sequences
         attention = with_submodules(layer.submodules.self_attention, core_attention=PackedAttention)
         layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention))
+    if family.output_gate:
+        attention = replace(layer.submodules.self_attention, module=GatedSelfAttention)
+        layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention))
     if family.whole_qk_norm:
         layer = _with_whole_qk_norms(layer, config)
     if not family.pre_norms:
@@ -104,6 +118,15 @@ def _of_family(layer: ModuleSpec, config: TransformerConfig, family: Family, nor
     if family.post_norms:
         layer = replace(layer, module=PostNormLayer, params={**layer.params, "norm": norm})
     return layer
+
+
+def _with_linear_attention(layer: ModuleSpec, sizes: LinearAttention) -> ModuleSpec:
+    backend = _backend()
+    linear = DeltaNetSubmodules(
+        in_proj=backend.column_parallel_layer_norm_linear(), out_proj=backend.row_parallel_linear()
+    )
+    attention = ModuleSpec(GatedDeltaNet, params={"sizes": sizes}, submodules=linear)
+    return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
 
 
 def _with_soft_cap(layer: ModuleSpec, cap: float) -> ModuleSpec:
@@ -122,19 +145,18 @@ def _with_whole_qk_norms(layer: ModuleSpec, config: TransformerConfig) -> Module
 
 def _without_pre_norms(layer: ModuleSpec) -> ModuleSpec:
     """Attention and MLP (not one with experts) take their inputs as they are."""
-    linear = _column_parallel_linear()
+    linear = _backend().column_parallel_linear()
     attention = with_submodules(layer.submodules.self_attention, linear_qkv=linear)
     mlp = with_submodules(layer.submodules.mlp, linear_fc1=linear)
     return replace(layer, submodules=replace(layer.submodules, self_attention=attention, mlp=mlp))
 
 
-def _column_parallel_linear() -> type:
+def _backend() -> BackendSpecProvider:
     if not use_transformer_engine():
-        return ColumnParallelLinear
+        return TorchSpecProvider()
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-    linear: type = TESpecProvider().column_parallel_linear()
-    return linear
+    return TESpecProvider()
 
 
 def _with_scaled_outputs(layer: ModuleSpec, factor: float) -> ModuleSpec:

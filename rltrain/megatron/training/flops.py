@@ -15,7 +15,9 @@ def sequence_flops(shape: ModelShape, tokens: int, logits: int) -> float:
         logits: Positions at which logits are computed.
     """
     hidden, heads = shape.hidden_size, shape.num_heads * shape.head_dim
-    attention_weights = hidden * (2 * heads + 2 * shape.num_kv_heads * shape.head_dim)
+    attention_weights = hidden * (
+        (2 + shape.family.output_gate) * heads + 2 * shape.num_kv_heads * shape.head_dim
+    )
     if shape.latent:
         attention_weights = sum(shape.latent.weights(hidden, shape.num_heads))
         heads = shape.num_heads * (shape.head_dim + shape.latent.value_size) // 2
@@ -26,9 +28,12 @@ def sequence_flops(shape: ModelShape, tokens: int, logits: int) -> float:
     if experts:
         mlp += expert_layers * (experts.top_k * experts.ffn_hidden_size + experts.shared_size)
         router = expert_layers * experts.count
-    weights = shape.num_layers * attention_weights + hidden * (3 * mlp + router)
+    full = shape.num_layers - (len(shape.linear.layers) if shape.linear else 0)
+    weights = full * attention_weights + hidden * (3 * mlp + router)
+    if shape.linear:
+        weights += len(shape.linear.layers) * (shape.linear.weights(hidden) + shape.linear.products())
     # Causal attention: scores and weighted values over half of tokens × tokens, or over a window.
-    attention: float = shape.num_layers * heads * tokens
+    attention: float = full * heads * tokens
     if shape.window and shape.window.size < tokens:
         size = shape.window.size
         attention -= len(shape.window.layers) * heads * (tokens - size) ** 2 / tokens

@@ -247,6 +247,8 @@ def kept_separate(config: Config, shape: ModelShape) -> str | None:
         return reason
     if shape.latent is not None:
         return "latent attention does not know of it"
+    if shape.linear is not None:
+        return "what linear attention has seen of a prompt can't go on to several samples"
     return "TransformerEngine's attention does not know of it" if use_transformer_engine() else None
 
 

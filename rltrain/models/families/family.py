@@ -8,6 +8,7 @@ from typing import Any
 
 from rltrain.models.experts import Experts
 from rltrain.models.latent import LatentAttention
+from rltrain.models.linear import LinearAttention
 from rltrain.models.tensors import Parameter
 from rltrain.models.windows import WindowRule
 
@@ -28,6 +29,8 @@ class Family:
         whole_qk_norm: On all heads together, not on each.
         experts: Reads the experts in place of MLPs.
         latent: Reads the sizes of latent attention.
+        linear: Reads which layers have linear attention, and its sizes.
+        output_gate: The outputs of attention are weighed by gates, which the query projection computes too.
         pre_norms: RMSNorm on what attention and MLP take.
         post_norms: RMSNorm on the outputs of attention and MLP, before they are added.
         zero_centered_norms: All norms multiply by 1 + their weight.
@@ -46,8 +49,8 @@ class Family:
         attention: What `layer_types` calls attention without a window.
         multipliers: Embeddings, attention, residuals and logits are scaled.
         null_head_dim: `head_dim` may be null, which means the same as its absence.
-        extra_heads: Checkpoints may have layers behind the last one, or `mtp_layers`, which predict further tokens and
-            are not trained.
+        extra_heads: Checkpoints may have layers behind the last one, or `mtp_layers` or `mtp` beside them, which
+            predict further tokens and are not trained.
         only: Entries that change the computation, with the values that are supported.
         defaults: What transformers takes for an entry that `config.json` lacks.
         tensors: Parameters within a layer whose tensors have other names than Llama's, or lie differently. {} stands
@@ -62,6 +65,8 @@ class Family:
     qk_norm: bool | str = False
     experts: Callable[[Mapping[str, Any]], Experts] | None = None
     latent: Callable[[Mapping[str, Any]], LatentAttention] | None = None
+    linear: Callable[[Mapping[str, Any]], LinearAttention] | None = None
+    output_gate: bool = False
     whole_qk_norm: bool = False
     pre_norms: bool = True
     post_norms: bool = False

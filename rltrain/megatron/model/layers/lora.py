@@ -120,9 +120,9 @@ class Adapter(torch.nn.Module):
                 blocks.append(self.a[names[0]].new_zeros(rows, len(names) * self.rank))
         if self.entry.layout == "fused_qkv":
             return self.a[names[0]], blocks[0]
-        groups = self._shape.num_kv_heads // self._config.tensor_model_parallel_size
+        size = self._config.tensor_model_parallel_size
         return torch.cat([self.a[name] for name in names]), merge(
-            blocks, self.entry.layout, self._shape, groups
+            blocks, self.entry.layout, self._shape, size
         )
 
     def forward(self, x: Tensor) -> Tensor:
