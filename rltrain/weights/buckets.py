@@ -119,13 +119,18 @@ def sample_digests(pieces: Sequence[Piece], buffer: Tensor) -> list[int]:
     return [zlib.crc32(sample.tobytes()) for sample in samples]
 
 
-def to_json(bucket: Bucket, source: Mapping[str, Any]) -> str:
-    """A bucket, and where its bytes are, as JSON."""
-    return json.dumps({**asdict(bucket), "source": source})
+def to_json(bucket: Bucket) -> str:
+    """A bucket as a JSON object; made once and not for every rank of every engine: it can have thousands of pieces."""
+    return json.dumps(asdict(bucket))
+
+
+def with_source(bucket: str, source: Mapping[str, Any]) -> str:
+    """A bucket as `to_json` has it, and where its bytes are, as JSON."""
+    return f'{bucket[:-1]}, "source": {json.dumps(source)}}}'
 
 
 def from_json(text: str) -> tuple[Bucket, dict[str, Any]]:
-    """The inverse of `to_json`."""
+    """The inverse of `with_source`."""
     fields = json.loads(text)
     pieces = tuple(Piece(**{**piece, "shape": tuple(piece["shape"])}) for piece in fields["pieces"])
     return Bucket(pieces, fields["digests"], fields["keep"]), fields["source"]

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from rltrain.weights.buckets import Bucket, Part, lay_out, sample_digests, write
+from rltrain.weights.buckets import Bucket, Part, lay_out, sample_digests, to_json, write
 from rltrain.weights.cuda_threads import thread_pool
 from rltrain.weights.engine import ServerEngine
 from rltrain.weights.session import Session, outcomes
@@ -86,13 +86,13 @@ class Offer:
     """What a rank has to say in a round.
 
     Attributes:
-        bucket: None if the rank has nothing this time.
+        bucket: as JSON; None if the rank has nothing this time.
         sources: for each rank of an engine, by the engine's URL.
         is_last: whether the rank will have nothing more.
         failures: engines that did not get what the rank sent in the round before.
     """
 
-    bucket: Bucket | None
+    bucket: str | None
     sources: dict[str, list[Source]]
     is_last: bool
     failures: dict[str, str]
@@ -104,8 +104,8 @@ class Rounds:
     def __init__(self, transport: Transport, ranks: Ranks, host: str) -> None:
         """Engines reach us at this machine's address `host`."""
         self._transport, self._ranks, self._host = transport, ranks, host
-        self._urls: list[str] = []  # of the engines that still take part
-        self._count = 1  # of the ranks
+        self._places: dict[str, int] = {}  # by URL, of the engines that still take part
+        self._senders: list[int] = []  # ranks that have a bucket in this round
         self._failures: dict[str, str] = {}
 
     def send(
@@ -143,7 +143,7 @@ class Rounds:
         session.each(lambda engine: sizes.update({engine.url: engine.tensor_parallel_size()}))
         sizes = self._ranks.broadcast(sizes)
         self._transport.connect(sizes)
-        self._urls, self._failures = list(sizes), {}
+        self._places, self._failures = {url: place for place, url in enumerate(sizes)}, {}
 
     def _go_through(self, session: Session, rounds: Iterator[Sequence[Part]], keep: str | None) -> None:
         """Fill a buffer while the one before is sent; the first while the engines are being paused.
@@ -179,15 +179,18 @@ class Rounds:
         offers = self._ranks.gather(self._offer(filled, is_last))
         for url, problem in [each for offer in offers for each in offer.failures.items()]:
             session.leave_out(url, problem)
-        session.each(lambda engine: _announce(session, engine, offers))
-        urls = [engine.url for engine in session.engines]
-        self._urls, self._count, is_over = self._ranks.broadcast(
-            (urls, len(offers), all(offer.is_last for offer in offers))
+        senders = [rank for rank, offer in enumerate(offers) if offer.bucket is not None]
+        sent = [offers[rank] for rank in senders]
+        # An engine that fails meanwhile must not move the others: they have been told in which order buckets come.
+        places = {engine.url: place for place, engine in enumerate(session.engines)}
+        session.each(lambda engine: _announce(session, engine, places[engine.url], sent))
+        left = {engine.url: places[engine.url] for engine in session.engines}
+        self._places, self._senders, is_over = self._ranks.broadcast(
+            (left, senders, all(offer.is_last for offer in offers))
         )
         self._failures = self._send_buffer(filled) if filled else {}
         if self._transport.sends:
-            count = sum(offer.bucket is not None for offer in offers)
-            session.each(lambda engine: session.confirm(engine, left=count))
+            session.each(lambda engine: session.confirm(engine, left=len(sent)))
         else:
             session.each(session.confirm)
             self._ranks.broadcast(None)  # so that nobody fills a buffer while it is being read
@@ -196,39 +199,45 @@ class Rounds:
     def _offer(self, filled: FilledBuffer | None, is_last: bool) -> Offer:
         if filled is None:
             return Offer(None, {}, is_last, self._failures)
-        sources = {url: self._transport.sources(filled.slot, filled.nbytes, url) for url in self._urls}
-        return Offer(filled.bucket, sources, is_last, self._failures)
+        sources = {url: self._transport.sources(filled.slot, filled.nbytes, url) for url in self._places}
+        return Offer(to_json(filled.bucket), sources, is_last, self._failures)
 
     def _send_buffer(self, filled: FilledBuffer) -> dict[str, str]:
         def send(url: str) -> None:
             self._transport.send(filled.slot, filled.nbytes, url)
 
         if self._transport.in_order:
-            urls = in_order(self._urls, self._ranks.rank, self._count)
+            urls = in_order(self._places, self._senders.index(self._ranks.rank), len(self._senders))
             sent = [each for url in urls for each in outcomes([url], send)]
         else:
-            sent = outcomes(self._urls, send)
+            sent = outcomes(list(self._places), send)
         for _, error in sent:
             if error is not None and not isinstance(error, OSError | RuntimeError):
                 raise error
         return {url: f"{url}: {error}" for url, error in sent if error is not None}
 
 
-def in_order(engines: Sequence[str], rank: int, count: int) -> list[str]:
-    """The engines in the order in which the rank, of `count`, sends to them.
+def taken(place: int, count: int) -> list[int]:
+    """Numbers of the senders, of `count`, in the order in which the engine at this place takes their buckets.
 
-    Engine number e takes the buckets of ranks e, e + 1, …, see `_announce`. So a rank sends to e as number (rank - e)
-    modulo `count`, and nobody waits for somebody who has still to do what comes later.
+    Each engine begins with another one, so all of them have work, and a sender has not all engines at once.
     """
-    numbered = sorted(enumerate(engines), key=lambda each: ((rank - each[0]) % count, each[0]))
-    return [engine for _, engine in numbered]
+    return [(place + i) % count for i in range(count)]
 
 
-def _announce(session: Session, engine: ServerEngine, offers: Sequence[Offer]) -> None:
-    """Tell an engine of all buckets of a round. Each engine begins with another rank's, so all ranks have work."""
+def in_order(places: Mapping[str, int], number: int, count: int) -> list[str]:
+    """The engines, given with their places, in the order in which sender `number`, of `count`, sends to them.
+
+    An engine takes the sender's bucket as number (number - place) modulo `count`, see `taken`. So nobody waits for
+    somebody who has still to do what comes later.
+    """
+    return sorted(places, key=lambda engine: ((number - places[engine]) % count, places[engine]))
+
+
+def _announce(session: Session, engine: ServerEngine, place: int, offers: Sequence[Offer]) -> None:
+    """Tell an engine of all buckets of a round, whose senders' offers these are."""
     session.refresh_channel(engine)
-    first = session.engines.index(engine)
-    for i in range(len(offers)):
-        offer = offers[(first + i) % len(offers)]
-        if offer.bucket is not None:
-            session.send(engine, offer.bucket, offer.sources[engine.url])
+    for number in taken(place, len(offers)):
+        bucket = offers[number].bucket
+        assert bucket is not None
+        session.send(engine, bucket, offers[number].sources[engine.url])

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from rltrain.weights.buckets import Bucket, to_json
+from rltrain.weights.buckets import with_source
 from rltrain.weights.channel import LOADED, Channel
 from rltrain.weights.cuda_threads import thread_pool
 from rltrain.weights.engine import ServerEngine
@@ -44,9 +44,9 @@ class Session:
         self.each(lambda engine: engine.begin_weight_update())
         self.each(self._open_channel)
 
-    def send(self, engine: ServerEngine, bucket: Bucket, sources: Sequence[Source]) -> None:
-        """Tell each rank of an engine what is in a bucket and where to read it."""
-        self._channels[engine.url].send([to_json(bucket, describe(source)) for source in sources])
+    def send(self, engine: ServerEngine, bucket: str, sources: Sequence[Source]) -> None:
+        """Tell each rank of an engine what is in a bucket, given as JSON, and where to read it."""
+        self._channels[engine.url].send([with_source(bucket, describe(source)) for source in sources])
 
     def confirm(self, engine: ServerEngine, left: int = 0) -> None:
         """Wait until an engine has reported on all but `left` of the buckets that it was sent."""

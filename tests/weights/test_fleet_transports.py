@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from helpers.fleet import Fleet, check_batch, running_fleet
 
+from rltrain.weights.buckets import from_json, to_json, with_source
 from rltrain.weights.session import Session
 
 pytestmark = pytest.mark.slow
@@ -55,11 +56,12 @@ def test_an_engine_refuses(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> Non
     version = fleet.version + 1
     wrong, told, really_send = fleet.find_engines()[1].url, [], Session.send
 
-    def send(self: Any, engine: Any, bucket: Any, source: Any) -> None:
+    def send(self: Any, engine: Any, text: str, sources: Any) -> None:
         if engine.url == wrong:
+            bucket, _ = from_json(with_source(text, {}))
             told.append(bucket.pieces[0].name)
-            bucket = replace(bucket, digests=[digest + 1 for digest in bucket.digests])
-        really_send(self, engine, bucket, source)
+            text = to_json(replace(bucket, digests=[digest + 1 for digest in bucket.digests]))
+        really_send(self, engine, text, sources)
 
     monkeypatch.setattr(Session, "send", send)
     fleet.push(version)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 from typing import Any, TypeVar
 
 import pytest
@@ -26,6 +27,7 @@ from rltrain.weights.buckets import (
     lay_out,
     sample_digests,
     to_json,
+    with_source,
     write,
 )
 from rltrain.weights.channel import LOADED, _payload, call_trainer, receive_message, send_message
@@ -71,7 +73,7 @@ def test_tensors_of_all_types_survive_the_flat_buffer() -> None:
     )
     pieces, buffer = filled(bucket, start=512)
     described = Bucket(pieces, sample_digests(pieces, buffer), keep="name")
-    again, source = from_json(to_json(described, {"path": "p"}))
+    again, source = from_json(with_source(to_json(described), {"path": "p"}))
     assert (again, source) == (described, {"path": "p"})
     for part, piece in zip(bucket, again.pieces, strict=True):
         assert piece.name == part.name and torch.equal(piece.of(buffer), part.data)
@@ -184,6 +186,51 @@ def test_all_ranks_of_all_engines_get_every_tensor_and_then_the_version() -> Non
             assert all(torch.equal(model.loaded[name], tensor) for name, tensor in named)
 
 
+class OneOfFour:
+    """A rank of a trainer whose ranks are threads."""
+
+    meet, values = Barrier(4, timeout=60), [None] * 4
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def gather(self, value: T) -> list[T]:
+        self.values[self.rank] = value  # type: ignore[call-overload]
+        self.meet.wait()
+        found = list(self.values) if self.rank == 0 else []
+        self.meet.wait()
+        return found  # type: ignore[return-value]
+
+    def broadcast(self, value: T) -> T:
+        found = self.gather(value)
+        self.values[0] = found[0] if self.rank == 0 else self.values[0]
+        self.meet.wait()
+        value = self.values[0]  # type: ignore[assignment]
+        self.meet.wait()
+        return value
+
+
+@pytest.mark.parametrize("one_queue", [False, True])
+def test_engines_begin_with_the_buckets_of_different_senders(one_queue: bool) -> None:
+    """Ranks 0 and 3 have weights: each is the first for as many engines as the other, or one more."""
+    named = tensors(2)
+    engines = [Engine(f"http://{name}", named) for name in "abcd"]
+
+    def run(rank: int) -> dict[str, str]:
+        transport, own = SharedMemoryTransport(), {0: [parts(named[:1])], 3: [parts(named[1:])]}
+        try:
+            transport.in_order = one_queue
+            rounds = Rounds(transport, OneOfFour(rank), "127.0.0.1")
+            return rounds.send(1, engines if rank == 0 else [], own.get(rank, []))  # type: ignore[arg-type]
+        finally:
+            transport.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(4))) == [{}] * 4
+    firsts = [[next(iter(model.loaded)) for model in engine.ranks] for engine in engines]
+    assert firsts == [["layer.0"] * 2, ["layer.1"] * 2] * 2
+
+
 def test_an_engine_that_fails_is_named_and_stays_paused_and_the_others_go_on() -> None:
     named = tensors()
     other_shape = [*named[:5], ("layer.5", torch.ones(1)), *named[6:]]
@@ -268,7 +315,7 @@ def report(model: Model, bucket: Bucket, source: Memory) -> str | None:
         line, _ = server.accept()
         with line:
             receive_message(line)
-            send_message(line, to_json(bucket, describe(source)))
+            send_message(line, with_source(to_json(bucket), describe(source)))
             line.shutdown(socket.SHUT_WR)
             words = receive_message(line)
         loading.result()

@@ -11,9 +11,9 @@ import torch
 from fakes.cuda_runtime import FakeCuda
 
 from rltrain.weights import receive
-from rltrain.weights.buckets import Bucket, Part, lay_out, sample_digests, to_json, write
+from rltrain.weights.buckets import Bucket, Part, lay_out, sample_digests, to_json, with_source, write
 from rltrain.weights.channel import LOADED, receive_message, send_message
-from rltrain.weights.rounds import in_order
+from rltrain.weights.rounds import in_order, taken
 from rltrain.weights.session import outcomes
 
 
@@ -59,7 +59,7 @@ def load_on(device: int, patch: pytest.MonkeyPatch) -> FakeCuda:
         with line:
             receive_message(line)
             for _ in range(2):
-                send_message(line, to_json(bucket, {}))
+                send_message(line, with_source(to_json(bucket), {}))
                 assert receive_message(line) == LOADED
                 cuda.log.append(("reported", None))
             line.shutdown(socket.SHUT_WR)
@@ -93,17 +93,24 @@ def test_threads_that_send_use_the_gpu_and_stream_of_the_rank(monkeypatch: pytes
     assert not cuda.log
 
 
-@pytest.mark.parametrize(("ranks", "engines"), [(1, 3), (2, 2), (3, 5), (8, 3), (5, 8)])
-def test_one_queue_a_gpu_is_enough_for_a_round(ranks: int, engines: int) -> None:
-    """Every GPU does one thing after the other, and a broadcast needs both ends: the round comes to its end."""
-    names = [f"engine {e}" for e in range(engines)]
-    senders = {r: [(r, name) for name in in_order(names, r, ranks)] for r in range(ranks)}
-    takers = {name: [((e + i) % ranks, name) for i in range(ranks)] for e, name in enumerate(names)}
-    left = sum(map(len, senders.values()))
-    while left:
-        ready = [queue[0] for queue in senders.values() if queue and takers[queue[0][1]][0] == queue[0]]
-        assert ready, f"deadlock: {senders} {takers}"
-        for rank, name in ready:
-            senders[rank].pop(0)
-            takers[name].pop(0)
-        left -= len(ready)
+@pytest.mark.parametrize(("count", "engines"), [(1, 3), (2, 2), (3, 5), (8, 3), (5, 8), (8, 8), (16, 16)])
+def test_one_queue_a_gpu_is_enough_for_a_round(count: int, engines: int) -> None:
+    """Every GPU does one thing after the other, and a broadcast needs both ends: the round comes to its end.
+
+    It does so in the least steps that there can be, as many as those have to do who have most; also where an engine
+    has failed, which keeps the others' places.
+    """
+    everyone = {f"engine {e}": e for e in range(engines)}
+    for places in (everyone, {name: e for name, e in everyone.items() if e != 1}):
+        senders = {s: [(s, name) for name in in_order(places, s, count)] for s in range(count)}
+        takers = {name: [(s, name) for s in taken(e, count)] for name, e in places.items()}
+        steps = 0
+        while any(senders.values()):
+            ready = [queue[0] for queue in senders.values() if queue and takers[queue[0][1]][0] == queue[0]]
+            assert ready, f"deadlock: {senders} {takers}"
+            for s, name in ready:
+                senders[s].pop(0)
+                takers[name].pop(0)
+            steps += 1
+        if places is everyone and max(count, engines) % min(count, engines) == 0:
+            assert steps == max(count, engines)

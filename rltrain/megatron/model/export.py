@@ -387,7 +387,8 @@ def _first_of_machines() -> set[int]:
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     names: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(names, name, group=control_group())
-    return {names.index(name) for name in names}
+    # Of those with the same name the first is left.
+    return set({name: rank for rank, name in reversed([*enumerate(names)])}.values())
 
 
 def _write(temporary: Path, tensors: Iterable[NamedTensor]) -> hf_directory.Written:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rltrain.weights.buckets import Bucket, Part, in_buckets, lay_out, sample_digests, write
+from rltrain.weights.buckets import Bucket, Part, in_buckets, lay_out, sample_digests, to_json, write
 from rltrain.weights.engine import ServerEngine
 from rltrain.weights.session import Session
 from rltrain.weights.sources import File
@@ -94,16 +94,16 @@ def _send_files(
     try:
         session.begin()
         for file in files:
-            session.each(partial(_send_file, session, file))
+            session.each(partial(_send_file, session, file.source, to_json(file.bucket)))
         session.end()
     finally:
         session.drop()
     return session.failures
 
 
-def _send_file(session: Session, file: BucketFile, engine: ServerEngine) -> None:
+def _send_file(session: Session, source: File, bucket: str, engine: ServerEngine) -> None:
     session.refresh_channel(engine)
-    session.send(engine, file.bucket, [file.source] * engine.tensor_parallel_size())
+    session.send(engine, bucket, [source] * engine.tensor_parallel_size())
     session.confirm(engine)
 
 
