@@ -79,6 +79,8 @@ def run_cpu_server(server_args: dict[str, Any]) -> None:
     server_args.pop("enable_memory_saver", None)  # there is no memory of a GPU to give back
     set_cpu_environment(server_args)
     cpu.install()
+    # SGLang's dumper imports it where it is installed, for tensors of a trainer: a fourth of this process's start.
+    sys.modules.setdefault("megatron", None)  # type: ignore[arg-type]
     if server_args.get("enable_deterministic_inference"):
         from rltrain.sglang.cpu import allow_deterministic_sampling
 
