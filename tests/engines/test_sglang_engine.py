@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import TOKEN
 from helpers.engine import load_weights, running_requests, wait_until
-from helpers.local_job import listening, process_tree
+from helpers.local_job import listening, own_addresses, process_tree
 from helpers.megatron import init_single_process, log_probs_of, make_actor, tiny_config, write_hf_model
 from helpers.megatron import make_config as trainer_config
 from helpers.tiny_model import make_model
@@ -268,10 +266,7 @@ def test_strangers_get_counters_at_most(engine, router) -> None:
     """Both listen on one address only; without the token they answer what docs/security.md names."""
     ports = listening(process_tree(engine.pid))
     assert set(ports) == {"engine", "engine's ranks"}
-    own = {"127.0.0.1"}
-    with suppress(OSError):  # gloo takes what the host's name means
-        own.add(socket.gethostbyname(socket.gethostname()))
-    assert {address for found in ports.values() for address, *_ in found} <= own
+    assert {address for found in ports.values() for address, *_ in found} <= own_addresses()
 
     paths = [
         "/generate",

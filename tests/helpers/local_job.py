@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,13 +12,17 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from rltrain.run.layout import RunLayout
 
+NEIGHBOUR = Path(__file__).parents[1] / "fakes" / "neighbour.py"
 FAKE_SUBMIT = Path(__file__).parents[1] / "fakes" / "submit.py"
 SERVICES = {"router": ["serve"], "engine": ["serve", "leak"], "rollout": ["serve"]}
 
@@ -151,3 +156,112 @@ def listening(processes: Iterable[psutil.Process]) -> dict[str, set[tuple[str, i
                 )  # it names what it starts
                 found.setdefault(name, set()).add(tuple(each.laddr))
     return found
+
+
+def own_addresses() -> set[str]:
+    """Where a process may listen that only this machine should reach; gloo takes what the host's name means."""
+    own = {"127.0.0.1"}
+    with suppress(OSError):
+        own.add(socket.gethostbyname(socket.gethostname()))
+    return own
+
+
+SYSTEM_PYTHON = Path("/usr/bin/python3")
+OPEN_TO_ALL = Path("/etc/passwd")
+# Of docs/security.md: what tells a stranger counters and the model's path.
+OPEN_PATHS = {
+    "/health",
+    "/liveness",
+    "/readiness",
+    "/v1/models",
+    "/get_server_info",
+    "/engine_metrics",
+    "/metrics",
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What others see of a run while it trains.
+
+    Attributes:
+        ports: See `listening`.
+        secret_shown: Programs that have the job's token on their command line.
+        taken: What `fakes/neighbour.py` got, of what it tried; None where we can't become another user.
+    """
+
+    ports: dict[str, set[tuple[str, int]]]
+    secret_shown: list[str]
+    taken: dict[str, Any] | None
+
+
+def look_at(pid: int, run_dir: Path) -> Seen:
+    """Look at the run that `pid` has submitted; its trainer is stopped meanwhile, so that it can't end."""
+    trainers = [each for each in process_tree(pid) if "rltrain.train" in command_of(each)]
+    for trainer in trainers:
+        trainer.suspend()
+    try:
+        processes = [each for each in process_tree(pid) if command_of(each)]
+        ports = listening(processes)
+        (token,) = {token for each in trainers if (token := each.environ().get("SLURMLIME_TOKEN"))}
+        shown = [command_of(each) for each in processes]
+        taken = visit(processes, ports, run_dir) if os.getuid() == 0 and SYSTEM_PYTHON.exists() else None
+        return Seen(ports, [line for line in shown if token in line], taken)
+    finally:
+        for trainer in trainers:
+            trainer.resume()
+
+
+def command_of(process: psutil.Process) -> str:
+    """Its command line; empty for one that has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def visit(
+    processes: list[psutil.Process], ports: dict[str, set[tuple[str, int]]], run_dir: Path
+) -> dict[str, Any]:
+    """What another user gets of a run; and of a file that is open to all, without which this would prove nothing."""
+    files, sockets = [str(OPEN_TO_ALL)], set()
+    for process in processes:
+        files += [f"/proc/{process.pid}/{name}" for name in ("environ", "maps", "mem", "fd", "cwd")]
+        with suppress(psutil.NoSuchProcess, OSError):
+            files += [file.path for file in process.open_files() if "/slurmlime-" in file.path]
+            files += re.findall(r"/dev/shm/\S+", Path(f"/proc/{process.pid}/maps").read_text())
+            sockets |= {each.laddr for each in process.net_connections("unix") if each.laddr}
+    urls = [
+        f"http://{address}:{port}{path}"
+        for name in ("supervisor", "router", "engine", "rollout process")
+        for address, port in ports[name]
+        for path in (
+            *OPEN_PATHS,
+            "/",
+            "/state",
+            "/server_info",
+            "/model_info",
+            "/workers",
+            "/generate",
+            "/docs",
+        )
+    ]
+    # Of the run's directory by itself: that pytest's are closed, too, must not be what stops him.
+    descriptor = os.open(run_dir, os.O_PATH)
+    files += [f"/proc/self/fd/{descriptor}/{path.relative_to(run_dir)}" for path in run_dir.rglob("*")]
+    try:
+        done = subprocess.run(
+            [str(SYSTEM_PYTHON), "-I", "-B", "-c", NEIGHBOUR.read_text()],
+            input=json.dumps({"files": files, "sockets": sorted(sockets), "urls": urls}),
+            capture_output=True,
+            text=True,
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            pass_fds=[descriptor],
+            cwd="/",
+        )
+    finally:
+        os.close(descriptor)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout) | {"tried": len(files)}

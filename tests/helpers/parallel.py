@@ -30,6 +30,7 @@ GROUPS = (
     ("test_fleet_faults",),
     ("test_example_smollm2",),
     ("test_example_asynchronous",),
+    ("test_seen_by_others",),
     ("test_slime_examples",),
     ("test_gateway_engine", "test_gateway_clients", "test_gateway_bad_input"),  # they import SGLang
     ("test_weights_of_ranks",),
