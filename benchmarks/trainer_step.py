@@ -1,18 +1,20 @@
 """Our training step against a bare Megatron-core loop over the same micro-batches, and against transformers.
 
     python benchmarks/trainer_step.py [--shape tiny] [--samples 256] [--longest 32] [--bf16]
+    python benchmarks/trainer_step.py --shape 135M --samples 16 --longest 128 --rounds 3
     python benchmarks/trainer_step.py --shape 1.7B --samples 64 --longest 1024 --bf16    # on a GPU
 
 The bare loop has the same model and optimizer, takes micro-batches that are already tensors, and computes
 Megatron-core's own cross entropy: no log-probs, no policy loss, no metrics, no packing. transformers trains the same
 shape on the same tokens with the same loss and optimizer, in micro-batches padded to their longest sample, up to the
-same token budget.
+same token budget. On a CPU the step is also held against a product of two large matrices in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -32,10 +34,11 @@ SHAPES = {
     "tiny": (2, 64, 128, 4, 2, 16, 512),
     "20M": (8, 512, 1024, 4, 2, 128, 512),  # about
     "75M": (8, 1024, 2048, 4, 2, 256, 512),
+    "135M": (30, 576, 1536, 9, 3, 64, 49152),  # SmolLM2's
     "0.5B": (24, 896, 4864, 14, 2, 64, 151936),  # as Qwen2.5-0.5B
     "1.7B": (28, 2048, 6144, 16, 8, 128, 151936),  # Qwen3-1.7B
 }
-WARM_UP, ROUNDS = 5, 25
+MATRIX = 2048  # rows and columns of the two that are multiplied
 MAX_TOKENS = 8192
 
 
@@ -51,35 +54,52 @@ def main() -> None:
     parser.add_argument(
         "--longest", type=int, default=32, help="tokens of a prompt and of a response, at most"
     )
+    parser.add_argument("--rounds", type=int, default=25, help="measured ones; a fifth as many warm up")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         actor = make_actor(options, Path(directory))
         batch = make_batch(options)
-        ours, bare, padded = race(
+        ours, bare, padded, product = race(
+            options.rounds,
             lambda: actor.train(0, batch),
             bare_step(actor, batch),
             transformers_step(Path(directory), batch, options.bf16),
+            matrix_product(options.bf16),
         )
     print(
         f"trainer step: bare loop / ours = {bare / ours:.3f} (aim: 0.95); ours {ours * 1e3:.1f} ms, bare"
-        f" {bare * 1e3:.1f} ms, {batch.num_tokens / ours:,.0f} tokens/s, {of_peak(actor, batch, ours)}\n"
+        f" {bare * 1e3:.1f} ms, {batch.num_tokens / ours:,.0f} tokens/s, {of_peak(actor, batch, ours, product)}\n"
         f"trainer step: transformers with padding / ours = {padded / ours:.3f} (aim: over 1); transformers"
         f" {padded * 1e3:.1f} ms"
     )
 
 
-def of_peak(actor: Any, batch: TrainBatch, seconds: float) -> str:
-    """Model FLOPs utilisation: a step is a forward and a backward pass, which costs two of them."""
+def of_peak(actor: Any, batch: TrainBatch, seconds: float, product: float) -> str:
+    """Model FLOPs utilisation: a step is a forward and a backward pass, which costs two of them.
+
+    Args:
+        seconds: Of a step.
+        product: Of a matrix product, from which the peak of a device comes that has no known one.
+    """
     from rltrain.megatron.device import peak_flops
     from rltrain.megatron.training.flops import sequence_flops
 
     lengths = zip(batch.tokens, batch.response_lengths, strict=True)
     flops = sum(3 * sequence_flops(actor.shape, len(tokens), response) for tokens, response in lengths)
-    peak = peak_flops()
-    speed = f"{flops / seconds / 1e12:.3g} TFLOP/s"
-    return (
-        f"{speed}, MFU {flops / seconds / peak:.1%}" if peak else f"{speed} (the device's peak is not known)"
-    )
+    measured = 2 * MATRIX**3 / product
+    peak, of = (known, "MFU") if (known := peak_flops()) else (measured, "of a bare matrix product")
+    return f"{flops / seconds / 1e12:.3g} TFLOP/s, {flops / seconds / peak:.1%} {of} ({peak / 1e12:.3g} TFLOP/s)"
+
+
+def matrix_product(bf16: bool) -> Callable[[], Any]:
+    """A product of two square matrices, in the precision of the step."""
+    import torch
+
+    from rltrain.megatron.device import device
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    left, right = torch.randn(2, MATRIX, MATRIX, dtype=dtype, device=device())
+    return lambda: left @ right
 
 
 def synchronize() -> None:
@@ -90,15 +110,16 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def race(*candidates: Callable[[], Any]) -> list[float]:
+def race(rounds: int, *candidates: Callable[[], Any]) -> list[float]:
     """Median seconds of each, run in turns so that the machine's moods hit all alike."""
     times: list[list[float]] = [[] for _ in candidates]
-    for number in range(WARM_UP + ROUNDS):
+    warm_up = math.ceil(rounds / 5)
+    for number in range(warm_up + rounds):
         for candidate, taken in zip(candidates, times, strict=True):
             start = time.perf_counter()
             candidate()
             synchronize()
-            if number >= WARM_UP:
+            if number >= warm_up:
                 taken.append(time.perf_counter() - start)
     return [statistics.median(taken) for taken in times]
 
