@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# The newest clients of the agents' gateway, which its tests need.
+CLIENTS := $(VENV)/clients/.ready
 # Warnings of pip are about the machine's package indexes; errors are still shown.
 PIP    := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
@@ -31,7 +33,7 @@ help: ## list the targets
 
 setup: $(READY) ## make .venv with everything a CPU machine needs (about a minute, 2 GB)
 
-$(READY): requirements/cpu.txt requirements/cpu-no-deps.txt requirements/clients.txt requirements/constraints.txt pyproject.toml
+$(READY): requirements/cpu.txt requirements/cpu-no-deps.txt requirements/constraints.txt pyproject.toml
 	@echo "[1/4] virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[2/4] PyTorch"
@@ -39,8 +41,6 @@ $(READY): requirements/cpu.txt requirements/cpu-no-deps.txt requirements/clients
 	@echo "[3/4] Megatron-core, SGLang and the rest"
 	@$(PIP) install -c requirements/constraints.txt -r requirements/cpu.txt
 	@$(PIP) install --no-deps -r requirements/cpu-no-deps.txt
-	@$(BIN)/python -m venv --without-pip $(VENV)/clients
-	@$(PIP) --python $(VENV)/clients install -r requirements/clients.txt
 	@echo "[4/4] slurmlime itself"
 	@$(PIP) install -c requirements/constraints.txt -e .
 	@touch $@
@@ -48,10 +48,15 @@ $(READY): requirements/cpu.txt requirements/cpu-no-deps.txt requirements/clients
 demo: $(READY) ## train a small model to add: SFT, then GRPO (about 5 minutes)
 	@$(BIN)/python -m hpc.submit
 
+$(CLIENTS): requirements/clients.txt $(READY)
+	@$(BIN)/python -m venv --without-pip $(dir $@)
+	@$(PIP) --python $(dir $@) install -r requirements/clients.txt
+	@touch $@
+
 slurm: ## install Debian's Slurm packages, which the sandbox and its tests need (root)
 	@requirements/install-debian.sh
 
-test test-all: $(READY)
+test test-all: $(READY) $(CLIENTS)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then requirements/install-debian.sh; fi
 	@$(BIN)/python $(COMPILE)
 	@$(BIN)/python -m pytest $(PARALLEL) $(if $(filter test,$@),-m "not learning and not resolving",-m "not resolving")

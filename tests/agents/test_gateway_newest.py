@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 CONTRACT = Path(__file__).with_name("client_contract.py")
-PYTHON = Path(sys.prefix) / "clients/bin/python"  # `make setup` makes it from requirements/clients.txt
+PYTHON = Path(sys.prefix) / "clients/bin/python"  # `make test` makes it from requirements/clients.txt
 CALL = '<think>\nhm, then\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a":1}}\n</tool_call>'
 TOOL_LOOP, FORM = [CALL, "the answer is 12"], '{"total": 12}'
 SAYS = [*TOOL_LOOP, FORM, "first", "second", "so END and more", *TOOL_LOOP, FORM, *TOOL_LOOP, *TOOL_LOOP]
