@@ -88,7 +88,9 @@ def of_peak(actor: Any, batch: TrainBatch, seconds: float, product: float) -> st
     flops = sum(3 * sequence_flops(actor.shape, len(tokens), response) for tokens, response in lengths)
     measured = 2 * MATRIX**3 / product
     peak, of = (known, "MFU") if (known := peak_flops()) else (measured, "of a bare matrix product")
-    return f"{flops / seconds / 1e12:.3g} TFLOP/s, {flops / seconds / peak:.1%} {of} ({peak / 1e12:.3g} TFLOP/s)"
+    return (
+        f"{flops / seconds / 1e12:.3g} TFLOP/s, {flops / seconds / peak:.1%} {of} ({peak / 1e12:.3g} TFLOP/s)"
+    )
 
 
 def matrix_product(bf16: bool) -> Callable[[], Any]:

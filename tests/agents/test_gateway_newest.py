@@ -24,7 +24,7 @@ TOOL_LOOP, FORM = [CALL, "the answer is 12"], '{"total": 12}'
 SAYS = [*TOOL_LOOP, FORM, "first", "second", "so END and more", *TOOL_LOOP, FORM, *TOOL_LOOP, *TOOL_LOOP]
 
 
-@pytest.mark.skipif(not PYTHON.exists(), reason="no environment for them: `make setup` makes them")
+@pytest.mark.skipif(not PYTHON.exists(), reason="no environment for them: `make test` makes one")
 def test_the_newest_clients_have_what_they_expect(tmp_path: Path) -> None:
     config = agent_config(
         make_agent_model(tmp_path / "model"), tmp_path, "--rm-type", "f1", "--agent-command", f"python {CONTRACT}",
