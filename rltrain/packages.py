@@ -113,17 +113,24 @@ def driver_cuda() -> tuple[int, int] | None:
     return version.value // 1000, version.value % 1000 // 10
 
 
-def prepare_for_megatron() -> None:
-    """Call before Megatron-core is imported. It does nothing on a machine with a GPU's driver.
+def hide_kernels_that_need_a_driver() -> None:
+    """Without a driver, `import flash_mla` becomes an ImportError. Call before Megatron-core is imported.
 
-    - `import flash_mla` becomes an ImportError: SGLang's package of this name loads libcuda at once and raises an
-      OSError, which Megatron-core (0.17 and later) does not expect; without the package it does without.
-    - torch.compile leaves functions as they are, unless TORCHDYNAMO_DISABLE says otherwise. Megatron-core has parts of
-      its experts compiled: a C++ compiler would run for seconds in every process, and to load torch's own takes a
-      fifth of a rank's start.
+    SGLang's package of this name loads libcuda at once and raises an OSError, which Megatron-core (0.17 and later) does
+    not expect; without the package it does without.
     """
     if driver_cuda() is None:
         sys.modules.setdefault("flash_mla", None)  # type: ignore[arg-type]
+
+
+def compile_nothing_without_a_driver() -> None:
+    """Without a driver, torch.compile leaves functions as they are, unless TORCHDYNAMO_DISABLE says otherwise.
+
+    Megatron-core has parts of its experts compiled: a C++ compiler would run for seconds in every process, and to load
+    torch's own takes a fifth of a rank's start. For roles only: a job inherits the environment of who submits it, from
+    a login node without a driver.
+    """
+    if driver_cuda() is None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 

@@ -255,9 +255,9 @@ def find_megatron_lm() -> MegatronLM | None:
 
 def read_parser() -> tuple[str, dict[str, argparse.Action]]:
     """The version of the Megatron that is imported, and the flags of its own `parse_args`, without dashes."""
-    from rltrain.packages import prepare_for_megatron
+    from rltrain.packages import hide_kernels_that_need_a_driver
 
-    prepare_for_megatron()
+    hide_kernels_that_need_a_driver()
     arguments: Any = importlib.import_module("megatron.training.arguments")
     core: Any = importlib.import_module("megatron.core")
     parser = arguments.add_megatron_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -179,9 +180,14 @@ def megatron_lm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     sys.modules.update(loaded)
 
 
-def test_a_megatron_lm_on_the_path_brings_its_flags(megatron_lm: Path) -> None:
+def test_a_megatron_lm_on_the_path_brings_its_flags(
+    megatron_lm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment stays as it was: a job inherits it, on nodes whose GPUs compile what this machine need not."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     args = arguments.parse([*LEAST, "--moe-deepep-num-sms-2", "7"])
     assert given(args.model, "transformer") == {"moe_deepep_num_sms": 7}
+    assert "TORCHDYNAMO_DISABLE" not in os.environ
     with pytest.raises(UserError) as caught:
         arguments.parse([*LEAST, "--heads-of-another-kind", "7"])
     assert f"is a flag of Megatron 9.9.9 ({megatron_lm})" in str(caught.value)
