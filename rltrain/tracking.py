@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ def _init_wandb(config: Config, layout: RunLayout) -> Any:
             " sync`. The next attempt that reaches W&B sends them itself.",
             flush=True,
         )
-        wandb.teardown()  # its process believes that the run is under way
+        with suppress(SystemExit):  # it ends as its process does, which believes that the run is under way
+            wandb.teardown()
         return _begin_wandb(config, layout, "offline")
 
 

@@ -107,7 +107,9 @@ class Weather:
 
     def _cut_off(self, fault: Fault, job: str) -> Undo:
         if not self._cluster.spec.networks:
-            raise NobodyError("the nodes have no networks of their own: that takes root")
+            raise NobodyError(
+                "the nodes have no networks of their own: that takes root, iproute2 and e2fsprogs"
+            )
         assert fault.target is not None
         node = fault.target
         self._cluster.cut_off(node)
@@ -122,18 +124,23 @@ class Weather:
         return lambda: hosts.write_text(text)
 
     def _fill_disk(self, fault: Fault, job: str) -> Undo:
-        disk = self._layout.root.parent
-        if disk.stat().st_dev == self._cluster.directory.stat().st_dev:  # ours would be everybody's
-            raise NobodyError("the runs have no disk of their own: that takes root")
-        filler = disk / ".filler"
+        filler = self._own_disk() / ".filler"
         with filler.open("wb") as file:
             _fill(file)
         return filler.unlink
 
     def _lock_checkpoints(self, fault: Fault, job: str) -> Undo:
+        self._own_disk()
         directory = self._layout.checkpoints
         _call("chattr", "+i", str(directory))
         return lambda: _call("chattr", "-i", str(directory))
+
+    def _own_disk(self) -> Path:
+        disk = self._layout.root.parent
+        # What we do to a shared disk, everybody would feel.
+        if disk.stat().st_dev == self._cluster.directory.stat().st_dev:
+            raise NobodyError("the runs have no disk of their own: that takes root, iproute2 and e2fsprogs")
+        return disk
 
     def _silence(self, fault: Fault, job: str) -> Undo:
         self._cluster.silence()

@@ -6,18 +6,27 @@ Both take root, and end with the process, however it ends.
 from __future__ import annotations
 
 import os
-import shutil
+import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from hpc.sandbox.packages import find_program, search_path
 
-_MOUNT_POINT = Path("/mnt")
+_MOUNT_POINTS = ("/mnt", "/media", "/srv")  # the first that is empty: we may run from what is in another
 _DISK_BYTES = 512 << 20
 _MARK = "SLURMLIME_CHAOS_ALONE"
+_TRY = """\
+ip link add name try type bridge
+ip link add name a0 type veth
+mkfs.ext4 -q -F {disk}
+mount -o loop {disk} {mount_point}
+chattr +i {mount_point}
+chattr -i {mount_point}
+"""
 
 
 def is_isolated() -> bool:
@@ -37,13 +46,21 @@ def isolate(argv: Sequence[str]) -> None:
 
 def _may_isolate() -> bool:
     """Whether we may do what `hpc.sandbox.network` and `disk_for_runs` do: some containers let not even root."""
-    if os.geteuid() != 0 or shutil.which("ip", path=search_path()) is None:
+    mount_point = _mount_point()
+    if os.geteuid() != 0 or mount_point is None:
         return False
-    wires = "ip link add name try type bridge && ip link add name a0 type veth"
-    script = f"{wires} && losetup --find && test -d {_MOUNT_POINT}"
-    tried = ["unshare", "--mount", "--net", "--", "bash", "-c", script]
     env = {**os.environ, "PATH": search_path()}
-    return subprocess.run(tried, env=env, capture_output=True).returncode == 0
+    with tempfile.NamedTemporaryFile() as image:
+        image.truncate(16 << 20)
+        script = _TRY.format(disk=shlex.quote(image.name), mount_point=mount_point)
+        tried = ["unshare", "--mount", "--net", "--", "bash", "-ec", script]
+        return subprocess.run(tried, env=env, capture_output=True).returncode == 0
+
+
+def _mount_point() -> Path | None:
+    return next(
+        (path for path in map(Path, _MOUNT_POINTS) if path.is_dir() and not any(path.iterdir())), None
+    )
 
 
 @contextmanager
@@ -56,15 +73,16 @@ def disk_for_runs(directory: Path) -> Iterator[Path]:
     if not is_isolated():
         yield directory / "runs"
         return
-    image = directory / "disk"
+    image, mount_point = directory / "disk", _mount_point()
+    assert mount_point is not None
     with image.open("wb") as file:
         file.truncate(_DISK_BYTES)
     _call("mkfs.ext4", "-q", "-F", "-m", "0", str(image))
-    _call("mount", "-o", "loop", str(image), str(_MOUNT_POINT))
+    _call("mount", "-o", "loop", str(image), str(mount_point))
     try:
-        yield _MOUNT_POINT / "runs"
+        yield mount_point / "runs"
     finally:
-        _call("umount", "--lazy", str(_MOUNT_POINT))
+        _call("umount", "--lazy", str(mount_point))
 
 
 def _call(*words: str) -> None:

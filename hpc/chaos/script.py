@@ -73,8 +73,10 @@ class Script:
             return
         self._lasting.append(fault)
         self._over.wait(fault.seconds or 0.0)
-        _try(undo, fault)
-        self._lasting.remove(fault)
+        try:
+            _try(undo, fault)
+        finally:
+            self._lasting.remove(fault)
 
 
 def _try(
@@ -82,7 +84,7 @@ def _try(
 ) -> Callable[[], object] | None:
     try:
         undo = act()
-    except (NobodyError, TimeoutError, UserError, SlurmError) as error:
+    except (NobodyError, TimeoutError, UserError, SlurmError, OSError) as error:
         print(f"{fault}: {error}", flush=True)
         return None
     then()

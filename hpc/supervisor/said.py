@@ -47,5 +47,6 @@ class Said:
 def allow_many_files() -> Callable[[], None]:
     """Let this process have as many files open as it may; returns what gives a child the limit of before."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    with suppress(ValueError, OSError):  # the hard limit may be more than the kernel gives anybody
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
     return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, before)

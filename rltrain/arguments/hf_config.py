@@ -342,9 +342,9 @@ def _refuse_wrapper(config: Mapping[str, Any], names: list[str]) -> None:
     for name, family in FAMILIES.items():
         if family.model_type == kind:
             raise UserError(
-                f"the model's config.json is that of a {', '.join(names)}, a model of text and images. The trainer"
-                f" supports its text part, a {name}: give a directory with that alone. docs/adding_a_model.md shows how"
-                " to write the one of Qwen3.5."
+                f"the model's config.json is that of {', '.join(names) or 'a wrapper'}, a model of text and images. The"
+                f" trainer supports its text part, a {name}: give a directory with that alone. docs/adding_a_model.md"
+                " shows how to write the one of Qwen3.5."
             )
 
 

@@ -46,5 +46,5 @@ def check_sequences(limit: Limit | None, lengths: Iterable[int]) -> None:
     if limit is not None and (longest := max(lengths, default=0)) > limit.tokens:
         raise UserError(
             f"a sequence has {longest} tokens, and {limit.what}. The trainer has only what comes before. Leave such"
-            " samples out of the data."
+            " samples out of the data, or let the function that generates them stop at --rollout-max-context-len."
         )

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 TESTS = Path(__file__).parents[1]
 FLAGS = (
-    "--name run --label-key label --custom-rm-path fakes.reward.by_content --lr 1e-3 --num-rollout 6"
+    "--name run --label-key label --custom-rm-path fakes.reward.by_content --lr 1e-3 --num-rollout 12"
     " --rollout-batch-size 4 --n-samples-per-prompt 4 --rollout-max-response-len 12"
     " --sglang-enable-deterministic-inference --wandb-mode disabled"
 )

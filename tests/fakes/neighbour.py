@@ -38,7 +38,7 @@ def connects(name: str) -> bool:
 def answers(url: str) -> bool:
     """Whether a server does what it is asked without a token."""
     try:
-        with urllib.request.urlopen(url, timeout=30):
+        with urllib.request.urlopen(url, timeout=10):
             return True
     except (OSError, urllib.error.URLError):
         return False

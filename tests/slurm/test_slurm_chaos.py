@@ -47,7 +47,7 @@ def test_a_run_gets_over_a_full_disk_a_node_that_is_cut_off_and_names_that_are_g
     need_slurm()
     faults = ["cut-off:node2@3~1", "lose-names@5~3", "fill-disk@7~1", "lock-checkpoints@13~0.7"]
     command = [sys.executable, "-m", "hpc.chaos", "--steps=18", "--repeat", *faults]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1000)
     if "takes root" in done.stdout:
         pytest.skip("networks and disks of one's own take root")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -27,7 +27,7 @@ _ACTS = (
     "previous_response_id", "chat_template_kwargs",
 )  # fmt: skip
 # The reasoning is in the response as it is, so nobody needs its summary, or it encrypted.
-_HARMLESS = ("include", "max_tool_calls")
+_HARMLESS = ("include", "max_tool_calls", "client_metadata")
 _NOTED = ("truncation", "context_management")
 _REFUSED = {
     "background": "",

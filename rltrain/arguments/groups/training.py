@@ -177,6 +177,7 @@ def resolve_lora(lora: Lora) -> Lora:
             f"--lora-target-modules {unknown[0]}: no such layer can have an adapter; there are"
             f" {', '.join(LORA_MODULES)}, and all-linear for all that the model has of them."
         )
+    targets = [name for name in (*LORA_MODULES, "all-linear") if name in targets]  # checkpoints compare them
     alpha = 2.0 * lora.lora_rank if lora.lora_alpha is None else lora.lora_alpha
     return replace(lora, lora_alpha=alpha, lora_target_modules=targets)
 

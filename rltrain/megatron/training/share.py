@@ -43,6 +43,7 @@ class RankShare:
         weights: Of every trainable token in the loss of its optimizer step.
         routes: The experts that the policy's passes are to take, of the engine or of an earlier pass; None: its own.
         prefixes: What samples have in common at their beginnings, and is computed once in a micro-batch.
+        has_adapters: Whether adapters are all that is trained.
     """
 
     def __init__(self, config: Config, shape: ModelShape, batch: TrainBatch) -> None:
@@ -71,6 +72,7 @@ class RankShare:
             if kept_separate(config, shape)
             else Prefixes.of([each[:-1] for each in batch.tokens])
         )
+        self.has_adapters = config.lora.lora_rank > 0
         self._steps = batch.steps(config.training.num_steps_per_rollout)
         self.num_steps = len(self._steps)
         self._all_plans = [self._plan(step) for step in self._steps]

@@ -9,7 +9,9 @@ from rltrain.megatron.device import device, peak_flops, peak_memory
 from rltrain.megatron.training.share import RankShare
 from rltrain.run.timing import Timers
 
-_FORWARD_AND_BACKWARD = 3  # the backward pass takes two matrix products where the forward pass takes one
+# The backward pass takes two matrix products where the forward pass takes one: with adapters, the one for what goes on
+# to the layer before, as weights have no gradient.
+_PASSES, _PASSES_WITH_ADAPTERS = 3, 2
 
 
 def measure(share: RankShare, timers: Timers) -> dict[str, float]:
@@ -32,7 +34,8 @@ def measure(share: RankShare, timers: Timers) -> dict[str, float]:
     metrics["perf/shared_tokens"] = float(share.num_shared())
     trained = metrics.get("perf/actor_train_s")
     if trained is not None:
-        flops = _FORWARD_AND_BACKWARD * share.flops() / max(trained, 1e-9) / ranks
+        passes = _PASSES_WITH_ADAPTERS if share.has_adapters else _PASSES
+        flops = passes * share.flops() / max(trained, 1e-9) / ranks
         metrics["perf/tflops_per_rank"] = flops / 1e12
         if (peak := peak_flops()) is not None:
             metrics["perf/mfu"] = flops / peak
