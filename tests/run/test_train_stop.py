@@ -258,6 +258,14 @@ def test_an_attempt_begins_with_the_evaluation_that_its_weights_lack(
     assert owes_evaluation(config, first) is owed
 
 
+def online_run(run_dir: Path, logged: list[dict[str, float]], last_step: int) -> SimpleNamespace:
+    """A fake of W&B's run, whose server has all up to a step."""
+    files = run_dir / "wandb" / "run-20260101_000000-x" / "files"
+    return SimpleNamespace(
+        id="x", dir=str(files), log=logged.append, offline=False, summary={"step": last_step}
+    )
+
+
 def test_a_step_whose_attempt_died_behind_its_checkpoint_is_in_the_metrics(tmp_path: Path) -> None:
     layout, logged = RunLayout(tmp_path), []
     config = Config().replace(wandb_mode="disabled")
@@ -265,7 +273,7 @@ def test_a_step_whose_attempt_died_behind_its_checkpoint_is_in_the_metrics(tmp_p
     first.log(0, {"train/loss": 2.0, "perf/step_s": 1.0})
     first.keep(1, {"train/loss": 1.0})  # the checkpoint is written; an engine dies while it gets the weights
     second = Tracker(config, layout, 1)
-    second._wandb = SimpleNamespace(log=logged.append, offline=False, summary={"step": 0})
+    second._wandb = online_run(tmp_path, logged, last_step=0)
     second.catch_up(2)
     second.log(2, {"train/loss": 0.5})
     assert [(row["step"], row["train/loss"]) for row in logged] == [(1, 1.0), (2, 0.5)]
@@ -297,7 +305,7 @@ def test_wandb_gets_an_evaluation_that_came_after_its_row_again(tmp_path: Path) 
     )
     tracker = Tracker(Config().replace(wandb_mode="disabled"), layout, 1)
     logged: list[dict[str, float]] = []
-    tracker._wandb = SimpleNamespace(log=logged.append, offline=False, summary={"step": 1})
+    tracker._wandb = online_run(tmp_path, logged, last_step=1)
     tracker.catch_up(2)
     assert logged == [{"step": 1, "a": 2.0, "eval/dev": 0.5, "perf/eval_s": 1.0}]
 
