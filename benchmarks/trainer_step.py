@@ -229,7 +229,7 @@ def transformers_step(model_dir: Path, batch: TrainBatch, bf16: bool) -> Callabl
     from rltrain.megatron.device import device
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model("qwen3", **json.loads((model_dir / "config.json").read_text()))
+    config = AutoConfig.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if bf16 else torch.float32)
     model.to(device())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)
