@@ -186,6 +186,19 @@ def test_a_field_acts_is_refused_or_is_in_the_record(config: Config, parsers: Pa
     serve(config, parsers, use)
 
 
+def test_thinking_is_switched_off_by_name(config: Config, parsers: Parsers) -> None:
+    async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
+        for protocol, asked in (("chat", {"messages": [USER]}), ("responses", {"input": "12"})):
+            for thinks in (False, True):
+                await post(PATHS[protocol], {**asked, "enable_thinking": thinks})
+                prompt = engine.tokenizer.decode(engine.requests[-1]["input_ids"])
+                assert prompt.endswith("</think>\n\n") is not thinks
+        status, _ = await post(PATHS["chat"], {"messages": [USER], "enable_thinking": "no"})
+        assert status == 400 and session.record.events == []
+
+    serve(config, parsers, use)
+
+
 def test_log_probs_are_those_of_the_sampled_tokens(config: Config, parsers: Parsers) -> None:
     async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
         _, answer = await post(PATHS["chat"], {"messages": [USER], "logprobs": True})

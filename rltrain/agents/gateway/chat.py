@@ -25,12 +25,11 @@ API = "chat"
 # service of those whose protocol it is: names of callers, storage, caches.
 _ACTS = (
     "messages", "model", "stop", "n", "max_tokens", "max_completion_tokens", "stream", "stream_options", "tools",
-    "logprobs", "reasoning_effort", "chat_template_kwargs",
+    "logprobs", "reasoning_effort", "chat_template_kwargs", "enable_thinking",
 )  # fmt: skip
 SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
     "logit_bias", "seed", "min_tokens", "ignore_eos", "stop_token_ids", "verbosity", "moderation", "thinking",
-    "enable_thinking",
 )  # fmt: skip
 HARMLESS = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -111,8 +110,10 @@ def read_tools(tools: list[Any] | None) -> list[dict[str, Any]] | None:
 
 
 def template_kwargs(body: Mapping[str, Any], effort: Any) -> dict[str, Any]:
-    """What the request says to the chat template: `chat_template_kwargs`, and how much to think."""
+    """What the request says to the chat template: `chat_template_kwargs`, and whether and how much to think."""
     kwargs = dict(take(body, "chat_template_kwargs", dict, {}))
+    if (thinks := take(body, "enable_thinking", bool)) is not None:
+        kwargs.setdefault("enable_thinking", thinks)
     if isinstance(effort, str):
         kwargs.setdefault("reasoning_effort", effort)
         if effort == "none":

@@ -24,7 +24,7 @@ API = "responses"
 _TEXT = ("text", "input_text", "output_text", "refusal")
 _ACTS = (
     "input", "model", "instructions", "tools", "max_output_tokens", "stream", "stream_options", "reasoning",
-    "previous_response_id", "chat_template_kwargs",
+    "previous_response_id", "chat_template_kwargs", "enable_thinking",
 )  # fmt: skip
 # The reasoning is in the response as it is, so nobody needs its summary, or it encrypted.
 _HARMLESS = ("include", "max_tool_calls", "client_metadata")
