@@ -23,7 +23,8 @@ CURRENT_TESTS  = $(shell sed 's/\#.*//' tests/current.txt)
 OTHER_MEGATRON = $(abspath $(CURRENT))/megatron-core-$(VERSION)
 MEGATRON_TESTS := tests/model tests/checkpoint tests/training tests/arguments/test_arguments_megatron.py
 
-# Where PYTHONDONTWRITEBYTECODE is set, each of the tests' many processes would compile all that it imports.
+# What is imported is compiled once, pytest's rewritten tests too, and not by each of many processes.
+export PYTHONDONTWRITEBYTECODE =
 COMPILE := -m compileall -q hpc rltrain analysis
 
 .PHONY: help setup slurm demo test test-all test-fast test-current test-current-fast test-megatron test-gpu chaos lint lock format bench clean

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from rltrain.arguments.config import Config
+from rltrain.arguments.groups.parallel import Parallel
 from rltrain.megatron import device
 from rltrain.run.errors import UserError
 from rltrain.run.role import RoleAddress, RoleContext
@@ -81,19 +82,44 @@ def join(config: Config, store: dist.Store, rank: int, world_size: int) -> None:
 
 
 def split_ranks(config: Config) -> None:
-    """Form Megatron-core's groups of all ranks, in place of earlier ones, and seed everything."""
+    """Form Megatron-core's groups of all ranks, in place of earlier ones, and seed everything.
+
+    Groups of the same sizes stay: each has threads, which do not end when another takes its place.
+    """
+    if not are_split(config.parallel):
+        _form_groups(config.parallel)
+    set_seeds(config.optimizer.seed)
+
+
+def are_split(parallel: Parallel) -> bool:
+    """Whether the ranks have groups of these sizes."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return False
+    tensor = parallel.tensor_model_parallel_size
+    return (
+        parallel_state.get_tensor_model_parallel_world_size() == tensor
+        and parallel_state.get_pipeline_model_parallel_world_size() == parallel.pipeline_model_parallel_size
+        and parallel_state.get_context_parallel_world_size() == parallel.context_parallel_size
+        and parallel_state.get_expert_model_parallel_world_size() == parallel.expert_model_parallel_size
+        and parallel_state.get_expert_tensor_parallel_world_size()
+        == (parallel.expert_tensor_parallel_size or tensor)
+    )
+
+
+def _form_groups(parallel: Parallel) -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
-        context_parallel_size=config.parallel.context_parallel_size,
-        expert_model_parallel_size=config.parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
-        distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
-    set_seeds(config.optimizer.seed)
 
 
 def set_seeds(seed: int) -> None:

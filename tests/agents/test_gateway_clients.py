@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
 from fakes.agents import ScriptedEngine, agent_config, log_prob, make_agent_model, params, running_gateway
 
@@ -15,6 +14,9 @@ from rltrain.agents.gateway.session import Session
 from rltrain.arguments.config import Config
 from rltrain.data.tokenizer import load_tokenizer
 from rltrain.sample import Sample
+
+if TYPE_CHECKING:
+    import openai  # a second, which the tests that do not ask it need not wait for
 
 ADD = {
     "type": "function",
@@ -27,7 +29,7 @@ ADD = {
 CALL = '<think>\nhm, then\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a":1}}\n</tool_call>'
 QUESTION = {"role": "user", "content": "the 12 in an answer"}
 
-Use = Callable[[openai.AsyncOpenAI, Session, ScriptedEngine], Awaitable[Any]]
+Use = Callable[["openai.AsyncOpenAI", Session, ScriptedEngine], Awaitable[Any]]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,8 @@ def parsers(config: Config) -> Parsers:
 @pytest.fixture
 def talk(config: Config, parsers: Parsers) -> Callable[..., list[Sample]]:
     """Runs `use` in a session with OpenAI's client; returns the session's samples, which are checked."""
+
+    import openai
 
     def run(use: Use, says: list[str], **limits: Any) -> list[Sample]:
         async def main() -> list[Sample]:

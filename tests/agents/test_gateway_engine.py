@@ -6,7 +6,6 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import torch
 from conftest import TOKEN
@@ -36,6 +35,8 @@ def forward(model_dir: Path, tokens: list[int]) -> list[float]:
 def test_turns_are_trained_with_the_log_probs_of_a_forward_pass(
     tiny_model: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
+    import openai  # a second, which the tests that do not ask it need not wait for
+
     flags = f"--hf-checkpoint {tiny_model} --prompt-data {prompt_file} --rm-type math --agent-gateway"
     flags += " --rollout-batch-size 1 --num-rollout 1 --rollout-max-response-len 24"
     config = prepare(arguments.parse(flags.split()), RunLayout(tmp_path))

@@ -12,6 +12,7 @@ from helpers.megatron import (
     make_batch,
     make_config,
     run_ranks,
+    split_anew,
     tiny_config,
     tiny_experts_config,
     write_hf_model,
@@ -84,14 +85,12 @@ def every_move(
     configs: dict[str, Config], work: Path
 ) -> list[tuple[dict[str, float], dict[str, float] | str]]:
     """Each move, from one configuration to the next, in these processes: metrics without and with it, or why not."""
-    from rltrain.megatron.ranks import split_ranks
-
     results: list[tuple[dict[str, float], dict[str, float] | str]] = []
     each = iter(configs.values())
     for before, after in zip(each, each, strict=True):
-        split_ranks(before)
+        split_anew(before)
         expected = train_and_save(before, work)
-        split_ranks(after)
+        split_anew(after)
         try:
             results.append((expected, go_on(after, work)))
         except Exception as error:

@@ -8,23 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import string
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from conftest import TOKEN
 from fakes.engine_server import FakeEngine, fake_engine
 from helpers.rollout import http_client
 from helpers.tiny_model import make_model
 
 from rltrain import arguments
+from rltrain.agents.gateway.parsers import Parsers
 from rltrain.agents.gateway.server import Gateway
+from rltrain.agents.gateway.session import Session
 from rltrain.arguments.config import Config
 from rltrain.rollout.generate.single_turn import sampling_params
 from rltrain.rollout.service.server import prepare
 from rltrain.run.layout import RunLayout
+from rltrain.sample import Sample
+
+USER = {"role": "user", "content": "12"}
+PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
+
+Post = Callable[..., Awaitable[tuple[int, Any]]]
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
@@ -175,3 +185,33 @@ async def running_gateway(
 def params(config: Config) -> dict[str, Any]:
     """The run's sampling parameters."""
     return sampling_params(config.rollout)
+
+
+def serve(
+    config: Config,
+    parsers: Parsers,
+    use: Callable[[Session, Post, ScriptedEngine, Gateway], Awaitable[Any]],
+    **limits: Any,
+) -> list[Sample]:
+    """Run `use` with a session and a plain HTTP client; the session's samples."""
+
+    async def main() -> list[Sample]:
+        async with (
+            running_gateway(config, parsers) as (gateway, engine),
+            gateway.open(Sample(index=1, prompt="task"), params(config), **limits) as session,
+            aiohttp.ClientSession() as client,
+        ):
+
+            async def post(path: str, body: Any, key: str | None = session.api_key) -> tuple[int, Any]:
+                data = (
+                    body if isinstance(body, bytes) else json.dumps({"model": session.model, **body}).encode()
+                )
+                headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+                url = session.anthropic_base_url + path
+                async with client.post(url, data=data, headers=headers) as response:
+                    return response.status, json.loads(await response.read())
+
+            await use(session, post, engine, gateway)
+            return session.samples()
+
+    return asyncio.run(main())

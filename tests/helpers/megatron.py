@@ -182,14 +182,20 @@ def in_each_layout(
     function: Callable[[Config, Path], Any], configs: dict[str, Config], work: Path
 ) -> dict[str, Any]:
     """`function` in one layout after the other, within the same processes. For a function given to `run_ranks`."""
-    from rltrain.megatron.ranks import split_ranks
-
     results = {}
     for name, each in configs.items():
-        leave_groups()
-        split_ranks(each)
+        split_anew(each)
         results[name] = function(each, work / name)
     return results
+
+
+def split_anew(config: Config) -> None:
+    """Split the ranks of this process group, which were split for another test, for this one."""
+    from rltrain.megatron.ranks import are_split, split_ranks
+
+    if not are_split(config.parallel):
+        leave_groups()
+    split_ranks(config)
 
 
 def leave_groups() -> None:
@@ -209,6 +215,50 @@ def leave_groups() -> None:
         if group not in (dist.group.WORLD, control_group()):
             dist.destroy_process_group(group)
     gc.collect()
+
+
+def in_rounds(shares: Iterator[list[tuple[str, Any]]]) -> dict[str, np.ndarray]:
+    """All of this rank's tensors; nobody begins a round before all have ended the one before."""
+    import torch.distributed as dist
+
+    share: dict[str, np.ndarray] = {}
+    while True:
+        named = next(shares, None)
+        ends: list[bool] = [False] * dist.get_world_size()
+        dist.all_gather_object(ends, named is None)
+        if all(ends):
+            return share
+        share |= {name: tensor.float().clone().numpy() for name, tensor in named or ()}
+
+
+def gather_gradients(chunks: list[Any]) -> None:
+    """Undo what a distributed optimizer does: each rank has only its shard of the gradients' sums."""
+    import torch.distributed as dist
+
+    for chunk in chunks:
+        if chunk.ddp_config.use_distributed_optimizer:
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+                group = buffer.data_parallel_group
+                for bucket in buffer.buckets:
+                    own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+
+
+def adamw_step(weights: dict[str, Any], gradients: dict[str, Any], config: Config) -> dict[str, Any]:
+    """One step of torch's AdamW on fp32 copies of bf16 weights, after clipping; in bf16 again."""
+    import torch
+
+    copies = {name: torch.nn.Parameter(weight.float()) for name, weight in weights.items()}
+    for name, copy in copies.items():
+        copy.grad = torch.from_numpy(gradients[name]).clone()
+    torch.nn.utils.clip_grad_norm_(copies.values(), config.optimizer.clip_grad)
+    groups = [  # neither norms nor biases decay
+        {"params": [p for p in copies.values() if (p.ndim == 1) == flat], "weight_decay": decay}
+        for flat, decay in ((False, config.optimizer.weight_decay), (True, 0.0))
+    ]
+    betas = (config.optimizer.adam_beta1, config.optimizer.adam_beta2)
+    torch.optim.AdamW(groups, lr=config.optimizer.lr, betas=betas, eps=config.optimizer.adam_eps).step()
+    return {name: copy.detach().bfloat16() for name, copy in copies.items()}
 
 
 @dataclass(frozen=True)

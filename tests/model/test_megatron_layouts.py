@@ -7,7 +7,6 @@ parallel ranks are rounded too; what is compared is then the size of the differe
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.megatron import (
+    adamw_step,
+    gather_gradients,
     in_each_layout,
+    in_rounds,
     init_single_process,
     make_actor,
     make_batch,
@@ -42,7 +44,7 @@ CP2, CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
 EP2, EP4 = {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}
 ETP1, ETP2 = {"expert_tensor_parallel_size": 1}, {"expert_tensor_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True}
-LAYOUTS_OF_A_GROUP = 17  # the process groups of every layout stay, and each has threads
+LAYOUTS_OF_A_GROUP = 17  # of which the results are kept in memory at a time
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -233,33 +235,6 @@ def step(config: Config, work: Path) -> dict[str, Any]:
             "attention_calls": len(calls)}  # fmt: skip
 
 
-def in_rounds(shares: Iterator[list[tuple[str, torch.Tensor]]]) -> dict[str, np.ndarray]:
-    """All of this rank's tensors; nobody begins a round before all have ended the one before."""
-    import torch.distributed as dist
-
-    share: dict[str, np.ndarray] = {}
-    while True:
-        named = next(shares, None)
-        ends: list[bool] = [False] * dist.get_world_size()
-        dist.all_gather_object(ends, named is None)
-        if all(ends):
-            return share
-        share |= {name: tensor.float().clone().numpy() for name, tensor in named or ()}
-
-
-def gather_gradients(chunks: list[Any]) -> None:
-    """Undo what a distributed optimizer does: each rank has only its shard of the gradients' sums."""
-    import torch.distributed as dist
-
-    for chunk in chunks:
-        if chunk.ddp_config.use_distributed_optimizer:
-            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
-                group = buffer.data_parallel_group
-                for bucket in buffer.buckets:
-                    own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-                    dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
-
-
 def steps(configs: dict[str, Config], work: Path) -> dict[str, dict[str, Any]]:
     """`step` in every layout."""
     return in_each_layout(step, configs, work)
@@ -419,20 +394,3 @@ def test_bf16_is_that_of_transformers_and_of_adamw_on_fp32_weights(
     expected_weights = adamw_step(first_weights(models, "bf16", ours["weights"]), ours["gradients"], config)
     for name, weight in expected_weights.items():
         np.testing.assert_array_equal(ours["weights"][name], weight.float().numpy(), err_msg=name)
-
-
-def adamw_step(
-    weights: dict[str, torch.Tensor], gradients: dict[str, Any], config: Config
-) -> dict[str, torch.Tensor]:
-    """One step of torch's AdamW on fp32 copies of bf16 weights, after clipping; in bf16 again."""
-    copies = {name: torch.nn.Parameter(weight.float()) for name, weight in weights.items()}
-    for name, copy in copies.items():
-        copy.grad = torch.from_numpy(gradients[name]).clone()
-    torch.nn.utils.clip_grad_norm_(copies.values(), config.optimizer.clip_grad)
-    groups = [  # neither norms nor biases decay
-        {"params": [p for p in copies.values() if (p.ndim == 1) == flat], "weight_decay": decay}
-        for flat, decay in ((False, config.optimizer.weight_decay), (True, 0.0))
-    ]
-    betas = (config.optimizer.adam_beta1, config.optimizer.adam_beta2)
-    torch.optim.AdamW(groups, lr=config.optimizer.lr, betas=betas, eps=config.optimizer.adam_eps).step()
-    return {name: copy.detach().bfloat16() for name, copy in copies.items()}

@@ -7,30 +7,32 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
-from rltrain import job as job_module
-from rltrain import train as train_module
 from rltrain.arguments.config import Config
-from rltrain.evaluation import owes_evaluation
-from rltrain.job import Job, Newcomers
 from rltrain.run import waiting
 from rltrain.run.files import read_lines
 from rltrain.run.layout import RunLayout
 from rltrain.run.metric_lines import newest_rows
 from rltrain.tracking import Tracker
 
+if TYPE_CHECKING:  # they import Megatron-core, which a process without these tests need not
+    from rltrain.job import Job
+
 
 @pytest.fixture
 def make_job(monkeypatch: pytest.MonkeyPatch) -> object:
+    from rltrain import job as job_module
+
     monkeypatch.setattr(waiting, "_ASK_SECONDS", 0.05)
     monkeypatch.setattr(job_module, "on_rank_0", lambda call: call())
     monkeypatch.setattr(job_module, "table_of_rank_0", lambda table: table)
     monkeypatch.setattr(job_module.dist, "get_rank", lambda: 0)
 
     def make(generate: object, stop: str | None = None) -> Job:
-        job = Job.__new__(Job)
+        job = job_module.Job.__new__(job_module.Job)
         job._rollout = SimpleNamespace(generate=generate, eval=generate)  # type: ignore[assignment]
         job._registry = SimpleNamespace(stop_requested=lambda: stop)  # type: ignore[assignment]
         return job
@@ -68,6 +70,8 @@ def test_an_evaluation_goes_on_beside_a_rollout(make_job) -> None:
 
 
 def test_engines_that_come_back_meanwhile_are_given_the_weights(make_job) -> None:
+    from rltrain.job import Newcomers
+
     there, given = threading.Event(), threading.Event()
 
     def answer_when_given(_: int) -> dict[str, float]:
@@ -173,6 +177,8 @@ class FakeRun:
 
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch) -> object:
+    from rltrain import train as train_module
+
     monkeypatch.setattr(train_module.TrainBatch, "from_arrow", lambda table: table)
 
     def run(fake: FakeRun, **flags: object) -> int:
@@ -254,6 +260,8 @@ def test_it_ends_before_training_that_takes_the_engines_memory_or_weights_that_a
 def test_an_attempt_begins_with_the_evaluation_that_its_weights_lack(
     first: int, changes: dict[str, object], owed: bool
 ) -> None:
+    from rltrain.evaluation import owes_evaluation
+
     config = Config().replace(**{"eval_interval": 2, "num_rollout": 5, **changes})
     assert owes_evaluation(config, first) is owed
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from helpers.megatron import (
+    in_each_layout,
     init_single_process,
     make_actor,
     make_batch,
@@ -64,15 +65,9 @@ def train(config: Config, work: Path) -> dict[str, Any]:
     return {"metrics": metrics, "events": events}
 
 
-def in_each_layout(configs: dict[str, Config], work: Path) -> dict[str, dict[str, Any]]:
+def train_in_each_layout(configs: dict[str, Config], work: Path) -> dict[str, dict[str, Any]]:
     """`train` in one layout after the other, within the same processes."""
-    from rltrain.megatron.ranks import split_ranks
-
-    results = {}
-    for name, each in configs.items():
-        split_ranks(each)
-        results[name] = train(each, work / name)
-    return results
+    return in_each_layout(train, configs, work)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +93,7 @@ def on_four(
     configs = {
         name: make_config(model_dir, actor_num_gpus_per_node=4, **COMMON, **LAYOUTS[name]) for name in wanted
     }
-    return run_ranks(in_each_layout, configs, work, world_size=4), work
+    return run_ranks(train_in_each_layout, configs, work, world_size=4), work
 
 
 def tokens_of(work: Path, step: int) -> dict[str, np.ndarray]:

@@ -1,16 +1,13 @@
-"""A Hugging Face model's shape as a Megatron-core GPT model, and Megatron-core's configuration objects.
+"""A Hugging Face model's shape as a Megatron-core GPT model.
 
 A rank holds a list of chunks of the model: one, or several with virtual pipeline stages.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import math
-import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,8 +27,8 @@ from rltrain.arguments.hf_config import (
     check_same_shape,
     read_model_shape,
 )
-from rltrain.arguments.megatron_names import given
 from rltrain.arguments.model_flags import check_lora, check_model_flags, check_quantised
+from rltrain.megatron.core_config import build_config
 from rltrain.megatron.device import device, use_cuda
 from rltrain.megatron.model.customize import custom_model
 from rltrain.megatron.model.layers.activations import gelu_tanh, quick_gelu
@@ -46,21 +43,6 @@ from rltrain.models.as_transformers import standard_config
 from rltrain.models.directory import read_hf_config
 from rltrain.models.latent import LatentAttention
 from rltrain.run.errors import UserError
-
-T = TypeVar("T")
-
-_FLAG_GROUPS = {
-    "TransformerConfig": "transformer",
-    "MLATransformerConfig": "transformer",
-    "OptimizerConfig": "optimizer",
-    "DistributedDataParallelConfig": "ddp",
-}
-_DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8": torch.uint8,  # as TransformerEngine stores it
-}
 
 
 def read_shape(config: Config) -> ModelShape:
@@ -375,35 +357,3 @@ def wrap_data_parallel(models: list[GPTModel], run_config: Config) -> list[Distr
     wrapped = [DistributedDataParallel(model.config, config, model) for model in models]
     models[0].config.finalize_model_grads_func = finalize_model_grads
     return wrapped
-
-
-def build_config(config: type[T], model: Model, **fields: Any) -> T:
-    """An object of `config`, one of Megatron-core's dataclasses; fields that flags have set come before `fields`.
-
-    Raises:
-        UserError: the installed megatron-core has no such field, or refuses the values.
-    """
-    flags = given(model, _FLAG_GROUPS[config.__name__])
-    if not flags:
-        return config(**fields)
-    known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-    if missing := sorted(flags.keys() - known):
-        raise UserError(
-            f"--{missing[0].replace('_', '-')}: the installed megatron-core has no {config.__name__}.{missing[0]};"
-            " leave the flag out, or install a version that has it."
-        )
-    hints = typing.get_type_hints(config)
-    converted = {name: _converted(value, hints[name]) for name, value in flags.items()}
-    try:
-        return config(**{**fields, **converted})
-    except (AssertionError, ValueError) as error:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in flags)
-        raise UserError(f"megatron-core refuses {names}: {error}") from error
-
-
-def _converted(value: Any, hint: Any) -> Any:
-    if hint is torch.dtype:
-        return _DTYPES[value]
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return hint[value]
-    return value

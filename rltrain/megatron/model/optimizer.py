@@ -16,8 +16,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rltrain.arguments.config import Config
 from rltrain.arguments.megatron_names import given
+from rltrain.megatron.core_config import build_config
 from rltrain.megatron.device import use_cuda
-from rltrain.megatron.model.build import build_config, params_dtype
+from rltrain.megatron.model.build import params_dtype
 from rltrain.run.errors import UserError
 
 # What tells a group from others, beside whether its parameters are experts.
