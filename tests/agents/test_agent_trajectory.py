@@ -47,6 +47,7 @@ def respond(
     return trajectory.add(prompt, Sampled(tokens, log_probs, spans, status)).number
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(REQUESTS)
 def test_each_sampled_token_is_trained_once_after_what_the_engine_saw(requests: list[Any]) -> None:

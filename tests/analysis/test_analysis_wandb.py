@@ -178,6 +178,7 @@ except RunNotFoundError as error:
 """
 
 
+@pytest.mark.slow
 def test_online_runs_come_through_the_public_api(tmp_path: Path) -> None:
     """The real `wandb.Api`, and a server that answers what it asks."""
     with fake_wandb_server() as url:

@@ -45,6 +45,7 @@ def peak_megabytes(work: Callable[[], object]) -> float:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_memory_does_not_grow_with_the_file(large: dict[str, str], make_args: Any, kind: str) -> None:
     RolloutDataSource(make_args().namespace)  # so that imports are not counted

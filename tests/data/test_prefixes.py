@@ -77,6 +77,7 @@ def test_a_short_beginning_is_not_shared() -> None:
     assert Prefixes.of(tokens, least=7).shared([0, 1]) == 7
 
 
+@pytest.mark.slow
 @given(sequences, st.integers(1, 40), st.integers(1, 4), st.integers(1, 3), st.booleans())
 @settings(deadline=None)
 def test_plans_keep_to_the_budget(

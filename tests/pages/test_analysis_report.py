@@ -106,6 +106,7 @@ def test_too_many_samples_are_thinned_by_whole_groups(short_runs: Path) -> None:
     assert choose(samples, 10**6) is samples
 
 
+@pytest.mark.slow
 def test_command_line(short_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(short_runs / "fast"), "-o", str(tmp_path / "page.html")]) == 0
     assert "data:image/png;base64," in (tmp_path / "page.html").read_text()

@@ -155,6 +155,7 @@ hostile = st.text(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(value=hostile)
 def test_hostile_variables_reach_the_job_or_are_refused(value: str) -> None:
