@@ -85,6 +85,10 @@ def run_cpu_server(server_args: dict[str, Any]) -> None:
         from rltrain.sglang.cpu import allow_deterministic_sampling
 
         allow_deterministic_sampling()
+    else:
+        from rltrain.sglang.attention import use_batched_decoding
+
+        use_batched_decoding()
     if server_args.get("enable_return_routed_experts"):
         cpu.allow_returned_routes()
     import sglang.srt.managers.scheduler

@@ -52,6 +52,24 @@ def of_engine(engine: HttpServerEngineAdapter) -> list[float]:
     return [logprob for logprob, *_ in answer["meta_info"]["input_token_logprobs"][1:]]
 
 
+def decoded(engine: HttpServerEngineAdapter, directory: Path) -> tuple[list[float], list[float]]:
+    """Log-probs of what the engine makes of prompts of several lengths in one batch: its own and transformers'."""
+    from transformers import AutoModelForCausalLM
+
+    asked = {"sampling_params": {"max_new_tokens": 6, "ignore_eos": True}, "return_logprob": True}
+    prompts = [IDS[:length] for length in (5, 6, 9, 12)]
+    answers = call("POST", f"{engine.url}/generate", TOKEN, {**asked, "input_ids": prompts})
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    own, expected = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor(prompt + answer["output_ids"])
+        with torch.no_grad():
+            log_probs = model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected += log_probs.gather(1, ids[len(prompt) :, None]).squeeze(1).tolist()
+        own += [logprob for logprob, *_ in answer["meta_info"]["output_token_logprobs"]]
+    return own, expected
+
+
 def test_the_engine_has_the_trainers_log_probs(tmp_path: Path) -> None:
     from rltrain.megatron.model.export import Exporter
 
@@ -62,5 +80,6 @@ def test_the_engine_has_the_trainers_log_probs(tmp_path: Path) -> None:
     arguments = {"model_path": str(first), "skip_tokenizer_init": True}
     with HttpServerEngineAdapter.launch(arguments, TOKEN) as engine:
         np.testing.assert_allclose(of_engine(engine), of_transformers(first), atol=1e-5)
+        np.testing.assert_allclose(*decoded(engine, first), atol=1e-5)
         load_weights(engine, tmp_path / "exported", "1")
         np.testing.assert_allclose(of_engine(engine), of_transformers(second), atol=1e-5)
