@@ -20,6 +20,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from rltrain.run.errors import UserError
@@ -115,7 +116,7 @@ class Declared:
 
 def declared(group: type) -> tuple[Declared, ...]:
     """The flags of a group, in the order of their declaration."""
-    hints = typing.get_type_hints(group)
+    hints = _hints(group)
     usual: Owner = getattr(group, "owner", "slime")
     return tuple(
         Declared(
@@ -128,6 +129,12 @@ def declared(group: type) -> tuple[Declared, ...]:
         for field in dataclasses.fields(group)
         if _KEY in field.metadata
     )
+
+
+@cache
+def _hints(group: type) -> dict[str, Any]:
+    """The types of a group's fields. A parser asks again and again, and each answer compiles every annotation."""
+    return typing.get_type_hints(group)
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
