@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import resource
@@ -71,12 +72,13 @@ def check_threads(omp_num_threads: str | None, cores: int, processes: int) -> Ch
 
 
 def host_addresses() -> list[str]:
-    """IPv4 addresses of this machine's name; none if the name has no address."""
+    """Addresses of this machine's name, IPv4 first; none if the name has no address."""
     try:
-        found = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET, socket.SOCK_STREAM)
+        found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except OSError:
         return []
-    return [str(entry[4][0]) for entry in found]
+    addresses = [str(entry[4][0]) for entry in sorted(found, key=lambda entry: entry[0] != socket.AF_INET)]
+    return [address for address in addresses if not address.startswith("fe80:")]  # of use on one cable only
 
 
 def check_address(addresses: list[str]) -> Check:
@@ -89,7 +91,7 @@ def check_address(addresses: list[str]) -> Check:
                         f"one of: {', '.join(interfaces())}; or unset {variable}")  # fmt: skip
     if not addresses:
         return warn("network", f"the name {name} has no address", "nodes must find each other by name")
-    if all(address.startswith("127.") for address in addresses):
+    if all(ipaddress.ip_address(address).is_loopback for address in addresses):
         return warn("network", f"the name {name} stands for {addresses[0]}, which only this machine can reach",
                     "fine if the nodes' names do not; --probe-nodes looks")  # fmt: skip
     return ok("network", f"{name} is {', '.join(addresses)}; interfaces: {', '.join(interfaces())}")

@@ -97,7 +97,9 @@ def judge(
             fail("driver of nodes", "; ".join(f"{host}: {problem}" for problem, host in old.items()))
         )
     lonely = [
-        answer["host"] for answer in answers if all(ip.startswith("127.0.0.1") for ip in answer["addresses"])
+        answer["host"]
+        for answer in answers
+        if all(ip == "::1" or ip.startswith("127.0.0.1") for ip in answer["addresses"])
     ]
     if lonely:
         checks.append(fail("network of nodes", f"{', '.join(lonely)}: the node's own name is not an address that other"

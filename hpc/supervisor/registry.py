@@ -25,6 +25,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from rltrain.run import finished
 from rltrain.run.files import EventLog, StatusFile
+from rltrain.run.http import make_url
+from rltrain.run.processes import family_of
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_WAIT_SECONDS = 60.0
@@ -60,8 +62,7 @@ class RegistryServer:
         self._is_finished = False
         self._unsaved: str | None = None
         self._closed = False
-        self._server = _Server((host, 0), _Handler)
-        self._server.registry = self
+        self._server = _Server(self, host)
         serve = functools.partial(self._server.serve_forever, poll_interval=0.1)
         self._thread = threading.Thread(target=serve, name="registry", daemon=True)
         self._thread.start()
@@ -70,7 +71,7 @@ class RegistryServer:
     def url(self) -> str:
         """Base URL, without a slash at the end."""
         host, port = self._server.server_address[:2]
-        return f"http://{host!s}:{port}"
+        return make_url(str(host), port)
 
     def request_stop(self, reason: str) -> None:
         """Tell every role that asks to save and stop."""
@@ -210,7 +211,10 @@ def _count_and_wait(query: str) -> tuple[int, float]:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # all ranks of a job may call in the same moment
-    registry: RegistryServer
+
+    def __init__(self, registry: RegistryServer, host: str) -> None:
+        self.registry, self.address_family = registry, family_of(host)
+        super().__init__((host, 0), _Handler)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -36,6 +36,7 @@ from rltrain.run.errors import EXIT_REQUEUE, UserError
 from rltrain.run.files import StatusFile, append_event, read_json, read_lines
 from rltrain.run.finished import is_finished
 from rltrain.run.layout import RunLayout
+from rltrain.run.processes import way_to
 
 _ENDED_BY_US = 60.0  # seconds that Slurm has to end this process after it took a requeue
 _SETTLE_SECONDS = 3.0  # a dead node, or a cancelled job, is first seen in the roles that die of it
@@ -194,7 +195,7 @@ class CurrentJob:
 
 
 def choose_address(allocation: Allocation, env: Mapping[str, str], client: SlurmClient | None = None) -> str:
-    """The address of this node that the job's other nodes reach; loopback if there are none. IPv4 only.
+    """The address of this node that the job's other nodes reach; loopback if there are none. IPv4 where it has both.
 
     A node's own name may mean a loopback address to the node itself; then the way to another node tells. Names that DNS
     does not know are asked of Slurm.
@@ -206,27 +207,33 @@ def choose_address(allocation: Allocation, env: Mapping[str, str], client: Slurm
     if not others:
         return "127.0.0.1"
     own = _address_of(env.get("SLURMD_NODENAME") or socket.gethostname(), client)
-    if not own.startswith(("127.0.", "0.")):
+    if not own.startswith(("127.0.", "0.")) and own not in ("::1", "::"):
         return own
-    other = _address_of(others[0], client)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((other, 9))  # sends nothing: only looks up the route
-        return probe.getsockname()[0]
+    return way_to(_address_of(others[0], client))
 
 
 def _address_of(node: str, client: SlurmClient | None) -> str:
     try:
-        return socket.gethostbyname(node)
+        return _look_up(node)
     except OSError as error:
         said = (client or SlurmClient()).run("scontrol", "--oneliner", "show", "node", node)
         address = re.search(r"\bNodeAddr=(\S+)", said)
         try:
-            return socket.gethostbyname(address[1] if address else node)
+            return _look_up(address[1] if address else node)
         except OSError:
             raise UserError(
-                f"the address of node {node} is not known: its name can't be looked up ({error.strerror}), nor can"
-                f" Slurm's NodeAddr for it ({address[1] if address else 'none'}). It takes an IPv4 address."
+                f"the address of node {node} is not known: its name can't be looked up ({error.strerror or error}), nor"
+                f" can Slurm's NodeAddr for it ({address[1] if address else 'none'}). It takes an IPv4 or IPv6 address."
             ) from None
+
+
+def _look_up(name: str) -> str:
+    found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    addresses = [str(each[4][0]) for each in sorted(found, key=lambda each: each[0] != socket.AF_INET)]
+    usable = [each for each in addresses if not each.startswith("fe80:")]  # that is of use on one cable only
+    if not usable:
+        raise OSError(f"it has only {', '.join(addresses)}")
+    return usable[0]
 
 
 def _say_finished(layout: RunLayout) -> None:

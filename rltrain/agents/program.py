@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from rltrain.agents.sandbox.limits import MIB, Ended, Limits
 from rltrain.arguments.groups.agents import Agents, command_words
+from rltrain.run.http import host_and_port
 from rltrain.sample import Sample
 
 _MOST_TEXT = 4096  # characters that a sample keeps of each stream
@@ -111,9 +112,7 @@ def search_path(agents: Agents) -> str:
 
 def at(url: str, address: tuple[str, int]) -> str:
     """The URL with another host and port: those at which a sandbox finds it."""
-    host, port = address
-    host = f"[{host}]" if ":" in host else host
-    return urlsplit(url)._replace(netloc=f"{host}:{port}").geturl()
+    return urlsplit(url)._replace(netloc=host_and_port(*address)).geturl()
 
 
 def readable(agents: Agents) -> list[str]:

@@ -65,7 +65,8 @@ def parse_address(text: str, where: str) -> str:
         valid = False
     if not valid:
         raise UserError(
-            f"{where}: {text!r} is not the address of an engine. Give HOST:PORT, for example node3:30000."
+            f"{where}: {text!r} is not the address of an engine. Give HOST:PORT, for example node3:30000, or"
+            " [fd00::3]:30000."
         )
     return f"{url.scheme}://{url.netloc}"
 

@@ -25,6 +25,8 @@ from rltrain.arguments.config import Config
 from rltrain.arguments.groups.parallel import Parallel
 from rltrain.megatron import device
 from rltrain.run.errors import UserError
+from rltrain.run.http import make_url
+from rltrain.run.processes import family_of
 from rltrain.run.role import RoleAddress, RoleContext
 from rltrain.weights.sources import open_store
 
@@ -57,7 +59,7 @@ def init_process_group(context: RoleContext, registry: RegistryClient, config: C
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     if rank == 0:
         store = open_store(host, timeout, world_size)
-        registry.register(f"tcp://{host}:{store.port}")
+        registry.register(make_url(host, store.port, "tcp"))
         master = (host, store.port)
     else:
         url = urlsplit(registry.wait_for(_ROLE, timeout=_RENDEZVOUS_TIMEOUT)[0].url)
@@ -254,10 +256,10 @@ def local_address(url: str) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """Name of this machine's network interface that has an IPv4 address, or None."""
+    """Name of this machine's network interface that has an address, or None."""
     import psutil
 
     for name, addresses in psutil.net_if_addrs().items():
-        if any(each.family == socket.AF_INET and each.address == address for each in addresses):
+        if any(each.family == family_of(address) and each.address == address for each in addresses):
             return name
     return None

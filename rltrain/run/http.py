@@ -66,6 +66,21 @@ def get_status(url: str, timeout: float) -> int:
         return error.code
 
 
+def make_url(host: str, port: int, scheme: str = "http") -> str:
+    """A server's URL without a slash at the end; see `host_and_port`."""
+    return f"{scheme}://{host_and_port(host, port)}"
+
+
+def host_and_port(host: str, port: int) -> str:
+    """`HOST:PORT`, with an IPv6 address in brackets (RFC 3986, 3.2.2), whether it came in some or not."""
+    return f"{in_brackets(host)}:{port}"
+
+
+def in_brackets(host: str) -> str:
+    """An IPv6 address in brackets, as it stands in URLs; a name or an IPv4 address as it is."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
 def pauses(first: float) -> Iterator[float]:
     """Seconds to wait before each further try of a request: ever longer, and not the same for all who wait."""
     pause = first

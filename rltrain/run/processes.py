@@ -137,19 +137,31 @@ def signal_group(leader: int, number: signal.Signals) -> None:
         os.killpg(leader, number)
 
 
+def family_of(host: str) -> socket.AddressFamily:
+    """The family of an address without brackets; of a name, IPv4."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 def reserve_port(host: str, wanted: int = 0) -> socket.socket:
     """A socket that is bound to a free port of `host`, to `wanted` if that is free, and never listens.
 
     While it is open nobody is given the port by chance, and a server that sets SO_REUSEADDR, as servers do,
     can still bind to it.
     """
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    sock = socket.socket(family_of(host), socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, wanted))
     except OSError:
         sock.bind((host, 0))
     return sock
+
+
+def way_to(host: str, port: int = 9) -> str:
+    """The address of this machine from which it reaches another: only looks up the route, and sends nothing."""
+    with socket.socket(family_of(host), socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        return probe.getsockname()[0]
 
 
 def wait_readable(files: Iterable[int | HasFileno], timeout: float) -> list[int]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from rltrain.run import finished, http
 from rltrain.run.layout import RunLayout
+from rltrain.run.processes import way_to
 
 _LONG_POLL_SECONDS = 20.0
 
@@ -85,9 +86,8 @@ class RoleContext:
         Loopback when the registry is on loopback, so that a job on one machine is not visible outside.
         """
         parts = urllib.parse.urlsplit(self.registry_url)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((parts.hostname, parts.port))  # sends nothing: only looks up the route
-            return probe.getsockname()[0]
+        assert parts.hostname and parts.port
+        return way_to(parts.hostname, parts.port)
 
 
 class Registry:

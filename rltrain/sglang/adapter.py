@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
 
-from rltrain.run.http import HttpError, call, get_status
+from rltrain.run.http import HttpError, call, get_status, make_url
 from rltrain.run.processes import reserve_port
 from rltrain.sglang.health import HealthLimits, watch
 from rltrain.sglang.process import READY_TIMEOUT, ServerProcess
@@ -65,7 +65,7 @@ class HttpServerEngineAdapter:
                 "port": port,
                 "api_key": token,
             }
-            process = ServerProcess("rltrain.sglang.server", settings, f"http://{host}:{port}")
+            process = ServerProcess("rltrain.sglang.server", settings, make_url(host, port))
             try:
                 process.wait_until_ready(timeout=timeout)
             except BaseException:

@@ -18,7 +18,7 @@ from rltrain import arguments
 from rltrain.arguments.config import Config
 from rltrain.arguments.fleet import engine_specs, engines_load_alone, models
 from rltrain.run.errors import UserError
-from rltrain.run.http import HttpError
+from rltrain.run.http import HttpError, host_and_port
 from rltrain.run.processes import reserve_port
 from rltrain.run.role import Registry, RoleContext
 from rltrain.sglang.adapter import HttpServerEngineAdapter
@@ -135,7 +135,7 @@ def _meet(context: RoleContext, registry: Registry, held: ExitStack) -> dict[str
     name = f"{context.role}-{context.index}"
     if context.node_rank == 0:
         port = held.enter_context(reserve_port(context.host)).getsockname()[1]
-        registry.offer(name, f"{context.host}:{port}")
+        registry.offer(name, host_and_port(context.host, port))
     return {
         "nnodes": context.nnodes,
         "node_rank": context.node_rank,

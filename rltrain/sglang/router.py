@@ -11,6 +11,7 @@ from rltrain import arguments
 from rltrain.arguments.config import Config
 from rltrain.arguments.fleet import is_disaggregated
 from rltrain.run.errors import UserError
+from rltrain.run.http import in_brackets, make_url
 from rltrain.run.processes import reserve_port
 from rltrain.run.role import Registry, RoleContext
 from rltrain.sglang.process import READY_TIMEOUT, ServerProcess, run_server_role
@@ -54,12 +55,12 @@ class Router:
             port = ports.enter_context(reserve_port(host, wanted_port)).getsockname()[1]
             metrics_port = ports.enter_context(reserve_port("127.0.0.1")).getsockname()[1]
             all_args = {
-                **DEFAULTS, **router_args, "host": host, "port": port, "api_key": token,
+                **DEFAULTS, **router_args, "host": in_brackets(host), "port": port, "api_key": token,
                 # Its counters can neither be switched off nor ask for a key: they stay on this machine.
                 "prometheus_host": "127.0.0.1", "prometheus_port": metrics_port,
             }  # fmt: skip
             settings = {"program": program, "router_args": all_args}
-            self._process = ServerProcess("rltrain.sglang.router_server", settings, f"http://{host}:{port}")
+            self._process = ServerProcess("rltrain.sglang.router_server", settings, make_url(host, port))
             try:
                 self._process.wait_until_ready(timeout=READY_TIMEOUT)
             except BaseException:

@@ -17,7 +17,7 @@ from rltrain.arguments.config import Config
 from rltrain.arguments.external import external_token
 from rltrain.arguments.fleet import models, trained_model
 from rltrain.arguments.groups.engines import Engines
-from rltrain.run.http import HttpError, call
+from rltrain.run.http import HttpError, call, in_brackets, make_url
 from rltrain.run.role import Registry
 
 _ROLE = "router"
@@ -34,17 +34,22 @@ class RouterAddress:
 
     @property
     def host_and_port(self) -> tuple[str, int]:
-        """The parts of the URL, as slime's `args.sglang_router_ip` and `_port` have them."""
+        """The parts of the URL, as slime's `args.sglang_router_ip` and `_port` have them.
+
+        IPv6 is in brackets, as functions put it into URLs.
+        """
         parts = urlsplit(self.url)
         assert parts.hostname and parts.port
-        return parts.hostname, parts.port
+        return in_brackets(parts.hostname), parts.port
 
 
 def external_router(engines: Engines) -> RouterAddress | None:
     """The router that the flags name, or None."""
     if engines.sglang_router_ip is None:
         return None
-    return RouterAddress(f"http://{engines.sglang_router_ip}:{engines.sglang_router_port}", external_token())
+    assert engines.sglang_router_port is not None
+    url = make_url(engines.sglang_router_ip, engines.sglang_router_port)
+    return RouterAddress(url, external_token())
 
 
 def find_router(engines: Engines, registry: Registry, token: str, model: int) -> RouterAddress | None:

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from rltrain.run.processes import family_of
 from rltrain.sglang import cpu
 
 # Without the two memory limits the scheduler takes all the memory there is; "auto" would turn fp32 weights
@@ -146,8 +147,7 @@ def bind_stores() -> None:
 
     def open_store(host_name: str, port: int, **kwargs: Any) -> TCPStore:
         if kwargs.get("is_master"):
-            family = socket.AF_INET6 if ":" in host_name else socket.AF_INET
-            listener = socket.create_server((host_name, port), family=family)
+            listener = socket.create_server((host_name, port), family=family_of(host_name))
             kwargs["master_listen_fd"] = listener.detach()
         return TCPStore(host_name, port, **kwargs)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rltrain.run.processes import family_of
 from rltrain.weights import LOADER
 from rltrain.weights.engine import ServerEngine
 
@@ -50,7 +51,7 @@ class Channel:
         self._ranks: list[socket.socket] = []
         size, key = engine.tensor_parallel_size(), secrets.token_hex()
         self._pool = ThreadPoolExecutor(1)
-        with socket.create_server((host, 0), backlog=size) as server:
+        with socket.create_server((host, 0), family=family_of(host), backlog=size) as server:
             port = server.getsockname()[1]
             call = {"host": host, "port": port, "key": key, "ahead": ahead}
             calls = [_payload(call | {"rank": rank}) for rank in range(size)]

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from rltrain.run.processes import family_of
 from rltrain.weights.page_lock import lock_pages, unlock_pages
 
 GROUP_TIMEOUT = timedelta(minutes=10)
@@ -157,7 +158,7 @@ def open_store(host: str, timeout: timedelta, world_size: int | None = None) -> 
 
     Bound here and handed over: the store would listen on every interface by itself.
     """
-    listener = socket.create_server((host, 0))
+    listener = socket.create_server((host, 0), family=family_of(host))
     port = listener.getsockname()[1]
     return dist.TCPStore(
         host,

@@ -33,6 +33,7 @@ GROUPS = (
     ("test_example_smollm2",),
     ("test_example_asynchronous",),
     ("test_seen_by_others",),
+    ("test_ipv6",),
     ("test_slime_examples",),
     ("test_gateway_engine", "test_gateway_clients", "test_gateway_bad_input",
      "test_gateway_fields"),  # they import SGLang

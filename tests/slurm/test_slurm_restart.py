@@ -301,12 +301,14 @@ def test_address_that_other_nodes_reach() -> None:
 
 
 def test_address_of_a_node_that_dns_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lookup(name: str) -> str:  # fake: a real one may wait for a server that does not answer
+    look_up = socket.getaddrinfo
+
+    def lookup(name: str, *more: Any, **options: Any) -> Any:  # fake: a server of names may not answer
         if name.endswith(".invalid"):
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return name
+        return look_up(name, *more, **options)
 
-    monkeypatch.setattr(socket, "gethostbyname", lookup)
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
 
     class Slurm(SlurmClient):
         address = "NodeAddr=192.0.2.7 "
@@ -320,6 +322,11 @@ def test_address_of_a_node_that_dns_does_not_know(monkeypatch: pytest.MonkeyPatc
     )
     client = Slurm()
     assert choose_address(nodes, env, client) == "192.0.2.7"
+    client.address = "NodeAddr=fd00::7 "
+    assert choose_address(nodes, env, client) == "fd00::7"
+    client.address = "NodeAddr=fe80::7 "
+    with pytest.raises(UserError, match=r"NodeAddr for it \(fe80::7"):
+        choose_address(nodes, env, client)
     client.address = ""
     with pytest.raises(UserError, match=r"n1.invalid is not known.*NodeAddr for it \(none\).*IPv4"):
         choose_address(nodes, env, client)

@@ -29,6 +29,7 @@ from rltrain.arguments.config import Config
 from rltrain.data.tokenizer import load_tokenizer
 from rltrain.rollout.generate.single_turn import SamplingParams
 from rltrain.run.errors import UserError
+from rltrain.run.http import make_url
 from rltrain.sample import Sample
 
 _MOST_BYTES = 32 << 20  # of a request
@@ -135,7 +136,7 @@ class Gateway:
         await self._runner.setup()
         await web.TCPSite(self._runner, self._host, 0, backlog=1024).start()
         host, port = self._runner.addresses[0][:2]
-        self.origin = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self.origin = make_url(host, port)
 
     async def close(self) -> None:
         """End every session, and listen no more."""

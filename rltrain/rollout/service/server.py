@@ -32,6 +32,7 @@ from rltrain.rollout.generate.look_ahead import LookAhead
 from rltrain.rollout.service.fleet_watch import FleetWatch
 from rltrain.rollout.service.manager import RolloutManager
 from rltrain.run.errors import UserError
+from rltrain.run.http import make_url
 from rltrain.run.layout import RunLayout
 from rltrain.run.role import Registry, RoleContext
 
@@ -144,7 +145,7 @@ async def serve(context: RoleContext) -> None:
     host, port = runner.addresses[0][:2]
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
-    await asyncio.to_thread(registry.register, f"http://{host}:{port}")
+    await asyncio.to_thread(registry.register, make_url(host, port))
     await stopped.wait()
     if watching:
         watching.cancel()
