@@ -127,4 +127,6 @@ def describe_exit(code: int | None) -> str:
         return "is running"
     if code >= 0:
         return f"exited with code {code}"
-    return f"was killed by {signal.Signals(-code).name}"
+    number = -code
+    known = number in {each.value for each in signal.Signals}  # not the real-time ones
+    return f"was killed by {signal.Signals(number).name if known else f'signal {number}'}"

@@ -204,8 +204,8 @@ class _StepHandle:
         if bad := self._failures():
             return bad[0].code
         code = self.process.poll()
-        # 128 and the number of a signal; srun itself fails with other codes up to 255.
-        return 128 - code if code is not None and 128 < code <= 128 + signal.NSIG else code
+        # 128 and the number of a signal; srun itself fails with other codes up to 255, from the numbers of errors.
+        return 128 - code if code is not None and 128 < code <= 128 + signal.SIGSYS else code
 
     def has_ended(self) -> bool:
         """Whether srun has, which waits for all tasks."""

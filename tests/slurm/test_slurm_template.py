@@ -155,6 +155,12 @@ hostile = st.text(
 )
 
 
+def test_a_warning_before_the_supervisor_is_there_does_not_end_the_job() -> None:
+    text = BatchScript(({"nodes": "1"},), "sh -c 'kill -USR2 $$; echo at work'").text()
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "at work\n")
+
+
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(value=hostile)
