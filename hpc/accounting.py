@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = "python -m hpc.accounting demo"
 
-# The clocks of the node that submits and of the database may differ by so much.
-_CLOCK_SLACK = timedelta(minutes=2)
+# The clocks of the node that submits and of the database may differ by so much: munge refuses more.
+_CLOCK_SLACK = timedelta(minutes=5)
 
 # Columns and their pandas types, in order.
 COLUMNS = {

@@ -23,7 +23,8 @@ from rltrain.run.metric_lines import newest_rows
 from rltrain.tensorboard import TensorBoard, directory_of
 
 _OWN_KEYS = ("attempt", "time")
-# Beside the files of an offline attempt whose W&B ended in order: the last step that they hold.
+# Beside the files of an offline attempt whose W&B ended in order: its number, and the last step that they hold. The
+# names of their directories have the time of day, which may jump back from one attempt to the next.
 _WHOLE = "slurmlime-last-step"
 # Where offline attempts are put whose W&B died, or that W&B was silent to: what they hold is logged again, so
 # `wandb sync` must not see them.
@@ -98,7 +99,8 @@ class Tracker:
         self._to_wandb(lambda run: run.finish())
         if self._wandb is not None and self._wandb.offline:
             last = max(self._past, default=None) if self._last is None else self._last
-            replace_text(_files_of(self._wandb) / _WHOLE, json.dumps(last))
+            said = {"attempt": self._attempt, "step": last}
+            replace_text(_files_of(self._wandb) / _WHOLE, json.dumps(said))
 
     def _to_wandb(self, call: Callable[[Any], object]) -> None:
         """W&B's own process may be gone, as it dies of the signal by which Slurm announces a preemption. That must not
@@ -122,20 +124,24 @@ def last_step(run: Any) -> int | None:
 
     Offline attempts that are not whole are set aside; all of them, if the server says.
     """
-    own, last = _files_of(run), None
+    own = _files_of(run)
     if not run.offline:
         for attempt in own.parent.glob(f"offline-run-*-{run.id}"):
             _set_aside(attempt)
         step = run.summary.get("step")
         return None if step is None else int(step)
-    for attempt in sorted(own.parent.glob(f"*run-*-{run.id}")):
+    whole: list[tuple[int, str, int | None]] = []
+    for attempt in own.parent.glob(f"*run-*-{run.id}"):
         if attempt == own or attempt.is_symlink():
             continue
         if (attempt / _WHOLE).exists():
-            last = json.loads((attempt / _WHOLE).read_text())
+            said = json.loads((attempt / _WHOLE).read_text())
+            if not isinstance(said, dict):  # as an older version has written it
+                said = {"attempt": -1, "step": said}
+            whole.append((said["attempt"], attempt.name, said["step"]))
         else:
             _set_aside(attempt)
-    return last
+    return max(whole, key=lambda each: each[:2])[2] if whole else None
 
 
 def _set_aside(attempt: Path) -> None:

@@ -33,7 +33,19 @@ ATTEMPT_COLUMNS = {
     "gpus": "Int64",
     "gpu_hours": "Float64",
 }
-_FIELDS = ("time", "attempt", "kind", "role", "host", "gpus", "job_id", "state", "exit_code", "reason")
+_FIELDS = (
+    "time",
+    "attempt",
+    "kind",
+    "role",
+    "host",
+    "gpus",
+    "job_id",
+    "state",
+    "exit_code",
+    "reason",
+    "elapsed_s",
+)
 _STATES = {"finished": "COMPLETED", "failed": "FAILED", "stopped": "REQUEUED"}
 
 
@@ -91,13 +103,14 @@ def _row(lines: list[dict[str, Any]], number: int, gpus: int) -> dict[str, Any]:
     own = [line for line in lines if line.get("attempt") == number]
     started = next(line["time"] for line in own if line.get("kind") == "attempt_started")
     before = [line for line in lines if line.get("kind") == "run_submitted" and line["time"] <= started]
-    own = [line for line in own if line["time"] >= started]
+    # The clock of a node may jump back while it runs an attempt.
+    own = [line for line in own if line["time"] >= started or "elapsed_s" in line]
     recorded = _last(own, "attempt_started", "gpus")
     gpus = gpus if recorded is None else int(recorded)
     ended = _last(own, "attempt_finished", "time")
-    # An event after the end belongs to the next submission.
-    seen = max(line["time"] for line in own) if ended is None else ended
-    elapsed = (seen - started).total_seconds()
+    elapsed = _elapsed(own, started)
+    if ended is not None:
+        ended = started + pd.Timedelta(seconds=elapsed)
     submitted = _last(before, "run_submitted", "time")
     reason = _reason(own)
     state = _STATES.get(str(_last(own, "attempt_finished", "state")), "RUNNING")
@@ -124,6 +137,13 @@ def _row(lines: list[dict[str, Any]], number: int, gpus: int) -> dict[str, Any]:
         "gpus": gpus,
         "gpu_hours": gpus * elapsed / 3600,
     }
+
+
+def _elapsed(own: list[dict[str, Any]], started: pd.Timestamp) -> float:
+    """Seconds of an attempt: to its end, or to its last event. One after the end belongs to the next submission."""
+    ends = [line for line in own if line.get("kind") == "attempt_finished"]
+    counted = [float(line["elapsed_s"]) for line in ends or own if "elapsed_s" in line]
+    return max(counted or [(line["time"] - started).total_seconds() for line in ends or own])
 
 
 def _reason(own: list[dict[str, Any]]) -> str | None:

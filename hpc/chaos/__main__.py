@@ -28,6 +28,8 @@ from hpc.sandbox import ClusterSpec, Sandbox
 
 EXAMPLE = "python -m hpc.chaos --seed 1 --storms 10"
 EXIT_CODES = "exit codes: 0 nothing found, 1 something found, 2 bad input"
+# After which a run counts as stuck: most faults begin an attempt, which takes a busy machine half a minute.
+_LEAST_TIMEOUT, _SECONDS_OF_A_FAULT = 600.0, 60.0
 
 
 def main(argv: list[str]) -> int:
@@ -104,7 +106,7 @@ def weather(cluster: Sandbox, runs: Path, args: argparse.Namespace) -> int:
         if args.minutes and time.monotonic() - begun > args.minutes * 60:
             break
         faults = parse(args.repeat) if args.repeat else draw(seed, args.faults, args.steps)
-        outcome = _storm(cluster, runs, f"storm-{seed}", seed, args).run(faults)
+        outcome = _storm(cluster, runs, f"storm-{seed}", seed, args, len(faults)).run(faults)
         outcomes.append(outcome)
         _report(seed, outcome)
         if outcome.problems:
@@ -114,8 +116,10 @@ def weather(cluster: Sandbox, runs: Path, args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _storm(cluster: Sandbox, runs: Path, name: str, seed: int, args: argparse.Namespace) -> Storm:
-    timeout = 3600.0 if args.real else 600.0
+def _storm(
+    cluster: Sandbox, runs: Path, name: str, seed: int, args: argparse.Namespace, faults: int
+) -> Storm:
+    timeout = 3600.0 if args.real else max(_LEAST_TIMEOUT, faults * _SECONDS_OF_A_FAULT)
     return Storm(cluster, runs, name, args.steps, timeout, _nodes(seed, args), _files(runs, args))
 
 
@@ -128,7 +132,7 @@ def _find_fewer(cluster: Sandbox, runs: Path, seed: int, outcome: Outcome, args:
 
     def fails(faults: tuple[Fault, ...]) -> bool:
         name = f"storm-{seed}-shrunk-{next(tried)}"
-        return bool(_storm(cluster, runs, name, seed, args).run(faults).problems)
+        return bool(_storm(cluster, runs, name, seed, args, len(faults)).run(faults).problems)
 
     faults = outcome.faults if args.no_shrink or args.repeat else shrink(outcome.faults, fails)
     words = shlex.join(

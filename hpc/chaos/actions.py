@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from hpc.chaos.faults import Fault
+from hpc.chaos import clocks
+from hpc.chaos.disk import Stops
+from hpc.chaos.faults import Fault, NobodyError
 from hpc.sandbox import Sandbox
 from rltrain.run.layout import RunLayout
 from rltrain.run.processes import parse_stat
 
 Undo = Callable[[], object]
+_SLOW_SECONDS = 0.4  # that a slow disk stops at a time
+_STALL_SECONDS = 60.0  # more than any fault lasts
 _TORN = b'{"step": 3, "atte'  # of a line of metrics or events
-
-
-class NobodyError(Exception):
-    """The fault meets nobody at the moment: its role, step or job is not there."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,23 @@ class Weather:
         directory = self._layout.checkpoints
         _call("chattr", "+i", str(directory))
         return lambda: _call("chattr", "-i", str(directory))
+
+    def _slow_disk(self, fault: Fault, job: str) -> Undo:
+        return Stops(self._own_disk(), seconds=_SLOW_SECONDS).end
+
+    def _stall_disk(self, fault: Fault, job: str) -> Undo:
+        return Stops(self._own_disk(), seconds=_STALL_SECONDS).end
+
+    def _clock_ahead(self, fault: Fault, job: str) -> Undo:
+        return self._jump(fault, hours=1)
+
+    def _clock_behind(self, fault: Fault, job: str) -> Undo:
+        return self._jump(fault, hours=-1)
+
+    def _jump(self, fault: Fault, hours: int) -> Undo:
+        assert fault.target is not None
+        known = ((process.pid, process.env) for process in processes_of(self._layout.root))
+        return clocks.jump(fault.target, known, hours)
 
     def _own_disk(self) -> Path:
         disk = self._layout.root.parent

@@ -21,6 +21,10 @@ _IN_CLOSE_PAIR = 0.25  # share of the faults that follow the one before within a
 _WORD = re.compile(r"([a-z-]+)(?::([\w-]+))?@(\d+)(?:\+([\d.]+))?(?:~([\d.]+))?")
 
 
+class NobodyError(Exception):
+    """The fault meets nobody at the moment: its role, step or job is not there."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of fault.
@@ -60,6 +64,12 @@ KINDS = {
     "lock-checkpoints": Kind(
         "nothing can be written in the directory of checkpoints", seconds=(0.5, 4.0), needs_a_hand=True
     ),
+    "slow-disk": Kind("the disk of the run writes in a fifth of the time only", seconds=(2.0, 12.0)),
+    "stall-disk": Kind(
+        "the disk of the run writes nothing for a while: who writes waits", seconds=(0.5, 10.0)
+    ),
+    "clock-ahead": Kind("the clock of a node jumps ahead by an hour, and back later", NODES, (0.5, 8.0)),
+    "clock-behind": Kind("the clock of a node jumps back by an hour, and ahead later", NODES, (0.5, 8.0)),
     "silence": Kind("slurmctld does not answer for a while", seconds=(0.5, 8.0)),
     "restart-controller": Kind("slurmctld is killed and started again"),
     "cancel": Kind("scancel", needs_a_hand=True),

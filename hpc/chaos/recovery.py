@@ -1,14 +1,30 @@
-"""How long a run had no step after a fault, and the least that it could have been. Pure."""
+"""How long a run had no step after a fault, and the least that it could have been."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hpc.chaos.faults import Fault
-from rltrain.run.files import Record
+from rltrain.run.files import GrowingLines, Record
+
+
+class SeenLines:
+    """The lines of a file that grows, with the time at which each was seen: the clock of who wrote it may jump."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = GrowingLines(path)
+        self.seen: list[Record] = []
+
+    def look(self) -> list[Record]:
+        """All of them; those that are new since the last look get the time of now."""
+        now = time.time()
+        self.seen += ({**line, "time": now} for line in self._lines.read())
+        return self.seen
 
 
 @dataclass(frozen=True)
@@ -34,8 +50,8 @@ def recoveries(
 
     Args:
         done: faults, and when they were done (Unix seconds), in that order.
-        rows: of `metrics.jsonl`.
-        events: of `events.jsonl`.
+        rows: of `metrics.jsonl`, by the same clock.
+        events: of `events.jsonl`, by the same clock.
     """
     times = [row["time"] for row in rows]
     found = []

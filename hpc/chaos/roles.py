@@ -69,11 +69,13 @@ def train(context: RoleContext, registry: Registry) -> int:
     registry.wait_for("engine", 2)
     registry.wait_for("rollout")
     first, value = load(context.layout.checkpoints)
+    registry.event("weights_updated", version=first)
     tracker.catch_up(first)
     unsaved = None
     for step in range(first, steps):
-        registry.status("training", step)
-        time.sleep(STEP_SECONDS)
+        for phase in ("generating", "training"):
+            registry.status(phase, step)
+            time.sleep(STEP_SECONDS / 2)
         value = next_value(value)
         metrics = {"rollout/reward": value / _MODULUS, "perf/step_s": STEP_SECONDS}
         stop = registry.stop_requested()

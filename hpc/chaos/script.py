@@ -9,8 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from hpc.chaos.actions import NobodyError, Undo
-from hpc.chaos.faults import KINDS, Fault
+from hpc.chaos.actions import Undo
+from hpc.chaos.faults import KINDS, Fault, NobodyError
 from hpc.slurm.client import SlurmError
 from rltrain.run.errors import UserError
 
@@ -54,7 +54,7 @@ class Script:
         return any(KINDS[fault.kind].needs_a_hand for fault in self._lasting)
 
     def _watch(self) -> None:
-        while self._to_come and not self._over.wait(_POLL_SECONDS):
+        while not self._over.wait(_POLL_SECONDS):
             trained, now = self._trained(), time.monotonic()
             while self._to_come and self._is_due(self._to_come[0], trained, now):
                 thread = threading.Thread(target=self._play, args=(self._to_come.pop(0),), daemon=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -10,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hpc.chaos import roles, verdict
+from hpc.chaos import clocks, roles, verdict
 from hpc.chaos.actions import Weather
 from hpc.chaos.faults import KINDS, Fault
-from hpc.chaos.recovery import Recovery, recoveries
+from hpc.chaos.recovery import Recovery, SeenLines, recoveries
 from hpc.chaos.script import Script
 from hpc.planning.job_plan import JobPlan
 from hpc.planning.request import SubmitOptions, read_request
@@ -26,7 +27,6 @@ from hpc.submitting import run_dir
 from hpc.submitting.slurm_job import plan_job, submit_job
 from rltrain.arguments.flags import Flags
 from rltrain.run.errors import UserError
-from rltrain.run.files import read_lines
 from rltrain.run.finished import is_finished
 from rltrain.run.layout import RunLayout
 from rltrain.run.metric_lines import newest_rows
@@ -41,6 +41,7 @@ WITHOUT_WANDB = ("--wandb-mode=disabled",)
 _POLL_SECONDS = 0.05
 _LOOK_SECONDS = 2.0
 _MAX_HANDS = 20
+_GPUS_OF_NODES = "NodeHost:64,StateLong:64,GresUsed:64"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class Storm:
         self._client = SlurmClient(cluster.env)
         self._weather = Weather(cluster, self._layout)
         self._looked = 0.0
+        self._lost_gpus: set[str] = set()
+        self._rows, self._events = SeenLines(self._layout.metrics), SeenLines(self._layout.events)
 
     @property
     def run_dir(self) -> Path:
@@ -120,9 +123,9 @@ class Storm:
                 f"{hands} times the run ended and had to be resubmitted; {allowed} faults end one"
             )
         seconds = time.monotonic() - begun
-        lines = read_lines(self._layout.metrics), read_lines(self._layout.events)
         done = sorted(script.done, key=lambda each: each[1])
-        return Outcome(faults, len(done), hands, seconds, recoveries(done, *lines), tuple(problems))
+        found = recoveries(done, self._rows.seen, self._events.seen)
+        return Outcome(faults, len(done), hands, seconds, found, tuple(problems))
 
     def _weather_it(self, script: Script, deadline: float) -> tuple[int, list[str]]:
         hands = 0
@@ -130,7 +133,7 @@ class Storm:
         while not is_finished(self._layout, self._steps) or self._is_alive(but_completing=True):
             if time.monotonic() > deadline:
                 return hands, [f"not finished after {self._timeout:.0f} s: {self._state()}"]
-            self._mend_nodes()
+            self._mend(was_suspended=any(fault.kind == "suspend" for fault, _ in script.done))
             if self._is_over() and not script.keeps_people_away:
                 if hands == _MAX_HANDS:
                     return hands, [f"not finished after {hands} times of resubmitting"]
@@ -138,8 +141,12 @@ class Storm:
             time.sleep(_POLL_SECONDS)
         return hands, []
 
-    def _mend_nodes(self) -> None:
-        """What an operator does: Slurm drains a node where it could not end a step, as its slurmstepd was dead."""
+    def _mend(self, *, was_suspended: bool) -> None:
+        """What an operator does.
+
+        Slurm drains a node where it could not end a step, as its slurmstepd was dead. It holds a job that lost a node
+        while it was suspended. And slurmctld 22.05 may take a GPU for used for ever that a requeued job had.
+        """
         if time.monotonic() < self._looked + _LOOK_SECONDS:
             return
         self._looked = time.monotonic()
@@ -147,7 +154,22 @@ class Storm:
             for node in self._client.node_states():
                 if node.state.startswith("drain") and node.reason == "Kill task failed":
                     self._cluster.run("scontrol", "update", f"nodename={node.name}", "state=resume")
-        except (SlurmError, subprocess.CalledProcessError):  # it does not answer for now
+            reasons = [str(each.reason) for each in self._client.squeue([self._job()])]
+            if was_suspended and any(reason.startswith("JobHeld") for reason in reasons):
+                self._cluster.run("scontrol", "release", self._job())
+            lost = idle_nodes_with_used_gpus(self._cluster.run("sinfo", "-h", "-N", "-O", _GPUS_OF_NODES))
+            if lost & self._lost_gpus:
+                print(
+                    f"slurmctld takes GPUs of {', '.join(sorted(lost))} for used: it is restarted", flush=True
+                )
+                self._cluster.restart_controller()
+            self._lost_gpus = lost
+        except (
+            SlurmError,
+            UserError,
+            TimeoutError,
+            subprocess.CalledProcessError,
+        ):  # it does not answer for now
             pass
 
     def _submit(self) -> None:
@@ -173,11 +195,13 @@ class Storm:
 
     def _send(self, options: SubmitOptions, flags: Flags) -> None:
         job = plan_job(options, flags, check=lambda config: config)
-        submit_job(job if self._real else replace(job, plan=with_stand_ins(job.plan)))
+        script = replace(job.script, env={**job.script.env, **clocks.variables(self._cluster.directory)})
+        plan = job.plan if self._real else with_stand_ins(job.plan)
+        submit_job(replace(job, plan=plan, script=script))
 
     def _trained(self) -> int:
-        rows = newest_rows(read_lines(self._layout.metrics))
-        return max(rows, default=-1) + 1
+        self._events.look()
+        return max(newest_rows(self._rows.look()), default=-1) + 1
 
     def _job(self) -> str:
         return read_submissions(self._layout)[-1].job_id
@@ -198,6 +222,16 @@ class Storm:
             return f"job {self._job()} is {status_of(self._job(), self._client.squeue([self._job()])).state}"
         except SlurmError as error:
             return str(error)
+
+
+def idle_nodes_with_used_gpus(listed: str) -> set[str]:
+    """From lines of sinfo: names of nodes that are idle, and of which slurmctld says that GPUs are used."""
+    fields = (line.split() for line in listed.splitlines())
+    return {
+        words[0]
+        for words in fields
+        if words[1] in ("idle", "planned") and re.search(r":[1-9]\d*\(", words[2])
+    }
 
 
 def flags_of_demo(directory: Path) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.records import JobRecord
 from hpc.slurm.states import JobState, combined
 
-# The clocks of the node that submits and of Slurm may differ by so much.
-_CLOCK_SLACK = timedelta(minutes=2)
+# The clocks of the node that submits and of Slurm may differ by so much: munge refuses more.
+_CLOCK_SLACK = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,8 @@ def step_seconds(events: Iterable[Mapping[str, Any]], metrics: Iterable[Mapping[
         if event.get("kind") == "attempt_started":
             begun[attempt] = time
         elif event.get("kind") == "weights_updated" and attempt in begun:  # the first: engines can begin
-            starts.append(time - begun.pop(attempt))
+            elapsed = time - begun.pop(attempt)  # of events of older versions; the clock may have jumped
+            starts.append(float(event.get("elapsed_s", elapsed)))
     return max(starts) + max(
         (float(row["perf/step_s"]) for row in metrics if "perf/step_s" in row), default=0.0
     )

@@ -50,15 +50,20 @@ def append_event(path: Path, attempt: int, kind: str, fields: Mapping[str, Any])
 
 
 class EventLog:
-    """Events of one attempt, from any thread."""
+    """Events of one attempt, which begins now, from any thread.
+
+    Beside `time` each says `elapsed_s`, the seconds of the attempt: the clock may jump, these do not.
+    """
 
     def __init__(self, path: Path, attempt: int) -> None:
         self._path, self._attempt, self._lock = path, attempt, threading.Lock()
+        self._begun = time.monotonic()
 
     def append(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Append an event."""
         with self._lock:
-            append_event(self._path, self._attempt, kind, fields)
+            elapsed = round(time.monotonic() - self._begun, 3)
+            append_event(self._path, self._attempt, kind, {**fields, "elapsed_s": elapsed})
 
 
 def read_lines(path: Path) -> list[Record]:

@@ -20,6 +20,9 @@ from rltrain.run.layout import RunLayout
 from rltrain.run.processes import way_to
 
 _LONG_POLL_SECONDS = 20.0
+# A supervisor that says nothing may wait for the run's disk, which can stop for minutes. Whether it is gone for good is
+# for `rltrain.run.lifeline` to say, which is sooner.
+_ANSWER_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Registry:
         deadline = time.monotonic() + timeout
         while True:
             wait = max(0.0, min(_LONG_POLL_SECONDS, deadline - time.monotonic()))
-            answer = self._call("GET", f"/roles/{role}?count={count}&wait={wait:.3f}", timeout=wait + 30)
+            answer = self._call("GET", f"/roles/{role}?count={count}&wait={wait:.3f}")
             found = [RoleAddress(**entry) for entry in answer["roles"]]
             if len(found) >= count:
                 return found[:count]
@@ -144,7 +147,7 @@ class Registry:
         deadline = time.monotonic() + timeout
         while True:
             wait = max(0.0, min(_LONG_POLL_SECONDS, deadline - time.monotonic()))
-            answer = self._call("GET", f"/offers/{name}?wait={wait:.3f}", timeout=wait + 30)
+            answer = self._call("GET", f"/offers/{name}?wait={wait:.3f}")
             if answer["value"] is not None:
                 return answer["value"]
             if time.monotonic() >= deadline:
@@ -173,6 +176,6 @@ class Registry:
         """Why the job should save and stop at the next step boundary, or None."""
         return self._call("GET", "/stop")["reason"]
 
-    def _call(self, method: str, path: str, body: Any = None, timeout: float = 30.0) -> Any:
+    def _call(self, method: str, path: str, body: Any = None) -> Any:
         context = self._context
-        return http.call(method, context.registry_url + path, context.token, body, timeout)
+        return http.call(method, context.registry_url + path, context.token, body, _ANSWER_SECONDS)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import hpc.accounting
 from analysis import Run, RunNotFoundError, Runs, compare, load_run, load_runs, pass_at_k
-from analysis.frames.events import ATTEMPT_COLUMNS
+from analysis.frames.events import ATTEMPT_COLUMNS, attempts_from_events, events_frame
 from analysis.reading.vocabulary import Vocabulary, _byte_alphabet
 from rltrain.run.layout import RunLayout
 
@@ -94,6 +94,18 @@ def test_an_attempt_that_goes_on_is_running(short_runs: Path, tmp_path: Path) ->
     assert runs.attempts["ended"].isna().all()
     assert runs.attempts["elapsed_s"].iloc[0] > 0
     assert runs.runs["state"].tolist() == ["running"]
+
+
+def test_an_attempt_ends_though_the_clock_of_its_node_jumps_back() -> None:
+    kinds = ["attempt_started", "role_ready", "attempt_finished"]
+    rows = [
+        {"time": time, "attempt": 0, "kind": kind, "elapsed_s": elapsed}
+        for kind, time, elapsed in zip(kinds, [9000.0, 9060.0, 5520.0], [0.0, 60.0, 120.0], strict=True)
+    ]
+    rows[-1]["state"] = "finished"
+    (attempt,) = attempts_from_events(events_frame(rows), {}).to_dict("records")
+    assert (attempt["state"], attempt["elapsed_s"]) == ("COMPLETED", 120.0)
+    assert attempt["ended"] - attempt["started"] == pd.Timedelta(seconds=120)
 
 
 def test_tokens_of_a_sample(baseline: Run) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rltrain.run import lifeline, role
 from rltrain.run.processes import reserve_port
 
 ROLE = """
@@ -98,6 +99,25 @@ def test_a_role_whose_supervisor_answers_goes_on(registry: Registry) -> None:
     assert role.poll() is None
     role.kill()
     role.communicate()
+
+
+def test_a_role_waits_longer_for_an_answer_than_for_a_lost_supervisor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The supervisor writes on the run's disk before it answers: one that stopped for half a minute ended the run."""
+    waits: list[float] = []
+
+    def call(method: str, url: str, token: str, body: object, timeout: float) -> dict[str, object]:
+        waits.append(timeout)
+        return {"reason": None, "roles": [], "value": "x"}
+
+    monkeypatch.setattr(role.http, "call", call)
+    asks = role.Registry(role.RoleContext(Path(), 0, "trainer", 0, "http://nowhere", "token"))
+    asks.status("training", 3)
+    asks.event("checkpoint_saved", step=3)
+    asks.stop_requested()
+    asks.await_offer("x")
+    assert len(waits) == 4 and min(waits) > lifeline.PATIENCE_SECONDS
 
 
 @pytest.mark.parametrize("registry", ["of another attempt"], indirect=True)

@@ -85,8 +85,8 @@ def test_stop_events_and_status(server: RegistryServer, tmp_path: Path) -> None:
     trainer.status("training", 7)
     trainer.status("saving")
     (event,) = events(tmp_path)
-    assert {**event, "time": 0} == {
-        "time": 0, "attempt": 4, "kind": "checkpoint_saved", "role": "trainer", "step": 7, "path": "x",
+    assert {**event, "time": 0, "elapsed_s": 0} == {
+        "time": 0, "elapsed_s": 0, "attempt": 4, "kind": "checkpoint_saved", "role": "trainer", "step": 7, "path": "x",
     }  # fmt: skip
     assert abs(event["time"] - time.time()) < 60
     status = json.loads((tmp_path / "status.json").read_text())

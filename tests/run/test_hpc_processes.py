@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,19 @@ def test_events_from_many_threads_stay_whole(tmp_path: Path) -> None:
         thread.join()
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert {(event["i"], event["j"]) for event in events} == {(i, j) for i in range(8) for j in range(50)}
+
+
+def test_an_event_says_the_seconds_of_its_attempt_though_the_clock_jumps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = files.EventLog(tmp_path / "events.jsonl", 0)
+    log.append("attempt_started", {})
+    wrong = time.time() - 3600
+    with monkeypatch.context() as fault:
+        fault.setattr(files.time, "time", lambda: wrong)
+        log.append("attempt_finished", {})
+    begun, ended = files.read_lines(tmp_path / "events.jsonl")
+    assert ended["time"] < begun["time"] and 0 <= begun["elapsed_s"] <= ended["elapsed_s"] < 600
 
 
 def test_lock_has_one_holder_who_is_named(tmp_path: Path) -> None:

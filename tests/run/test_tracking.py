@@ -121,13 +121,24 @@ def test_next_attempt_gives_wandb_what_it_lacks(layout: RunLayout) -> None:
     assert steps["eval/dev"].dropna().tolist() == [0.25]
 
 
+def test_the_newest_offline_attempt_is_known_though_the_clock_jumped_back(tmp_path: Path) -> None:
+    said = {"100000": '{"attempt": 1, "step": 7}', "110000": '{"attempt": 0, "step": 3}', "120000": "1"}
+    for time, text in said.items():
+        attempt = tmp_path / f"offline-run-20260101_{time}-abc"
+        attempt.mkdir()
+        (attempt / "slurmlime-last-step").write_text(text)
+    own = tmp_path / "offline-run-20260101_103000-abc" / "files"
+    run = SimpleNamespace(offline=True, id="abc", dir=str(own))
+    assert last_step(run) == 7
+
+
 @pytest.mark.slow
 def test_a_server_that_does_not_answer_does_not_keep_a_run_from_training(layout: RunLayout) -> None:
     why = "Failed to get resume status for run abc: context deadline exceeded"
     assert "W&B does not answer: Failed to get" in run_attempt(WITHOUT_SERVER, layout.root, why)
     assert [row["step"] for row in read_lines(layout.metrics)] == [0]
     (attempt,) = (layout.root / "wandb").glob("offline-run-*-abc")
-    assert (attempt / "slurmlime-last-step").read_text() == "0"
+    assert json.loads((attempt / "slurmlime-last-step").read_text()) == {"attempt": 0, "step": 0}
 
     # The next attempt reaches it, and sends what lies in metrics.jsonl: nobody must sync it, too.
     run = SimpleNamespace(

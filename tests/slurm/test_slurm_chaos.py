@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,16 +43,19 @@ def test_a_controller_that_restarts_loses_no_job(cluster: Sandbox) -> None:
     assert (outcome.problems, outcome.done, outcome.hands) == ((), 3, 0)
 
 
-def test_a_run_gets_over_a_full_disk_a_node_that_is_cut_off_and_names_that_are_gone() -> None:
+def test_a_run_gets_over_faults_of_disk_network_names_and_clocks() -> None:
     """On a disk that was full, srun's word of a rank's end was lost, and the others waited a minute for it."""
     need_slurm()
     faults = ["cut-off:node2@3~1", "lose-names@5~3", "fill-disk@7~1", "lock-checkpoints@13~0.7"]
+    faults += ["stall-disk@9~1.5", "slow-disk@15~2"]
+    if shutil.which("gcc"):
+        faults += ["clock-ahead:node1@10~1.2", "clock-behind:node1@11~1.2"]
     command = [sys.executable, "-m", "hpc.chaos", "--steps=18", "--repeat", *faults]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1000)
     if "takes root" in done.stdout:
         pytest.skip("networks and disks of one's own take root")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 of 4 faults met somebody" in done.stdout
+    assert f"{len(faults)} of {len(faults)} faults met somebody" in done.stdout
     assert re.search(r"^fill-disk +1 ", done.stdout, re.MULTILINE), done.stdout
 
 

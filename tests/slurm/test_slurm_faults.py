@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc.chaos import clocks
 from hpc.chaos.actions import Weather
-from hpc.chaos.faults import KINDS, Fault, draw, parse
-from hpc.chaos.recovery import recoveries, table
+from hpc.chaos.faults import KINDS, Fault, NobodyError, draw, parse
+from hpc.chaos.recovery import SeenLines, recoveries, table
 from hpc.chaos.roles import FIRST_VALUE, curve, next_value
 from hpc.chaos.shrink import shrink
 from hpc.chaos.soak import Growth, Reading, judge, read_disk, read_roles
+from hpc.chaos.storm import idle_nodes_with_used_gpus
 from rltrain.run.errors import UserError
 
 
@@ -90,6 +93,47 @@ def test_the_recovery_from_a_fault_is_told_apart_from_what_no_run_can_do_without
     )
     assert (second.seconds, second.least) == (pytest.approx(2.5), 0.0)
     assert [line.split()[:2] for line in table([first, second])[1:]] == [["freeze", "1"], ["requeue", "1"]]
+
+
+def test_lines_have_the_time_at_which_they_were_seen(tmp_path: Path) -> None:
+    lines = SeenLines(tmp_path / "metrics.jsonl")
+    assert lines.look() == []
+    before = time.time()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "time": 5.0}\n{"step": 1, "ti')
+    (first,) = lines.look()
+    assert first["step"] == 0 and before <= first["time"] <= time.time()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('me": 6.0}\n')
+    assert lines.look()[0] == first and [line["step"] for line in lines.look()] == [0, 1]
+
+
+def test_a_clock_jumps_and_sleeping_does_not(tmp_path: Path) -> None:
+    if not (env := clocks.variables(tmp_path)):
+        pytest.skip("no gcc")
+    env = {**env, "SLURMLIME_CHAOS_CLOCK": str(tmp_path / "clock")}
+    program = """
+import sys, time
+from datetime import datetime
+from pathlib import Path
+clock, begun, steady = Path(sys.argv[1]), time.time(), time.monotonic()
+for wrong in ("3600", "-3600", ""):
+    clock.write_text(wrong)
+    time.sleep(0.01)
+    print(round((time.time() - begun) / 3600), round((datetime.now().timestamp() - begun) / 3600))
+print(time.monotonic() - steady < 1800)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "clock")]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["1", "1", "-1", "-1", "0", "0", "True"], done.stderr
+    others = [(1, {"SLURMD_NODENAME": "node1"}), (1, env)]
+    with pytest.raises(NobodyError, match="node1"):
+        clocks.jump("node1", others, hours=1)
+
+
+def test_gpus_that_slurm_takes_for_used_on_idle_nodes() -> None:
+    listed = ["node1 idle gpu:h100:1(IDX:0)", "node2 planned gpu:h100:0(IDX:N/A)", "node3 allocated gpu:a100:1(IDX:0)",
+              "node4 idle gpu:0", "cpu1 planned gpu:a100:2(IDX:0-1)"]  # fmt: skip
+    assert idle_nodes_with_used_gpus("\n".join(listed)) == {"node1", "cpu1"}
 
 
 def test_a_long_run_says_what_grows(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from hpc.supervisor.restart import (
     step_seconds,
     why_not_begin,
 )
-from hpc.supervisor.roles import RunningRole, failure
+from hpc.supervisor.roles import RunningRole, describe_exit, failure
 from hpc.supervisor.said import Said, allow_many_files
 from hpc.supervisor.slurm_supervisor import SlurmSupervisor, choose_address
 from hpc.supervisor.srun import Allocation, _StepHandle, failed_nodes, srun_env
@@ -175,6 +175,9 @@ def test_start_and_step_are_measured() -> None:
               event("attempt_started", 1, 500.0), event("weights_updated", 1, 530.0)]  # fmt: skip
     assert step_seconds(events, [{"perf/step_s": 40.0}, {"perf/step_s": 4.0}]) == 130.0
     assert step_seconds([], []) == 0.0
+    # An hour that the clock has jumped ahead in a start is no part of it: no time limit would be long enough.
+    ahead = [event("attempt_started", 2, 900.0), {**event("weights_updated", 2, 4600.0), "elapsed_s": 100.0}]
+    assert step_seconds([*events, *ahead], [{"perf/step_s": 40.0}]) == 140.0
 
 
 SRUN_SAYS = """\
@@ -251,6 +254,19 @@ def test_a_step_that_said_nothing_and_whose_log_could_not_be_made_has_died_all_t
     handle = _StepHandle(process, tmp_path / "nowhere" / "srun.log", said, [tmp_path / "no" / "engine-0.log"])
     role = RunningRole(RoleProcess("engine", 0, ("engine",)), handle)
     assert "engine-0 exited with code 0. Its log" in str(failure([role])) and said.fd is None
+
+
+def test_a_step_whose_credential_has_expired_is_the_clusters_failure(tmp_path: Path) -> None:
+    """srun's 167 was taken for a signal that there is not, and ended the supervisor and the run."""
+    words = "srun: error: Task launch for StepId=14.1 failed on node node2: Job credential expired"
+    said = Said(tmp_path / "srun.log")
+    with subprocess.Popen(["sh", "-c", f"echo '{words}'; exit 167"], stdout=said.fd) as process:
+        process.wait()
+    handle = _StepHandle(process, tmp_path / "srun.log", said, [tmp_path / "engine-0.log"])
+    error = failure([RunningRole(RoleProcess("engine", 0, ("engine",)), handle)])
+    assert "engine-0 exited with code 167: Slurm could not start it" in str(error)
+    assert error.cause is Cause.CLUSTER
+    assert describe_exit(-39) == "was killed by signal 39" and describe_exit(-9) == "was killed by SIGKILL"
 
 
 def test_a_supervisor_has_many_files_open_and_its_roles_the_limit_of_before() -> None:
