@@ -24,8 +24,17 @@ from rltrain.models.families import FAMILIES
 from rltrain.run.role import RoleContext
 
 # Ranks are forked from a process that has imported what they need: that takes longer than most of them run.
+# transformers imports much of itself only when rank 0 reads the model's configuration, and the others wait for it.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["rltrain.megatron.actor"])
+_FORKS.set_forkserver_preload(
+    [
+        "rltrain.megatron.actor",
+        "transformers.models.auto.configuration_auto",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.integrations.accelerate",
+    ]
+)
 _SPAWNS = multiprocessing.get_context("spawn")
 _LIMIT = 570  # seconds of a process group; pytest's own limit is 600
 VOCAB_SIZE = 61  # a prime, so that tensor parallelism has to pad it

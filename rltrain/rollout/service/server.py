@@ -191,6 +191,7 @@ def collect_garbage_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
+    gc.enable()
 
 
 def context_length(config: dict[str, Any], sglang: dict[str, Any]) -> int:
