@@ -16,22 +16,26 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-# The longest first. Each of these may hold engines or ranks of its own (2 to 5 GB), and each process has one at a time.
+# The longest first, of those that wait and those that compute in turn, so that two of four processes compute from the
+# beginning. Each may hold engines or ranks of its own (2 to 5 GB), and each process has one at a time.
 GROUPS = (
     ("test_slurm_job", "test_slurm_container", "test_slurm_cli"),  # a cluster; they wait
+    ("test_end_to_end",),
     ("test_slurm_real", "test_slurm_sandbox", "test_slurm_cli_verbs", "test_slurm_executor",
      "test_slurm_template", "test_analysis_slurm"),  # another cluster
-    ("test_slurm_chaos",),  # a third one; it waits, too
-    ("test_end_to_end",),
     ("test_megatron_layouts",),
+    ("test_slurm_chaos",),  # a third one; it waits, too
+    ("test_config_sweep",),
     ("test_examples",),
     ("test_example_ppo",),
     ("test_sglang_engine", "test_weights_in_flight", "test_fleet_external", "test_rollout_partial",
      "test_tools_replay"),  # `engine`
+    ("test_analysis_live",),
     ("test_fleet_transports",),
     ("test_fleet_faults",),
     ("test_example_smollm2",),
     ("test_example_asynchronous",),
+    ("test_families",),
     ("test_seen_by_others",),
     ("test_ipv6",),
     ("test_slime_examples",),
@@ -41,6 +45,7 @@ GROUPS = (
     ("test_submit_local",),
     ("test_rollout_roles",),
     ("test_megatron_parallel",),
+    ("test_megatron_shared_prompts",),
     ("test_lora",),
     ("test_megatron_reshard",),
     ("test_hpc_cancel",),
