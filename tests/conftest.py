@@ -35,7 +35,7 @@ FAKES = Path(__file__).parent / "fakes"
 
 @pytest.fixture(scope="module", autouse=True)
 def _process_groups_are_given_up() -> Iterator[None]:
-    """Each has threads, which the tests after it would share the cores with: one split of the ranks has 72, in all."""
+    """Each has threads, which the tests after it would share the cores with: one split of the ranks has 72."""
     yield
     left = 0
     for path in Path("/proc/self/task").glob("*/comm"):
