@@ -134,7 +134,7 @@ def last_step(run: Any) -> int | None:
     for attempt in own.parent.glob(f"*run-*-{run.id}"):
         if attempt == own or attempt.is_symlink():
             continue
-        if (attempt / _WHOLE).exists():
+        if is_whole(attempt):
             said = json.loads((attempt / _WHOLE).read_text())
             if not isinstance(said, dict):  # as an older version has written it
                 said = {"attempt": -1, "step": said}
@@ -142,6 +142,11 @@ def last_step(run: Any) -> int | None:
         else:
             _set_aside(attempt)
     return max(whole, key=lambda each: each[:2])[2] if whole else None
+
+
+def is_whole(attempt: Path) -> bool:
+    """Whether W&B ended in order with the files of this offline attempt."""
+    return (attempt / _WHOLE).exists()
 
 
 def _set_aside(attempt: Path) -> None:

@@ -23,7 +23,7 @@ from hpc.chaos.isolated import disk_for_runs, is_isolated, isolate
 from hpc.chaos.recovery import table
 from hpc.chaos.shrink import shrink
 from hpc.chaos.soak import Watcher, judge
-from hpc.chaos.storm import Outcome, Storm
+from hpc.chaos.storm import WANDB_OFFLINE, Outcome, Storm
 from hpc.sandbox import ClusterSpec, Sandbox
 
 EXAMPLE = "python -m hpc.chaos --seed 1 --storms 10"
@@ -35,7 +35,7 @@ _LEAST_TIMEOUT, _SECONDS_OF_A_FAULT = 600.0, 60.0
 def main(argv: list[str]) -> int:
     """The command line; returns an exit code."""
     args = _parser().parse_args(argv)
-    isolate(argv)
+    isolate(["-m", "hpc.chaos", *argv])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing is left behind
     with tempfile.TemporaryDirectory(prefix="slurmlime-chaos-") as name:
         directory = Path(name)
@@ -74,9 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 def soak(cluster: Sandbox, runs: Path, args: argparse.Namespace) -> int:
     """One long run, and what of it grows."""
     timeout = 120.0 + args.soak * (10.0 if args.real else 1.0)
-    run = Storm(
-        cluster, runs, "soak", args.soak, timeout, real=_files(runs, args), flags=("--wandb-mode=offline",)
-    )
+    run = Storm(cluster, runs, "soak", args.soak, timeout, real=_files(runs, args), flags=WANDB_OFFLINE)
     with Watcher(run.run_dir) as watcher:
         outcome = run.run(())
     lines, grown = judge(watcher.growth, files_per_step=2.0 if args.real else 0.0)
@@ -106,6 +104,8 @@ def weather(cluster: Sandbox, runs: Path, args: argparse.Namespace) -> int:
         if args.minutes and time.monotonic() - begun > args.minutes * 60:
             break
         faults = parse(args.repeat) if args.repeat else draw(seed, args.faults, args.steps)
+        if args.real:
+            _run_undisturbed(cluster, runs, seed, args)
         outcome = _storm(cluster, runs, f"storm-{seed}", seed, args, len(faults)).run(faults)
         outcomes.append(outcome)
         _report(seed, outcome)
@@ -120,7 +120,32 @@ def _storm(
     cluster: Sandbox, runs: Path, name: str, seed: int, args: argparse.Namespace, faults: int
 ) -> Storm:
     timeout = 3600.0 if args.real else max(_LEAST_TIMEOUT, faults * _SECONDS_OF_A_FAULT)
-    return Storm(cluster, runs, name, args.steps, timeout, _nodes(seed, args), _files(runs, args))
+    nodes = _nodes(seed, args)
+    undisturbed = runs / _undisturbed_name(nodes)
+    return Storm(
+        cluster,
+        runs,
+        name,
+        args.steps,
+        timeout,
+        nodes,
+        _files(runs, args),
+        undisturbed=undisturbed if undisturbed.exists() else None,
+    )
+
+
+def _undisturbed_name(nodes: int) -> str:
+    return f"undisturbed-{nodes}-nodes"
+
+
+def _run_undisturbed(cluster: Sandbox, runs: Path, seed: int, args: argparse.Namespace) -> None:
+    """What a storm's run is compared with: one run for each number of nodes."""
+    name = _undisturbed_name(_nodes(seed, args))
+    if not (runs / name).exists():
+        outcome = _storm(cluster, runs, name, seed, args, 0).run(())
+        print(
+            f"{name}: {args.steps} steps in {outcome.seconds:.0f} s {' '.join(outcome.problems)}", flush=True
+        )
 
 
 def _nodes(seed: int, args: argparse.Namespace) -> int:
@@ -156,6 +181,8 @@ def _report(seed: int, outcome: Outcome) -> None:
     )
     times = (f"{each.fault} {each.seconds:.1f} s (least {each.least:.1f})" for each in outcome.recoveries)
     print(f"  the next step came after: {', '.join(times)}", flush=True)
+    if outcome.kept:
+        print(f"  {outcome.kept}", flush=True)
     for problem in outcome.problems:
         print(f"  {problem}", flush=True)
 

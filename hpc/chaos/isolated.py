@@ -34,12 +34,12 @@ def is_isolated() -> bool:
     return os.environ.get(_MARK) == "1"
 
 
-def isolate(argv: Sequence[str]) -> None:
-    """Become this command again in namespaces of its own; returns if that is done, or if it can't be."""
+def isolate(words: Sequence[str]) -> None:
+    """Become `python WORDS` in namespaces of its own; returns if that is done, or if it can't be."""
     if is_isolated() or not _may_isolate():
         return
     script = f'{find_program("ip")} link set lo up && exec "$@"'
-    again = [sys.executable, "-m", "hpc.chaos", *argv]
+    again = [sys.executable, *words]
     words = ["unshare", "--mount", "--net", "--", find_program("bash"), "-c", script, "chaos", *again]
     os.execve(find_program("unshare"), words, {**os.environ, _MARK: "1"})
 

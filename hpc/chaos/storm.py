@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hpc.chaos import clocks, roles, verdict
+from hpc.chaos import clocks, records, roles, verdict
 from hpc.chaos.actions import Weather
 from hpc.chaos.faults import KINDS, Fault
+from hpc.chaos.records import Kept
 from hpc.chaos.recovery import Recovery, SeenLines, recoveries
 from hpc.chaos.script import Script
 from hpc.planning.job_plan import JobPlan
@@ -37,7 +38,7 @@ FLAGS = (
     *("--rollout-batch-size=1", "--n-samples-per-prompt=2", "--global-batch-size=2", "--save-interval=5"),
 )
 NOWHERE = ("--hf-checkpoint=/nowhere", "--prompt-data=/nowhere")
-WITHOUT_WANDB = ("--wandb-mode=disabled",)
+WITHOUT_WANDB, WANDB_OFFLINE = ("--wandb-mode=disabled",), ("--wandb-mode=offline",)
 _POLL_SECONDS = 0.05
 _LOOK_SECONDS = 2.0
 _MAX_HANDS = 20
@@ -55,6 +56,7 @@ class Outcome:
         seconds: from submission to the end.
         recoveries: from each fault to the next step.
         problems: what is not as it must be, in words; empty if all is.
+        kept: what of the samples outlived its attempt; None for stand-ins, which have no samples.
     """
 
     faults: tuple[Fault, ...]
@@ -63,6 +65,7 @@ class Outcome:
     seconds: float
     recoveries: tuple[Recovery, ...]
     problems: tuple[str, ...]
+    kept: Kept | None = None
 
 
 class Storm:
@@ -77,6 +80,7 @@ class Storm:
         nodes: of the job: 4, two of which train, or 3, of which one does.
         real: a directory of the demo's files: the run has real engines and a real trainer of its tiny model.
         flags: further ones.
+        undisturbed: a real run of the same flags that nothing has happened to; samples must be the same.
     """
 
     def __init__(
@@ -88,13 +92,14 @@ class Storm:
         timeout: float = 600.0,
         nodes: int = 4,
         real: Path | None = None,
-        flags: Sequence[str] = WITHOUT_WANDB,
+        flags: Sequence[str] | None = None,
+        undisturbed: Path | None = None,
     ) -> None:
         self._cluster, self._steps, self._timeout = cluster, steps, timeout
-        self._real, self._flags = (
-            real,
-            (f"--nodes={nodes}", *flags, *(NOWHERE if real is None else flags_of_demo(real))),
-        )
+        if flags is None:
+            flags = WITHOUT_WANDB if real is None else WANDB_OFFLINE
+        self._real, self._undisturbed = real, RunLayout(undisturbed) if undisturbed else None
+        self._flags = (f"--nodes={nodes}", *flags, *(NOWHERE if real is None else flags_of_demo(real)))
         self._layout = RunLayout(runs_dir.resolve() / name)
         self._client = SlurmClient(cluster.env)
         self._weather = Weather(cluster, self._layout)
@@ -117,6 +122,10 @@ class Storm:
                 hands, stuck = self._weather_it(script, begun + self._timeout)
             curve = roles.curve(self._steps) if self._real is None else None
             problems = [*stuck, *verdict.judge(self._layout, self._steps, self._cluster, curve)]
+        kept = None
+        if self._real is not None and not stuck:
+            more, kept = records.judge(self._layout, self._steps, self._undisturbed)
+            problems += more
         allowed = sum(KINDS[fault.kind].needs_a_hand for fault in faults)
         if hands > allowed:
             problems.append(
@@ -125,7 +134,7 @@ class Storm:
         seconds = time.monotonic() - begun
         done = sorted(script.done, key=lambda each: each[1])
         found = recoveries(done, self._rows.seen, self._events.seen)
-        return Outcome(faults, len(done), hands, seconds, found, tuple(problems))
+        return Outcome(faults, len(done), hands, seconds, found, tuple(problems), kept)
 
     def _weather_it(self, script: Script, deadline: float) -> tuple[int, list[str]]:
         hands = 0
@@ -241,6 +250,7 @@ def flags_of_demo(directory: Path) -> tuple[str, ...]:
         *("--custom-rm-path=rltrain.demo.task.reward", "--label-key=label", "--no-bf16", "--lr=1e-4"),
         "--random-init",
         *("--rollout-max-response-len=16", "--no-use-distributed-optimizer"),
+        "--sglang-enable-deterministic-inference",
     )
 
 
