@@ -76,6 +76,7 @@ def install() -> None:
     _stub_torch_cuda()
     _replace_rng()
     _replace_dispatching()
+    _replace_fusions()
 
 
 def _stub_torch_cuda() -> None:
@@ -158,6 +159,43 @@ def _replace_dispatching() -> None:
 
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_any, scatter_any
     mappings._slurmlime_fixed = True
+
+
+def _replace_fusions() -> None:
+    """Kernels that save passes over memory: gradients that are added where they are kept, and SwiGLU in one.
+
+    The first are an extension of Apex's, for CUDA alone; the other is compiled, which takes longer than it saves here.
+    """
+    from megatron.core.tensor_parallel import layers
+    from megatron.core.transformer import mlp
+
+    layers.fused_weight_gradient_mlp_cuda = WeightGradients
+    layers._grad_accum_fusion_available = True
+    mlp.bias_swiglu_impl = _swiglu
+
+
+class WeightGradients:
+    """What Megatron-core's linear layers call to add a product of matrices to a weight's gradient."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(inputs: Tensor, gradient: Tensor, total: Tensor) -> None:
+        """Add gradientᵀ · inputs, [outputs, inputs] of [tokens, outputs] and [tokens, inputs], to an fp32 total."""
+        if inputs.dtype == total.dtype:
+            total.addmm_(gradient.t(), inputs)
+        else:
+            total.add_(gradient.t().matmul(inputs))
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32  # the same, for totals of 16 bits
+
+
+def _swiglu(x: Tensor, bias: Tensor | None, *of_other_devices: bool) -> Tensor:
+    from rltrain.megatron.model.layers import cpu_kernels
+
+    x = x if bias is None else x + bias
+    if cpu_kernels.has_kernels(x):
+        return cpu_kernels.swiglu(x)
+    gate, linear = x.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * linear
 
 
 def _split_sizes(sizes: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -30,14 +30,22 @@ def _replace_rope() -> None:
     from megatron.core.models.common.embeddings import rope_utils
 
     from rltrain.megatron.model.context_parallel import positions_in_sequence
+    from rltrain.megatron.model.layers import cpu_kernels
 
     def apply_thd(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *, cp_group: Any, **options: Any) -> Tensor:
         # As many as tokens: looked up already (`forward_backward`), or there is one sequence. Not so with parts of it.
         if cp_group.size() > 1 or len(freqs) != len(t):
             freqs = freqs[positions_in_sequence(cu_seqlens, len(t), cp_group.size(), cp_group.rank())]
+        if cpu_kernels.has_kernels(t) and _is_plain(**options):
+            return cpu_kernels.rotate(t, freqs.squeeze(1))
         return rope_utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs, **options).squeeze(1)
 
     rope_utils._apply_rotary_pos_emb_thd = apply_thd
+
+
+def _is_plain(mscale: float = 1.0, **kinds: bool | None) -> bool:
+    """Whether Megatron-core's options of a rotary embedding ask for none of its other kinds."""
+    return mscale == 1.0 and not any(kinds.values())
 
 
 def _repair_optimizer_states() -> None:

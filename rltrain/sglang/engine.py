@@ -29,6 +29,8 @@ from rltrain.sglang.routers import RouterAddress, find_router, remove_worker, wa
 from rltrain.weights.transports.current import current_weights, load_from_disk, weight_version
 
 _LEAVE_SECONDS = 5.0
+# Of a model's hidden states: threads would wait for each other longer than they compute a smaller one.
+_SIZE_FOR_THREADS = 256
 
 
 def engine_server_args(config: Config, index: int, weights: Path | None = None) -> dict[str, Any]:
@@ -61,14 +63,34 @@ def engine_server_args(config: Config, index: int, weights: Path | None = None) 
     return {**decided, **config.engines.sglang, **spec.overrides}
 
 
+def cpu_threads(config: Config, server_args: Mapping[str, Any]) -> int:
+    """Threads of each rank of an engine, for a machine without a GPU.
+
+    While engines generate, the trainer of an on-policy run waits: they share all cores that this process may use. It
+    does not wait with --max-staleness.
+    """
+    hf_config = _hf_config(server_args)
+    hidden = hf_config.get("hidden_size") or hf_config.get("text_config", {}).get("hidden_size") or 0
+    if config.rollout.max_staleness or hidden < _SIZE_FOR_THREADS:
+        return 1
+    ranks = sum(spec.num_gpus for spec in engine_specs(config))
+    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
+
+
+def _hf_config(server_args: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's `config.json`; empty where it is not on this machine."""
+    file = Path(server_args["model_path"]) / "config.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return found
+
+
 def refuse_soft_caps(server_args: Mapping[str, Any]) -> None:
     """Refuse what SGLang's attention for CPUs leaves out without a word: engine and trainer were different models.
 
     Raises:
         UserError: the model has soft caps of attention's scores.
     """
-    file = Path(server_args["model_path"]) / "config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
+    config = _hf_config(server_args)
     backend = server_args.get("attention_backend", "torch_native")
     if config.get("model_type") != "gemma2" or backend != "torch_native":
         return
@@ -76,8 +98,8 @@ def refuse_soft_caps(server_args: Mapping[str, Any]) -> None:
 
     if config.get("attn_logit_softcapping", True) and not cpu.has_accelerator():
         raise UserError(
-            f"{file} has soft caps of attention's scores (attn_logit_softcapping), which SGLang computes on a GPU only,"
-            " and there is none here. --debug-train-only trains without engines."
+            f"{server_args['model_path']}/config.json has soft caps of attention's scores (attn_logit_softcapping),"
+            " which SGLang computes on a GPU only, and there is none here. --debug-train-only trains without engines."
         )
 
 
@@ -88,6 +110,7 @@ def main(context: RoleContext) -> None:
     weights = _newest_weights(config, context) if context.restarts else None
     server_args = engine_server_args(config, context.index, weights)
     refuse_soft_caps(server_args)
+    server_args["cpu_threads"] = cpu_threads(config, server_args)
     with ExitStack() as held:
         if context.nnodes > 1:
             server_args |= _meet(context, registry, held)

@@ -34,11 +34,9 @@ CPU_DEFAULTS = {
     "disable_overlap_schedule": True,
     "sleep_on_idle": True,
 }
-# One thread a process is fastest for small models and leaves the cores to the trainer; compiled code would be
-# built for minutes.
 CPU_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "TORCHDYNAMO_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",  # `cpu_threads` says where there are more
+    "TORCHDYNAMO_DISABLE": "1",  # compiled code would be built for minutes
 }
 _SECRET = re.compile(r"""(api_key['"]?\s*[=:]\s*)(['"])[^'"]+\2""")
 
@@ -46,6 +44,7 @@ _SECRET = re.compile(r"""(api_key['"]?\s*[=:]\s*)(['"])[^'"]+\2""")
 def main() -> None:
     """Read the arguments, start the server, and serve until told to stop."""
     server_args = json.load(sys.stdin)
+    threads = server_args.pop("cpu_threads", None)
     # Asked to generate, an engine without its memory would fail, and a paused one be taken for dead by the router:
     # whether it makes progress is asked in another way (`rltrain/sglang/health.py`).
     os.environ.setdefault("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION", "0")
@@ -53,7 +52,7 @@ def main() -> None:
     if cpu.has_accelerator():
         run_server(server_args)
     else:
-        run_cpu_server({**CPU_DEFAULTS, **server_args})
+        run_cpu_server({**CPU_DEFAULTS, **server_args}, threads)
 
 
 def allocator_settings(env: Mapping[str, str], *, uses_memory_saver: bool) -> dict[str, str]:
@@ -72,7 +71,7 @@ def allocator_settings(env: Mapping[str, str], *, uses_memory_saver: bool) -> di
     return kept
 
 
-def run_cpu_server(server_args: dict[str, Any]) -> None:
+def run_cpu_server(server_args: dict[str, Any], threads: int | None = None) -> None:
     """Serve on the CPU: with stand-ins for missing GPU packages, and forked rather than spawned children.
 
     SGLang's three processes spend nearly all of their start-up importing the same modules. Imported once,
@@ -81,7 +80,7 @@ def run_cpu_server(server_args: dict[str, Any]) -> None:
     """
     gc.disable()
     server_args.pop("enable_memory_saver", None)  # there is no memory of a GPU to give back
-    set_cpu_environment(server_args)
+    set_cpu_environment(server_args, threads)
     cpu.install()
     # SGLang's dumper imports it where it is installed, for tensors of a trainer: a fourth of this process's start.
     sys.modules.setdefault("megatron", None)  # type: ignore[arg-type]
@@ -105,9 +104,14 @@ def run_cpu_server(server_args: dict[str, Any]) -> None:
     run_server(server_args)
 
 
-def set_cpu_environment(server_args: dict[str, Any]) -> None:
-    """Set what is not set; in this process too, where OpenMP is loaded and no longer reads its variable."""
-    for name, value in {**CPU_ENVIRONMENT, **_thread_binding(server_args)}.items():
+def set_cpu_environment(server_args: dict[str, Any], threads: int | None = None) -> None:
+    """Set what is not set; in this process too, where OpenMP is loaded and no longer reads its variable.
+
+    Args:
+        threads: Of each rank.
+    """
+    own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    for name, value in {**CPU_ENVIRONMENT, **own, **_thread_binding(server_args)}.items():
         os.environ.setdefault(name, value)
     import torch
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from rltrain.sglang.engine import cpu_threads
 
 ENGINE = """
 from rltrain.sglang import cpu, server
 cpu.has_accelerator()  # loads torch, and OpenMP with it, before the variables are set
-server.set_cpu_environment({})
+server.set_cpu_environment({}, THREADS)
 import torch; print(torch.get_num_threads())
 """
 TRAINER = "from rltrain.megatron import device; device.set_up(); import torch; print(torch.get_num_threads())"
@@ -30,9 +35,25 @@ def threads(code: str, **variables: str) -> int:
 
 
 @pytest.mark.slow
-def test_an_engine_uses_one_thread_unless_told_otherwise() -> None:
-    assert threads(ENGINE) == 1
-    assert threads(ENGINE, OMP_NUM_THREADS="2") == 2
+def test_an_engine_uses_the_threads_that_it_is_told_to() -> None:
+    assert threads(ENGINE.replace("THREADS", "None")) == 1
+    assert threads(ENGINE.replace("THREADS", "3")) == 3
+    assert threads(ENGINE.replace("THREADS", "3"), OMP_NUM_THREADS="2") == 2
+
+
+def test_engines_have_all_cores_where_the_trainer_waits_for_them(make_args, tmp_path: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+
+    def per_rank(hf_config: dict[str, Any], *flags: str) -> int:
+        (tmp_path / "config.json").write_text(json.dumps(hf_config))
+        return cpu_threads(make_args(*flags), {"model_path": str(tmp_path)})
+
+    large = {"hidden_size": 576}
+    assert per_rank(large) == cores
+    assert per_rank({"text_config": large}) == cores
+    assert per_rank(large, "--rollout-num-gpus", str(cores)) == 1
+    assert per_rank(large, "--max-staleness", "1") == 1  # the trainer trains meanwhile
+    assert per_rank({"hidden_size": 64}) == 1
 
 
 @pytest.mark.slow

@@ -144,13 +144,16 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         recompute_method=config.model.recompute_method,
         recompute_num_layers=config.model.recompute_num_layers,
         # Fused kernels: TransformerEngine has them; without it they cost a torch.compile in the first step.
-        bias_activation_fusion=fused and not shape.family.gelu and not shape.family.biases,
+        # On a CPU `rltrain.megatron.cpu` has one, though not of experts.
+        bias_activation_fusion=(fused or not (use_cuda() or shape.experts))
+        and not shape.family.gelu
+        and not shape.family.biases,
         bias_dropout_fusion=fused and not shape.family.biases,
         # TransformerEngine's kernel for packed sequences rotates halves only.
         apply_rope_fusion=fused and not (shape.family.rotary_interleaved or shape.latent),
         masked_softmax_fusion=False,
         persist_layer_norm=fused,
-        gradient_accumulation_fusion=False,  # the output layer would need Apex, see docs/gpu.md
+        gradient_accumulation_fusion=not use_cuda(),  # the output layer would need Apex, see docs/gpu.md
         **_experts_config(shape, config),
     )
 

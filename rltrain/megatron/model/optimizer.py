@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -49,7 +50,18 @@ def build_optimizer(models: list[DistributedDataParallel], config: Config) -> Me
         params_dtype=params_dtype(config.model),
         use_distributed_optimizer=bool(config.parallel.use_distributed_optimizer),
     )
-    return get_megatron_optimizer(settings, models)
+    optimizer = get_megatron_optimizer(settings, models)
+    if not use_cuda():
+        _fuse(optimizer)
+    return optimizer
+
+
+def _fuse(optimizer: MegatronOptimizer) -> None:
+    """Let torch's Adam pass over memory once a step, which it does by itself on GPUs only."""
+    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(each.optimizer, torch.optim.Adam):  # AdamW is one, too
+            for group in each.param_groups:
+                group["fused"] = True
 
 
 def _given(value: float | None, usual: float) -> float:

@@ -19,6 +19,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from rltrain.megatron.model.layers import cpu_kernels
+
 Output = tuple[Tensor, Tensor | None]  # of a linear layer, with its bias
 
 
@@ -41,6 +43,8 @@ class RMSNorm(torch.nn.RMSNorm):
 def rms_norm(x: Tensor, weight: Tensor, eps: float | None, is_zero_centered: bool) -> Tensor:
     """RMSNorm of the last dimension, times the weight or 1 + the weight."""
     if not is_zero_centered:
+        if eps is not None and cpu_kernels.has_kernels(x) and weight.dtype == x.dtype:
+            return cpu_kernels.rms_norm(x, weight, eps)
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     return F.rms_norm(x.float(), (x.shape[-1],), 1 + weight.float(), eps).to(x.dtype)
 
