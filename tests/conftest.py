@@ -41,9 +41,7 @@ def _process_groups_are_given_up() -> Iterator[None]:
     for path in Path("/proc/self/task").glob("*/comm"):
         with suppress(OSError):  # a thread that has just ended
             left += "gloo" in path.read_text()
-    assert left < 110, (
-        f"{left} threads of process groups are left: helpers.megatron.split_anew ends those before"
-    )
+    assert left < 600, f"{left} threads of process groups: helpers.megatron.split_anew ends those before"
 
 
 @pytest.fixture(scope="session")

@@ -70,9 +70,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     of_module = {name for line in _OF_MODULE.findall(text) for name in re.findall(r"mark\.(\w+)", line)}
     words = wanted.split(" and ")
     unwanted = {word.removeprefix("not ") for word in words if word.startswith("not ")}
-    no_slow_ones = (
-        "slow" in words and "mark.slow" not in text
-    )  # other marks come from helpers, too: `needs_gpu`
+    # Other marks than this one come from helpers, too, as `needs_gpu` does.
+    no_slow_ones = "slow" in words and "mark.slow" not in text
     return True if no_slow_ones or unwanted & of_module else None
 
 
