@@ -2,22 +2,23 @@
 
 python benchmarks/weight_transports.py [MILLIONS_OF_PARAMETERS ...]
 
-The baselines move the same bytes once: memcpy for `tensor`, a gloo broadcast between two processes for
-`distributed`, and a plain file write with fsync for `disk`. A push ends when the engine generates again, so it
-includes pause, load and flush; the ratio is that of the medians. Then how long an engine with requests under way stands
-still; and, in bf16, what `--update-weight-mode delta` sends after one step of AdamW with a learning rate of 1e-6,
-against everything.
+Sender and receiver have a core each, where there are two, in the baselines too, which move the same bytes once: memcpy
+for `tensor`, a gloo broadcast between two processes for `distributed`, and a plain file write with fsync for `disk`. A
+push ends when the engine generates again, so it includes pause, load and flush; the ratio is that of the medians. Then
+how long an engine with requests under way stands still; and, in bf16, what `--update-weight-mode delta` sends after one
+step of AdamW with a learning rate of 1e-6, against everything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,6 +43,8 @@ BUCKET_BYTES = 512 * 1024**2  # the default of --update-weight-buffer-size
 WIDTHS = {10: (256, 12), 135: (896, 14), 500: (1536, 18)}  # hidden size and layers, by millions of parameters
 TRANSPORTS = ("tensor", "distributed", "disk")
 IN_FLIGHT, NEW_TOKENS = 8, 400
+CORES = sorted(os.sched_getaffinity(0))
+SENDER, RECEIVER = 0, 1  # of them
 
 
 def make_model(directory: Path, width: int, layers: int) -> dict[str, torch.Tensor]:
@@ -58,6 +61,15 @@ def make_model(directory: Path, width: int, layers: int) -> dict[str, torch.Tens
     model = Qwen3ForCausalLM(config)
     model.save_pretrained(directory)
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+@contextlib.contextmanager
+def on_core(number: int) -> Iterator[None]:
+    """What this thread starts meanwhile runs on one core."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {CORES[number % len(CORES)]})
+    yield
+    os.sched_setaffinity(0, before)
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -81,7 +93,8 @@ def broadcast_seconds(size: int) -> list[float]:
     """Of a bare gloo broadcast to another process."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     url = f"tcp://127.0.0.1:{store.port}"
-    peer = subprocess.Popen([sys.executable, "-c", _PEER, url, str(size), str(ROUNDS + 1)])
+    with on_core(RECEIVER):
+        peer = subprocess.Popen([sys.executable, "-c", _PEER, url, str(size), str(ROUNDS + 1)])
     dist.init_process_group("gloo", store=dist.PrefixStore("default_pg", store), rank=0, world_size=2)
     buffer = torch.zeros(size, dtype=torch.uint8)
 
@@ -127,7 +140,9 @@ def measure(millions: int, root: Path) -> None:
         "max_total_tokens": 8192,
         "mem_fraction_static": 0.3,
     }
-    with HttpServerEngineAdapter.launch(server_args, TOKEN) as engine:
+    with on_core(RECEIVER):
+        launched = HttpServerEngineAdapter.launch(server_args, TOKEN)
+    with launched as engine:
         for name in TRANSPORTS:
             args = Config().replace(
                 update_weight_mode="full", update_weight_buffer_size=BUCKET_BYTES, distributed_backend="gloo"
@@ -215,7 +230,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     for millions in [int(word) for word in sys.argv[1:]] or [10]:
-        with tempfile.TemporaryDirectory() as directory:
+        with tempfile.TemporaryDirectory() as directory, on_core(SENDER):
             measure(millions, Path(directory))
 
 

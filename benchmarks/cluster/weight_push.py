@@ -6,12 +6,14 @@ The ranks' shares of an 8 B model in bf16, the order of sends and the messages t
 (`rltrain.megatron.model.export`, `rltrain.weights`), on tensors without memory. A trainer machine has 8 ranks that hold
 a replica, and its first sends; an engine is a machine with 8 ranks; there are as many of both, and each has a link of
 50 GB/s, on which it does one thing after the other, as with NCCL. Against what sending every byte to every engine takes
-if all links are always busy; and what the messages take of trainer rank 0, which makes all of them.
+if all links are always busy; and what the messages take of trainer rank 0, which sends all of them.
 """
 
 from __future__ import annotations
 
 import itertools
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -29,8 +31,8 @@ from rltrain.arguments.hf_config import ModelShape, read_model_shape
 from rltrain.megatron.model import export
 from rltrain.megatron.model.load import LocalParameter
 from rltrain.megatron.model.names import parameter
-from rltrain.weights.buckets import Bucket, Part, lay_out, to_json, with_source
-from rltrain.weights.rounds import in_order, taken
+from rltrain.weights.buckets import Bucket, Part, lay_out, message, taken, to_json
+from rltrain.weights.rounds import in_order
 from rltrain.weights.sources import Group as Source
 from rltrain.weights.sources import describe
 
@@ -97,8 +99,9 @@ def shares_of(ranks: int) -> Iterator[list[list[Part]]]:
     senders = range(0, ranks, cluster.tensor_parallel)
 
     def share() -> Iterator[list[Part]]:
-        named = export.export_own_share([], shape, BUCKET, senders)
-        return ([Part.whole(*each) for each in round_] for round_ in named)
+        for windows in export.export_even_share([], shape, BUCKET, senders):
+            found = [Part.cut(*each, window) for window, named in windows for each in named]
+            yield [part for part in found if part is not None]
 
     with (
         patch.object(export, "dist", cluster),
@@ -175,10 +178,22 @@ def round_seconds(sent: list[float], engines: int) -> float:
     return max(engine_free)
 
 
-def message_seconds(buckets: list[str]) -> float:
-    """Processor seconds to make the messages of all buckets for one rank of an engine."""
-    source = Source("10.0.0.1", 12345, "weights-0123456789abcdef", 9, 1, "nccl", 10**8, 0)
-    seconds, _ = timed(lambda: [with_source(bucket, describe(source)).encode() for bucket in buckets])
+def message_seconds(rounds: list[list[str]], engines: int) -> float:
+    """Processor seconds of rank 0 to tell all ranks of all engines of the buckets of each round."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, subprocess.Popen(["cat"], stdin=theirs, stdout=subprocess.DEVNULL):
+        theirs.close()
+
+        def tell() -> None:
+            for buckets in rounds:
+                text = ", ".join(buckets)
+                for place in range(engines):
+                    data = message(text, place).encode()
+                    for _ in range(ON_MACHINE):
+                        ours.sendall(data)
+
+        seconds, _ = timed(tell)
+        ours.shutdown(socket.SHUT_WR)
     return seconds
 
 
@@ -195,25 +210,21 @@ def main() -> None:
             for each in itertools.zip_longest(*shares, fillvalue=[])
         ]
         total = sum(map(sum, rounds))
-        largest = max(part.data.nbytes for share in shares for parts in share for part in parts)
         ideal = total / LINK  # of an engine; as many machines send as many times the share of one
         simulated[ranks] = sum(round_seconds(sent, machines) for sent in rounds)
-        even = sum(round_seconds([sum(sent) / machines] * machines, machines) for sent in rounds)
+        source = describe(Source("10.0.0.1", 12345, "weights-0123456789abcdef", "nccl", 10**8, 4095))
         texts = [
-            to_json(Bucket(pieces, [2**31] * len(pieces)))
-            for share in shares
-            for parts in share
-            if parts and (pieces := lay_out(parts))
+            [
+                to_json(Bucket(pieces, [2**31] * len(pieces)), source)
+                for parts in each
+                if parts and (pieces := lay_out(parts))
+            ]
+            for each in itertools.zip_longest(*shares, fillvalue=[])
         ]
-        count = len(texts) * machines * ON_MACHINE
-        messages[ranks] = message_seconds(texts) * machines * ON_MACHINE
+        messages[ranks] = message_seconds(texts, machines)
         print(f"weights, {ranks:4} ranks on {machines:3} machines to {machines:3} engines, {len(rounds):2} rounds:"
               f" {planning[ranks] * 1e3:.0f} ms of planning a machine; simulated {simulated[ranks]:.2f} s,"
-              f" {simulated[ranks] / ideal:.2f} × the ideal ({even / ideal:.2f} with even buckets); {count}"
-              f" messages are {messages[ranks]:.2f} s of rank 0")  # fmt: skip
-        floor = machines * largest / LINK
-        if floor > ideal:
-            print(f"    the largest tensor, {largest / 1e9:.2f} GB, has one sender: {floor:.2f} s at least")
+              f" {simulated[ranks] / ideal:.2f} × the ideal; messages are {messages[ranks] * 1e3:.1f} ms")  # fmt: skip
     judge("planning of a machine", "ranks", planning)
     judge("time on the network", "ranks", simulated, ideal=0)
     judge("messages of rank 0", "ranks", messages)

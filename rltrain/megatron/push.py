@@ -44,8 +44,10 @@ class Weights(Protocol):
     def stream(self, consume: Callable[[Iterable[NamedTensor]], object]) -> None:
         """Have rank 0 consume them."""
 
-    def share(self, bucket_bytes: int, *, one_per_machine: bool) -> Iterator[Sequence[NamedTensor]]:
-        """This rank's share, in rounds that all ranks go through."""
+    def share(
+        self, bucket_bytes: int, *, one_per_machine: bool, cut: bool = False
+    ) -> Iterator[Sequence[Part]]:
+        """This rank's share, in rounds that all ranks go through; with `cut` ranks may share a tensor."""
 
     def write(self, directory: Path) -> None:
         """Write a Hugging Face directory."""
@@ -187,14 +189,18 @@ class ShareSender:
         engines = find_engines() if self._ranks.rank == 0 else []
         if not self._ranks.broadcast(len(engines)):
             return {}
-        rounds = weights.share(self._bucket_bytes, one_per_machine=self._one_per_machine)
         if self._delta is None:
-            parts = ([Part.whole(name, tensor) for name, tensor in named] for named in rounds)
-            return self._rounds.send(version, engines, parts)
+            # Engines that read memory in place would have to copy what they put together.
+            share = weights.share(
+                self._bucket_bytes, one_per_machine=self._one_per_machine, cut=self._one_per_machine
+            )
+            return self._rounds.send(version, engines, share)
+        rounds = weights.share(self._bucket_bytes, one_per_machine=self._one_per_machine)
         delta = self._delta
         everything = self._ranks.broadcast(delta.begin(version, engines))
         keep = self._ranks.broadcast(delta.keep) if everything else None
-        parts = (list(delta.parts(named, everything)) for named in rounds)
+        named = ([(part.name, part.data) for part in whole] for whole in rounds)
+        parts = (list(delta.parts(each, everything)) for each in named)
         failures = self._rounds.send(version, engines, parts, keep)
         delta.end(version, engines, failures)
         return failures

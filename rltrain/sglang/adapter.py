@@ -17,6 +17,8 @@ from rltrain.sglang.process import READY_TIMEOUT, ServerProcess
 from rltrain.sglang.routers import add_worker, remove_worker
 from rltrain.weights import LOADER
 
+BEGIN_PUSH, END_PUSH = "/slurmlime/begin_push", "/slurmlime/end_push"  # see `rltrain.sglang.push_routes`
+
 _UPDATE_TIMEOUT = 1800.0  # seconds; large models load slowly from a busy filesystem
 
 
@@ -193,30 +195,31 @@ class HttpServerEngineAdapter:
         body = {"model_path": str(path), "weight_version": weight_version, "load_format": "auto"}
         self._call("POST", "/update_weights_from_disk", body, timeout)
 
-    def begin_weight_update(self) -> None:
-        """Make ready for `update_weights_from_tensor`; the engine is idle or paused."""
-        self._call("POST", "/begin_weight_update", {}, _UPDATE_TIMEOUT)
+    def begin_push(
+        self, payloads: Sequence[str], load_format: str, weight_version: str | None = None
+    ) -> None:
+        """Pause with requests retracted, and load the first payloads of an update, see `update_weights_from_tensor`."""
+        self._call("POST", BEGIN_PUSH, _update_body(payloads, load_format, weight_version), _UPDATE_TIMEOUT)
+
+    def end_push(self) -> None:
+        """Put what was loaded into use, and go on."""
+        self._call("POST", END_PUSH, {}, _UPDATE_TIMEOUT)
 
     def end_weight_update(self) -> None:
-        """Put them into use."""
+        """End an update, and stay paused."""
         self._call("POST", "/end_weight_update", {}, _UPDATE_TIMEOUT)
 
     def update_weights_from_tensor(
         self, payloads: Sequence[str], load_format: str, weight_version: str | None = None
     ) -> None:
-        """Load what the payloads hold, one for every rank of the engine.
+        """Load more of an update that `begin_push` has begun: what the payloads hold, one for every rank of the engine.
 
         Args:
             payloads: Pairs of a name and a tensor, pickled, in base64.
             load_format: A loader that the engine was started with, as an import path.
             weight_version: The last call of an update names it; then the cache is flushed.
         """
-        body = {
-            "serialized_named_tensors": list(payloads),
-            "load_format": load_format,
-            "weight_version": weight_version,
-            "flush_cache": weight_version is not None,
-        }
+        body = _update_body(payloads, load_format, weight_version)
         self._call("POST", "/update_weights_from_tensor", body, _UPDATE_TIMEOUT)
 
     def weight_checksums(self) -> dict[str, str]:
@@ -240,3 +243,12 @@ class HttpServerEngineAdapter:
 
     def _call(self, method: str, path: str, body: Any = None, timeout: float = 60.0) -> Any:
         return call(method, self.url + path, self._token, body, timeout)
+
+
+def _update_body(payloads: Sequence[str], load_format: str, weight_version: str | None) -> dict[str, Any]:
+    return {
+        "serialized_named_tensors": list(payloads),
+        "load_format": load_format,
+        "weight_version": weight_version,
+        "flush_cache": weight_version is not None,
+    }

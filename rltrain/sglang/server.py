@@ -140,6 +140,9 @@ def run_server(server_args: dict[str, Any]) -> None:
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.utils import kill_process_tree
 
+    from rltrain.sglang.push_routes import add_push_routes
+
+    add_push_routes()
     try:
         serve(ServerArgs(**server_args))
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,26 @@ _SAMPLED_BYTES = 256  # at both ends and in the middle of a tensor
 
 
 @dataclass(frozen=True)
+class Window:
+    """Some of the elements of a flat tensor, of any size: those from `start` to `end`, where all of them are `of`.
+
+    Windows that follow one another cut every tensor into parts without a gap.
+    """
+
+    start: int
+    end: int
+    of: int
+
+
+@dataclass(frozen=True)
 class Part:
     """What is sent of one tensor.
 
     Attributes:
         data: the tensor; or, where only `changed` of its elements are sent, their values and places (uint8, flat;
-            see `rltrain.weights.delta`).
+            see `rltrain.weights.delta`); or some of its elements (flat).
         dtype: of the tensor, as in `torch.<dtype>`.
+        first: place of the first of those elements in the flat tensor; None of a whole one.
     """
 
     name: str
@@ -32,11 +45,21 @@ class Part:
     dtype: str
     shape: tuple[int, ...]
     changed: int | None = None
+    first: int | None = None
 
     @classmethod
     def whole(cls, name: str, tensor: Tensor) -> Part:
         """All of a tensor."""
         return cls(name, tensor, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+    @classmethod
+    def cut(cls, name: str, tensor: Tensor, window: Window) -> Part | None:
+        """What lies in the window; None if that is nothing."""
+        first, last = (tensor.numel() * edge // window.of for edge in (window.start, window.end))
+        whole = cls.whole(name, tensor)
+        if last - first == tensor.numel():
+            return whole
+        return replace(whole, data=tensor.flatten()[first:last], first=first) if first < last else None
 
 
 @dataclass(frozen=True)
@@ -49,14 +72,16 @@ class Piece:
     start: int
     end: int
     changed: int | None = None
+    first: int | None = None
 
     def bytes_of(self, buffer: Tensor) -> Tensor:
         """Its bytes, as a view of the buffer (uint8, flat)."""
         return buffer[self.start : self.end]
 
     def of(self, buffer: Tensor) -> Tensor:
-        """The whole tensor that it is, as a view of the buffer."""
-        return self.bytes_of(buffer).view(getattr(torch, self.dtype)).view(self.shape)
+        """The tensor, or its elements that are here (flat), as a view of the buffer."""
+        flat = self.bytes_of(buffer).view(getattr(torch, self.dtype))
+        return flat.view(self.shape) if self.first is None else flat
 
 
 @dataclass(frozen=True)
@@ -93,7 +118,7 @@ def lay_out(bucket: Sequence[Part], start: int = 0) -> tuple[Piece, ...]:
     for part in bucket:
         start = -(-start // _ALIGNMENT) * _ALIGNMENT
         end = start + part.data.nbytes
-        pieces.append(Piece(part.name, part.dtype, part.shape, start, end, part.changed))
+        pieces.append(Piece(part.name, part.dtype, part.shape, start, end, part.changed, part.first))
         start = end
     return tuple(pieces)
 
@@ -119,18 +144,34 @@ def sample_digests(pieces: Sequence[Piece], buffer: Tensor) -> list[int]:
     return [zlib.crc32(sample.tobytes()) for sample in samples]
 
 
-def to_json(bucket: Bucket) -> str:
-    """A bucket as a JSON object; made once and not for every rank of every engine: it can have thousands of pieces."""
-    return json.dumps(asdict(bucket))
+def to_json(bucket: Bucket, source: Mapping[str, Any]) -> str:
+    """A bucket, and where its bytes are, as JSON; made once for all engines, as it can have thousands of pieces."""
+    return json.dumps({**asdict(bucket), "source": source})
 
 
-def with_source(bucket: str, source: Mapping[str, Any]) -> str:
-    """A bucket as `to_json` has it, and where its bytes are, as JSON."""
-    return f'{bucket[:-1]}, "source": {json.dumps(source)}}}'
+def message(buckets: str, place: int = 0) -> str:
+    """What an engine is told of a round: all its buckets (JSON, see `to_json`, joined by commas), and its place.
+
+    The text of the buckets is the same for all engines, so that this costs next to nothing with many of them.
+    """
+    return f'{{"place": {place}, "buckets": [{buckets}]}}'
 
 
-def from_json(text: str) -> tuple[Bucket, dict[str, Any]]:
-    """The inverse of `with_source`."""
-    fields = json.loads(text)
+def from_message(text: str) -> list[tuple[Bucket, dict[str, Any]]]:
+    """The inverse of `message`: buckets and their sources, in the order in which this engine takes them."""
+    told = json.loads(text)
+    buckets = [_bucket_of(fields) for fields in told["buckets"]]
+    return [buckets[number] for number in taken(told["place"], len(buckets))]
+
+
+def taken(place: int, count: int) -> list[int]:
+    """Numbers of the senders, of `count`, in the order in which the engine at this place takes their buckets.
+
+    Each engine begins with another one, so all of them have work, and a sender has not all engines at once.
+    """
+    return [(place + i) % count for i in range(count)]
+
+
+def _bucket_of(fields: Mapping[str, Any]) -> tuple[Bucket, dict[str, Any]]:
     pieces = tuple(Piece(**{**piece, "shape": tuple(piece["shape"])}) for piece in fields["pieces"])
     return Bucket(pieces, fields["digests"], fields["keep"]), fields["source"]

@@ -13,7 +13,7 @@ import secrets
 import socket
 import time
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -22,12 +22,13 @@ from torch import Tensor
 
 from rltrain.run.processes import family_of
 from rltrain.weights import LOADER
-from rltrain.weights.engine import ServerEngine
 
-LOADED = "loaded"  # the report of a rank that has loaded a bucket; any other report says what went wrong
+Request = Callable[[Sequence[str], str, str], object]  # payloads, loader, version
+
+LOADED = "loaded"  # the report of a rank that has loaded a round; any other report says what went wrong
 
 _POLL_SECONDS = 0.2
-_MOST_SECONDS = 1800.0  # for a bucket; an engine that dies or hangs is noticed by its role, which ends it
+_MOST_SECONDS = 1800.0  # for a round; an engine that dies or hangs is noticed by its role, which ends it
 _LENGTH_BYTES = 8
 
 
@@ -39,36 +40,41 @@ class Channel:
         pending: number of messages that the engine has not reported on yet.
     """
 
-    def __init__(self, engine: ServerEngine, host: str, version: int, ahead: bool) -> None:
+    def __init__(self, request: Request, host: str, version: str, ahead: bool, name: str, size: int) -> None:
         """Have the engine's ranks call us at this machine's address `host`; it has `version` when we close.
 
-        With `ahead` they receive the next bucket while they load the one before.
+        Args:
+            request: to the engine, which gives each rank its payload.
+            host: of this machine, as the engine reaches it.
+            version: that it has when we close.
+            ahead: whether it receives the next bucket while it loads the one before.
+            name: what its ranks are told that it is called.
+            size: number of its ranks.
 
         Raises:
             OSError, HttpError: they do not call: the engine has died or refuses.
         """
         self.opened, self.pending = time.monotonic(), 0
         self._ranks: list[socket.socket] = []
-        size, key = engine.tensor_parallel_size(), secrets.token_hex()
+        key = secrets.token_hex()
         self._pool = ThreadPoolExecutor(1)
         with socket.create_server((host, 0), family=family_of(host), backlog=size) as server:
             port = server.getsockname()[1]
-            call = {"host": host, "port": port, "key": key, "ahead": ahead}
+            call = {"host": host, "port": port, "key": key, "ahead": ahead, "engine": name, "size": size}
             calls = [_payload(call | {"rank": rank}) for rank in range(size)]
-            self._request: Future[object] = self._pool.submit(
-                engine.update_weights_from_tensor, calls, LOADER, str(version)
-            )
+            self._request: Future[object] = self._pool.submit(request, calls, LOADER, version)
             try:
                 self._ranks = self._accept(server, size, key)
             except BaseException:
                 self.drop()
                 raise
 
-    def send(self, messages: Sequence[str]) -> None:
-        """Send each rank its message."""
+    def send(self, text: str) -> None:
+        """Send all ranks a message."""
         self.pending += 1
-        for rank, message in zip(self._ranks, messages, strict=True):
-            send_message(rank, message)
+        data = _framed(text)
+        for rank in self._ranks:
+            rank.sendall(data)
 
     def receive_reports(self) -> list[str]:
         """The next report of each rank.
@@ -131,8 +137,7 @@ def call_trainer(host: str, port: int, key: str, rank: int) -> socket.socket:
 
 def send_message(peer: socket.socket, text: str) -> None:
     """Send one message to the other end."""
-    data = text.encode()
-    peer.sendall(len(data).to_bytes(_LENGTH_BYTES, "little") + data)
+    peer.sendall(_framed(text))
 
 
 def receive_message(peer: socket.socket) -> str | None:
@@ -142,6 +147,11 @@ def receive_message(peer: socket.socket) -> str | None:
         return None
     data = _receive(peer, int.from_bytes(length, "little"))
     return None if data is None else data.decode()
+
+
+def _framed(text: str) -> bytes:
+    data = text.encode()
+    return len(data).to_bytes(_LENGTH_BYTES, "little") + data
 
 
 def _receive(peer: socket.socket, count: int) -> bytes | None:

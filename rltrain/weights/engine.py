@@ -25,16 +25,21 @@ class ServerEngine(Protocol):
     def continue_generation(self) -> object:
         """Let requests go on."""
 
-    def begin_weight_update(self) -> object:
-        """Make ready for `update_weights_from_tensor`."""
+    def begin_push(
+        self, payloads: Sequence[str], load_format: str, weight_version: str | None = None
+    ) -> object:
+        """Pause, as `pause_generation`, and do the first `update_weights_from_tensor`."""
 
     def update_weights_from_tensor(
         self, payloads: Sequence[str], load_format: str, weight_version: str | None = None
     ) -> object:
         """Give each rank its payload; returns when the loader has returned on all of them."""
 
+    def end_push(self) -> object:
+        """Put the new weights into use, and let requests go on."""
+
     def end_weight_update(self) -> object:
-        """Put the new weights into use."""
+        """End it for an engine that has not got all weights: it stays paused."""
 
     def update_weights_from_disk(self, path: str, weight_version: str) -> object:
         """Load new weights, forget what the old ones computed, and report this version from then on."""

@@ -7,6 +7,7 @@ engines of the buckets of all ranks, and every rank sends its own. The next buck
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from rltrain.weights.buckets import Bucket, Part, lay_out, sample_digests, to_json, write
+from rltrain.weights.buckets import Bucket, Part, lay_out, message, sample_digests, to_json, write
 from rltrain.weights.cuda_threads import thread_pool
 from rltrain.weights.engine import ServerEngine
 from rltrain.weights.session import Session, outcomes
-from rltrain.weights.sources import Source
+from rltrain.weights.sources import Reader, Source, describe
 
 T = TypeVar("T")
 
@@ -52,14 +53,14 @@ class Transport(Protocol):
     sends: bool
     in_order: bool
 
-    def connect(self, engines: Mapping[str, int]) -> None:
-        """Make ready for these engines: their URLs and numbers of ranks."""
+    def connect(self, engines: Mapping[str, Reader]) -> None:
+        """Make ready for these engines, given by their URLs."""
 
     def buffer(self, slot: int, nbytes: int) -> Tensor:
         """The first bytes of a buffer (uint8, flat)."""
 
-    def sources(self, slot: int, nbytes: int, url: str) -> list[Source]:
-        """Where each rank of an engine finds them."""
+    def source(self, slot: int, nbytes: int) -> Source:
+        """Where every rank of every engine finds them: told alike to all, it costs as little with many of them."""
 
     def send(self, slot: int, nbytes: int, url: str) -> None:
         """Have an engine get them.
@@ -86,14 +87,12 @@ class Offer:
     """What a rank has to say in a round.
 
     Attributes:
-        bucket: as JSON; None if the rank has nothing this time.
-        sources: for each rank of an engine, by the engine's URL.
+        bucket: and its source, as JSON; None if the rank has nothing this time.
         is_last: whether the rank will have nothing more.
         failures: engines that did not get what the rank sent in the round before.
     """
 
     bucket: str | None
-    sources: dict[str, list[Source]]
     is_last: bool
     failures: dict[str, str]
 
@@ -104,6 +103,7 @@ class Rounds:
     def __init__(self, transport: Transport, ranks: Ranks, host: str) -> None:
         """Engines reach us at this machine's address `host`."""
         self._transport, self._ranks, self._host = transport, ranks, host
+        self._names: dict[str, str] = {}  # of the engines that rank 0 has met; a failed one gets another
         self._places: dict[str, int] = {}  # by URL, of the engines that still take part
         self._senders: list[int] = []  # ranks that have a bucket in this round
         self._failures: dict[str, str] = {}
@@ -127,7 +127,8 @@ class Rounds:
             By URL, what went wrong with the engines that failed. They may have some of the new weights, and stay
             paused.
         """
-        session = Session(engines, version, self._host, ahead=self._transport.sends)
+        self._names |= {each.url: secrets.token_hex(4) for each in engines if each.url not in self._names}
+        session = Session(engines, version, self._host, self._transport.sends, self._names)
         try:
             self._connect(session)
             self._go_through(session, iter(rounds), keep)
@@ -136,14 +137,15 @@ class Rounds:
             session.drop()
         failures = self._ranks.broadcast(session.failures)
         self._transport.disconnect(failures)
+        self._names = {url: name for url, name in self._names.items() if url not in failures}
         return failures
 
     def _connect(self, session: Session) -> None:
         sizes: dict[str, int] = {}
         session.each(lambda engine: sizes.update({engine.url: engine.tensor_parallel_size()}))
-        sizes = self._ranks.broadcast(sizes)
-        self._transport.connect(sizes)
-        self._places, self._failures = {url: place for place, url in enumerate(sizes)}, {}
+        readers = {url: Reader(self._names[url], 0, size) for url, size in sizes.items()}
+        self._transport.connect(self._ranks.broadcast(readers))
+        self._failures = {}
 
     def _go_through(self, session: Session, rounds: Iterator[Sequence[Part]], keep: str | None) -> None:
         """Fill a buffer while the one before is sent; the first while the engines are being paused.
@@ -180,17 +182,18 @@ class Rounds:
         for url, problem in [each for offer in offers for each in offer.failures.items()]:
             session.leave_out(url, problem)
         senders = [rank for rank, offer in enumerate(offers) if offer.bucket is not None]
-        sent = [offers[rank] for rank in senders]
+        buckets = ", ".join(offer.bucket for offer in offers if offer.bucket is not None)
         # An engine that fails meanwhile must not move the others: they have been told in which order buckets come.
         places = {engine.url: place for place, engine in enumerate(session.engines)}
-        session.each(lambda engine: _announce(session, engine, places[engine.url], sent))
+        if senders:
+            session.each(lambda engine: _announce(session, engine, places[engine.url], buckets))
         left = {engine.url: places[engine.url] for engine in session.engines}
         self._places, self._senders, is_over = self._ranks.broadcast(
             (left, senders, all(offer.is_last for offer in offers))
         )
         self._failures = self._send_buffer(filled) if filled else {}
         if self._transport.sends:
-            session.each(lambda engine: session.confirm(engine, left=len(sent)))
+            session.each(lambda engine: session.confirm(engine, left=1 if senders else 0))
         else:
             session.each(session.confirm)
             self._ranks.broadcast(None)  # so that nobody fills a buffer while it is being read
@@ -198,9 +201,9 @@ class Rounds:
 
     def _offer(self, filled: FilledBuffer | None, is_last: bool) -> Offer:
         if filled is None:
-            return Offer(None, {}, is_last, self._failures)
-        sources = {url: self._transport.sources(filled.slot, filled.nbytes, url) for url in self._places}
-        return Offer(to_json(filled.bucket), sources, is_last, self._failures)
+            return Offer(None, is_last, self._failures)
+        source = describe(self._transport.source(filled.slot, filled.nbytes))
+        return Offer(to_json(filled.bucket, source), is_last, self._failures)
 
     def _send_buffer(self, filled: FilledBuffer) -> dict[str, str]:
         def send(url: str) -> None:
@@ -217,27 +220,17 @@ class Rounds:
         return {url: f"{url}: {error}" for url, error in sent if error is not None}
 
 
-def taken(place: int, count: int) -> list[int]:
-    """Numbers of the senders, of `count`, in the order in which the engine at this place takes their buckets.
-
-    Each engine begins with another one, so all of them have work, and a sender has not all engines at once.
-    """
-    return [(place + i) % count for i in range(count)]
-
-
 def in_order(places: Mapping[str, int], number: int, count: int) -> list[str]:
     """The engines, given with their places, in the order in which sender `number`, of `count`, sends to them.
 
-    An engine takes the sender's bucket as number (number - place) modulo `count`, see `taken`. So nobody waits for
+    An engine takes the sender's bucket as number (number - place) modulo `count`, see
+    `rltrain.weights.buckets.taken`. So nobody waits for
     somebody who has still to do what comes later.
     """
     return sorted(places, key=lambda engine: ((number - places[engine]) % count, places[engine]))
 
 
-def _announce(session: Session, engine: ServerEngine, place: int, offers: Sequence[Offer]) -> None:
-    """Tell an engine of all buckets of a round, whose senders' offers these are."""
+def _announce(session: Session, engine: ServerEngine, place: int, buckets: str) -> None:
+    """Tell an engine of all buckets of a round."""
     session.refresh_channel(engine)
-    for number in taken(place, len(offers)):
-        bucket = offers[number].bucket
-        assert bucket is not None
-        session.send(engine, bucket, offers[number].sources[engine.url])
+    session.send(engine, message(buckets, place))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from rltrain.weights.buckets import with_source
-from rltrain.weights.channel import LOADED, Channel
+from rltrain.weights.channel import LOADED, Channel, Request
 from rltrain.weights.cuda_threads import thread_pool
 from rltrain.weights.engine import ServerEngine
-from rltrain.weights.sources import Source, describe
 
 T = TypeVar("T")
 
@@ -27,29 +25,36 @@ class Session:
             and some old.
     """
 
-    def __init__(self, engines: Sequence[ServerEngine], version: int, host: str, ahead: bool = False) -> None:
+    def __init__(
+        self,
+        engines: Sequence[ServerEngine],
+        version: int,
+        host: str,
+        ahead: bool = False,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
         """For weights of this version; engines reach the trainer at this machine's address `host`.
 
-        With `ahead` they receive the next bucket while they load the one before.
+        With `ahead` they receive the next bucket while they load the one before. `names` are what they are told that
+        they are called, by URL.
         """
         self.engines = list(engines)
         self.failures: dict[str, str] = {}
         self._version, self._host, self._ahead = version, host, ahead
+        self._names = names or {}
         self._channels: dict[str, Channel] = {}
         self._refused: dict[str, str] = {}
 
     def begin(self) -> None:
         """Pause the engines and open a channel to each."""
-        self.each(lambda engine: engine.pause_generation())
-        self.each(lambda engine: engine.begin_weight_update())
-        self.each(self._open_channel)
+        self.each(lambda engine: self._open_channel(engine, engine.begin_push))
 
-    def send(self, engine: ServerEngine, bucket: str, sources: Sequence[Source]) -> None:
-        """Tell each rank of an engine what is in a bucket, given as JSON, and where to read it."""
-        self._channels[engine.url].send([with_source(bucket, describe(source)) for source in sources])
+    def send(self, engine: ServerEngine, text: str) -> None:
+        """Tell all ranks of an engine what is in a round of buckets, see `rltrain.weights.buckets.message`."""
+        self._channels[engine.url].send(text)
 
     def confirm(self, engine: ServerEngine, left: int = 0) -> None:
-        """Wait until an engine has reported on all but `left` of the buckets that it was sent."""
+        """Wait until an engine has reported on all but `left` of the rounds that it was told of."""
         channel = self._channels[engine.url]
         while channel.pending > left:
             problem = next((report for report in channel.receive_reports() if report != LOADED), None)
@@ -60,10 +65,11 @@ class Session:
         """Have the engines that have loaded every bucket go on, with the new version."""
         self.each(lambda engine: self.confirm(engine))
         self.each(lambda engine: self._channels[engine.url].close())
-        self.each(lambda engine: engine.end_weight_update())
+        self.each(
+            lambda engine: engine.end_weight_update() if engine.url in self._refused else engine.end_push()
+        )
         for engine in [engine for engine in self.engines if engine.url in self._refused]:
             self.leave_out(engine.url, self._refused[engine.url])
-        self.each(lambda engine: engine.continue_generation())
 
     def drop(self) -> None:
         """Close all channels, whatever the engines do."""
@@ -91,10 +97,11 @@ class Session:
         if time.monotonic() - channel.opened > _CHANNEL_SECONDS:
             self.confirm(engine)
             channel.close()
-            self._open_channel(engine)
+            self._open_channel(engine, engine.update_weights_from_tensor)
 
-    def _open_channel(self, engine: ServerEngine) -> None:
-        self._channels[engine.url] = Channel(engine, self._host, self._version, self._ahead)
+    def _open_channel(self, engine: ServerEngine, request: Request) -> None:
+        name, size = self._names.get(engine.url, ""), engine.tensor_parallel_size()
+        self._channels[engine.url] = Channel(request, self._host, str(self._version), self._ahead, name, size)
 
 
 def outcomes(items: Sequence[T], call: Callable[[T], object]) -> list[tuple[T, BaseException | None]]:

@@ -25,6 +25,20 @@ GROUP_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
+class Reader:
+    """Who reads: a rank of an engine.
+
+    Attributes:
+        engine: a name that the trainer has given it; another one after it has failed.
+        size: number of its ranks.
+    """
+
+    engine: str
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Memory:
     """The trainer's shared memory.
 
@@ -37,7 +51,7 @@ class Memory:
     name: str
     size: int
 
-    def read(self) -> Tensor:
+    def read(self, reader: Reader) -> Tensor:
         """The memory; it is mapped once and used again and again."""
         path = Path(self.path)
         if not path.is_symlink() or self.name not in path.readlink().name:
@@ -60,34 +74,35 @@ class Memory:
 class Group:
     """A broadcast in a process group of one trainer rank and the ranks of one engine; the first joins the group.
 
+    It is described alike to all engines.
+
     Attributes:
+        name: of the sender's groups, see `group_name`.
         sender: the trainer's rank.
     """
 
     host: str
     port: int
     name: str
-    world_size: int
-    rank: int
     backend: str
     size: int
     sender: int
 
-    def read(self) -> Tensor:
+    def read(self, reader: Reader) -> Tensor:
         """The broadcast, in memory that is kept: fresh memory costs more than the copy.
 
         It is good until the broadcast after the next: one is loaded while the next is received.
         """
         buffer = kept_buffer(_buffers, next(_turns) % 2, self.size, self.backend)
-        dist.broadcast(buffer, src=0, group=self._group())
+        dist.broadcast(buffer, src=0, group=self._group(reader))
         return buffer
 
-    def _group(self) -> dist.ProcessGroup:
-        kept = _groups.get(self.sender)
-        if kept is None or kept[0] != self.name:  # there is none yet, or the sender has given it up
+    def _group(self, reader: Reader) -> dist.ProcessGroup:
+        kept, name = _groups.get(self.sender), group_name(self.name, reader.engine)
+        if kept is None or kept[0] != name:  # there is none yet, or the sender has given it up
             store = dist.TCPStore(self.host, self.port, is_master=False, timeout=GROUP_TIMEOUT)
-            group = join_group(store, self.name, self.rank, self.world_size, self.backend)
-            kept = _groups[self.sender] = (self.name, group, store)
+            group = join_group(store, name, 1 + reader.rank, 1 + reader.size, self.backend)
+            kept = _groups[self.sender] = (name, group, store)
         return kept[1]
 
 
@@ -98,7 +113,7 @@ class File:
     path: str
     size: int
 
-    def read(self) -> Tensor:
+    def read(self, reader: Reader) -> Tensor:
         """The file, mapped."""
         if not Path(self.path).exists():
             raise FileNotFoundError(
@@ -127,6 +142,11 @@ def source_of(described: Mapping[str, Any]) -> Source:
     """The inverse of `describe`."""
     fields = dict(described)
     return _KINDS[fields.pop("kind")](**fields)
+
+
+def group_name(sender: str, engine: str) -> str:
+    """Name of the process group of a sender and an engine, which both of them know by a name."""
+    return f"{sender}-{engine}"
 
 
 def join_group(store: dist.Store, name: str, rank: int, world_size: int, backend: str) -> dist.ProcessGroup:

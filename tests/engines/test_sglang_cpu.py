@@ -127,6 +127,13 @@ def test_engines_get_what_the_job_decides_and_what_the_user_says(make_args) -> N
     assert engine_server_args(make_args("--random-init"), 0)["load_format"] == "dummy"
 
 
+def test_the_router_starts_without_sglang_and_torch() -> None:
+    code = "import sys; from rltrain.sglang.router_server import load; load('sglang-router');"
+    code += "print([name for name in ('torch', 'sglang.srt') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_a_reserved_port_can_still_be_served_on_but_not_taken_by_chance() -> None:
     with reserve_port("127.0.0.1") as reserved:
         address = reserved.getsockname()

@@ -24,12 +24,13 @@ from rltrain.megatron.device import used_memory
 from rltrain.run.http import call
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.weights.cuda_threads import finish_work
-from rltrain.weights.sources import describe, kept_buffer, source_of
-from rltrain.weights.transports.distributed import EngineGroup
+from rltrain.weights.sources import Reader, describe, kept_buffer, source_of
+from rltrain.weights.transports.distributed import EngineGroups
 
 pytestmark = pytest.mark.slow
 
 MIB = 2**20
+ENGINE = Reader("engine", 0, 1)
 _SPAWNS = multiprocessing.get_context("spawn")
 Receiver = Callable[[Any, Connection], None]
 
@@ -54,8 +55,8 @@ def receive_broadcast(described: dict[str, Any], answer: Connection) -> None:
     if described["backend"] == "nccl":
         torch.cuda.set_device(1)
     source = source_of(described)
-    source.read()
-    received = source.read()
+    source.read(ENGINE)
+    received = source.read(ENGINE)
     finish_work()
     answer.send((str(received.device), received.sum(dtype=torch.int64).item()))
     answer.poll(60)  # the group ends with us, and the sender may still be in it
@@ -68,14 +69,14 @@ def test_broadcast_to_an_engine(backend: str, size: int) -> None:
     """`--update-weight-transport distributed`: with gloo as with --colocate, with NCCL between two GPUs."""
     if backend == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip("NCCL refuses two processes on one GPU, and torch sees only one")
-    group = EngineGroup("127.0.0.1", backend, 0, 1)
-    (source,) = group.sources(size)
+    groups = EngineGroups("127.0.0.1", backend, 0)
+    source = groups.source(size)
     buffer = kept_buffer({}, 0, size, backend)
     buffer.copy_(torch.arange(size, dtype=torch.int64).remainder(251).to(torch.uint8))
 
     def send() -> None:
-        group.broadcast(buffer)
-        taken = seconds(lambda: group.broadcast(buffer))
+        groups.broadcast(ENGINE, buffer)
+        taken = seconds(lambda: groups.broadcast(ENGINE, buffer))
         report({f"broadcast by {backend}": size / taken / 1e9}, "GB/s")
 
     device, total = in_another_process(receive_broadcast, json.loads(json.dumps(describe(source))), send)

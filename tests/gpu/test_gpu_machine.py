@@ -19,9 +19,11 @@ from hpc.supervisor.task import make_spec, task_env
 from rltrain.megatron.device import HostSwap, restore, store
 from rltrain.weights.buckets import Part, lay_out, write
 from rltrain.weights.cuda_threads import Mark, finish_work, thread_pool
+from rltrain.weights.sources import Reader
 from rltrain.weights.transports.tensor import SharedMemoryTransport
 
 MIB = 2**20
+ENGINE = Reader("engine", 0, 1)
 _SAY_DEVICE = """
 from rltrain.megatron import device
 device.set_up()
@@ -108,11 +110,11 @@ def test_weights_through_shared_memory(where: str) -> None:
     parts = [Part.whole(name, torch.randn(size // 8, device=where)) for name in "ab"]
     pieces = lay_out(parts)
     transport = SharedMemoryTransport()
-    transport.connect({"http://engine": 1})
+    transport.connect({"http://engine": ENGINE})
     buffer = transport.buffer(0, pieces[-1].end)
-    (source,) = transport.sources(0, pieces[-1].end, "http://engine")
+    source = transport.source(0, pieces[-1].end)
     write(parts, pieces, buffer)
-    received = source.read()
+    received = source.read(ENGINE)
     loaded = [torch.empty_like(part.data) for part in parts]
 
     def load() -> None:

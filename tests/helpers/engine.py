@@ -44,9 +44,10 @@ class GivenWeights:
     def stream(self, consume: Callable[[Iterable[tuple[str, Tensor]]], object]) -> None:
         consume(self.tensors())
 
-    def share(self, bucket_bytes: int, *, one_per_machine: bool) -> Iterator[Sequence[tuple[str, Tensor]]]:
-        parts = (Part.whole(name, tensor) for name, tensor in self.tensors())
-        return ([(part.name, part.data) for part in bucket] for bucket in in_buckets(parts, bucket_bytes))
+    def share(
+        self, bucket_bytes: int, *, one_per_machine: bool, cut: bool = False
+    ) -> Iterator[Sequence[Part]]:
+        return in_buckets((Part.whole(name, tensor) for name, tensor in self.tensors()), bucket_bytes)
 
     def write(self, directory: Path) -> None:
         write_hf_directory(directory, self.tensors(), self.template)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers.fleet import Fleet, check_batch, running_fleet
 
-from rltrain.weights.buckets import from_json, to_json, with_source
+from rltrain.weights.buckets import from_message, message, to_json
 from rltrain.weights.session import Session
 
 pytestmark = pytest.mark.slow
@@ -56,12 +56,12 @@ def test_an_engine_refuses(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> Non
     version = fleet.version + 1
     wrong, told, really_send = fleet.find_engines()[1].url, [], Session.send
 
-    def send(self: Any, engine: Any, text: str, sources: Any) -> None:
+    def send(self: Any, engine: Any, text: str) -> None:
         if engine.url == wrong:
-            bucket, _ = from_json(with_source(text, {}))
+            ((bucket, source),) = from_message(text)
             told.append(bucket.pieces[0].name)
-            text = to_json(replace(bucket, digests=[digest + 1 for digest in bucket.digests]))
-        really_send(self, engine, text, sources)
+            text = message(to_json(replace(bucket, digests=[each + 1 for each in bucket.digests]), source))
+        really_send(self, engine, text)
 
     monkeypatch.setattr(Session, "send", send)
     fleet.push(version)

@@ -128,7 +128,7 @@ def test_engines_get_the_trainers_weights_in_the_form_of_their_directory(tmp_pat
     config = json.loads((tmp_path / "given" / "config.json").read_text())
     assert config["quantization_config"] == FORM and config["dtype"] == "float32"
     shared = {
-        name: tensor for named in actor._exporter.share(2000, one_per_machine=False) for name, tensor in named
+        part.name: part.data for parts in actor._exporter.share(2000, one_per_machine=False) for part in parts
     }
     assert shared.keys() == given.keys()
     assert all(

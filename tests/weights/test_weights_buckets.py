@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import pickle
 import pickletools
@@ -22,20 +23,22 @@ from rltrain.weights.buckets import (
     Bucket,
     Part,
     Piece,
-    from_json,
+    Window,
+    from_message,
     in_buckets,
     lay_out,
+    message,
     sample_digests,
     to_json,
-    with_source,
     write,
 )
 from rltrain.weights.channel import LOADED, _payload, call_trainer, receive_message, send_message
+from rltrain.weights.cuts import Cuts
 from rltrain.weights.delta import change
 from rltrain.weights.receive import _load, load_weights
 from rltrain.weights.rounds import Rounds
 from rltrain.weights.sources import Memory, describe
-from rltrain.weights.transports.distributed import EngineGroup
+from rltrain.weights.transports.distributed import EngineGroups
 from rltrain.weights.transports.tensor import SharedMemory, SharedMemoryTransport
 
 T = TypeVar("T")
@@ -73,7 +76,7 @@ def test_tensors_of_all_types_survive_the_flat_buffer() -> None:
     )
     pieces, buffer = filled(bucket, start=512)
     described = Bucket(pieces, sample_digests(pieces, buffer), keep="name")
-    again, source = from_json(with_source(to_json(described), {"path": "p"}))
+    ((again, source),) = from_message(message(to_json(described, {"path": "p"})))
     assert (again, source) == (described, {"path": "p"})
     for part, piece in zip(bucket, again.pieces, strict=True):
         assert piece.name == part.name and torch.equal(piece.of(buffer), part.data)
@@ -119,7 +122,8 @@ class Model:
 
 def called(text: str) -> dict[str, Any]:
     """Whom an engine's rank is told to call."""
-    return {name: value for name, value in json.loads(text).items() if name != "ahead"}
+    told = json.loads(text)
+    return {name: told[name] for name in ("host", "port", "key", "rank")}
 
 
 class Engine:
@@ -135,7 +139,11 @@ class Engine:
     def tensor_parallel_size(self) -> int:
         return 2
 
-    def update_weights_from_tensor(self, payloads, load_format, weight_version=None) -> None:
+    def begin_push(self, payloads, load_format, weight_version) -> None:
+        self.calls.append("begin_push")
+        self.update_weights_from_tensor(payloads, load_format, weight_version)
+
+    def update_weights_from_tensor(self, payloads, load_format, weight_version) -> None:
         self.calls.append(f"update {weight_version}")
         named = [pickle.loads(base64.b64decode(payload)) for payload in payloads]
         if self._dies:
@@ -173,13 +181,7 @@ def test_all_ranks_of_all_engines_get_every_tensor_and_then_the_version() -> Non
     for version in (1, 2):
         assert push(version, parts(named), *engines) == {}
     for engine in engines:
-        once = [
-            "pause_generation",
-            "begin_weight_update",
-            "update 1",
-            "end_weight_update",
-            "continue_generation",
-        ]
+        once = ["begin_push", "update 1", "end_push"]
         assert engine.calls == [*once, *(call.replace("1", "2") for call in once)]
         for model in engine.ranks:
             assert model.loaded.keys() == {name for name, _ in named}
@@ -210,14 +212,11 @@ class OneOfFour:
         return value
 
 
-@pytest.mark.parametrize("one_queue", [False, True])
-def test_engines_begin_with_the_buckets_of_different_senders(one_queue: bool) -> None:
-    """Ranks 0 and 3 have weights: each is the first for as many engines as the other, or one more."""
-    named = tensors(2)
-    engines = [Engine(f"http://{name}", named) for name in "abcd"]
+def push_of_four(engines: list[Engine], own: dict[int, list[list[Part]]], one_queue: bool = False) -> None:
+    """Each rank has rounds of its own."""
 
     def run(rank: int) -> dict[str, str]:
-        transport, own = SharedMemoryTransport(), {0: [parts(named[:1])], 3: [parts(named[1:])]}
+        transport = SharedMemoryTransport()
         try:
             transport.in_order = one_queue
             rounds = Rounds(transport, OneOfFour(rank), "127.0.0.1")
@@ -227,8 +226,54 @@ def test_engines_begin_with_the_buckets_of_different_senders(one_queue: bool) ->
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(run, range(4))) == [{}] * 4
+
+
+@pytest.mark.parametrize("one_queue", [False, True])
+def test_engines_begin_with_the_buckets_of_different_senders(one_queue: bool) -> None:
+    """Ranks 0 and 3 have weights: each is the first for as many engines as the other, or one more."""
+    named = tensors(2)
+    engines = [Engine(f"http://{name}", named) for name in "abcd"]
+
+    push_of_four(engines, {0: [parts(named[:1])], 3: [parts(named[1:])]}, one_queue)
     firsts = [[next(iter(model.loaded)) for model in engine.ranks] for engine in engines]
     assert firsts == [["layer.0"] * 2, ["layer.1"] * 2] * 2
+
+
+def cut(named: list[tuple[str, torch.Tensor]], window: Window) -> list[Part]:
+    return [part for each in named if (part := Part.cut(*each, window)) is not None]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 10.0])
+def test_what_several_ranks_send_of_a_tensor_is_put_together(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it in one request, or some in the next."""
+    monkeypatch.setattr(session, "_CHANNEL_SECONDS", seconds)
+    named = [*tensors(), ("one", torch.ones(1)), ("fp8", torch.ones(9, 3).to(torch.float8_e4m3fn))]
+    edges = [0, 3, 40, 41, 90, 100]
+    windows = [cut(named, Window(a, b, 100)) for a, b in itertools.pairwise(edges)]
+    assert sum(part.data.nbytes for parts in windows for part in parts) == sum(t.nbytes for _, t in named)
+    engines = [Engine("http://a", named), Engine("http://b", named)]
+    push_of_four(engines, {1: windows[:2], 0: windows[2:4], 3: windows[4:]})
+    for model in [model for engine in engines for model in engine.ranks]:
+        assert model.loaded.keys() == {name for name, _ in named}
+        assert all(torch.equal(model.loaded[name].float(), tensor.float()) for name, tensor in named)
+
+
+def test_parts_of_a_push_that_has_failed_are_forgotten() -> None:
+    (old,), (new,) = ([("w", torch.full((6,), value))] for value in (1.0, 2.0))
+    cuts = Cuts()
+
+    def add(tensor: tuple[str, torch.Tensor], start: int, end: int) -> torch.Tensor | None:
+        (piece,), buffer = filled(cut([tensor], Window(start, end, 6)))
+        return cuts.add(piece, buffer)
+
+    cuts.begin("engine")
+    assert add(old, 0, 4) is None
+    cuts.begin("the same engine, after it has failed")
+    assert add(new, 4, 6) is None
+    whole = add(new, 0, 4)
+    assert whole is not None and torch.equal(whole, new[1])
 
 
 def test_an_engine_that_fails_is_named_and_stays_paused_and_the_others_go_on() -> None:
@@ -247,11 +292,7 @@ def test_an_engine_that_fails_is_named_and_stays_paused_and_the_others_go_on() -
     )
     assert "hung up" in failures["http://dead"] or "died" in failures["http://dead"]
     # One that is there can be asked again; it does not generate with what it has.
-    assert [engine.calls[-1] for engine in engines] == [
-        "end_weight_update",
-        "continue_generation",
-        "update 1",
-    ]
+    assert [engine.calls[-1] for engine in engines] == ["end_weight_update", "end_push", "update 1"]
     assert engines[1].ranks[0].loaded.keys() == {name for name, _ in named}
 
 
@@ -287,7 +328,7 @@ def test_strangers_are_not_told_anything() -> None:
     """Whoever calls without the key is sent away, and the engine's ranks are waited for."""
 
     class Beset(Engine):
-        def update_weights_from_tensor(self, payloads, load_format, weight_version=None) -> None:
+        def update_weights_from_tensor(self, payloads, load_format, weight_version) -> None:
             ((text, _),) = pickle.loads(base64.b64decode(payloads[0]))
             stranger = call_trainer(**(called(text) | {"key": "wrong"}))
             assert receive_message(stranger) is None
@@ -310,12 +351,13 @@ def test_running_engines_find_the_loader_under_its_name() -> None:
 def report(model: Model, bucket: Bucket, source: Memory) -> str | None:
     """What a rank says that is told of one bucket."""
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
-        call = {"host": "127.0.0.1", "port": server.getsockname()[1], "key": "", "rank": 0, "ahead": False}
+        call = {"host": "127.0.0.1", "port": server.getsockname()[1], "key": "", "rank": 0, "ahead": False,
+                "engine": "e", "size": 1}  # fmt: skip
         loading = pool.submit(load_weights, model, [(json.dumps(call), torch.empty(0))])
         line, _ = server.accept()
         with line:
             receive_message(line)
-            send_message(line, with_source(to_json(bucket), describe(source)))
+            send_message(line, message(to_json(bucket, describe(source))))
             line.shutdown(socket.SHUT_WR)
             words = receive_message(line)
         loading.result()
@@ -367,8 +409,8 @@ def test_what_an_engine_is_asked_names_no_function_of_the_trainers_megatron_core
 
 
 def test_the_store_of_an_engine_group_listens_at_one_address() -> None:
-    group = EngineGroup("127.0.0.1", "gloo", 0, 1)
-    port = group.sources(8)[0].port  # type: ignore[union-attr]
+    groups = EngineGroups("127.0.0.1", "gloo", 0)
+    port = groups.source(8).port  # type: ignore[union-attr]
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), timeout=5)

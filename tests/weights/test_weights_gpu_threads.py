@@ -11,10 +11,11 @@ import torch
 from fakes.cuda_runtime import FakeCuda
 
 from rltrain.weights import receive
-from rltrain.weights.buckets import Bucket, Part, lay_out, sample_digests, to_json, with_source, write
+from rltrain.weights.buckets import Bucket, Part, lay_out, message, sample_digests, taken, to_json, write
 from rltrain.weights.channel import LOADED, receive_message, send_message
-from rltrain.weights.rounds import in_order, taken
+from rltrain.weights.rounds import in_order
 from rltrain.weights.session import outcomes
+from rltrain.weights.sources import Reader
 
 
 class Read:
@@ -23,7 +24,7 @@ class Read:
     def __init__(self, buffer: torch.Tensor, log: list) -> None:
         self.buffer, self.log = buffer, log
 
-    def read(self) -> torch.Tensor:
+    def read(self, reader: Reader) -> torch.Tensor:
         self.log.append(("read", (torch.cuda.current_device(), torch.cuda.current_stream().number)))
         return self.buffer
 
@@ -53,13 +54,14 @@ def load_on(device: int, patch: pytest.MonkeyPatch) -> FakeCuda:
         receive.load_weights(NotingModel(cuda.log), [(json.dumps(call), torch.empty(0))])
 
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
-        call = {"host": "127.0.0.1", "port": server.getsockname()[1], "key": "", "rank": 0, "ahead": True}
+        call = {"host": "127.0.0.1", "port": server.getsockname()[1], "key": "", "rank": 0, "ahead": True,
+                "engine": "e", "size": 1}  # fmt: skip
         loading = pool.submit(rank, call)
         line, _ = server.accept()
         with line:
             receive_message(line)
             for _ in range(2):
-                send_message(line, with_source(to_json(bucket), {}))
+                send_message(line, message(to_json(bucket, {})))
                 assert receive_message(line) == LOADED
                 cuda.log.append(("reported", None))
             line.shutdown(socket.SHUT_WR)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,21 +62,22 @@ def push(config: Config, work: Path) -> dict[str, Any]:
     """Three pushes, with changed weights in between.
 
     Returns:
-        Names of the tensors that this rank has sent in the first; on rank 0 also the engine's version and checksums
-        after each push, and its checksums after it has loaded the same weights from a directory.
+        Parts of tensors that this rank has sent in the first: names, places of their first elements, bytes. On rank 0
+        also the engine's version and checksums after each push, and its checksums after it has loaded the same weights
+        from a directory.
     """
     import torch.distributed as dist
 
     rank = dist.get_rank()
     os.environ["SLURMD_NODENAME"] = f"node{rank // 2}"
     actor = make_actor(config, work)
-    share, sent = actor._exporter.share, list[list[str]]()
+    share, sent = actor._exporter.share, list[list[tuple[str, int | None, int]]]()
 
     def noted(*args: Any, **options: Any) -> Iterator[Any]:
         sent.append([])
-        for named in share(*args, **options):
-            sent[-1] += [name for name, _ in named]
-            yield named
+        for parts in share(*args, **options):
+            sent[-1] += [(part.name, part.first, part.data.nbytes) for part in parts]
+            yield parts
 
     actor._exporter.share = noted
     engine = GivenEngine(config.custom["engine_url"], TOKEN)
@@ -129,6 +131,14 @@ def pushes(
     return found
 
 
+def test_ranks_that_hold_nothing_of_a_kind_have_nothing_to_share() -> None:
+    """As the first stage of a pipeline whose first layers have no experts."""
+    from rltrain.megatron.model.export import Held, _in_windows
+
+    group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    assert list(_in_windows(Held([], group, 0, (0,)), {0: [0], 1: [0]}, None, 100)) == []  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("kind", "layout", "transport"), PUSHES)
 def test_engines_get_the_weights_that_a_directory_would_give_them(
     kind: str, layout: str, transport: str, pushes: dict[tuple[str, str], list[dict[str, Any]]]
@@ -136,7 +146,11 @@ def test_engines_get_the_weights_that_a_directory_would_give_them(
     ranks = pushes[layout, transport]
     assert ranks[0]["pushed"] == ranks[0]["expected"]
     assert len({str(checksums) for _, checksums in ranks[0]["pushed"]}) == 3
-    names = [name for rank in ranks for name in rank["sent"]]
-    assert len(names) == len(set(names)) > 10  # each once
+    parts = [(name, first) for rank in ranks for name, first, _ in rank["sent"]]
+    assert len(parts) == len(set(parts)) > 10  # each once
+    # Ranks that hold the same weights have as much to send as one another, whatever the sizes of tensors.
+    if (layout, transport) == ("dp4", "distributed"):
+        first, second = (sum(nbytes for *_, nbytes in ranks[rank]["sent"]) for rank in (0, 2))
+        assert abs(first - second) < 0.01 * first and any(place for _, place in parts)
     senders = {number for number, rank in enumerate(ranks) if rank["sent"]}
     assert senders == ({0, 1, 2, 3} if transport == "tensor" else LAYOUTS[kind][layout][1])

@@ -10,12 +10,13 @@ import torch
 from rltrain import arguments
 from rltrain.weights.buckets import Part, lay_out, write
 from rltrain.weights.page_lock import lock_pages
-from rltrain.weights.sources import Memory, _mapped
+from rltrain.weights.sources import Memory, Reader, _mapped
 from rltrain.weights.transports.choose import bucket_bytes, make_transport
 from rltrain.weights.transports.tensor import SharedMemory, SharedMemoryTransport
 
 FLAGS = ["--prompt-data=/p", "--num-rollout=1", "--rollout-batch-size=8", "--hf-checkpoint=/m"]
 REFUSED = 801  # cudaErrorNotSupported
+READER = Reader("e", 0, 2)
 
 
 class FakeCudart:
@@ -49,17 +50,17 @@ def cudart(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCudart]:
 def test_both_sides_lock_what_is_mapped_and_unlock_it_before_it_is_not(cudart: FakeCudart) -> None:
     memory = SharedMemory()
     memory.grow(1000)
-    read = memory.source.read()
+    read = memory.source.read(READER)
     assert cudart.locked == {memory.buffer.data_ptr(): 1000, read.data_ptr(): 1000}
-    assert memory.source.read() is read
+    assert memory.source.read(READER) is read
     memory.grow(5000)
     assert list(cudart.locked.values()) == [1000, 5000]
-    again = memory.source.read()
+    again = memory.source.read(READER)
     assert cudart.locked == {memory.buffer.data_ptr(): 5000, again.data_ptr(): 5000}
     memory.buffer[4999] = 7
     assert again[4999] == 7
     smaller = Memory(memory.source.path, memory.name, 100)  # another bucket's, of before
-    assert smaller.read() is again
+    assert smaller.read(READER) is again
     memory.close()
     assert list(cudart.locked) == [again.data_ptr()]
 
@@ -69,12 +70,12 @@ def test_a_push_works_where_the_driver_refuses(
 ) -> None:
     cudart.status = REFUSED
     transport = SharedMemoryTransport()
-    transport.connect({"http://e": 2})
+    transport.connect({"http://e": READER})
     parts = [Part.whole("a", torch.arange(8.0))]
     pieces = lay_out(parts)
     write(parts, pieces, transport.buffer(0, pieces[-1].end))
-    first, second = transport.sources(0, pieces[-1].end, "http://e")
-    assert torch.equal(pieces[0].of(first.read()), parts[0].data) and second == first
+    source = transport.source(0, pieces[-1].end)
+    assert torch.equal(pieces[0].of(source.read(READER)), parts[0].data)
     assert "can't be page-locked (CUDA error 801)" in capsys.readouterr().out
     transport.close()
 

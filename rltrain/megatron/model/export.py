@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -30,7 +30,7 @@ from rltrain.megatron.model.tensor_files import SafetensorsDirectory
 from rltrain.megatron.quantise import BlockFp8
 from rltrain.megatron.ranks import control_group, on_rank_0, together
 from rltrain.models.quantised import fp8_block
-from rltrain.weights.buckets import NamedTensor
+from rltrain.weights.buckets import NamedTensor, Part, Window
 from rltrain.weights.transports import hf_directory
 
 BUCKET_BYTES = 512 * 1024**2
@@ -38,6 +38,8 @@ BUCKET_BYTES = 512 * 1024**2
 Named = list[tuple[str, Tensor]]
 Unit = list[LocalParameter]
 Value = Callable[[Tensor], Tensor]
+
+_ALL = Window(0, 1, 1)
 
 
 @torch.no_grad()
@@ -67,14 +69,14 @@ def export_adapters(models: list[GPTModel], shape: ModelShape) -> Iterator[tuple
 
 
 def _whole_on_rank_0(
-    part: Part, shape: ModelShape, value: Value | None, bucket_bytes: int
+    part: Held, shape: ModelShape, value: Value | None, bucket_bytes: int
 ) -> Iterator[tuple[str, Tensor]]:
     tensors = _gathered(part, shape, value, bucket_bytes) if part.replica == 0 else iter(())
     yield from _on_rank_0(tensors, sends=part.replica == 0 and part.group.rank() == 0)
 
 
 @dataclass(frozen=True)
-class Part:
+class Held:
     """A rank's weights of one kind, experts or all others.
 
     Attributes:
@@ -98,7 +100,7 @@ class Part:
         return list(found.values())
 
 
-def _parts_of(models: list[GPTModel], shape: ModelShape) -> Iterator[Part]:
+def _parts_of(models: list[GPTModel], shape: ModelShape) -> Iterator[Held]:
     """First what is shared out over tensor parallel ranks, then the experts.
 
     One rank has different peers for the two, and would otherwise wait for one that waits for it.
@@ -109,7 +111,7 @@ def _parts_of(models: list[GPTModel], shape: ModelShape) -> Iterator[Part]:
     if shape.experts:
         experts = [parameter for parameter in own if parameter.entry.is_expert]
         fused = any(parameter.of_all_experts for parameter in shape.family.tensors.values())
-        yield Part(
+        yield Held(
             experts,
             parallel_state.get_expert_model_parallel_group()
             if fused
@@ -119,8 +121,8 @@ def _parts_of(models: list[GPTModel], shape: ModelShape) -> Iterator[Part]:
         )
 
 
-def _part_without_experts(parameters: list[LocalParameter]) -> Part:
-    return Part(
+def _part_without_experts(parameters: list[LocalParameter]) -> Held:
+    return Held(
         parameters,
         parallel_state.get_tensor_model_parallel_group(),
         parallel_state.get_data_parallel_rank(with_context_parallel=True),
@@ -128,14 +130,19 @@ def _part_without_experts(parameters: list[LocalParameter]) -> Part:
     )
 
 
-def _gathered(part: Part, shape: ModelShape, value: Value | None, bucket_bytes: int) -> Iterator[Named]:
+def _gathered(part: Held, shape: ModelShape, value: Value | None, bucket_bytes: int) -> Iterator[Named]:
     """Whole tensors, one bucket at a time, on every rank of the group."""
     for bucket in _buckets_of(part.units(), value, bucket_bytes // part.group.size()):
         yield _gather(bucket, part, shape, value)
 
 
-def _gather(bucket: list[Unit], part: Part, shape: ModelShape, value: Value | None) -> Named:
+def _gather(bucket: list[Unit], part: Held, shape: ModelShape, value: Value | None) -> Named:
     """The Hugging Face tensors of a bucket, on every rank of the part's group, which all gather it together."""
+    return list(chain.from_iterable(_gather_each(bucket, part, shape, value)))
+
+
+def _gather_each(bucket: list[Unit], part: Held, shape: ModelShape, value: Value | None) -> Iterator[Named]:
+    """The same, unit by unit."""
     gathered = [
         each
         for unit in bucket
@@ -143,15 +150,15 @@ def _gather(bucket: list[Unit], part: Part, shape: ModelShape, value: Value | No
         if each.entry.split_dim is not None or each.entry.of_all_experts
     ]
     shards = iter(_all_gather([_taken(each, value) for each in gathered], part.group))
-    named: Named = []
     for unit in bucket:
         if unit[0].entry.of_all_experts:
-            named.append(_all_experts(unit, [next(shards) for _ in unit], shape))
+            yield [_all_experts(unit, [next(shards) for _ in unit], shape)]
             continue
+        named: Named = []
         for each in unit:
             own = [_taken(each, value)] if each.entry.split_dim is None else next(shards)
             named += _whole(each, own, shape)
-    return named
+        yield named
 
 
 def _taken(parameter: LocalParameter, value: Value | None) -> Tensor:
@@ -269,7 +276,7 @@ def export_own_share(
         yield from _dealt_out(part, replicas, shape, bucket_bytes)
 
 
-def _takers(parts: list[Part], takers: Collection[int] | None) -> list[dict[int, list[int]]]:
+def _takers(parts: list[Held], takers: Collection[int] | None) -> list[dict[int, list[int]]]:
     """Of each part the replicas that get some of it: which ranks of their groups do, and at least one."""
     own = [(part.key, part.replica, part.group.rank()) for part in parts]
     everyone: list[list[tuple[tuple[int, ...], int, int]]] = [own] * dist.get_world_size()
@@ -287,7 +294,7 @@ def _takers(parts: list[Part], takers: Collection[int] | None) -> list[dict[int,
 
 
 def _dealt_out(
-    part: Part, replicas: dict[int, list[int]], shape: ModelShape, bucket_bytes: int
+    part: Held, replicas: dict[int, list[int]], shape: ModelShape, bucket_bytes: int
 ) -> Iterator[Named]:
     """In a round each replica gathers one bucket; of its ranks the one that has least takes a tensor.
 
@@ -309,6 +316,65 @@ def _dealt_out(
         yield mine
 
 
+@torch.no_grad()
+def export_even_share(
+    models: list[GPTModel], shape: ModelShape, bucket_bytes: int, takers: Collection[int]
+) -> Iterator[list[tuple[Window, Named]]]:
+    """As `export_own_share`, but where several ranks hold the same weights, each gets as many bytes as the others.
+
+    Yields:
+        Whole tensors, and which part of them the rank has got; other ranks in the same round have the rest.
+    """
+    parts = list(_parts_of(models, shape))
+    for part, replicas in zip(parts, _takers(parts, takers), strict=True):
+        if len(replicas) > 1:
+            yield from _in_windows(part, replicas, shape, bucket_bytes)
+        else:
+            yield from ([(_ALL, named)] for named in _dealt_out(part, replicas, shape, bucket_bytes))
+
+
+def _in_windows(
+    part: Held, replicas: dict[int, list[int]], shape: ModelShape, bucket_bytes: int
+) -> Iterator[list[tuple[Window, Named]]]:
+    """All weights end to end, cut into windows of the same size; in a round each replica gathers what lies in one.
+
+    A tensor of many windows, such as an embedding, is gathered by all replicas whose windows it lies in. That costs
+    less than if one of them sent it to all engines.
+    """
+    total = sum(parameter.weight.nbytes for parameter in part.parameters)
+    size = max(1, min(bucket_bytes // part.group.size(), -(-total // len(replicas))))
+    rounds = -(-total // (size * len(replicas)))
+    turn = list(replicas).index(part.replica) if part.replica in replicas else None
+    taken = dict.fromkeys(replicas.get(part.replica, []), 0)
+    for number in range(rounds):
+        mine: list[tuple[Window, Named]] = []
+        if turn is not None:
+            edges = (
+                total * (number * len(replicas) + i) // (rounds * len(replicas)) for i in (turn, turn + 1)
+            )
+            for window, named in _gather_window(part, shape, *edges):
+                taker = min(taken, key=lambda rank: (taken[rank], rank))
+                taken[taker] += window.end - window.start
+                if taker == part.group.rank():
+                    mine.append((window, named))
+        yield mine
+
+
+def _gather_window(part: Held, shape: ModelShape, start: int, end: int) -> Iterator[tuple[Window, Named]]:
+    """What lies between two bytes of a rank's weights of a part, end to end: whole tensors, and the window on them."""
+    place = 0
+    found: list[tuple[Unit, Window]] = []
+    for unit in part.units():
+        nbytes = sum(each.weight.nbytes for each in unit)
+        low, high = max(start - place, 0), min(end - place, nbytes)
+        if low < high:
+            found.append((unit, Window(low, high, nbytes)))
+        place += nbytes
+    for _, same_type in groupby(found, key=lambda each: each[0][0].weight.dtype):
+        units, windows = zip(*same_type, strict=True)
+        yield from zip(windows, _gather_each(list(units), part, shape, None), strict=True)
+
+
 class Exporter:
     """Methods are called by all ranks together."""
 
@@ -328,14 +394,20 @@ class Exporter:
         for _ in tensors:  # to the end, also where nobody wants them: other ranks are sending
             pass
 
-    def share(self, bucket_bytes: int, *, one_per_machine: bool) -> Iterator[Sequence[NamedTensor]]:
+    def share(self, bucket_bytes: int, *, one_per_machine: bool, cut: bool = False) -> Iterator[list[Part]]:
         """This rank's share of the weights, in rounds that all ranks go through (see `export_own_share`).
 
-        With `one_per_machine` only the first rank of each has one, and the first of those that alone hold a weight.
+        With `one_per_machine` only the first rank of each has one, and the first of those that alone hold a weight;
+        with `cut` they also share tensors (see `export_even_share`).
         """
         takers = _first_of_machines() if one_per_machine else None
-        rounds = export_own_share(self._models, self._shape, bucket_bytes, takers)
-        return (list(self._formed(named)) for named in rounds)
+        if takers is None or not cut:
+            for named in export_own_share(self._models, self._shape, bucket_bytes, takers):
+                yield [Part.whole(*each) for each in self._formed(named)]
+            return
+        for windows in export_even_share(self._models, self._shape, bucket_bytes, takers):
+            found = [Part.cut(*each, window) for window, named in windows for each in self._formed(named)]
+            yield [part for part in found if part is not None]
 
     def write(self, directory: Path) -> None:
         """Write the weights as a Hugging Face directory, every rank its share; done when this returns.

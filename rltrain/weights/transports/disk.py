@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from rltrain.weights.buckets import Bucket, Part, in_buckets, lay_out, sample_digests, to_json, write
+from rltrain.weights.buckets import Bucket, Part, in_buckets, lay_out, message, sample_digests, to_json, write
 from rltrain.weights.engine import ServerEngine
 from rltrain.weights.session import Session
-from rltrain.weights.sources import File
+from rltrain.weights.sources import File, describe
 from rltrain.weights.transports.current import current_weights, load_from_disk, set_current
 from rltrain.weights.transports.hf_directory import pieces_of
 
@@ -94,16 +94,17 @@ def _send_files(
     try:
         session.begin()
         for file in files:
-            session.each(partial(_send_file, session, file.source, to_json(file.bucket)))
+            text = message(to_json(file.bucket, describe(file.source)))
+            session.each(partial(_send_file, session, text))
         session.end()
     finally:
         session.drop()
     return session.failures
 
 
-def _send_file(session: Session, source: File, bucket: str, engine: ServerEngine) -> None:
+def _send_file(session: Session, text: str, engine: ServerEngine) -> None:
     session.refresh_channel(engine)
-    session.send(engine, bucket, [source] * engine.tensor_parallel_size())
+    session.send(engine, text)
     session.confirm(engine)
 
 

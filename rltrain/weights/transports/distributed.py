@@ -11,32 +11,41 @@ from collections.abc import Iterable, Mapping
 import torch.distributed as dist
 from torch import Tensor
 
-from rltrain.weights.sources import GROUP_TIMEOUT, Group, Source, join_group, kept_buffer, open_store
+from rltrain.weights.sources import (
+    GROUP_TIMEOUT,
+    Group,
+    Reader,
+    Source,
+    group_name,
+    join_group,
+    kept_buffer,
+    open_store,
+)
 
 
-class EngineGroup:
-    """The process group of this rank and all ranks of one engine, which join it when they are first told of it."""
+class EngineGroups:
+    """The process groups of this rank: one with all ranks of each engine, which join it when they are told of it."""
 
-    def __init__(self, host: str, backend: str, rank: int, engine_ranks: int) -> None:
-        """The engine joins at this machine's address `host`; this is the trainer's `rank`."""
-        self._name, self._size = f"weights-{uuid.uuid4().hex}", 1 + engine_ranks
+    def __init__(self, host: str, backend: str, rank: int) -> None:
+        """Engines join at this machine's address `host`; this is the trainer's `rank`."""
+        self._name, self._store = f"weights-{uuid.uuid4().hex}", open_store(host, GROUP_TIMEOUT)
         self._host, self._backend, self._rank = host, backend, rank
-        self._store = open_store(host, GROUP_TIMEOUT)
-        self._group: dist.ProcessGroup | None = None
+        self._groups: dict[str, dist.ProcessGroup] = {}  # by the engine's name
 
-    def sources(self, nbytes: int) -> list[Source]:
-        """What each rank of the engine is told of a broadcast."""
-        port, name = self._store.port, self._name
-        return [
-            Group(self._host, port, name, self._size, number, self._backend, nbytes, self._rank)
-            for number in range(1, self._size)
-        ]
+    def source(self, nbytes: int) -> Source:
+        """What the ranks of every engine are told of a broadcast."""
+        return Group(self._host, self._store.port, self._name, self._backend, nbytes, self._rank)
 
-    def broadcast(self, buffer: Tensor) -> None:
-        """Send it to all ranks."""
-        if self._group is None:
-            self._group = join_group(self._store, self._name, 0, self._size, self._backend)
-        dist.broadcast(buffer, src=0, group=self._group)
+    def broadcast(self, engine: Reader, buffer: Tensor) -> None:
+        """Send it to all ranks of an engine."""
+        if engine.engine not in self._groups:
+            name = group_name(self._name, engine.engine)
+            self._groups[engine.engine] = join_group(self._store, name, 0, 1 + engine.size, self._backend)
+        dist.broadcast(buffer, src=0, group=self._groups[engine.engine])
+
+    def forget(self, engine: str) -> None:
+        """Give up the group with an engine, if there is one."""
+        self._groups.pop(engine, None)
 
 
 class DistributedTransport:
@@ -48,28 +57,32 @@ class DistributedTransport:
         """Engines join at this machine's address `host`; this is the trainer's `rank`."""
         self._host, self._backend, self._rank = host, backend, rank
         self.in_order = backend == "nccl"
-        self._groups: dict[str, EngineGroup] = {}
+        self._groups: EngineGroups | None = None  # a rank that never sends needs none
+        self._engines: dict[str, Reader] = {}
         self._buffers: dict[int, Tensor] = {}
 
-    def connect(self, engines: Mapping[str, int]) -> None:
+    def connect(self, engines: Mapping[str, Reader]) -> None:
         """See `Transport.connect`."""
-        for url, size in engines.items():
-            if url not in self._groups:
-                self._groups[url] = EngineGroup(self._host, self._backend, self._rank, size)
+        self._engines |= engines
 
     def buffer(self, slot: int, nbytes: int) -> Tensor:
         """See `Transport.buffer`."""
         return kept_buffer(self._buffers, slot, nbytes, self._backend)
 
-    def sources(self, slot: int, nbytes: int, url: str) -> list[Source]:
-        """See `Transport.sources`."""
-        return self._groups[url].sources(nbytes)
+    def source(self, slot: int, nbytes: int) -> Source:
+        """See `Transport.source`."""
+        if self._groups is None:
+            self._groups = EngineGroups(self._host, self._backend, self._rank)
+        return self._groups.source(nbytes)
 
     def send(self, slot: int, nbytes: int, url: str) -> None:
         """See `Transport.send`."""
-        self._groups[url].broadcast(self.buffer(slot, nbytes))
+        assert self._groups is not None, "engines have not been told of it"
+        self._groups.broadcast(self._engines[url], self.buffer(slot, nbytes))
 
     def disconnect(self, urls: Iterable[str]) -> None:
         """See `Transport.disconnect`."""
         for url in urls:
-            self._groups.pop(url, None)
+            engine = self._engines.pop(url, None)
+            if engine is not None and self._groups is not None:
+                self._groups.forget(engine.engine)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rltrain.weights.page_lock import lock_pages, unlock_pages
-from rltrain.weights.sources import Memory, Source
+from rltrain.weights.sources import Memory, Reader, Source
 
 
 class SharedMemory:
@@ -49,11 +49,9 @@ class SharedMemoryTransport:
 
     def __init__(self) -> None:
         self._memory: list[SharedMemory] = []
-        self._sizes: dict[str, int] = {}
 
-    def connect(self, engines: Mapping[str, int]) -> None:
+    def connect(self, engines: Mapping[str, Reader]) -> None:
         """See `Transport.connect`."""
-        self._sizes = dict(engines)
         if not self._memory:
             self._memory = [SharedMemory(), SharedMemory()]
 
@@ -62,9 +60,9 @@ class SharedMemoryTransport:
         self._memory[slot].grow(nbytes)
         return self._memory[slot].buffer
 
-    def sources(self, slot: int, nbytes: int, url: str) -> list[Source]:
-        """See `Transport.sources`."""
-        return [self._memory[slot].source] * self._sizes[url]
+    def source(self, slot: int, nbytes: int) -> Source:
+        """See `Transport.source`."""
+        return self._memory[slot].source
 
     def send(self, slot: int, nbytes: int, url: str) -> None:
         """Nothing: engines read it where it is."""
