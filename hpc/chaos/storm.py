@@ -163,11 +163,11 @@ class Storm:
             for node in self._client.node_states():
                 if node.state.startswith("drain") and node.reason == "Kill task failed":
                     self._cluster.run("scontrol", "update", f"nodename={node.name}", "state=resume")
-            reasons = [str(each.reason) for each in self._client.squeue([self._job()])]
-            if was_suspended and any(reason.startswith("JobHeld") for reason in reasons):
+            waiting = [each for each in self._client.squeue([self._job()]) if each.state.is_waiting]
+            if was_suspended and any(str(each.reason).startswith("JobHeld") for each in waiting):
                 self._cluster.run("scontrol", "release", self._job())
             lost = idle_nodes_with_used_gpus(self._cluster.run("sinfo", "-h", "-N", "-O", _GPUS_OF_NODES))
-            if lost & self._lost_gpus:
+            if waiting and lost & self._lost_gpus:  # one that is suspended keeps its GPUs on idle nodes
                 print(
                     f"slurmctld takes GPUs of {', '.join(sorted(lost))} for used: it is restarted", flush=True
                 )
