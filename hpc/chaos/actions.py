@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hpc.chaos import clocks
-from hpc.chaos.disk import Stops
 from hpc.chaos.faults import Fault, NobodyError
+from hpc.chaos.isolated import Stops
 from hpc.sandbox import Sandbox
 from rltrain.run.layout import RunLayout
 from rltrain.run.processes import parse_stat

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from hpc.chaos.faults import NobodyError
 from hpc.sandbox.packages import find_program, search_path
 
 _MOUNT_POINTS = ("/mnt", "/media", "/srv")  # the first that is empty: we may run from what is in another
@@ -26,6 +27,20 @@ mkfs.ext4 -q -F {disk}
 mount -o loop {disk} {mount_point}
 chattr +i {mount_point}
 chattr -i {mount_point}
+"""
+
+# It ends when its input does, so that the disk goes on however we end. The pauses make a slow disk of one that stops.
+_STOPS = """\
+"$1" --freeze "$2" && echo stopped || exit
+while :; do
+    read -r -t "$3"
+    waited=$?
+    "$1" --unfreeze "$2"
+    [ $waited -gt 128 ] || exit
+    read -r -t "$4"
+    [ $? -gt 128 ] || exit
+    "$1" --freeze "$2" || exit
+done
 """
 
 
@@ -87,3 +102,35 @@ def disk_for_runs(directory: Path) -> Iterator[Path]:
 
 def _call(*words: str) -> None:
     subprocess.run([find_program(words[0]), *words[1:]], check=True)
+
+
+class Stops:
+    """A disk stops, from now until `end`: nobody gets an error, but who writes waits, and can't even be killed.
+
+    Args:
+        disk: a directory on it.
+        seconds: for which it stops at a time.
+        pause: seconds between two stops.
+
+    Raises:
+        NobodyError: it can't be stopped, or has been.
+    """
+
+    def __init__(self, disk: Path, seconds: float, pause: float = 0.1) -> None:
+        words = [find_program("fsfreeze"), str(disk), str(seconds), str(pause)]
+        self._process = subprocess.Popen(
+            [find_program("bash"), "-c", _STOPS, "stops", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # a Ctrl-C is not for it
+        )
+        assert self._process.stdout is not None
+        if (said := self._process.stdout.readline().strip()) != "stopped":
+            self._process.communicate()
+            raise NobodyError(said)
+
+    def end(self) -> None:
+        """Let the disk go on; returns when it does."""
+        self._process.communicate()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from pathlib import Path
 from hpc.chaos import clocks, records, roles, verdict
 from hpc.chaos.actions import Weather
 from hpc.chaos.faults import KINDS, Fault
+from hpc.chaos.operator import Operator
 from hpc.chaos.records import Kept
 from hpc.chaos.recovery import Recovery, SeenLines, recoveries
 from hpc.chaos.script import Script
@@ -40,9 +39,7 @@ FLAGS = (
 NOWHERE = ("--hf-checkpoint=/nowhere", "--prompt-data=/nowhere")
 WITHOUT_WANDB, WANDB_OFFLINE = ("--wandb-mode=disabled",), ("--wandb-mode=offline",)
 _POLL_SECONDS = 0.05
-_LOOK_SECONDS = 2.0
 _MAX_HANDS = 20
-_GPUS_OF_NODES = "NodeHost:64,StateLong:64,GresUsed:64"
 
 
 @dataclass(frozen=True)
@@ -103,8 +100,7 @@ class Storm:
         self._layout = RunLayout(runs_dir.resolve() / name)
         self._client = SlurmClient(cluster.env)
         self._weather = Weather(cluster, self._layout)
-        self._looked = 0.0
-        self._lost_gpus: set[str] = set()
+        self._operator = Operator(cluster, self._layout.submitit)
         self._rows, self._events = SeenLines(self._layout.metrics), SeenLines(self._layout.events)
 
     @property
@@ -142,44 +138,14 @@ class Storm:
         while not is_finished(self._layout, self._steps) or self._is_alive(but_completing=True):
             if time.monotonic() > deadline:
                 return hands, [f"not finished after {self._timeout:.0f} s: {self._state()}"]
-            self._mend(was_suspended=any(fault.kind == "suspend" for fault, _ in script.done))
+            was_suspended = any(fault.kind == "suspend" for fault, _ in script.done)
+            self._operator.look(self._job(), was_suspended=was_suspended)
             if self._is_over() and not script.keeps_people_away:
                 if hands == _MAX_HANDS:
                     return hands, [f"not finished after {hands} times of resubmitting"]
                 hands += self._resubmit()
             time.sleep(_POLL_SECONDS)
         return hands, []
-
-    def _mend(self, *, was_suspended: bool) -> None:
-        """What an operator does.
-
-        Slurm drains a node where it could not end a step, as its slurmstepd was dead. It holds a job that lost a node
-        while it was suspended. And slurmctld 22.05 may take a GPU for used for ever that a requeued job had.
-        """
-        if time.monotonic() < self._looked + _LOOK_SECONDS:
-            return
-        self._looked = time.monotonic()
-        try:
-            for node in self._client.node_states():
-                if node.state.startswith("drain") and node.reason == "Kill task failed":
-                    self._cluster.run("scontrol", "update", f"nodename={node.name}", "state=resume")
-            waiting = [each for each in self._client.squeue([self._job()]) if each.state.is_waiting]
-            if was_suspended and any(str(each.reason).startswith("JobHeld") for each in waiting):
-                self._cluster.run("scontrol", "release", self._job())
-            lost = idle_nodes_with_used_gpus(self._cluster.run("sinfo", "-h", "-N", "-O", _GPUS_OF_NODES))
-            if waiting and lost & self._lost_gpus:  # one that is suspended keeps its GPUs on idle nodes
-                print(
-                    f"slurmctld takes GPUs of {', '.join(sorted(lost))} for used: it is restarted", flush=True
-                )
-                self._cluster.restart_controller()
-            self._lost_gpus = lost
-        except (
-            SlurmError,
-            UserError,
-            TimeoutError,
-            subprocess.CalledProcessError,
-        ):  # it does not answer for now
-            pass
 
     def _submit(self) -> None:
         words = [
@@ -231,16 +197,6 @@ class Storm:
             return f"job {self._job()} is {status_of(self._job(), self._client.squeue([self._job()])).state}"
         except SlurmError as error:
             return str(error)
-
-
-def idle_nodes_with_used_gpus(listed: str) -> set[str]:
-    """From lines of sinfo: names of nodes that are idle, and of which slurmctld says that GPUs are used."""
-    fields = (line.split() for line in listed.splitlines())
-    return {
-        words[0]
-        for words in fields
-        if words[1] in ("idle", "planned") and re.search(r":[1-9]\d*\(", words[2])
-    }
 
 
 def flags_of_demo(directory: Path) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ from rltrain.run.files import read_lines
 from rltrain.run.finished import finished_steps
 from rltrain.run.layout import RunLayout
 
-_PATIENCE_SECONDS = 30.0  # Slurm takes its time to end the last steps of a job
+_PATIENCE_SECONDS = 60.0  # Slurm takes its time to end the last steps of a job
+_DONE = ("finished", "COMPLETING")
 
 
 def judge(layout: RunLayout, steps: int, cluster: Sandbox, curve: list[float] | None) -> list[str]:
@@ -60,12 +61,18 @@ def _of_state(layout: RunLayout, steps: int, client: SlurmClient) -> list[str]:
     problems = []
     if finished_steps(layout) != steps:
         problems.append(f"finished.json says {finished_steps(layout)} steps, not {steps}")
-    # Not status.json: a supervisor that was killed after the last step could not write its last word.
-    record = read_run(layout)
-    status = to_status(record, ask_slurm(record.slurm_jobs, client))
-    if status.state not in ("finished", "COMPLETING") or status.step != steps:
-        problems.append(f"hpc.status says {status.state} with {status.step} steps")
+    # A job that lost a node after the last step is requeued once more, and ends when it sees that all is done.
+    if not _until(lambda: _status(layout, client) in _DONE):
+        problems.append(f"hpc.status says {_status(layout, client)}")
+    if (done := read_run(layout).step) != steps:
+        problems.append(f"hpc.status says {done} steps")
     return problems
+
+
+def _status(layout: RunLayout, client: SlurmClient) -> str:
+    """Not status.json: a supervisor that was killed after the last step could not write its last word."""
+    record = read_run(layout)
+    return to_status(record, ask_slurm(record.slurm_jobs, client)).state
 
 
 def _of_attempts(layout: RunLayout) -> list[str]:

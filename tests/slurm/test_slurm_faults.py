@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,11 +16,11 @@ from hypothesis import strategies as st
 from hpc.chaos import clocks
 from hpc.chaos.actions import Weather
 from hpc.chaos.faults import KINDS, Fault, NobodyError, draw, parse
+from hpc.chaos.operator import idle_nodes_with_used_gpus, stopped_processes
 from hpc.chaos.recovery import SeenLines, recoveries, table
 from hpc.chaos.roles import FIRST_VALUE, curve, next_value
 from hpc.chaos.shrink import shrink
 from hpc.chaos.soak import Growth, Reading, judge, read_disk, read_roles
-from hpc.chaos.storm import idle_nodes_with_used_gpus
 from rltrain.run.errors import UserError
 
 
@@ -134,6 +135,17 @@ def test_gpus_that_slurm_takes_for_used_on_idle_nodes() -> None:
     listed = ["node1 idle gpu:h100:1(IDX:0)", "node2 planned gpu:h100:0(IDX:N/A)", "node3 allocated gpu:a100:1(IDX:0)",
               "node4 idle gpu:0", "cpu1 planned gpu:a100:2(IDX:0-1)"]  # fmt: skip
     assert idle_nodes_with_used_gpus("\n".join(listed)) == {"node1", "cpu1"}
+
+
+def test_a_stopped_process_is_found_by_a_word_of_its_command(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()", str(tmp_path)]) as process:
+        try:
+            assert stopped_processes(str(tmp_path)) == []
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+            assert stopped_processes(str(tmp_path)) == [process.pid]
+        finally:
+            process.kill()
 
 
 def test_a_long_run_says_what_grows(tmp_path: Path) -> None:
