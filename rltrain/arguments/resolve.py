@@ -193,6 +193,12 @@ def _resolve_engines(config: Config) -> Config:
             "--update-weight-transport tensor is for one machine, and --actor-num-nodes is"
             f" {config.parallel.actor_num_nodes}: take distributed, or disk with --colocate."
         )
+    workers = engines.sglang.get("tokenizer_worker_num", 1)
+    if workers > 1 and not config.debug.debug_rollout_only:
+        raise UserError(
+            f"--sglang-tokenizer-worker-num {workers}: pushes of weights use routes that we add to an engine's server,"
+            " and SGLang would serve in processes that have none of them: leave it out. More engines serve more requests."
+        )
     check_external(engines, weights)
     if engines.sglang_config:
         engines = _read_fleet(config.model, engines)

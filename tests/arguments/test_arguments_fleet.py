@@ -224,6 +224,13 @@ def test_the_transport_of_weights_is_what_the_layout_allows(
     assert choose(parse(*flags), are_here) == transport
 
 
+def test_engines_with_several_servers_are_refused_where_weights_are_pushed() -> None:
+    several = ["--sglang-tokenizer-worker-num", "2"]
+    with pytest.raises(UserError, match="--sglang-tokenizer-worker-num 2: pushes of weights"):
+        parse(*several)
+    assert parse(*several, "--debug-rollout-only").engines.sglang["tokenizer_worker_num"] == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

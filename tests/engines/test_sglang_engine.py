@@ -27,7 +27,7 @@ from rltrain.rollout.generate.http import HttpClient, set_client
 from rltrain.rollout.sglang_rollout import generate_rollout
 from rltrain.run.http import HttpError, call
 from rltrain.sample import Sample
-from rltrain.sglang.adapter import HttpServerEngineAdapter
+from rltrain.sglang.adapter import BEGIN_PUSH, END_PUSH, HttpServerEngineAdapter
 from rltrain.sglang.router import Router
 from rltrain.sglang.routers import find_worker
 
@@ -173,7 +173,8 @@ def test_abort_ends_requests_with_what_they_have(engine, router) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/generate", "/update_weights_from_disk", "/pause_generation", "/flush_cache"]
+    "path",
+    ["/generate", "/update_weights_from_disk", "/pause_generation", "/flush_cache", BEGIN_PUSH, END_PUSH],
 )
 @pytest.mark.parametrize("token", ["", "wrong"])
 def test_the_engine_refuses_without_the_token(engine, path: str, token: str) -> None:
