@@ -197,7 +197,7 @@ def _resolve_engines(config: Config) -> Config:
     if workers > 1 and not config.debug.debug_rollout_only:
         raise UserError(
             f"--sglang-tokenizer-worker-num {workers}: pushes of weights use routes that we add to an engine's server,"
-            " and SGLang would serve in processes that have none of them: leave it out. More engines serve more requests."
+            " and SGLang would serve in processes that have none of them. Leave it out, or have more engines."
         )
     check_external(engines, weights)
     if engines.sglang_config:
