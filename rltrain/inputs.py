@@ -16,6 +16,7 @@ from rltrain.arguments.config import Config, groups
 from rltrain.arguments.declare import declared
 from rltrain.arguments.external import external_token
 from rltrain.arguments.groups.agents import command_words
+from rltrain.arguments.groups.checkpoint import starts_elsewhere
 from rltrain.arguments.groups.debug import check_recorded
 from rltrain.arguments.groups.engines import Engines
 from rltrain.arguments.groups.functions import (
@@ -25,9 +26,10 @@ from rltrain.arguments.groups.functions import (
     check_functions,
 )
 from rltrain.arguments.hf_config import check_hf_config, read_model_shape
-from rltrain.arguments.model_flags import check_lora, check_model_flags, check_quantised
+from rltrain.arguments.model_flags import check_lora, check_model_flags, check_mtp, check_quantised
 from rltrain.models import linear
 from rltrain.models.directory import read_hf_config
+from rltrain.models.heads import check_weights
 from rltrain.models.lengths import check_engines_limit
 from rltrain.models.windows import check_engines
 from rltrain.run.errors import UserError
@@ -164,7 +166,11 @@ def _check_model(config: Config, to_come: Mapping[str, str]) -> Path:
     check_model_flags(config.shape, hf_config, hf_checkpoint)
     check_quantised(hf_config, config)
     check_lora(hf_config, config)
+    check_mtp(hf_config, config)
     shape = read_model_shape(hf_config)
+    if config.mtp.enable_mtp_training and not without_weights and not starts_elsewhere(config.checkpoint):
+        assert shape.family.head is not None
+        check_weights(shape.family.head, shape.num_layers, model)
     if config.training.share_prompts and shape.linear:
         raise UserError(
             f"--share-prompts: {hf_checkpoint} has linear attention, and what that has seen of a prompt can't go on to"

@@ -26,7 +26,7 @@ from rltrain.arguments.groups.functions import Functions
 from rltrain.arguments.groups.model import Model, Shape
 from rltrain.arguments.groups.parallel import Parallel
 from rltrain.arguments.groups.rollout import Rewards, Rollout
-from rltrain.arguments.groups.training import Lora, Optimizer, Training
+from rltrain.arguments.groups.training import Lora, Mtp, Optimizer, Training
 from rltrain.arguments.groups.weights import Weights
 
 T = TypeVar("T")
@@ -54,6 +54,7 @@ class Config:
     critic: Critic = field(default_factory=Critic)
     training: Training = field(default_factory=Training)
     lora: Lora = field(default_factory=Lora)
+    mtp: Mtp = field(default_factory=Mtp)
     optimizer: Optimizer = field(default_factory=Optimizer)
     model: Model = field(default_factory=Model)
     shape: Shape = field(default_factory=Shape)

@@ -19,7 +19,13 @@ from rltrain.arguments.config import Config
 from rltrain.arguments.flags import Flags
 from rltrain.arguments.hf_config import check_hf_config
 from rltrain.arguments.megatron_names import flags_used
-from rltrain.arguments.model_flags import check_lora, check_model_flags, check_quantised, megatron_shape
+from rltrain.arguments.model_flags import (
+    check_lora,
+    check_model_flags,
+    check_mtp,
+    check_quantised,
+    megatron_shape,
+)
 from rltrain.arguments.recipes import read_recipe
 from rltrain.arguments.slime_names import remarks
 from rltrain.models.directory import read_hf_config
@@ -67,6 +73,7 @@ def configuration(argv: Sequence[str], not_ours: Collection[str] = ()) -> Config
         check_hf_config(hf_config, config.parallel, config.model.hf_checkpoint)
         check_quantised(hf_config, config)
         check_lora(hf_config, config)
+        check_mtp(hf_config, config)
     values = [
         value for action in _actions(parser) for value in _values(action, config, given, sources, hf_config)
     ]

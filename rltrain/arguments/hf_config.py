@@ -13,6 +13,7 @@ from rltrain.models.entries import number, whole_number
 from rltrain.models.experts import Experts
 from rltrain.models.families import FAMILIES, SUPPORTED_ARCHITECTURES
 from rltrain.models.families.family import Family
+from rltrain.models.heads import Head
 from rltrain.models.latent import LatentAttention
 from rltrain.models.lengths import Limit
 from rltrain.models.linear import LinearAttention
@@ -53,7 +54,11 @@ class SoftCaps:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only transformer with RMSNorm, SwiGLU, rotary embeddings and grouped query attention."""
+    """A decoder-only transformer with RMSNorm, SwiGLU, rotary embeddings and grouped query attention.
+
+    Attributes:
+        head: The layer for one token more, where it is trained.
+    """
 
     architecture: str
     num_layers: int
@@ -78,6 +83,7 @@ class ModelShape:
     local_theta: float | None = None  # base of the rotary embedding of layers with a window, if it is another
     multipliers: Multipliers = Multipliers()
     soft_caps: SoftCaps = SoftCaps()
+    head: Head | None = None
 
     @property
     def limit(self) -> Limit | None:

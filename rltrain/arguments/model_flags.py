@@ -12,6 +12,7 @@ from typing import Any
 from rltrain.arguments.config import Config
 from rltrain.arguments.groups.model import Shape
 from rltrain.arguments.hf_config import ModelShape, read_model_shape
+from rltrain.models.families import FAMILIES
 from rltrain.models.quantised import fp8_block
 from rltrain.run.errors import UserError
 
@@ -239,6 +240,34 @@ def check_lora(hf_config: Mapping[str, Any], config: Config) -> None:
         raise UserError(
             f"--lora-target-modules {missing[0]}: this {shape.architecture} has {', '.join(there)}"
             + (" (with experts, only attention can have adapters)." if shape.experts else ".")
+        )
+
+
+def check_mtp(hf_config: Mapping[str, Any], config: Config) -> None:
+    """Refuse --enable-mtp-training for a model without a layer for one token more, or with one that is not built here.
+
+    Raises:
+        UserError: says of which models it can be trained.
+    """
+    if not config.mtp.enable_mtp_training:
+        return
+    shape = read_model_shape(hf_config)
+    if shape.family.head is None:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.head is not None)
+        kept = " That of this model stays as it is in --hf-checkpoint." if shape.family.extra_heads else ""
+        raise UserError(
+            f"--enable-mtp-training: it is not there for {shape.architecture}, but for {known}.{kept} Leave the flag"
+            " out."
+        )
+    if (count := hf_config.get("num_nextn_predict_layers", 1)) != 1:
+        raise UserError(
+            f"--enable-mtp-training: {config.model.hf_checkpoint}/config.json has num_nextn_predict_layers {count}, and"
+            " one such layer can be trained. Leave the flag out."
+        )
+    if shape.window is not None:
+        raise UserError(
+            "--enable-mtp-training: the model has layers with a sliding window, and which its layer for one token more"
+            " is, config.json does not say. Leave the flag out."
         )
 
 

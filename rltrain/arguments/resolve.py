@@ -26,6 +26,7 @@ from rltrain.arguments.groups.parallel import ParallelSizes, check_parallel
 from rltrain.arguments.groups.rollout import check_temperature, resolve_rollout
 from rltrain.arguments.groups.training import (
     check_micro_batches,
+    check_mtp_flags,
     check_schedule,
     resolve_lora,
     resolve_training,
@@ -73,6 +74,7 @@ def resolve(config: Config) -> Config:
     config = _resolve_evaluation(config)
     config = _resolve_staleness(config)
     config = _resolve_lora(_resolve_routing(_resolve_algorithm(config)))
+    _check_mtp(config)
     _check_shared_prompts(config)
     return _absolute_paths(config)
 
@@ -301,6 +303,24 @@ def _resolve_lora(config: Config) -> Config:
     if problem := next((words for words, given in refused.items() if given), None):
         raise UserError(f"--lora-rank {lora.lora_rank} does not go with {problem}. Leave one of them out.")
     return replace(config, lora=lora)
+
+
+def _check_mtp(config: Config) -> None:
+    check_mtp_flags(config.mtp)
+    if not config.mtp.enable_mtp_training:
+        return
+    parallel = config.parallel
+    refused = {
+        f"--context-parallel-size {parallel.context_parallel_size}: its ranks share sequences out,"
+        " and the layer needs whole ones": parallel.context_parallel_size > 1,
+        f"--lora-rank {config.lora.lora_rank}: nothing but adapters is trained": config.lora.lora_rank,
+        "--custom-model-provider-path: the layer belongs to our own model": config.functions.custom_model_provider_path,
+        "--ckpt-format torch: it is saved as torch_dist": config.checkpoint.ckpt_format == "torch",
+        "--moe-token-dispatcher-type allgather: ranks have different numbers of tokens in the"
+        " layer": config.model.moe_token_dispatcher_type == "allgather",
+    }
+    if problem := next((words for words, given in refused.items() if given), None):
+        raise UserError(f"--enable-mtp-training does not go with {problem}. Leave one of them out.")
 
 
 def _absolute_paths(config: Config) -> Config:

@@ -29,10 +29,6 @@ REFUSED = {
     "use-checkpoint-opt-param-scheduler": "a resumed run keeps its own flags, schedule included, and a flag that is"
     " given anew counts; leave it out",
     "allgather-cp": "context parallelism exchanges what --cp-comm-type says",
-    "enable-mtp-training": "megatron-core computes the loss of layers for multi-token prediction inside the model,"
-    " from labels and at every position; here the loss is outside, and logits exist where there is something to train"
-    " (docs/adding_a_model.md says more). Such layers are kept, and an export has them as they are in --hf-checkpoint."
-    " Leave it out",
     "http-proxy": "requests to router and engines never go through a proxy. For those that your own functions"
     " send, export https_proxy before hpc.submit",
     "multimodal-keys": "no model here takes images or sound",

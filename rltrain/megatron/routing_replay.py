@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rltrain.megatron.model.context_parallel import gather_outputs
+from rltrain.megatron.model.names import HEAD
 
 Routes = list[NDArray[np.int16]]  # one array a sample, for all of its tokens but the last
 
@@ -89,7 +90,11 @@ class LayerRoutes:
 def install(models: Sequence[torch.nn.Module]) -> None:
     """Have the routers of these models ask a `LayerRoutes`."""
     for model in models:
-        routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+        routers = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, TopKRouter) and not name.startswith(HEAD)
+        ]
         for router in routers:
             router.router_replay = LayerRoutes(router.layer_number - 1)
         setattr(model, _LAYERS, [router.router_replay for router in routers])

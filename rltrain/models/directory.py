@@ -58,6 +58,19 @@ def read_hf_config(directory: Path, without_weights: bool = False) -> dict[str, 
     return config
 
 
+def tensor_names(directory: Path) -> set[str]:
+    """The names of a directory's tensors, from its index or from the head of its only file.
+
+    Raises:
+        OSError, ValueError, KeyError: they can't be read.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return set(json.loads(index.read_text())["weight_map"])
+    with (directory / "model.safetensors").open("rb") as file:
+        return set(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+
+
 def _download(directory: Path) -> str:
     """How to get a model whose id on the Hugging Face Hub was given in place of a directory, if it looks like one."""
     if directory.parent.exists() or not directory.parent.parent.is_dir():

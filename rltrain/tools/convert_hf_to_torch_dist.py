@@ -4,6 +4,7 @@
 
 Takes the flags of slime's tool of that name: those of the model and of parallelism, and these two. One process on the
 CPU will do; under torchrun or srun several convert together. Runs also start from a Hugging Face directory itself.
+`--mtp-num-layers 1` converts the layer for one token more, too: --enable-mtp-training needs it in a checkpoint.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def main(argv: list[str]) -> Path:
     source = next((word.partition("=")[2] for word in words if word.startswith("--hf-checkpoint=")), None)
     if source is None:
         raise UserError("--hf-checkpoint: give the Hugging Face directory.")
+    if any(word.startswith("--mtp-num-layers=") for word in words):
+        words.append("--enable-mtp-training")  # slime's tool goes by the other flag alone
     config = model_args(words, Path(source).expanduser().absolute())
     if config.checkpoint.save is None:
         raise UserError("--save: give the directory for the checkpoint.")

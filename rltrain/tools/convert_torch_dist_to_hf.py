@@ -35,7 +35,8 @@ def main(argv: list[str]) -> Path:
     from rltrain.megatron.checkpoint.resume import usable_checkpoint
     from rltrain.megatron.checkpoint.state import TrainState
     from rltrain.megatron.model.build import build_model, read_shape
-    from rltrain.megatron.model.export import export_hf_weights, kept_heads
+    from rltrain.megatron.model.export import export_hf_weights, head_names, kept_heads
+    from rltrain.megatron.model.names import HEAD
     from rltrain.weights.transports.hf_directory import write_hf_directory
 
     checkpoint = usable_checkpoint(given.input_dir.absolute())
@@ -50,10 +51,13 @@ def main(argv: list[str]) -> Path:
         stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
         dtype = stored["decoder.final_layernorm.weight"].dtype
         adapters = (dist_checkpointing.load_content_metadata(str(checkpoint)) or {}).get("lora") or {}
-        config = config.replace(bf16=str(dtype) == "torch.bfloat16", **adapters)
+        has_head = any(name.startswith(HEAD) for name in stored)
+        config = config.replace(bf16=str(dtype) == "torch.bfloat16", enable_mtp_training=has_head, **adapters)
+        shape = read_shape(config)
     models = build_model(shape, config)
     load_checkpoint(checkpoint, TrainState(models))
-    tensors = chain(export_hf_weights(models, shape), kept_heads(origin, shape))
+    kept = kept_heads(origin, shape, head_names(models, shape))
+    tensors = chain(export_hf_weights(models, shape), kept)
     write_hf_directory(output, tensors, origin, given.chunk_size)
     return output
 

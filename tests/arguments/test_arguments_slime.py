@@ -68,8 +68,6 @@ def test_flags_of_slimes_memory_are_refused_with_the_reason_or_said_to_be_ignore
         UserError, match=r"--use-stateless-adam .* megatron-core has no Adam without averages"
     ):
         arguments.parse([*LEAST, "--use-stateless-adam"])
-    with pytest.raises(UserError, match=r"--enable-mtp-training .* from labels and at every position"):
-        arguments.parse([*LEAST, "--enable-mtp-training"])
     (line,) = arguments.remarks(arguments.parse([*LEAST, "--recompute-loss-function"]))
     assert "--recompute-loss-function is ignored: the loss keeps nothing of the logits' size" in line
 

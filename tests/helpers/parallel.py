@@ -47,6 +47,7 @@ GROUPS = (
     ("test_megatron_parallel",),
     ("test_megatron_shared_prompts",),
     ("test_lora",),
+    ("test_mtp",),
     ("test_megatron_reshard",),
     ("test_hpc_cancel",),
     ("test_hpc_resubmit",),

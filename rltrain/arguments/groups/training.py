@@ -97,6 +97,50 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Mtp:
+    """Multi-token prediction.
+
+    The layer that predicts one token more, for speculative decoding, trained beside the policy.
+    """
+
+    enable_mtp_training: bool = flag("train it: docs/adding_a_model.md says of which models", False)
+    mtp_num_layers: int | None = flag("how many: 1, which is what is trained", metavar="1", owner="Megatron")
+    mtp_loss_scaling_factor: float | None = flag(
+        "weight of its loss (default: 0.1)", metavar="W", owner="Megatron"
+    )
+
+    @property
+    def scale(self) -> float:
+        """What its loss is multiplied by."""
+        return 0.1 if self.mtp_loss_scaling_factor is None else self.mtp_loss_scaling_factor
+
+
+def check_mtp_flags(mtp: Mtp) -> None:
+    """Refuse what would do nothing, or is not there.
+
+    Raises:
+        UserError: names the flag.
+    """
+    given = {
+        "--mtp-num-layers": mtp.mtp_num_layers,
+        "--mtp-loss-scaling-factor": mtp.mtp_loss_scaling_factor,
+    }
+    if not mtp.enable_mtp_training:
+        if flag := next((name for name, value in given.items() if value is not None), None):
+            raise UserError(
+                f"{flag} {given[flag]}: layers for further tokens are not trained without --enable-mtp-training, and"
+                " stay as they are in --hf-checkpoint. Give that flag too, or leave this one out."
+            )
+        return
+    if mtp.mtp_num_layers not in (None, 1):
+        raise UserError(
+            f"--mtp-num-layers {mtp.mtp_num_layers}: one layer can be trained, the one for the next token but one."
+        )
+    if mtp.scale <= 0:
+        raise UserError(f"--mtp-loss-scaling-factor {mtp.scale:g} must be above 0.")
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """Optimizer and schedule of Megatron."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rltrain.megatron.checkpoint.state import (
 )
 from rltrain.megatron.device import megatron_scope
 from rltrain.megatron.model.layers.lora import is_adapter
+from rltrain.megatron.model.names import HEAD
 from rltrain.megatron.model.optimizer import fit_chain, load_optimizer
 from rltrain.megatron.ranks import first_problem
 from rltrain.run.errors import UserError
@@ -132,6 +134,7 @@ def _check_same_model(checkpoint: Path, state: TrainState, metadata: dict[str, A
         UserError: names the first difference, with both shapes.
     """
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    _check_same_head(checkpoint, state, stored)
     with megatron_scope():
         wanted = {key: model.sharded_state_dict(metadata=metadata) for key, model in chunks(state)}
     for content in wanted.values():  # compared already
@@ -141,6 +144,26 @@ def _check_same_model(checkpoint: Path, state: TrainState, metadata: dict[str, A
     problem = first_problem(_difference(tensors, stored))
     if problem is not None:
         raise UserError(f"{checkpoint} is of another model than --hf-checkpoint: {problem}.")
+
+
+def _check_same_head(checkpoint: Path, state: TrainState, stored: Collection[str]) -> None:
+    """See that the checkpoint has the layer for one token more where the model has, and only there.
+
+    Raises:
+        UserError: says what to do; on every rank.
+    """
+    has, had = state.has_head, any(key.startswith(HEAD) for key in stored)
+    if has and not had:
+        raise UserError(
+            f"{checkpoint} has no layer for further tokens, which --enable-mtp-training trains. Begin with the weights"
+            " of a Hugging Face directory, or convert it by rltrain.tools.convert_hf_to_torch_dist --mtp-num-layers 1."
+        )
+    if had and not has:
+        raise UserError(
+            f"{checkpoint} was trained with --enable-mtp-training, and this run is without: its layer for further"
+            " tokens would be lost. Give the flag; or let python -m rltrain.tools.convert_torch_dist_to_hf write a"
+            " Hugging Face directory, and start from that."
+        )
 
 
 def _difference(wanted: list[ShardedTensor], stored: dict[str, Any]) -> str | None:

@@ -23,6 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from rltrain.megatron.device import megatron_scope, use_cuda
+from rltrain.megatron.model.layers.mtp import expects_head
 from rltrain.megatron.model.optimizer import padding_counted
 
 BY_LAYER = "non_homogeneous_layers"  # Megatron-core's name
@@ -42,6 +43,11 @@ class TrainState:
     optimizer: MegatronOptimizer | None = None
     scheduler: OptimizerParamScheduler | None = None
     partly_trained: bool = False
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model has a layer for one token more, on whichever rank."""
+        return expects_head(self.models[0])
 
 
 def state_dict(state: TrainState, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A rank holds a list of chunks of the model: one, or several with virtual pipelin
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from rltrain.arguments.hf_config import (
     check_same_shape,
     read_model_shape,
 )
-from rltrain.arguments.model_flags import check_lora, check_model_flags, check_quantised
+from rltrain.arguments.model_flags import check_lora, check_model_flags, check_mtp, check_quantised
 from rltrain.megatron.core_config import build_config
 from rltrain.megatron.device import device, use_cuda
 from rltrain.megatron.model.customize import custom_model
 from rltrain.megatron.model.layers.activations import gelu_tanh, quick_gelu
 from rltrain.megatron.model.layers.latent import complete_latent_attention
 from rltrain.megatron.model.layers.lora import add_adapters
+from rltrain.megatron.model.layers.mtp import add_head, head_of
 from rltrain.megatron.model.layers.rotary import inverse_frequencies, set_frequencies
 from rltrain.megatron.model.layers.soft_cap import soft_capped_
 from rltrain.megatron.model.specs import decoder_spec, use_transformer_engine
@@ -46,7 +48,8 @@ from rltrain.run.errors import UserError
 
 
 def read_shape(config: Config) -> ModelShape:
-    """The model's shape, from the `config.json` of `--hf-checkpoint`. All ranks call it together.
+    """The model's shape, from the `config.json` of `--hf-checkpoint`, with its head for one token more if that is
+    trained. All ranks call it together.
 
     Raises:
         UserError: there is no `config.json`, it describes a model that cannot be trained, or it means another one to
@@ -58,8 +61,10 @@ def read_shape(config: Config) -> ModelShape:
     check_model_flags(config.shape, hf_config, directory)
     check_quantised(hf_config, config)
     check_lora(hf_config, config)
+    check_mtp(hf_config, config)
     together(lambda: _compare(hf_config, directory) if dist.get_rank() == 0 else None, UserError)
-    return read_model_shape(hf_config)
+    shape = read_model_shape(hf_config)
+    return replace(shape, head=shape.family.head) if config.mtp.enable_mtp_training else shape
 
 
 def _compare(hf_config: dict[str, Any], directory: str) -> None:
@@ -306,9 +311,12 @@ def _build_chunk(
         rotary_percent=shape.rope.percent,
         vp_stage=stage,
     )
+    if shape.head is not None:
+        add_head(model, shape, run_config.mtp.scale, run_config.training.log_probs_chunk_size)
     if shape.latent:
-        size = shape.latent.rotated_size
-        complete_latent_attention(model, shape.rope, inverse_frequencies(shape.rope, size), size)
+        size, head = shape.latent.rotated_size, head_of(model)
+        layers = [*model.decoder.layers, *([] if head is None else [head.layer])]
+        complete_latent_attention(layers, shape.rope, inverse_frequencies(shape.rope, size), size)
     else:
         set_frequencies(model, shape)
     embedding = _embedding_factor(shape, config.params_dtype)

@@ -422,9 +422,10 @@ class Exporter:
             return hf_directory.give_up(directory, problem)
 
         temporary = Path(on_rank_0(lambda: str(hf_directory.begin(directory))))
+        trained = head_names(self._models, self._shape)
         tensors = self._formed(chain.from_iterable(export_own_share(self._models, self._shape)))
         if dist.get_rank() == 0:
-            tensors = chain(tensors, kept_heads(self._template, self._shape))
+            tensors = chain(tensors, kept_heads(self._template, self._shape, trained))
         written = together(lambda: _write(temporary, tensors), failure)
         everything: list[hf_directory.Written | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everything, written, group=control_group())
@@ -444,13 +445,29 @@ def _quantised_form(template: Path) -> BlockFp8 | None:
     return BlockFp8.of(block, SafetensorsDirectory(template).names) if block else None
 
 
-def kept_heads(template: Path, shape: ModelShape) -> Iterator[NamedTensor]:
-    """What is not trained (see `extra_heads`), as it is in the model directory; nothing, if that has no weights."""
+def head_names(models: list[GPTModel], shape: ModelShape) -> set[str]:
+    """The tensors of a head for one token more that is trained. All ranks call it together, and all know them."""
+    if shape.head is None:
+        return set()
+    own = [each for each in local_parameters(models, shape) if each.is_head]
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    mine = [name for each in own for name in each.entry.hf_names]
+    dist.all_gather_object(everyone, mine, group=control_group())
+    return {name for names in everyone for name in names}
+
+
+def kept_heads(template: Path, shape: ModelShape, trained: Collection[str] = ()) -> Iterator[NamedTensor]:
+    """What is not trained (see `extra_heads`), as it is in the model directory; nothing, if that has no weights.
+
+    Args:
+        trained: Of those names the ones that the model has, see `head_names`.
+    """
     if not shape.family.extra_heads or not any(template.glob("model*.safetensors")):
         return
     source = SafetensorsDirectory(template)
     for name in extra_heads(source.names, shape):
-        yield name, source.tensor(name, None, of_any_type=True)[:]
+        if name not in trained:
+            yield name, source.tensor(name, None, of_any_type=True)[:]
 
 
 def _first_of_machines() -> set[int]:

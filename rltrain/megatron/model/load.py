@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rltrain.arguments.hf_config import ModelShape
 from rltrain.megatron.model.layers.lora import Adapter, adapters_of, is_adapter
-from rltrain.megatron.model.names import blocks, global_name, hf_shapes, merge, parameter
+from rltrain.megatron.model.names import HEAD, blocks, global_name, hf_shapes, merge, parameter
 from rltrain.megatron.model.tensor_files import SafetensorsDirectory
 from rltrain.megatron.ranks import control_group, together
 from rltrain.models.quantised import SCALE_SUFFIX
@@ -26,6 +26,7 @@ from rltrain.run.errors import UserError
 
 _OUTPUT = "lm_head.weight"
 _INDEXER = ".self_attn.indexer."
+_EXTRA = re.compile(r"model\.(?:layers\.(\d+)|mtp_layers\.\d+)\.|mtp\.")
 _BUFFER = ".rotary_emb.inv_freq"  # old checkpoints have it; every model computes it
 
 
@@ -116,14 +117,19 @@ def extra_heads(names: Iterable[str], shape: ModelShape) -> list[str]:
     """Tensors that are kept as they are: of layers that predict further tokens, behind or beside the others, and of
     indexers.
     """
-    layers = re.compile(r"model\.(?:layers\.(\d+)|mtp_layers\.\d+)\.|mtp\.")
-    indexed = shape.latent is not None and shape.latent.chosen is not None
-    numbers = ((name, layers.match(name)) for name in names if shape.family.extra_heads)
+    numbers = ((name, _EXTRA.match(name)) for name in names if shape.family.extra_heads)
     return sorted(
         name
         for name, found in numbers
-        if found and (int(found[1] or shape.num_layers) >= shape.num_layers or (indexed and _INDEXER in name))
+        if found and (int(found[1] or shape.num_layers) >= shape.num_layers or is_indexer(name, shape))
     )
+
+
+def is_indexer(name: str, shape: ModelShape) -> bool:
+    """Whether a tensor is of an indexer in one of the model's layers."""
+    indexed = shape.latent is not None and shape.latent.chosen is not None
+    found = _EXTRA.match(name) if indexed and _INDEXER in name else None
+    return found is not None and int(found[1] or shape.num_layers) < shape.num_layers
 
 
 def _check_tied(
@@ -152,12 +158,14 @@ class LocalParameter:
     Attributes:
         is_copy: A tied embedding's second copy, on the last pipeline stage.
         adapter: What LoRA adds to it.
+        is_head: Of the layer that predicts one token more.
     """
 
     weight: Tensor
     entry: Parameter
     is_copy: bool = False
     adapter: Adapter | None = None
+    is_head: bool = False
 
     def value(self) -> Tensor:
         """The weight as the model computes: with its adapter in it, in memory of its own then."""
@@ -184,5 +192,5 @@ def local_parameters(models: list[GPTModel], shape: ModelShape) -> Iterator[Loca
                 continue
             is_copy = name == "output_layer.weight" and model.share_embeddings_and_output_weights
             whole = "embedding.word_embeddings.weight" if is_copy else name
-            entry = parameter(global_name(whole, first_layer, first_expert), shape.family)
-            yield LocalParameter(weight, entry, is_copy, adapters.get(id(weight)))
+            entry = parameter(global_name(whole, first_layer, first_expert), shape)
+            yield LocalParameter(weight, entry, is_copy, adapters.get(id(weight)), name.startswith(HEAD))

@@ -19,6 +19,8 @@ from rltrain.models.families.family import Family
 from rltrain.models.tensors import Layout, Parameter
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+HEAD = "mtp_head."  # before the names of the layer that predicts one token more
+_IN_HEAD = f"{HEAD}layer."
 _TOP = {
     "embedding.word_embeddings.weight": Parameter(("model.embed_tokens.weight",), "vocab", 0),
     "output_layer.weight": Parameter(("lm_head.weight",), "vocab", 0),
@@ -69,7 +71,7 @@ _IN_EXPERT = {
 }
 
 
-def parameter(name: str, family: Family) -> Parameter:
+def parameter(name: str, shape: ModelShape) -> Parameter:
     """The entry of a Megatron-core parameter, by its name in an unsplit model.
 
     Raises:
@@ -77,21 +79,29 @@ def parameter(name: str, family: Family) -> Parameter:
     """
     if name in _TOP:
         return _TOP[name]
-    match = _LAYER.fullmatch(name)
-    if match is None:
-        raise KeyError(f"no Hugging Face tensor is known for {name}")
-    prefix = f"model.layers.{match[1]}."
-    if expert := _EXPERT.fullmatch(match[2]):
+    head = shape.head
+    if head is not None and name.startswith(HEAD) and not name.startswith(_IN_HEAD):
+        field = name.removeprefix(HEAD).removesuffix(".weight")
+        return Parameter((getattr(head, field).format(shape.num_layers),))
+    if head is not None and name.startswith(_IN_HEAD):
+        return _in_layer(name.removeprefix(_IN_HEAD), head.layer.format(shape.num_layers), shape.family)
+    if match := _LAYER.fullmatch(name):
+        return _in_layer(match[2], f"model.layers.{match[1]}.", shape.family)
+    raise KeyError(f"no Hugging Face tensor is known for {name}")
+
+
+def _in_layer(name: str, prefix: str, family: Family) -> Parameter:
+    if expert := _EXPERT.fullmatch(name):
         kind = f"mlp.experts.linear_fc{expert[1]}"
         entry = family.tensors.get(kind) or _IN_EXPERT[kind]
         names = tuple(prefix + hf_name.format(expert[2]) for hf_name in entry.hf_names)
         return replace(entry, hf_names=names, expert=int(expert[2]))
-    if match[2] in family.tensors:
-        entry = family.tensors[match[2]]
-    elif match[2] in _IN_LAYER:
-        entry = _IN_LAYER[match[2]]
+    if name in family.tensors:
+        entry = family.tensors[name]
+    elif name in _IN_LAYER:
+        entry = _IN_LAYER[name]
     else:
-        raise KeyError(f"no Hugging Face tensor is known for {name}")
+        raise KeyError(f"no Hugging Face tensor is known for a layer's {name}")
     return replace(entry, hf_names=tuple(prefix + hf_name for hf_name in entry.hf_names))
 
 
@@ -102,13 +112,11 @@ def global_name(name: str, first_layer: int, first_expert: int) -> str:
         first_layer: How many layers of the model come before this part's.
         first_expert: How many experts of each layer come before this rank's.
     """
-    match = _LAYER.fullmatch(name)
-    if match is None:
-        return name
-    rest = match[2]
-    if expert := _EXPERT.fullmatch(rest):
-        rest = f"mlp.experts.linear_fc{expert[1]}{int(expert[2]) + first_expert}"
-    return f"decoder.layers.{int(match[1]) + first_layer}.{rest}"
+    if expert := _EXPERT.search(name):
+        name = f"{name[: expert.start()]}mlp.experts.linear_fc{expert[1]}{int(expert[2]) + first_expert}"
+    if match := _LAYER.fullmatch(name):
+        return f"decoder.layers.{int(match[1]) + first_layer}.{match[2]}"
+    return name
 
 
 def hf_shapes(

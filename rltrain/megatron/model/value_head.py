@@ -45,7 +45,7 @@ class ValueHead(torch.nn.Linear):
 
 def build_critic(shape: ModelShape, config: Config) -> list[GPTModel]:
     """This rank's chunks of a model of the policy's shape, with a value head on the last pipeline stage."""
-    models = build_model(replace(shape, tied_embeddings=False), config)
+    models = build_model(replace(shape, tied_embeddings=False, head=None), config)
     for model in models:
         if model.post_process:
             model.output_layer = ValueHead(model.config, config.optimizer.seed).to(device())

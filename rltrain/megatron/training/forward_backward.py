@@ -19,6 +19,7 @@ from rltrain.arguments.config import Config
 from rltrain.arguments.hf_config import ModelShape
 from rltrain.megatron.device import device, megatron_scope, model_scope
 from rltrain.megatron.model.context_parallel import gather_values
+from rltrain.megatron.model.layers.mtp import head_logits, head_of, lent_embedding, noted_output
 from rltrain.megatron.routing_replay import replay
 from rltrain.megatron.training.log_probs import log_probs_and_entropy
 from rltrain.megatron.training.loss import Sums, add_up, micro_batch_loss
@@ -96,11 +97,36 @@ def forward_backward(
     """
     undo = len(micro_batches) * parallel_state.get_data_parallel_world_size()
 
-    def loss_func(micro_batch: MicroBatch, outputs: Tensor) -> tuple[Tensor, Sums]:
+    def loss_func(
+        micro_batch: MicroBatch, outputs: Tensor, of_head: tuple[Tensor, float] | None = None
+    ) -> tuple[Tensor, Sums]:
         value, sums = loss(micro_batch, outputs)
+        if of_head is not None:
+            further, scale = of_head
+            value, sums = value + scale * further, sums | {"mtp_loss": further.detach()}
         return value * undo, sums
 
-    return add_up(_run(models, micro_batches, loss_func, forward_only=False))
+    with lent_embedding([each.module for each in models]):
+        return add_up(_run(models, micro_batches, loss_func, forward_only=False))
+
+
+def _loss_of_head(model: GPTModel, output: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, float]:
+    """The cross-entropy of the tokens that the model's head predicts, with their weights; and its scale.
+
+    Args:
+        output: Of the model's layers, see `noted_output`.
+    """
+    further, head = micro_batch.further, head_of(model)
+    assert further is not None and head is not None
+    logits = head_logits(model, output, further.places, further.tokens, further.sequences, further.rows)
+    log_probs, _ = log_probs_and_entropy(
+        logits,
+        further.targets,
+        vocab_size=head.vocab_size,
+        group=parallel_state.get_tensor_model_parallel_group(),
+        chunk_size=head.chunk_size,
+    )
+    return -log_probs @ further.weights, head.scale
 
 
 def token_loss(
@@ -179,6 +205,7 @@ def _run(
             model_scope(model.module.config),
             _only_rows(model.module, micro_batch.rows),
             _at_positions(model.module, positions),
+            noted_output(model.module) as noted,
         ):
             output = model(
                 input_ids=micro_batch.tokens,
@@ -187,7 +214,11 @@ def _run(
                 packed_seq_params=micro_batch.sequences,
                 padding_mask=_unrouted(model.module, micro_batch.padding),
             )
-        return output, partial(loss_func, micro_batch)
+        if forward_only or head_of(model.module) is None:
+            return output, partial(loss_func, micro_batch)
+        with model_scope(model.module.config):
+            of_head = _loss_of_head(model.module, noted[0], micro_batch)
+        return output, partial(loss_func, micro_batch, of_head=of_head)
 
     with megatron_scope():
         return get_forward_backward_func()(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rltrain.data.batch import Flat, TrainableTokens, TrainBatch
+from rltrain.data.further import Further, further_tokens
 from rltrain.data.prefixes import Prefixes, lay_out
 from rltrain.megatron.model.attention import PackedSequences
 from rltrain.megatron.model.context_parallel import chunk_multiple, own_positions
@@ -124,6 +125,40 @@ class Responses:
 
 
 @dataclass(frozen=True)
+class FurtherTokens:
+    """What a head for one token more is given, on this rank's device: of m tokens, of which k are predicted from.
+
+    Tensor parallel ranks all have all of them; padding makes m what they can share out.
+    """
+
+    sequences: PackedSequences
+    places: Tensor  # [m] int64: where they are among the micro-batch's t
+    tokens: Tensor  # [m] int64: the token after each
+    rows: Tensor  # [k] int64: which of the m predict `targets`
+    targets: Tensor  # [k] int64
+    weights: Tensor  # [k] float32: of the targets in the loss
+
+    @classmethod
+    def of(cls, further: Further, split: TokenSplit, device: torch.device) -> FurtherTokens:
+        """With padding, which nothing is predicted from."""
+        end = len(further.tokens)
+        padding = replace(split, min_tokens=0).padded_total(end) - end
+        lengths = [*further.lengths, *_padding(padding, 1)]
+
+        def tensor(array: NDArray[np.generic], pad: int = 0) -> Tensor:
+            return torch.from_numpy(np.pad(array, (0, pad))).to(device, non_blocking=True)
+
+        return cls(
+            PackedSequences.from_lengths(lengths, device),
+            tensor(further.places, padding),
+            tensor(further.tokens, padding),
+            tensor(further.rows),
+            tensor(further.targets),
+            tensor(further.weights),
+        )
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Tensors on this rank's device. t tokens in all, n of them trainable.
 
@@ -146,6 +181,7 @@ class MicroBatch:
     routes: Tensor | None = (
         None  # [own t, layers, experts a token] int16: the experts to take; -1: the router's own
     )
+    further: FurtherTokens | None = None  # where the model's head for one token more is trained
 
     def with_all_rows(self) -> MicroBatch:
         """The same, with logits of every token."""
@@ -191,6 +227,7 @@ def build_micro_batch(
     device: torch.device,
     routes: Routes | None = None,
     prefixes: Prefixes | None = None,
+    with_further: bool = False,
 ) -> MicroBatch:
     """Pack samples one after the other, sorted by length: attention joins sequences of equal length.
 
@@ -199,6 +236,7 @@ def build_micro_batch(
         inputs: Of the whole rollout.
         routes: Of the whole rollout, where its tokens' experts are given; then samples share nothing.
         prefixes: Of the samples' computed tokens. What samples have in common is there once; without them nothing is.
+        with_further: Whether a head for one token more is trained with it.
     """
     prefixes = prefixes or Prefixes.none(len(batch))
     layout = lay_out(indices, {i: split.padded(computed_length(batch.tokens[i])) for i in indices}, prefixes)
@@ -229,6 +267,12 @@ def build_micro_batch(
     def tensor(array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
+    further = None
+    if with_further:
+        mine: list[list[Any]] = [
+            [of[i] for i in order] for of in (batch.tokens, trainable.positions, inputs.weights)
+        ]
+        further = FurtherTokens.of(further_tokens(mine[0], places, *mine[1:]), split, device)
     return MicroBatch(
         indices=order,
         tokens=tensor(tokens[own_tokens]).unsqueeze(0),
@@ -243,6 +287,7 @@ def build_micro_batch(
         last_tokens=tensor(_join([batch.tokens[i][-1:] for i in order])),
         routes=None if routes is None else packed_routes(routes, order, starts, own_tokens, total),
         places=places,
+        further=further,
     )
 
 

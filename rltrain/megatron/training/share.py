@@ -124,7 +124,7 @@ class RankShare:
 
     def micro_batches(self, step: int, inputs: LossInputs[Flat]) -> list[MicroBatch]:
         """The micro-batches of an optimizer step, with these inputs of the loss."""
-        micro_batches = self._micro_batches(self._all_plans[step], inputs, self.routes)
+        micro_batches = self._micro_batches(self._all_plans[step], inputs, self.routes, trains=True)
         if self._config.algorithm.loss_type == "custom_loss":  # it is given the logits of every token
             return [each.with_all_rows() for each in micro_batches]
         return micro_batches
@@ -221,7 +221,12 @@ class RankShare:
         return sequence_flops(self._shape, self._length(sample), self.trainable.count(sample))
 
     def _micro_batches(
-        self, plan: list[list[Bin]], inputs: LossInputs[Flat], routes: Routes | None
+        self,
+        plan: list[list[Bin]],
+        inputs: LossInputs[Flat],
+        routes: Routes | None,
+        *,
+        trains: bool = False,
     ) -> list[MicroBatch]:
         split = self._split
         if uniform_micro_batches(self._config):
@@ -238,6 +243,7 @@ class RankShare:
                 device=device(),
                 routes=routes,
                 prefixes=self.prefixes,
+                with_further=trains and self._shape.head is not None,
             )
             for indices in own
         ]

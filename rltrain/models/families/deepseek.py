@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from rltrain.models.experts import deepseek_experts, first_or_listed_experts
 from rltrain.models.families.family import COMMON, NO_BIAS, Family
+from rltrain.models.heads import BEHIND
 from rltrain.models.latent import DEFAULTS, read_indexed_latent, read_latent
 
 _V3 = {
@@ -14,6 +15,7 @@ _V3 = {
         experts=deepseek_experts,
         latent=read_latent,
         extra_heads=True,
+        head=BEHIND,
         only=NO_BIAS
         | {
             "rope_interleave": (True,),
@@ -48,6 +50,7 @@ _V3 = {
 _V3_2 = replace(
     _V3["DeepseekV3ForCausalLM"],
     model_type="deepseek_v32",
+    head=None,  # its indexer is not trained
     latent=read_indexed_latent,
     experts=first_or_listed_experts,
     attention="indexed_attention",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rltrain.models.experts import Experts
+from rltrain.models.heads import Head
 from rltrain.models.latent import LatentAttention
 from rltrain.models.linear import LinearAttention
 from rltrain.models.tensors import Parameter
@@ -51,6 +52,7 @@ class Family:
         null_head_dim: `head_dim` may be null, which means the same as its absence.
         extra_heads: Checkpoints may have layers behind the last one, or `mtp_layers` or `mtp` beside them, which
             predict further tokens and are not trained.
+        head: The names of one that can be trained; None: it can't.
         only: Entries that change the computation, with the values that are supported.
         defaults: What transformers takes for an entry that `config.json` lacks.
         tensors: Parameters within a layer whose tensors have other names than Llama's, or lie differently. {} stands
@@ -87,6 +89,7 @@ class Family:
     multipliers: bool = False
     null_head_dim: bool = False
     extra_heads: bool = False
+    head: Head | None = None
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: NO_BIAS)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Parameter] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rltrain.models.experts import deepseek_experts, first_or_listed_experts, listed_experts
 from rltrain.models.families.family import COMMON, NO_BIAS, Family
+from rltrain.models.heads import BEHIND
 from rltrain.models.latent import DEFAULTS, read_indexed_latent, read_latent
 from rltrain.models.tensors import Parameter
 
@@ -35,6 +36,7 @@ GLM = {
         experts=deepseek_experts,
         partial_rotary=True,
         extra_heads=True,
+        head=BEHIND,
         only={"attention_bias": (True, False), "use_qk_norm": (True, False)},
         defaults=COMMON
         | {
@@ -59,6 +61,7 @@ GLM = {
         experts=listed_experts,
         latent=read_latent,
         extra_heads=True,
+        head=BEHIND,
         only=NO_BIAS
         | {
             "rope_interleave": (True,),

@@ -6,6 +6,7 @@ from typing import Any
 
 from rltrain.models.experts import qwen2_experts, qwen3_experts
 from rltrain.models.families.family import COMMON, NO_BIAS, Family
+from rltrain.models.heads import Head
 from rltrain.models.linear import DEFAULTS as LINEAR
 from rltrain.models.linear import read_linear
 from rltrain.models.tensors import Parameter
@@ -91,6 +92,13 @@ QWEN = {
     "Qwen3NextForCausalLM": Family(
         "qwen3_next",
         **_HYBRID,
+        head=Head(
+            "mtp.layers.0.",
+            token_norm="mtp.pre_fc_norm_embedding.weight",
+            hidden_norm="mtp.pre_fc_norm_hidden.weight",
+            projection="mtp.fc.weight",
+            final_norm="mtp.norm.weight",
+        ),
         experts=qwen2_experts,
         only=NO_BIAS | _GATED,
         defaults=COMMON

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -82,10 +81,12 @@ class ScaledRotary(RotaryEmbedding):
         return super().forward(max_seq_len, *args, **kwargs), self.factor
 
 
-def complete_latent_attention(model: GPTModel, rope: Rope, frequencies: Tensor, rotated_size: int) -> None:
+def complete_latent_attention(
+    layers: Iterable[Any], rope: Rope, frequencies: Tensor, rotated_size: int
+) -> None:
     """Give every layer its rotary embedding, and its inner norms the epsilon that transformers takes."""
     rotary = ScaledRotary(frequencies, rope.attention_factor, rotated_size)
-    for layer in model.decoder.layers:
+    for layer in layers:
         attention = layer.self_attention
         attention.rotary_pos_emb = rotary
         for name in ("linear_q_up_proj", "linear_kv_up_proj"):

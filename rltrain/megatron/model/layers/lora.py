@@ -220,7 +220,7 @@ def _add_to_layer(layer: Any, shape: ModelShape, config: TransformerConfig, lora
     # PEFT takes names of dense MLPs for those of experts where a model has both.
     for path in _ATTENTION if shape.experts else (*_ATTENTION, *_MLP):
         linear = layer.get_submodule(path)
-        entry = parameter(f"decoder.layers.{layer.layer_number - 1}.{path}.weight", shape.family)
+        entry = parameter(f"decoder.layers.{layer.layer_number - 1}.{path}.weight", shape)
         if not any(lora.is_target(last_word(name)) for name in modules_of(entry)):
             continue
         adapter = Adapter(linear, entry, shape, config, lora, seed)
