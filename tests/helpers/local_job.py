@@ -150,12 +150,14 @@ def listening(processes: Iterable[psutil.Process]) -> dict[str, set[tuple[str, i
             continue
         for each in sockets:
             if each.status == psutil.CONN_LISTEN or each.type != socket.SOCK_STREAM:
-                known = (name for part, name in _PROCESSES.items() if part in command)
-                name = (
-                    "srun" if command.startswith("srun ") else next(known, command)
-                )  # it names what it starts
-                found.setdefault(name, set()).add(tuple(each.laddr))
+                found.setdefault(name_of(command), set()).add(tuple(each.laddr))
     return found
+
+
+def name_of(command: str) -> str:
+    """What docs/security.md calls a process with this command line; the command line if it calls it nothing."""
+    known = (name for part, name in _PROCESSES.items() if part in command)
+    return "srun" if command.startswith("srun ") else next(known, command)  # it names what it starts
 
 
 def own_addresses() -> set[str]:

@@ -59,6 +59,21 @@ def test_a_run_gets_over_faults_of_disk_network_names_and_clocks() -> None:
     assert re.search(r"^fill-disk +1 ", done.stdout, re.MULTILINE), done.stdout
 
 
+@pytest.mark.learning
+def test_a_storm_over_real_roles_loses_no_sample(
+    cluster: Sandbox, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Its samples are those of a run that nothing happened to, token by token, and W&B has one run."""
+    data, runs = tmp_path_factory.mktemp("demo") / "files", cluster.directory / "runs"
+    subprocess.run([sys.executable, "-m", "rltrain.demo.assets", str(data)], check=True)
+    assert Storm(cluster, runs, "calm", 12, nodes=3, real=data).run(()).problems == ()
+    faults = parse(["kill:rollout-0@2", "kill:engine-0@4", "requeue@7+0.2"])
+    storm = Storm(cluster, runs, "real", 12, nodes=3, real=data, undisturbed=runs / "calm")
+    outcome = storm.run(faults)
+    assert (outcome.problems, outcome.done) == ((), 3)
+    assert outcome.kept is not None and outcome.kept.samples > 0
+
+
 def test_a_job_that_needs_every_node_goes_on_though_one_failed_twice(cluster: Sandbox) -> None:
     """It waited for ever: a node that fails twice in a day is excluded, and the partition had no other."""
     faults = parse(["power-off:node1@5~1", "power-off:node1@15~1"])
