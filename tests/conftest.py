@@ -36,12 +36,18 @@ FAKES = Path(__file__).parent / "fakes"
 @pytest.fixture(scope="module", autouse=True)
 def _process_groups_are_given_up() -> Iterator[None]:
     """Each has threads, which the tests after it would share the cores with: one split of the ranks has 72."""
+    before = _threads_of_groups()
     yield
-    left = 0
+    left = _threads_of_groups() - before
+    assert left < 300, f"{left} threads of process groups: helpers.megatron.split_anew ends those before"
+
+
+def _threads_of_groups() -> int:
+    found = 0
     for path in Path("/proc/self/task").glob("*/comm"):
         with suppress(OSError):  # a thread that has just ended
-            left += "gloo" in path.read_text()
-    assert left < 600, f"{left} threads of process groups: helpers.megatron.split_anew ends those before"
+            found += "gloo" in path.read_text()
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,7 @@ def weather(cluster: Sandbox, runs: Path, args: argparse.Namespace) -> int:
             break
         faults = parse(args.repeat) if args.repeat else draw(seed, args.faults, args.steps)
         if args.real:
-            _run_undisturbed(cluster, runs, seed, args)
+            bad += _run_undisturbed(cluster, runs, seed, args)
         outcome = _storm(cluster, runs, f"storm-{seed}", seed, args, len(faults)).run(faults)
         outcomes.append(outcome)
         _report(seed, outcome)
@@ -138,14 +138,17 @@ def _undisturbed_name(nodes: int) -> str:
     return f"undisturbed-{nodes}-nodes"
 
 
-def _run_undisturbed(cluster: Sandbox, runs: Path, seed: int, args: argparse.Namespace) -> None:
-    """What a storm's run is compared with: one run for each number of nodes."""
+def _run_undisturbed(cluster: Sandbox, runs: Path, seed: int, args: argparse.Namespace) -> bool:
+    """What a storm's run is compared with: one run for each number of nodes. True if something is wrong with it, and
+    nothing is compared with it."""
     name = _undisturbed_name(_nodes(seed, args))
-    if not (runs / name).exists():
-        outcome = _storm(cluster, runs, name, seed, args, 0).run(())
-        print(
-            f"{name}: {args.steps} steps in {outcome.seconds:.0f} s {' '.join(outcome.problems)}", flush=True
-        )
+    if (runs / name).exists():
+        return False
+    outcome = _storm(cluster, runs, name, seed, args, 0).run(())
+    print(f"{name}: {args.steps} steps in {outcome.seconds:.0f} s {' '.join(outcome.problems)}", flush=True)
+    if outcome.problems:
+        (runs / name).rename(runs / f"{name}-of-{seed}")
+    return bool(outcome.problems)
 
 
 def _nodes(seed: int, args: argparse.Namespace) -> int:

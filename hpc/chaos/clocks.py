@@ -63,7 +63,7 @@ time_t time(time_t *now) {
 
 
 def variables(directory: Path) -> dict[str, str]:
-    """Environment of a job whose clocks can jump; empty where there is no compiler.
+    """Environment of a job whose clocks can jump; empty where nothing can be compiled.
 
     Args:
         directory: that all nodes see; the library is made there.
@@ -72,8 +72,11 @@ def variables(directory: Path) -> dict[str, str]:
     if compiler is None:
         return {}
     if not library.exists():
-        command = [compiler, "-O1", "-shared", "-fPIC", "-fno-builtin", "-o", str(library), "-x", "c", "-"]
-        subprocess.run(command, input=_SOURCE, text=True, check=True)
+        made = library.with_suffix(".new")
+        command = [compiler, "-O1", "-shared", "-fPIC", "-fno-builtin", "-o", str(made), "-x", "c", "-"]
+        if subprocess.run(command, input=_SOURCE, text=True).returncode:  # gcc says why
+            return {}
+        made.replace(library)
     return {"LD_PRELOAD": str(library), _VARIABLE: _FILE}
 
 

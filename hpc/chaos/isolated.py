@@ -31,7 +31,10 @@ chattr -i {mount_point}
 
 # It ends when its input does, so that the disk goes on however we end. The pauses make a slow disk of one that stops.
 _STOPS = """\
-"$1" --freeze "$2" && echo stopped || exit
+trap '' PIPE TERM HUP INT
+"$1" --freeze "$2" || exit
+trap '"$1" --unfreeze "$2" 2>/dev/null' EXIT
+echo stopped || exit
 while :; do
     read -r -t "$3"
     waited=$?

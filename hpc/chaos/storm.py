@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ FLAGS = (
 NOWHERE = ("--hf-checkpoint=/nowhere", "--prompt-data=/nowhere")
 WITHOUT_WANDB, WANDB_OFFLINE = ("--wandb-mode=disabled",), ("--wandb-mode=offline",)
 _POLL_SECONDS = 0.05
+_GIVE_UP_SECONDS = 60.0
 _MAX_HANDS = 20
 
 
@@ -118,9 +120,14 @@ class Storm:
                 hands, stuck = self._weather_it(script, begun + self._timeout)
             curve = roles.curve(self._steps) if self._real is None else None
             problems = [*stuck, *verdict.judge(self._layout, self._steps, self._cluster, curve)]
+            if stuck:
+                self._give_up()
         kept = None
         if self._real is not None and not stuck:
-            more, kept = records.judge(self._layout, self._steps, self._undisturbed)
+            try:
+                more, kept = records.judge(self._layout, self._steps, self._undisturbed)
+            except (ArithmeticError, LookupError, OSError, ValueError) as error:
+                more = [f"its records can't be read: {type(error).__name__}: {error}"]
             problems += more
         allowed = sum(KINDS[fault.kind].needs_a_hand for fault in faults)
         if hands > allowed:
@@ -146,6 +153,14 @@ class Storm:
                 hands += self._resubmit()
             time.sleep(_POLL_SECONDS)
         return hands, []
+
+    def _give_up(self) -> None:
+        """End the job of a run that is stuck: the next storm takes its nodes."""
+        deadline = time.monotonic() + _GIVE_UP_SECONDS
+        while self._is_alive() and time.monotonic() < deadline:
+            with suppress(subprocess.CalledProcessError):  # slurmctld may not answer
+                self._cluster.run("scancel", self._job())
+            time.sleep(1.0)
 
     def _submit(self) -> None:
         words = [

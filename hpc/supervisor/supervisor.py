@@ -93,9 +93,9 @@ class Supervisor:
             start = functools.partial(_start, launcher, env, log_dir, events)
             for process in self.plan.processes:
                 roles.append(start(process, {}))
-            canary = launcher.start_canary(env, log_dir)
             revival = Revival(start, registry, self.max_engine_restarts)
-            watch = Watch(roles, revival, registry, events, status, signals, self.stop_grace, canary)
+            start_canary = functools.partial(launcher.start_canary, env, log_dir)
+            watch = Watch(roles, revival, registry, events, status, signals, self.stop_grace, start_canary)
             return watch.until_over()
         finally:
             self._stop_all(roles, launcher)

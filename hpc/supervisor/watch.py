@@ -121,7 +121,7 @@ class Revival:
 
 
 class Watch:
-    """Waits for exits and signals; starts no process but engines that died."""
+    """Waits for exits and signals; starts no process but what died and is started again."""
 
     def __init__(
         self,
@@ -132,9 +132,12 @@ class Watch:
         status: StatusFile,
         signals: SignalPipe,
         stop_grace: float,
-        canary: Handle | None = None,
+        start_canary: Callable[[], Handle | None],
     ) -> None:
-        self._roles, self._revival, self._canary = roles, revival, canary
+        self._roles, self._revival = roles, revival
+        self._start_canary, self._canary = start_canary, start_canary()
+        self._canary_ends = 0
+        self._canary_due = float("inf")
         self._registry, self._events, self._status, self._signals = registry, events, status, signals
         self._stop_grace = stop_grace
         self._stop_reason: str | None = None
@@ -158,20 +161,36 @@ class Watch:
                 return outcome
 
     def _ask_canary(self) -> None:
-        """A step that only dies of the signals that Slurm sends to steps and not to us."""
-        code = self._canary.poll() if self._canary and self._stop_reason is None else None
-        if code in (-signal.SIGTERM, -signal.SIGUSR2):
+        """A step that only dies of the signals that Slurm sends to steps and not to us.
+
+        One that Slurm did not start, or that ended otherwise, is started again: without it nobody says them.
+        """
+        if self._stop_reason is not None:
+            return
+        if self._canary_due <= time.monotonic():
+            self._canary, self._canary_due = self._start_canary(), float("inf")
+        code = self._canary.poll() if self._canary else None
+        if self._canary is None or code is None:
+            return
+        end = self._canary.end()
+        # srun ends with numbers of Slurm's errors, too, some of which look like a signal.
+        if end.cause is not Cause.CLUSTER and code in (-signal.SIGTERM, -signal.SIGUSR2):
             self._on_signal(signal.Signals(-code))
+        elif self._canary_ends < _MAX_REFUSALS:
+            logger.warning("the canary %s %s; it is started again", describe_exit(code), end.reason)
+            self._canary = None
+            self._canary_due = time.monotonic() + _FIRST_DELAY * 2**self._canary_ends
+            self._canary_ends += 1
 
     def _on_signal(self, number: signal.Signals) -> None:
-        logger.info("got %s", number.name)
         self._interrupts += number == signal.SIGINT
         if self._stop_reason is None:
             self._stop_reason, self._stop_signal = f"{number.name} received", number.name
+            self._registry.request_stop(self._stop_reason)  # before anything that may wait for a disk
             self._deadline = time.monotonic() + self._stop_grace
             if self._status.get("phase") in _NOTHING_TO_SAVE:
                 self._deadline = 0.0
-            self._registry.request_stop(self._stop_reason)
+            logger.info("got %s", number.name)
             self._events.append("stop_requested", {"reason": self._stop_reason})
             self._status.update({"phase": "stopping"})
         elif self._interrupts > 1:  # only a person sends a second one

@@ -195,18 +195,23 @@ def _resolve_engines(config: Config) -> Config:
             "--update-weight-transport tensor is for one machine, and --actor-num-nodes is"
             f" {config.parallel.actor_num_nodes}: take distributed, or disk with --colocate."
         )
-    workers = engines.sglang.get("tokenizer_worker_num", 1)
-    if workers > 1 and not config.debug.debug_rollout_only:
-        raise UserError(
-            f"--sglang-tokenizer-worker-num {workers}: pushes of weights use routes that we add to an engine's server,"
-            " and SGLang would serve in processes that have none of them. Leave it out, or have more engines."
-        )
     check_external(engines, weights)
     if engines.sglang_config:
         engines = _read_fleet(config.model, engines)
     else:
         engines = resolve_count(engines, config.parallel.num_ranks)
+    _check_one_server(engines)
     return replace(config, engines=engines, weights=weights)
+
+
+def _check_one_server(engines: Engines) -> None:
+    groups = [group for model in engines.sglang_models or () for group in model["groups"]]
+    for settings in (engines.sglang, *(group["overrides"] for group in groups)):
+        if settings.get("tokenizer_worker_num", 1) > 1:
+            raise UserError(
+                f"--sglang-tokenizer-worker-num {settings['tokenizer_worker_num']}: SGLang serves from several"
+                " processes only without an API key, which engines of a job have. Leave it out, or have more engines."
+            )
 
 
 def _read_fleet(model_config: Model, engines: Engines) -> Engines:
@@ -313,6 +318,8 @@ def _check_mtp(config: Config) -> None:
     refused = {
         f"--context-parallel-size {parallel.context_parallel_size}: its ranks share sequences out,"
         " and the layer needs whole ones": parallel.context_parallel_size > 1,
+        "virtual pipeline stages: nobody has tried it": parallel.num_layers_per_virtual_pipeline_stage
+        or parallel.num_virtual_stages_per_pipeline_rank,
         f"--lora-rank {config.lora.lora_rank}: nothing but adapters is trained": config.lora.lora_rank,
         "--custom-model-provider-path: the layer belongs to our own model": config.functions.custom_model_provider_path,
         "--ckpt-format torch: it is saved as torch_dist": config.checkpoint.ckpt_format == "torch",

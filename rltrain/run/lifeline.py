@@ -18,6 +18,7 @@ from rltrain.run.role import RoleContext
 
 PATIENCE_SECONDS = 300.0  # longer than any pause of the supervisor that a run survives
 _KILL_SECONDS = 30.0  # to clean up
+_TO_SAY_SECONDS = 1.0  # why it ends
 _ASKED_IN_PATIENCE = 5
 
 
@@ -43,9 +44,10 @@ def _watch(context: RoleContext, patience: float) -> None:
                 answered = time.monotonic()
         except OSError:
             pass
-    print(
-        f"the supervisor at {context.registry_url} has not answered for {patience:.0f} s: ending", flush=True
-    )
+    words = f"the supervisor at {context.registry_url} has not answered for {patience:.0f} s: ending"
+    # A thread of its own: with the network the log's disk may be gone, and a write waits for it.
+    threading.Thread(target=print, args=(words,), kwargs={"flush": True}, daemon=True).start()
+    time.sleep(_TO_SAY_SECONDS)
     _end()
 
 

@@ -224,7 +224,9 @@ class HttpServerEngineAdapter:
 
     def weight_checksums(self) -> dict[str, str]:
         """A checksum of each of its tensors, by rank and name; the engine is idle."""
-        ranks = self._call("POST", "/weights_checker", {"action": "checksum"}, _UPDATE_TIMEOUT)["ranks"]
+        ranks = self._call(
+            "POST", "/weights_checker", {"action": "checksum", "selector": "target"}, _UPDATE_TIMEOUT
+        )["ranks"]
         return {
             f"{name} (rank {i})" if len(ranks) > 1 else name: checksum
             for i, rank in enumerate(ranks)
@@ -233,7 +235,8 @@ class HttpServerEngineAdapter:
 
     def randomize_weights(self) -> None:
         """Put random numbers in place of all weights; the engine is idle."""
-        self._call("POST", "/weights_checker", {"action": "reset_tensors"}, _UPDATE_TIMEOUT)
+        asked = {"action": "reset_tensors", "selector": "target"}
+        self._call("POST", "/weights_checker", asked, _UPDATE_TIMEOUT)
 
     def tensor_parallel_size(self) -> int:
         """Number of its ranks."""
@@ -251,4 +254,5 @@ def _update_body(payloads: Sequence[str], load_format: str, weight_version: str 
         "load_format": load_format,
         "weight_version": weight_version,
         "flush_cache": weight_version is not None,
+        "selector": "target",  # a model that drafts keeps its own: the trainer's listener is there for one
     }

@@ -41,7 +41,15 @@ def use_batched_decoding() -> None:
             **options: Any,
         ) -> torch.Tensor:
             is_plain = layer.qk_head_dim == layer.v_head_dim and (layer.sliding_window_size or -1) < 0
-            if self.found is None or not is_plain or layer.is_cross_attention or k is None or v is None:
+            others = options.keys() - {"save_kv_cache"}
+            if (
+                self.found is None
+                or others
+                or not is_plain
+                or layer.is_cross_attention
+                or k is None
+                or v is None
+            ):
                 output: torch.Tensor = super().forward_decode(q, k, v, layer, forward_batch, **options)
                 return output
             if options.get("save_kv_cache", True):

@@ -58,8 +58,11 @@ def engine_server_args(config: Config, index: int, weights: Path | None = None) 
         decided["weight_version"] = "0"  # the version of weights that no rollout has trained
     if config.engines.offload_rollout and model["update_weights"]:
         decided["enable_memory_saver"] = True
-        # Released weights are lost, and not sent again after every step.
-        decided["enable_weights_cpu_backup"] = config.weights.update_weights_interval > 1
+        # Released weights are lost, and not sent again after every step; indexers and a model that drafts never are.
+        has_indexers = "index_topk" in _hf_config(decided)
+        decided["enable_weights_cpu_backup"] = config.weights.update_weights_interval > 1 or has_indexers
+        if "speculative_algorithm" in {**config.engines.sglang, **spec.overrides}:
+            decided["enable_draft_weights_cpu_backup"] = True
     return {**decided, **config.engines.sglang, **spec.overrides}
 
 

@@ -32,7 +32,11 @@ def add_push_routes() -> None:
 async def _begin_push(obj: Annotated[UpdateWeightsFromTensorReqInput, Body()], request: Request) -> Any:
     """Pause with requests retracted, make ready, and load."""
     await http_server.pause_generation(PauseGenerationReqInput(mode="retract"), request)
-    answer = await http_server.begin_weight_update(BeginWeightUpdateReqInput(), request)
+    begin = BeginWeightUpdateReqInput(selector=obj.selector)
+    answer = await http_server.begin_weight_update(begin, request)
+    if answer.status_code != HTTPStatus.OK:  # a push that broke off in the middle has left its own open
+        await http_server.end_weight_update(EndWeightUpdateReqInput(), request)
+        answer = await http_server.begin_weight_update(begin, request)
     if answer.status_code != HTTPStatus.OK:
         return answer
     return await http_server.update_weights_from_tensor(obj, request)

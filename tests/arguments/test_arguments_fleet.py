@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -224,11 +225,14 @@ def test_the_transport_of_weights_is_what_the_layout_allows(
     assert choose(parse(*flags), are_here) == transport
 
 
-def test_engines_with_several_servers_are_refused_where_weights_are_pushed() -> None:
-    several = ["--sglang-tokenizer-worker-num", "2"]
-    with pytest.raises(UserError, match="--sglang-tokenizer-worker-num 2: pushes of weights"):
-        parse(*several)
-    assert parse(*several, "--debug-rollout-only").engines.sglang["tokenizer_worker_num"] == 2
+def test_engines_with_several_servers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--sglang-tokenizer-worker-num 2: SGLang serves"):
+        parse("--sglang-tokenizer-worker-num", "2")
+    several = {"worker_type": "regular", "num_gpus": 1, "overrides": {"tokenizer_worker_num": 3}}
+    file = tmp_path / "fleet.json"
+    file.write_text(json.dumps({"sglang": [{"name": "actor", "server_groups": [several]}]}))
+    with pytest.raises(UserError, match="--sglang-tokenizer-worker-num 3"):
+        parse("--sglang-config", str(file))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 from hpc.planning.job_plan import RoleProcess
 from hpc.slurm.client import SlurmClient
 from hpc.slurm.states import JobState
+from hpc.supervisor import watch
 from hpc.supervisor.causes import Cause, TaskExit, end_of_process, end_of_step, parse_exits
 from hpc.supervisor.restart import (
     Action,
@@ -38,6 +39,7 @@ from hpc.supervisor.slurm_supervisor import SlurmSupervisor, choose_address
 from hpc.supervisor.srun import Allocation, _StepHandle, failed_nodes, srun_env
 from hpc.supervisor.task import task_env
 from rltrain.run.errors import UserError
+from rltrain.run.files import EventLog, StatusFile
 from rltrain.run.finished import Finish, write_finish
 from rltrain.run.layout import RunLayout
 
@@ -267,6 +269,35 @@ def test_a_step_whose_credential_has_expired_is_the_clusters_failure(tmp_path: P
     assert "engine-0 exited with code 167: Slurm could not start it" in str(error)
     assert error.cause is Cause.CLUSTER
     assert describe_exit(-39) == "was killed by signal 39" and describe_exit(-9) == "was killed by SIGKILL"
+
+
+def test_a_canary_that_slurm_did_not_start_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun ended with 140, the number of Slurm's error 5004, which looks like SIGUSR2."""
+
+    def says(words: str, code: int) -> _StepHandle:
+        said = Said(tmp_path / "srun-canary.log")
+        with subprocess.Popen(["sh", "-c", f"echo '{words}'; exit {code}"], stdout=said.fd) as process:
+            process.wait()
+        return _StepHandle(process, tmp_path / "srun-canary.log", said, [])
+
+    monkeypatch.setattr(watch, "_FIRST_DELAY", 0.0)
+    ends = iter(
+        [
+            says("srun: error: Task launch for StepId=3.9 failed on node n1: Socket timed out", 140),
+            says("srun: error: n1: task 0: User defined signal 2", 1),
+        ]
+    )
+    stops: list[str] = []
+    watched = watch.Watch(
+        [], None, SimpleNamespace(request_stop=stops.append), EventLog(tmp_path / "events.jsonl", 0),  # type: ignore[arg-type]
+        StatusFile(tmp_path / "status.json", 0), None, 5.0, ends.__next__,  # type: ignore[arg-type]
+    )  # fmt: skip
+    watched._ask_canary()
+    assert stops == []
+    watched._ask_canary()
+    assert stops == ["SIGUSR2 received"]
 
 
 def test_a_supervisor_has_many_files_open_and_its_roles_the_limit_of_before() -> None:

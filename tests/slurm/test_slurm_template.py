@@ -156,7 +156,8 @@ hostile = st.text(
 
 
 def test_a_warning_before_the_supervisor_is_there_does_not_end_the_job() -> None:
-    text = BatchScript(({"nodes": "1"},), "sh -c 'kill -USR2 $$; echo at work'").text()
+    command, setup = "sh -c 'kill -USR2 $$; echo at work'", ("kill -USR2 $$",)
+    text = BatchScript(({"nodes": "1"},), command, setup=setup).text()
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "at work\n")
 

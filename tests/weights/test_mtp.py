@@ -355,6 +355,12 @@ def test_checkpoints_exports_and_engines_get_what_was_trained(
     assert started.start_rollout_id == 0
     with pytest.raises(UserError, match="has no layer for further tokens"):
         make_actor(config.replace(save=None, load=str(lacking.parent), finetune=True), tmp_path / "lacks")
+    # a reference never computes it
+    compared = {"save": None, "finetune": True, "loss_type": "policy_loss", "use_kl_loss": True}
+    for own, other, is_trained in ((converted, lacking, True), (lacking, converted, False)):
+        settings = {**compared, "load": str(own.parent), "ref_load": str(other.parent)}
+        against = config.replace(**settings, enable_mtp_training=is_trained)
+        assert make_actor(against, tmp_path / f"reference-{is_trained}").start_rollout_id == 0
 
 
 def of_head(name: str, directory: Path) -> list[str]:

@@ -128,6 +128,7 @@ def test_a_push_restores_every_tensor_and_one_that_lacks_some_is_found_out(
     assert engine.get_weight_version() == "3"
 
     randomize_weights([engine])
+    call("POST", f"{engine.url}/begin_weight_update", TOKEN, {})  # as if a push had broken off
     lacking = [(name, tensor) for name, tensor in weights.items() if "q_norm" not in name]
     pushes.push(4, lacking, lambda: [engine])
     problem = wrong_tensors([engine], expected)[engine.url]

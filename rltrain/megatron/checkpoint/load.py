@@ -32,10 +32,13 @@ from rltrain.megatron.ranks import first_problem
 from rltrain.run.errors import UserError
 
 
-def load_checkpoint(checkpoint: Path, state: TrainState, *, load_rng: bool = True) -> int:
+def load_checkpoint(
+    checkpoint: Path, state: TrainState, *, load_rng: bool = True, is_trained: bool = True
+) -> int:
     """Restore `state` in place, on any number of ranks. Returns the iteration.
 
-    Without an optimizer only the weights are read; with one also its state, the schedule and random numbers.
+    Without an optimizer only the weights are read; with one also its state, the schedule and random numbers. What is
+    not trained loses nothing with a layer for further tokens.
 
     Raises:
         UserError: the checkpoint is of another model, or its optimizer state does not fit; on every rank.
@@ -46,7 +49,7 @@ def load_checkpoint(checkpoint: Path, state: TrainState, *, load_rng: bool = Tru
     stored = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
     metadata = sharding(stored.get(BY_LAYER, False))
     _check_same_adapters(checkpoint, state, stored.get("lora"))
-    _check_same_model(checkpoint, state, metadata)
+    _check_same_model(checkpoint, state, metadata, is_trained=is_trained)
     if state.optimizer is not None:
         _check_same_optimizer(checkpoint, stored.get("optimizer_kind"), optimizer_kind(state.optimizer))
     content = state_dict(state, metadata, is_loading=True)
@@ -127,14 +130,17 @@ def _drop_adapters(content: dict[str, Any]) -> None:
         del content[name]
 
 
-def _check_same_model(checkpoint: Path, state: TrainState, metadata: dict[str, Any]) -> None:
+def _check_same_model(
+    checkpoint: Path, state: TrainState, metadata: dict[str, Any], *, is_trained: bool
+) -> None:
     """See that the checkpoint has every weight of the model, in its shape; on all ranks alike.
 
     Raises:
         UserError: names the first difference, with both shapes.
     """
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    _check_same_head(checkpoint, state, stored)
+    if is_trained:
+        _check_same_head(checkpoint, state, stored)
     with megatron_scope():
         wanted = {key: model.sharded_state_dict(metadata=metadata) for key, model in chunks(state)}
     for content in wanted.values():  # compared already

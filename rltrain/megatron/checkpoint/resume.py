@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from rltrain.megatron.checkpoint.load import has_optimizer, load_checkpoint
 from rltrain.megatron.checkpoint.state import TrainState
 from rltrain.megatron.model.host_copy import SavedWeights
 from rltrain.megatron.model.layers.lora import reset_adapters
+from rltrain.megatron.model.layers.mtp import without_head
 from rltrain.megatron.model.load import load_hf_weights
 from rltrain.megatron.ranks import first_problem
 from rltrain.run.errors import UserError
@@ -160,13 +162,19 @@ def _foreign_file(directory: Path) -> str | None:
     return next(filter(None, map(others_may_write, files)), None)
 
 
-def load_source(models: list[GPTModel], shape: ModelShape, source: WeightSource) -> None:
-    """Fill a model (its chunks on this rank) that is not yet wrapped for data parallelism."""
+def load_source(
+    models: list[GPTModel], shape: ModelShape, source: WeightSource, *, is_trained: bool = True
+) -> None:
+    """Fill a model (its chunks on this rank) that is not yet wrapped for data parallelism.
+
+    Weights that are not trained, those of a reference, may have a layer for further tokens or not.
+    """
     reset_adapters(models)  # what the source does not have
-    if source.hf_directory is not None:
-        load_hf_weights(models, shape, source.hf_directory)
-    elif source.checkpoint is not None:
-        load_checkpoint(source.checkpoint, TrainState(models))
+    with nullcontext() if is_trained else without_head(models):
+        if source.hf_directory is not None:
+            load_hf_weights(models, shape, source.hf_directory)
+        elif source.checkpoint is not None:
+            load_checkpoint(source.checkpoint, TrainState(models), is_trained=is_trained)
 
 
 def first_weights(config: Config, shape: ModelShape, models: list[GPTModel]) -> Callable[[], None]:

@@ -87,6 +87,8 @@ def padded_vocab_size(shape: ModelShape, config: Config) -> int:
 def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
     """Megatron-core's configuration."""
     fused = use_transformer_engine()
+    # Not for a user's model, which may tie its weights, or have another activation.
+    fuses_on_cpu = not use_cuda() and config.functions.custom_model_provider_path is None
     stages = virtual_stages(config.parallel, shape.num_layers)
     return build_config(
         MLATransformerConfig if shape.latent else TransformerConfig,
@@ -150,7 +152,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         recompute_num_layers=config.model.recompute_num_layers,
         # Fused kernels: TransformerEngine has them; without it they cost a torch.compile in the first step.
         # On a CPU `rltrain.megatron.cpu` has one, though not of experts.
-        bias_activation_fusion=(fused or not (use_cuda() or shape.experts))
+        bias_activation_fusion=(fused or (fuses_on_cpu and not shape.experts))
         and not shape.family.gelu
         and not shape.family.biases,
         bias_dropout_fusion=fused and not shape.family.biases,
@@ -158,7 +160,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         apply_rope_fusion=fused and not (shape.family.rotary_interleaved or shape.latent),
         masked_softmax_fusion=False,
         persist_layer_norm=fused,
-        gradient_accumulation_fusion=not use_cuda(),  # the output layer would need Apex, see docs/gpu.md
+        gradient_accumulation_fusion=fuses_on_cpu,  # on a GPU the output layer would need Apex, see docs/gpu.md
         **_experts_config(shape, config),
     )
 

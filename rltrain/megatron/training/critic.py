@@ -56,9 +56,9 @@ class Critic:
             else:
                 source = weight_source(Path(self._config.checkpoint.load), "--critic-load", None)
                 if source.checkpoint is not None:
-                    load_checkpoint(source.checkpoint, TrainState(models))
+                    load_checkpoint(source.checkpoint, TrainState(models), is_trained=False)
                 else:
-                    load_source(policy, shape, source)
+                    load_source(policy, shape, source, is_trained=False)
                     copy_layers(policy, models)
         self.trained = TrainedModel(models, self._config)
         if self._config.critic.swap_critic:

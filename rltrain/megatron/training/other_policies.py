@@ -45,10 +45,10 @@ class OtherPolicies:
         if config.algorithm.loss_type == "sft_loss":
             return
         if config.algorithm.use_kl_loss or config.algorithm.kl_coef:
-            load_source(models, shape, reference_source(config))
+            load_source(models, shape, reference_source(config), is_trained=False)
             self.reference = SavedWeights(models)
         if config.algorithm.opd_teacher_load:
-            load_source(models, shape, teacher_source(config.algorithm))
+            load_source(models, shape, teacher_source(config.algorithm), is_trained=False)
             self.teacher = SavedWeights(models)
         if config.algorithm.keep_old_actor:
             self.past = PastPolicies(config.rollout.max_staleness)

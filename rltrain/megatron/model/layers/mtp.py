@@ -118,6 +118,7 @@ def _of_one_layer(model_config: TransformerConfig) -> TransformerConfig:
     config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
     config.moe_layer_freq = 1
     config.moe_aux_loss_coeff = 0.0  # its experts are counted with no other layer's
+    config.moe_z_loss_coeff = None
     return config
 
 
@@ -136,6 +137,24 @@ def expects_head(model: torch.nn.Module) -> bool:
 def head_of(model: torch.nn.Module) -> MtpHead | None:
     """The head of a chunk of a model."""
     return getattr(model, _NAME, None)
+
+
+@contextmanager
+def without_head(models: Sequence[GPTModel]) -> Iterator[None]:
+    """While entered, the model has none: for weights that never compute it, such as a reference's, and may lack it."""
+    last, expected = models[-1], [expects_head(each) for each in models]
+    head = head_of(last)
+    for each in models:
+        setattr(each, _EXPECTED, False)
+    if head is not None:
+        delattr(last, _NAME)
+    try:
+        yield
+    finally:
+        if head is not None:
+            last.add_module(_NAME, head)
+        for each, was in zip(models, expected, strict=True):
+            setattr(each, _EXPECTED, was)
 
 
 @contextmanager
