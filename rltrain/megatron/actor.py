@@ -29,10 +29,10 @@ from rltrain.megatron.checkpoint.resume import (
 from rltrain.megatron.checkpoint.save import CheckpointWriter
 from rltrain.megatron.custom_loss import custom_loss
 from rltrain.megatron.device import megatron_scope, reset_peak_memory
+from rltrain.megatron.exporter import Exporter
 from rltrain.megatron.memory import EngineMemory, MemoryEngine, Offload
 from rltrain.megatron.model import customize
 from rltrain.megatron.model.build import build_model, read_shape
-from rltrain.megatron.model.export import Exporter
 from rltrain.megatron.profile import Profiler
 from rltrain.megatron.push import WeightPush
 from rltrain.megatron.training.advantages import entropy_metrics, with_advantages

@@ -39,7 +39,7 @@ FindEngines = Callable[[], Sequence[Engine]]
 
 
 class Weights(Protocol):
-    """What is needed of `rltrain.megatron.model.export.Exporter`; all ranks call its methods together."""
+    """What is needed of `rltrain.megatron.exporter.Exporter`; all ranks call its methods together."""
 
     def stream(self, consume: Callable[[Iterable[NamedTensor]], object]) -> None:
         """Have rank 0 consume them."""

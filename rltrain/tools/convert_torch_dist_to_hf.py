@@ -34,8 +34,9 @@ def main(argv: list[str]) -> Path:
     from rltrain.megatron.checkpoint.load import load_checkpoint
     from rltrain.megatron.checkpoint.resume import usable_checkpoint
     from rltrain.megatron.checkpoint.state import TrainState
+    from rltrain.megatron.exporter import head_names, kept_heads
     from rltrain.megatron.model.build import build_model, read_shape
-    from rltrain.megatron.model.export import export_hf_weights, head_names, kept_heads
+    from rltrain.megatron.model.export import export_hf_weights
     from rltrain.megatron.model.names import HEAD
     from rltrain.weights.transports.hf_directory import write_hf_directory
 

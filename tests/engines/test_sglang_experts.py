@@ -71,7 +71,7 @@ def decoded(engine: HttpServerEngineAdapter, directory: Path) -> tuple[list[floa
 
 
 def test_the_engine_has_the_trainers_log_probs(tmp_path: Path) -> None:
-    from rltrain.megatron.model.export import Exporter
+    from rltrain.megatron.exporter import Exporter
 
     init_single_process()
     first, second = model(tmp_path / "first", 0), model(tmp_path / "second", 1)

@@ -36,7 +36,7 @@ def running_requests(url: str, token: str) -> int:
 
 @dataclass(frozen=True)
 class GivenWeights:
-    """What `rltrain.megatron.model.export.Exporter` offers, of one rank."""
+    """What `rltrain.megatron.exporter.Exporter` offers, of one rank."""
 
     tensors: Callable[[], Iterable[tuple[str, Tensor]]]
     template: Path

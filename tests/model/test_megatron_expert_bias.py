@@ -78,7 +78,7 @@ def test_it_moves_only_if_that_is_asked_for(models: list[Path], tmp_path: Path, 
 
 
 def test_a_model_in_bf16_exports_it_in_fp32(models: list[Path], tmp_path: Path) -> None:
-    from rltrain.megatron.model.export import Exporter
+    from rltrain.megatron.exporter import Exporter
 
     actor = make_actor(config_of(models[0]).replace(bf16=True), tmp_path)
     Exporter(actor.policy.models, actor.shape, models[0]).write(tmp_path / "exported")
