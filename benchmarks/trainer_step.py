@@ -205,8 +205,6 @@ def bare_step(actor: Any, batch: TrainBatch) -> Callable[[], None]:
 
     def step() -> None:
         with megatron_scope():
-            policy.wrapped[0].zero_grad_buffer()
-            policy.optimizer.zero_grad()
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iter(micro_batches),
@@ -217,6 +215,9 @@ def bare_step(actor: Any, batch: TrainBatch) -> Callable[[], None]:
             )
             policy.optimizer.step()
             policy.scheduler.step(increment=1)
+            # Ours begins with cleared gradients, and leaves them so.
+            policy.wrapped[0].zero_grad_buffer()
+            policy.optimizer.zero_grad()
 
     return step
 
