@@ -127,6 +127,24 @@ def make_args(tiny_tokenizer: Path, prompt_file: Path, tmp_path: Path) -> Callab
     return make
 
 
+@pytest.fixture(scope="session")
+def gateway_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Of a run whose samples come from agents, with a tiny model that thinks and calls tools."""
+    from fakes.agents import agent_config, make_agent_model
+
+    directory = tmp_path_factory.mktemp("agent")
+    return agent_config(make_agent_model(directory / "model"), directory)
+
+
+@pytest.fixture(scope="session")
+def parsers(gateway_config: Config) -> Any:
+    """The gateway's, for that model."""
+    from rltrain.agents.gateway.parsers import Parsers
+    from rltrain.data.tokenizer import load_tokenizer
+
+    return Parsers(load_tokenizer(gateway_config.model.hf_checkpoint), gateway_config.engines.sglang)
+
+
 @pytest.fixture
 def custom(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`fakes/custom_extensions.py`, functions as users write them in place of ours, with no calls noted yet."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rltrain.arguments.groups.parallel import Parallel, virtual_stages
-from rltrain.models.entries import number, whole_number
+from rltrain.models.entries import whole_number
 from rltrain.models.experts import Experts
 from rltrain.models.families import FAMILIES, SUPPORTED_ARCHITECTURES
 from rltrain.models.families.family import Family
@@ -19,37 +19,11 @@ from rltrain.models.lengths import Limit
 from rltrain.models.linear import LinearAttention
 from rltrain.models.quantised import fp8_block
 from rltrain.models.rope import Rope, read_rope, read_ropes
+from rltrain.models.scales import Multipliers, SoftCaps, read_multipliers, read_soft_caps
 from rltrain.models.windows import Window, read_window
 from rltrain.run.errors import UserError
 
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-
-
-@dataclass(frozen=True)
-class Multipliers:
-    """What embeddings, the outputs of attention and MLP, and logits are multiplied by.
-
-    Attributes:
-        attention: Of queries with keys; None: 1 / √head_dim.
-    """
-
-    embedding: float = 1.0
-    attention: float | None = None
-    residual: float = 1.0
-    logits: float = 1.0
-
-
-@dataclass(frozen=True)
-class SoftCaps:
-    """What x becomes c · tanh(x / c) with; None: it stays as it is.
-
-    Attributes:
-        scores: c for products of queries with keys.
-        logits: c for the output layer's.
-    """
-
-    scores: float | None = None
-    logits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +55,8 @@ class ModelShape:
     unrotated: tuple[int, ...] = ()  # layers without a rotary embedding, from 0
     window: Window | None = None
     local_theta: float | None = None  # base of the rotary embedding of layers with a window, if it is another
-    multipliers: Multipliers = Multipliers()
-    soft_caps: SoftCaps = SoftCaps()
+    multipliers: Multipliers = field(default_factory=Multipliers)
+    soft_caps: SoftCaps = field(default_factory=SoftCaps)
     head: Head | None = None
 
     @property
@@ -238,8 +212,8 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
         experts=experts,
         unrotated=_unrotated(config) if family.unrotated_layers else (),
         window=None if family.linear else read_window(config, family.windows, family.attention),
-        multipliers=_multipliers(config, family),
-        soft_caps=_soft_caps(config) if family.soft_caps else SoftCaps(),
+        multipliers=read_multipliers(config, family),
+        soft_caps=read_soft_caps(config) if family.soft_caps else SoftCaps(),
     )
 
 
@@ -274,26 +248,6 @@ def _unrotated(config: Mapping[str, Any]) -> tuple[int, ...]:
             f"the model's config.json has no_rope_layers {rotated}: it must have 0 or 1 for each of {layers} layers."
         )
     return tuple(i for i, each in enumerate(rotated) if not each)
-
-
-def _multipliers(config: Mapping[str, Any], family: Family) -> Multipliers:
-    if family.query_scalar:
-        return Multipliers(attention=number(config["query_pre_attn_scalar"], "query_pre_attn_scalar") ** -0.5)
-    if not family.multipliers:
-        return Multipliers()
-    names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
-    for name in names:
-        value = config[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise UserError(f"the model's config.json has {name} {value!r}: it must be a number above 0.")
-    embedding, attention, residual, logits = (float(config[name]) for name in names)
-    return Multipliers(embedding, attention, residual, 1 / logits)
-
-
-def _soft_caps(config: Mapping[str, Any]) -> SoftCaps:
-    names = ("attn_logit_softcapping", "final_logit_softcapping")
-    scores, logits = (None if config[name] is None else number(config[name], name) for name in names)
-    return SoftCaps(scores, logits)
 
 
 def check_same_shape(config: Mapping[str, Any], standard: Mapping[str, Any], hf_checkpoint: str) -> None:

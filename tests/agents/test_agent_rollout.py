@@ -17,7 +17,6 @@ from rltrain.agents.gateway.session import Session
 from rltrain.agents.program import clean, files_of
 from rltrain.agents.rollout import run_command, run_function
 from rltrain.arguments.config import Config
-from rltrain.data.tokenizer import load_tokenizer
 from rltrain.inputs import check_agents
 from rltrain.rollout.generate.http import GenerationError
 from rltrain.run.errors import UserError
@@ -49,12 +48,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "program").mkdir()
     (directory / "program" / "agent.py").write_text(AGENT)
     return directory
-
-
-@pytest.fixture(scope="module")
-def parsers(directory: Path) -> Parsers:
-    config = agent_config(directory / "model", directory)
-    return Parsers(load_tokenizer(config.model.hf_checkpoint), config.engines.sglang)
 
 
 @pytest.fixture

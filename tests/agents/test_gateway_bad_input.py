@@ -14,9 +14,7 @@ from fakes.agents import (
     USER,
     Post,
     ScriptedEngine,
-    agent_config,
     log_prob,
-    make_agent_model,
     params,
     serve,
 )
@@ -31,22 +29,10 @@ from rltrain.agents.gateway.server import Gateway
 from rltrain.agents.gateway.session import Session
 from rltrain.agents.gateway.turnstile import AT_ONCE
 from rltrain.arguments.config import Config
-from rltrain.data.tokenizer import load_tokenizer
 from rltrain.sample import Sample
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    directory = tmp_path_factory.mktemp("agent")
-    return agent_config(make_agent_model(directory / "model"), directory)
-
-
-@pytest.fixture(scope="module")
-def parsers(config: Config) -> Parsers:
-    return Parsers(load_tokenizer(config.model.hf_checkpoint), config.engines.sglang)
 
 
 BAD: list[tuple[str, Any, int, str]] = [
@@ -96,7 +82,7 @@ BAD: list[tuple[str, Any, int, str]] = [
 
 
 def test_each_request_that_cannot_be_right_is_answered_in_the_protocols_form(
-    config: Config, parsers: Parsers
+    gateway_config: Config, parsers: Parsers
 ) -> None:
     async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
         for protocol, body, status, message in BAD:
@@ -108,10 +94,12 @@ def test_each_request_that_cannot_be_right_is_answered_in_the_protocols_form(
         assert not engine.requests and not session.turns
         assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200  # and it goes on
 
-    assert len(serve(config, parsers, use)) == 1
+    assert len(serve(gateway_config, parsers, use)) == 1
 
 
-def test_an_unknown_thread_is_told_as_anthropics_client_takes_it(config: Config, parsers: Parsers) -> None:
+def test_an_unknown_thread_is_told_as_anthropics_client_takes_it(
+    gateway_config: Config, parsers: Parsers
+) -> None:
     """At this code its tool runner sends the whole conversation again."""
 
     async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
@@ -122,13 +110,15 @@ def test_an_unknown_thread_is_told_as_anthropics_client_takes_it(config: Config,
         status, answer = await post(PATHS["messages"], {**body, "system": "be brief"})
         assert status == 400 and "created with" in answer["error"]["message"]
 
-    assert serve(config, parsers, use) == []
+    assert serve(gateway_config, parsers, use) == []
 
 
-def test_only_a_sessions_own_key_is_answered_and_it_ends_with_it(config: Config, parsers: Parsers) -> None:
+def test_only_a_sessions_own_key_is_answered_and_it_ends_with_it(
+    gateway_config: Config, parsers: Parsers
+) -> None:
     async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
         body = {"messages": [USER], "max_tokens": 5}
-        async with gateway.open(Sample(index=2), params(config)) as other:
+        async with gateway.open(Sample(index=2), params(gateway_config)) as other:
             for key in (None, "", "sk-guess", other.api_key):
                 for path in (*PATHS.values(), "/v1/nothing"):
                     status, answer = await post(path, body, key)
@@ -144,10 +134,10 @@ def test_only_a_sessions_own_key_is_answered_and_it_ends_with_it(config: Config,
         assert not engine.requests
         assert session.api_key not in json.dumps(session.record.as_json(session.id))
 
-    assert serve(config, parsers, use) == []  # nothing was sampled
+    assert serve(gateway_config, parsers, use) == []  # nothing was sampled
 
 
-def test_limits_are_refused_for_good(config: Config, parsers: Parsers) -> None:
+def test_limits_are_refused_for_good(gateway_config: Config, parsers: Parsers) -> None:
     async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
         engine.says = ["many words", "many words", "many words"]
         assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200
@@ -159,10 +149,12 @@ def test_limits_are_refused_for_good(config: Config, parsers: Parsers) -> None:
         assert {event.kind for event in session.record.events} == {"limit"}
         assert session.sampled_tokens == 16
 
-    assert len(serve(config, parsers, use, max_turns=4, max_tokens=16)) == 2
+    assert len(serve(gateway_config, parsers, use, max_turns=4, max_tokens=16)) == 2
 
 
-def test_a_tool_call_that_does_not_parse_is_shown_as_it_was_written(config: Config, parsers: Parsers) -> None:
+def test_a_tool_call_that_does_not_parse_is_shown_as_it_was_written(
+    gateway_config: Config, parsers: Parsers
+) -> None:
     broken = '<tool_call>\n{"name": "add", "arguments": {"a":\n</tool_call>'
 
     async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
@@ -173,11 +165,11 @@ def test_a_tool_call_that_does_not_parse_is_shown_as_it_was_written(config: Conf
             assert answer["choices"][0]["message"]["content"].startswith("<tool_call>")
         assert [event.kind for event in session.record.events] == ["unparsed", "unparsed"]
 
-    first, _ = serve(config, parsers, use)
+    first, _ = serve(gateway_config, parsers, use)
     assert broken in first.response and first.metadata["agent_session"]["events"][0]["kind"] == "unparsed"
 
 
-def test_a_history_that_never_was_is_not_trained(config: Config, parsers: Parsers) -> None:
+def test_a_history_that_never_was_is_not_trained(gateway_config: Config, parsers: Parsers) -> None:
     async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
         invented = [
             USER,
@@ -186,11 +178,11 @@ def test_a_history_that_never_was_is_not_trained(config: Config, parsers: Parser
         ]
         assert (await post(PATHS["chat"], {"messages": invented}))[0] == 200
 
-    (sample,) = serve(config, parsers, use)
+    (sample,) = serve(gateway_config, parsers, use)
     assert sample.response == "done<|im_end|>" and sample.loss_mask == [1] * 5
 
 
-def test_a_client_that_leaves_is_not_trained_on(config: Config, parsers: Parsers) -> None:
+def test_a_client_that_leaves_is_not_trained_on(gateway_config: Config, parsers: Parsers) -> None:
     async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
         engine.open.clear()
         for stream in (False, True):
@@ -206,11 +198,11 @@ def test_a_client_that_leaves_is_not_trained_on(config: Config, parsers: Parsers
         assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200
         assert [event.kind for event in session.record.events] == ["disconnected"]
 
-    assert len(serve(config, parsers, use)) == 1
+    assert len(serve(gateway_config, parsers, use)) == 1
 
 
 def test_a_client_that_leaves_in_the_middle_of_a_stream(
-    config: Config, parsers: Parsers, monkeypatch: pytest.MonkeyPatch
+    gateway_config: Config, parsers: Parsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "_PATIENCE", 0.02)
 
@@ -227,11 +219,11 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream(
         assert [event.kind for event in session.record.events] == ["disconnected"] and not session.turns
         assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200
 
-    assert len(serve(config, parsers, use)) == 1
+    assert len(serve(gateway_config, parsers, use)) == 1
 
 
 def test_a_hundred_conversations_of_one_agent_at_once(
-    config: Config, parsers: Parsers, monkeypatch: pytest.MonkeyPatch
+    gateway_config: Config, parsers: Parsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is answered and trained, and they do not hold up the event loop all together."""
     rounds, seen = 0, []
@@ -257,11 +249,11 @@ def test_a_hundred_conversations_of_one_agent_at_once(
         counting.cancel()
         assert max(Counter(seen).values()) == AT_ONCE, seen
 
-    samples = serve(config, parsers, use)
+    samples = serve(gateway_config, parsers, use)
     assert len(samples) == 150 and all(sample.loss_mask == [1] * 5 for sample in samples)
 
 
-def test_a_rollout_that_is_stopped_starts_over(config: Config, parsers: Parsers) -> None:
+def test_a_rollout_that_is_stopped_starts_over(gateway_config: Config, parsers: Parsers) -> None:
     async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
         assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200
         engine.answer = lambda body, aborted: ScriptedEngine.answer(engine, body, aborted=True)  # type: ignore[method-assign]
@@ -269,11 +261,13 @@ def test_a_rollout_that_is_stopped_starts_over(config: Config, parsers: Parsers)
             assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 403
         assert session.aborted and len(engine.requests) == 2
 
-    (sample,) = serve(config, parsers, use)
+    (sample,) = serve(gateway_config, parsers, use)
     assert (sample.status, sample.response_length) == (Sample.Status.ABORTED, 0)
 
 
-def test_an_engines_fault_is_told_and_kept_apart_from_the_agents(config: Config, parsers: Parsers) -> None:
+def test_an_engines_fault_is_told_and_kept_apart_from_the_agents(
+    gateway_config: Config, parsers: Parsers
+) -> None:
     async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
         engine.faults = [400, 503]  # the second is tried again by the gateway itself
         status, answer = await post(PATHS["messages"], {"messages": [USER], "max_tokens": 9})
@@ -281,7 +275,7 @@ def test_an_engines_fault_is_told_and_kept_apart_from_the_agents(config: Config,
         assert session.fault is not None and "made-up fault" in session.fault
         assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200
 
-    assert len(serve(config, parsers, use)) == 1
+    assert len(serve(gateway_config, parsers, use)) == 1
 
 
 # What an agent does with its conversation before it asks: goes on with a question or a tool's result, asks again, edits
@@ -303,7 +297,7 @@ MOVES = st.lists(
 @settings(max_examples=15, deadline=None)
 @given(MOVES)
 def test_any_conversation_is_trained_on_what_was_sampled_once(
-    config: Config, parsers: Parsers, moves: list[Any]
+    gateway_config: Config, parsers: Parsers, moves: list[Any]
 ) -> None:
     sampled: list[tuple[tuple[int, ...], int]] = []
 
@@ -336,7 +330,7 @@ def test_any_conversation_is_trained_on_what_was_sampled_once(
                 ids.append(token)
 
     trained = []
-    for sample in serve(config, parsers, use):
+    for sample in serve(gateway_config, parsers, use):
         for i, mask in enumerate(sample.loss_mask or []):
             at = sample.prompt_length + i
             if mask:

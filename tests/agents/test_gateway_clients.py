@@ -7,12 +7,11 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fakes.agents import ScriptedEngine, agent_config, log_prob, make_agent_model, params, running_gateway
+from fakes.agents import ScriptedEngine, log_prob, params, running_gateway
 
 from rltrain.agents.gateway.parsers import Parsers
 from rltrain.agents.gateway.session import Session
 from rltrain.arguments.config import Config
-from rltrain.data.tokenizer import load_tokenizer
 from rltrain.sample import Sample
 
 if TYPE_CHECKING:
@@ -32,19 +31,8 @@ QUESTION = {"role": "user", "content": "the 12 in an answer"}
 Use = Callable[["openai.AsyncOpenAI", Session, ScriptedEngine], Awaitable[Any]]
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    directory = tmp_path_factory.mktemp("agent")
-    return agent_config(make_agent_model(directory / "model"), directory)
-
-
-@pytest.fixture(scope="module")
-def parsers(config: Config) -> Parsers:
-    return Parsers(load_tokenizer(config.model.hf_checkpoint), config.engines.sglang)
-
-
 @pytest.fixture
-def talk(config: Config, parsers: Parsers) -> Callable[..., list[Sample]]:
+def talk(gateway_config: Config, parsers: Parsers) -> Callable[..., list[Sample]]:
     """Runs `use` in a session with OpenAI's client; returns the session's samples, which are checked."""
 
     import openai
@@ -52,8 +40,8 @@ def talk(config: Config, parsers: Parsers) -> Callable[..., list[Sample]]:
     def run(use: Use, says: list[str], **limits: Any) -> list[Sample]:
         async def main() -> list[Sample]:
             async with (
-                running_gateway(config, parsers) as (gateway, engine),
-                gateway.open(Sample(index=7, prompt="task"), params(config), **limits) as session,
+                running_gateway(gateway_config, parsers) as (gateway, engine),
+                gateway.open(Sample(index=7, prompt="task"), params(gateway_config), **limits) as session,
             ):
                 engine.says = list(says)
                 client = openai.AsyncOpenAI(base_url=session.base_url, api_key=session.api_key, max_retries=0)
@@ -206,14 +194,14 @@ async def run_tools(anthropic: Any, client: Any, session: Session, engine: Scrip
     assert (second.parent, second.origin) == (first.turn, "append")
 
 
-def test_anthropics_messages(config: Config, parsers: Parsers) -> None:
+def test_anthropics_messages(gateway_config: Config, parsers: Parsers) -> None:
     anthropic = pytest.importorskip("anthropic")
     tool = {"name": "add", "description": "adds", "input_schema": ADD["function"]["parameters"]}
 
     async def main() -> list[Sample]:
         async with (
-            running_gateway(config, parsers) as (gateway, engine),
-            gateway.open(Sample(index=7, prompt="task"), params(config)) as session,
+            running_gateway(gateway_config, parsers) as (gateway, engine),
+            gateway.open(Sample(index=7, prompt="task"), params(gateway_config)) as session,
             anthropic.AsyncAnthropic(
                 base_url=session.anthropic_base_url, api_key=session.api_key, max_retries=0
             ) as client,

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-from fakes.agents import PATHS, USER, Post, ScriptedEngine, agent_config, make_agent_model, serve
+from fakes.agents import PATHS, USER, Post, ScriptedEngine, serve
 
 from rltrain.agents.gateway.parsers import Parsers
 from rltrain.agents.gateway.server import Gateway
 from rltrain.agents.gateway.session import Session
 from rltrain.arguments.config import Config
-from rltrain.data.tokenizer import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    directory = tmp_path_factory.mktemp("agent")
-    return agent_config(make_agent_model(directory / "model"), directory)
-
-
-@pytest.fixture(scope="module")
-def parsers(config: Config) -> Parsers:
-    return Parsers(load_tokenizer(config.model.hf_checkpoint), config.engines.sglang)
-
 
 # A request's fields, and those of them that the session's record names as without effect.
 FIELDS: list[tuple[str, dict[str, Any], set[str]]] = [
@@ -46,7 +32,7 @@ FIELDS: list[tuple[str, dict[str, Any], set[str]]] = [
 ]  # fmt: skip
 
 
-def test_a_field_acts_is_refused_or_is_in_the_record(config: Config, parsers: Parsers) -> None:
+def test_a_field_acts_is_refused_or_is_in_the_record(gateway_config: Config, parsers: Parsers) -> None:
     async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
         for protocol, fields, noted in FIELDS:
             session.record.events.clear()
@@ -58,10 +44,10 @@ def test_a_field_acts_is_refused_or_is_in_the_record(config: Config, parsers: Pa
             assert all(any(each.startswith(note) for each in events) for note in noted), (fields, events)
             assert engine.requests[-1]["sampling_params"]["temperature"] == 1.0
 
-    serve(config, parsers, use)
+    serve(gateway_config, parsers, use)
 
 
-def test_thinking_is_switched_off_by_name(config: Config, parsers: Parsers) -> None:
+def test_thinking_is_switched_off_by_name(gateway_config: Config, parsers: Parsers) -> None:
     async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
         for protocol, asked in (("chat", {"messages": [USER]}), ("responses", {"input": "12"})):
             for thinks in (False, True):
@@ -71,10 +57,10 @@ def test_thinking_is_switched_off_by_name(config: Config, parsers: Parsers) -> N
         status, _ = await post(PATHS["chat"], {"messages": [USER], "enable_thinking": "no"})
         assert status == 400 and session.record.events == []
 
-    serve(config, parsers, use)
+    serve(gateway_config, parsers, use)
 
 
-def test_log_probs_are_those_of_the_sampled_tokens(config: Config, parsers: Parsers) -> None:
+def test_log_probs_are_those_of_the_sampled_tokens(gateway_config: Config, parsers: Parsers) -> None:
     async def use(session: Session, post: Post, engine: ScriptedEngine, gateway: Gateway) -> None:
         _, answer = await post(PATHS["chat"], {"messages": [USER], "logprobs": True})
         entries = answer["choices"][0]["logprobs"]["content"]
@@ -85,4 +71,4 @@ def test_log_probs_are_those_of_the_sampled_tokens(config: Config, parsers: Pars
         _, answer = await post(PATHS["chat"], {"messages": [USER]})
         assert answer["choices"][0]["logprobs"] is None
 
-    serve(config, parsers, use)
+    serve(gateway_config, parsers, use)

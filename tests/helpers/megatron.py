@@ -39,6 +39,41 @@ _SPAWNS = multiprocessing.get_context("spawn")
 _LIMIT = 570  # seconds of a process group; pytest's own limit is 600
 VOCAB_SIZE = 61  # a prime, so that tensor parallelism has to pad it
 
+# Entries of `tiny_config` for families that have these parts.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GROUPED_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 16,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+}
+# Of two layers one attends to everything.
+LINEAR_AND_FULL = LINEAR | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_conv_kernel_dim": 3,
+    "shared_expert_intermediate_size": 24,
+    "partial_rotary_factor": 0.5,
+}
+
 
 def tiny_config(architecture: str = "Qwen3ForCausalLM", **changes: Any) -> dict[str, Any]:
     """A config.json of a model with two layers."""
@@ -65,14 +100,7 @@ def tiny_config(architecture: str = "Qwen3ForCausalLM", **changes: Any) -> dict[
 
 def tiny_experts_config(**changes: Any) -> dict[str, Any]:
     """Four layers, of which the second has no experts; four experts, two of them for a token."""
-    experts = {
-        "num_hidden_layers": 4,
-        "mlp_only_layers": [1],
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "norm_topk_prob": True,
-    }
+    experts = EXPERTS | {"num_hidden_layers": 4, "mlp_only_layers": [1], "norm_topk_prob": True}
     return tiny_config("Qwen3MoeForCausalLM", **experts | changes)
 
 
@@ -141,6 +169,12 @@ def make_actor(config: Config, run_dir: Path) -> Any:
         name: value for name, value in whole(rollout_id, batch).items() if not name.startswith("perf/")
     }
     return actor
+
+
+def gradient_of(weight: Any) -> Any:
+    """For `export_hf_weights`. Zeros for what gets none: a router's bias."""
+    gradient = getattr(weight, "main_grad", None)
+    return weight.new_zeros(weight.shape) if gradient is None else gradient
 
 
 def log_probs_of(actor: Any, batch: TrainBatch) -> Any:

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import megatron
 from helpers.megatron import (
+    LATENT,
     as_transformers_knows,
     init_single_process,
     make_config,
@@ -34,34 +36,10 @@ pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
 LENGTHS = [23, 40]
 # With values that show in log-probs when they are multiplied.
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": []}
-GROUPED_EXPERTS = {
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 16,
-    "n_group": 4,
-    "topk_group": 2,
-    "n_shared_experts": 1,
-    "routed_scaling_factor": 2.5,
-    "first_k_dense_replace": 0,
-}
-LATENT = {
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 10,
-}
+EXPERTS = megatron.EXPERTS | {"mlp_only_layers": []}
+GROUPED_EXPERTS = megatron.GROUPED_EXPERTS | {"first_k_dense_replace": 0}
 INDEXER = {"index_topk": 64, "index_n_heads": 2, "index_head_dim": 8}
-LINEAR = {
-    "layer_types": ["linear_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 6,
-}
+LINEAR = megatron.LINEAR | {"layer_types": ["linear_attention"]}
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": 9},
     "Qwen2ForCausalLM": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},

@@ -14,7 +14,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.megatron import (
+    EXPERTS,
+    GROUPED_EXPERTS,
+    LATENT,
+    LINEAR_AND_FULL,
     as_transformers_knows,
+    gradient_of,
     in_each_layout,
     init_single_process,
     make_actor,
@@ -37,37 +42,8 @@ pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
 LONGEST = 45  # tokens of the longest sample
 ROPE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-GROUPED_EXPERTS = {
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 16,
-    "n_group": 4,
-    "topk_group": 2,
-    "n_shared_experts": 2,
-    "routed_scaling_factor": 2.5,
-    "first_k_dense_replace": 1,
-}
-LATENT = {
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 10,
-}
+TWO_SHARED_EXPERTS = GROUPED_EXPERTS | {"n_shared_experts": 2}
 INDEXER = {"index_topk": LONGEST, "index_n_heads": 2, "index_head_dim": 8}
-LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 6,
-    "linear_conv_kernel_dim": 3,
-    "shared_expert_intermediate_size": 24,
-    "partial_rotary_factor": 0.5,
-}
 SWITCHES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {
         "rope_parameters": ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 3.0}
@@ -85,25 +61,25 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "Qwen2MoeForCausalLM": EXPERTS | {"shared_expert_intermediate_size": 24, "norm_topk_prob": False},
     "Qwen3ForCausalLM": {"rope_parameters": ROPE | {"rope_type": "yarn", "beta_fast": 2.0}},
     "Qwen3MoeForCausalLM": EXPERTS | {"norm_topk_prob": True},
-    "Qwen3NextForCausalLM": EXPERTS | LINEAR,
-    "Qwen3_5ForCausalLM": LINEAR | {"attn_output_gate": True, "tie_word_embeddings": True},
-    "Qwen3_5MoeForCausalLM": EXPERTS | LINEAR,
-    "Glm4MoeForCausalLM": GROUPED_EXPERTS | {"use_qk_norm": True, "attention_bias": True},
+    "Qwen3NextForCausalLM": EXPERTS | LINEAR_AND_FULL,
+    "Qwen3_5ForCausalLM": LINEAR_AND_FULL | {"attn_output_gate": True, "tie_word_embeddings": True},
+    "Qwen3_5MoeForCausalLM": EXPERTS | LINEAR_AND_FULL,
+    "Glm4MoeForCausalLM": TWO_SHARED_EXPERTS | {"use_qk_norm": True, "attention_bias": True},
     "Olmo2ForCausalLM": {"pad_token_id": None},
     "MiniMaxM2ForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4},
     "DeepseekV3ForCausalLM": LATENT
-    | GROUPED_EXPERTS
+    | TWO_SHARED_EXPERTS
     | {
         "q_lora_rank": None,
         "rope_parameters": ROPE
         | {"rope_type": "yarn", "beta_fast": 2.0, "mscale": 0.7, "mscale_all_dim": 1.3},
     },
     "Glm4MoeLiteForCausalLM": LATENT
-    | GROUPED_EXPERTS
+    | TWO_SHARED_EXPERTS
     | {"n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5},
-    "DeepseekV32ForCausalLM": LATENT | GROUPED_EXPERTS | INDEXER,
+    "DeepseekV32ForCausalLM": LATENT | TWO_SHARED_EXPERTS | INDEXER,
     "GlmMoeDsaForCausalLM": LATENT
-    | GROUPED_EXPERTS
+    | TWO_SHARED_EXPERTS
     | INDEXER
     | {"n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5, "indexer_types": ["full", "shared"]},
     "Phi3ForCausalLM": {
@@ -190,12 +166,6 @@ def numbers(config: Config, work: Path) -> tuple[dict[int, Any], dict[str, Any]]
     forward_backward(actor.policy.wrapped, share.micro_batches(0, inputs), token_loss(actor.shape, config))
     gradients = export_hf_weights(actor.policy.models, actor.shape, gradient_of)
     return log_probs, {name: tensor.clone().numpy() for name, tensor in gradients}
-
-
-def gradient_of(weight: torch.Tensor) -> torch.Tensor:
-    """Zeros for what gets none: a router's bias."""
-    gradient = getattr(weight, "main_grad", None)
-    return torch.zeros_like(weight) if gradient is None else gradient
 
 
 def of_transformers(directory: Path, work: Path) -> tuple[dict[int, Any], dict[str, Any]]:

@@ -1,9 +1,11 @@
-"""How nodes are shared out, and which processes run where."""
+"""How nodes are shared out, which processes run where, and what each then knows of its place."""
 
 from __future__ import annotations
 
+import socket
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,10 @@ from hypothesis import strategies as st
 
 from hpc.planning.job_plan import make_slurm_plan
 from hpc.planning.nodes import Ask, Split, read_ask, split_nodes
+from hpc.slurm.client import SlurmClient
+from hpc.supervisor.slurm_supervisor import choose_address
+from hpc.supervisor.srun import Allocation, srun_env
+from hpc.supervisor.task import task_env
 from rltrain.arguments.config import Config
 from rltrain.run.errors import UserError
 
@@ -209,3 +215,92 @@ def test_an_engine_that_would_begin_on_one_node_and_end_on_the_next_is_refused()
     kinds = [served("judge", ("regular", 3, 3)), served("actor", ("regular", 2, 2))]
     with pytest.raises(UserError, match="would begin at GPU 3 of a node that has 4"):
         make_slurm_plan(engine_args(8, 1, kinds), s, "py")
+
+
+def test_allocation() -> None:
+    env = {
+        "SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_NODELIST_HET_GROUP_0": "n[1-2]", "SLURM_JOB_NODELIST_HET_GROUP_1": "m7",
+        "SLURM_GPUS_PER_NODE_HET_GROUP_1": "a100:2", "SLURM_CPUS_PER_TASK_HET_GROUP_0": "8",
+    }  # fmt: skip
+    assert Allocation.from_env(env) == Allocation((("n1", "n2"), ("m7",)), (None, "a100:2"), (8, None), True)
+    plain = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "16"}
+    assert Allocation.from_env(plain) == Allocation((("n1", "n2"),), ("4",), (16,), False)
+
+
+def test_address_that_other_nodes_reach() -> None:
+    def allocation(*nodes: str) -> Allocation:
+        return Allocation((nodes,), (None,), (None,), False)
+
+    assert choose_address(allocation("n1"), {"SLURMD_NODENAME": "n1"}) == "127.0.0.1"
+    # A node that calls itself by a loopback address: the way to the other one tells.
+    nodes = allocation("localhost", "127.44.0.2")
+    assert choose_address(nodes, {"SLURMD_NODENAME": "localhost"}).startswith("127.")
+    # Not by its own loopback name, where it has another.
+    assert (
+        choose_address(allocation("192.0.2.7", "192.0.2.8"), {"SLURMD_NODENAME": "192.0.2.7"}) == "192.0.2.7"
+    )
+
+
+def test_address_of_a_node_that_dns_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up = socket.getaddrinfo
+
+    def lookup(name: str, *more: Any, **options: Any) -> Any:  # fake: a server of names may not answer
+        if name.endswith(".invalid"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return look_up(name, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+
+    class Slurm(SlurmClient):
+        address = "NodeAddr=192.0.2.7 "
+
+        def run(self, *command: str, stdin: str | None = None) -> str:
+            return f"NodeName={command[-1]} {self.address}NodeHostName=x"
+
+    nodes, env = (
+        Allocation((("n1.invalid", "n2.invalid"),), (None,), (None,), False),
+        {"SLURMD_NODENAME": "n1.invalid"},
+    )
+    client = Slurm()
+    assert choose_address(nodes, env, client) == "192.0.2.7"
+    client.address = "NodeAddr=fd00::7 "
+    assert choose_address(nodes, env, client) == "fd00::7"
+    client.address = "NodeAddr=fe80::7 "
+    with pytest.raises(UserError, match=r"NodeAddr for it \(fe80::7"):
+        choose_address(nodes, env, client)
+    client.address = ""
+    with pytest.raises(UserError, match=r"n1.invalid is not known.*NodeAddr for it \(none\).*IPv4"):
+        choose_address(nodes, env, client)
+
+
+def test_srun_takes_no_flags_from_the_environment() -> None:
+    kept = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST_HET_GROUP_1": "n1", "SLURM_HET_SIZE": "2", "SLURM_CONF": "/c",
+            "PATH": "/bin", "SLURMLIME_TOKEN": "t"}  # fmt: skip
+    dropped = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_GPUS_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPU_BIND",
+               "SLURM_CPUS_PER_TASK", "SLURM_NTASKS_PER_NODE_HET_GROUP_1", "SLURM_TRES_PER_TASK")  # fmt: skip
+    assert srun_env(kept | dict.fromkeys(dropped, "7")) == kept
+
+
+SPEC = {"role": "trainer", "index": 0, "gpus": [2, 2], "ranks": True, "spans": False}
+TASK = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
+
+
+def test_a_task_knows_its_rank_and_its_gpus() -> None:
+    assert task_env(SPEC, TASK | {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}) == {
+        "SLURMLIME_INDEX": "3", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+        "CUDA_VISIBLE_DEVICES": "6,7",
+    }  # fmt: skip
+    for none in ("", "-1", "NoDevFiles"):
+        assert task_env(SPEC, TASK | {"CUDA_VISIBLE_DEVICES": none})["CUDA_VISIBLE_DEVICES"] == ""
+    router = {"role": "router", "index": 0, "gpus": None, "ranks": False, "spans": False}
+    alone = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    assert task_env(router, alone | {"CUDA_VISIBLE_DEVICES": "0"}) == {
+        "SLURMLIME_INDEX": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    assert task_env(router, alone) == {"SLURMLIME_INDEX": "0"}
+    engine = {"role": "engine", "index": 5, "gpus": [0, 4], "ranks": False, "spans": True}
+    assert task_env(engine, {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}) == {
+        "SLURMLIME_INDEX": "5", "SLURMLIME_NODE_RANK": "1", "SLURMLIME_NNODES": "2",
+    }  # fmt: skip

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,6 @@ from typing import Any
 import pytest
 
 from hpc.planning.job_plan import RoleProcess
-from hpc.slurm.client import SlurmClient
 from hpc.slurm.states import JobState
 from hpc.supervisor import watch
 from hpc.supervisor.causes import Cause, TaskExit, end_of_process, end_of_step, parse_exits
@@ -35,10 +33,8 @@ from hpc.supervisor.restart import (
 )
 from hpc.supervisor.roles import RunningRole, describe_exit, failure
 from hpc.supervisor.said import Said, allow_many_files
-from hpc.supervisor.slurm_supervisor import SlurmSupervisor, choose_address
-from hpc.supervisor.srun import Allocation, _StepHandle, failed_nodes, srun_env
-from hpc.supervisor.task import task_env
-from rltrain.run.errors import UserError
+from hpc.supervisor.slurm_supervisor import SlurmSupervisor
+from hpc.supervisor.srun import _StepHandle, failed_nodes
 from rltrain.run.files import EventLog, StatusFile
 from rltrain.run.finished import Finish, write_finish
 from rltrain.run.layout import RunLayout
@@ -320,95 +316,6 @@ def test_sigkill_was_for_memory_where_the_cgroup_says_so() -> None:
         "unknown",
     ]
     assert end_of_process(3, False).cause is end_of_process(-11, None).cause is Cause.CODE
-
-
-def test_allocation() -> None:
-    env = {
-        "SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST": "n[1-2]",
-        "SLURM_JOB_NODELIST_HET_GROUP_0": "n[1-2]", "SLURM_JOB_NODELIST_HET_GROUP_1": "m7",
-        "SLURM_GPUS_PER_NODE_HET_GROUP_1": "a100:2", "SLURM_CPUS_PER_TASK_HET_GROUP_0": "8",
-    }  # fmt: skip
-    assert Allocation.from_env(env) == Allocation((("n1", "n2"), ("m7",)), (None, "a100:2"), (8, None), True)
-    plain = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "16"}
-    assert Allocation.from_env(plain) == Allocation((("n1", "n2"),), ("4",), (16,), False)
-
-
-def test_address_that_other_nodes_reach() -> None:
-    def allocation(*nodes: str) -> Allocation:
-        return Allocation((nodes,), (None,), (None,), False)
-
-    assert choose_address(allocation("n1"), {"SLURMD_NODENAME": "n1"}) == "127.0.0.1"
-    # A node that calls itself by a loopback address: the way to the other one tells.
-    nodes = allocation("localhost", "127.44.0.2")
-    assert choose_address(nodes, {"SLURMD_NODENAME": "localhost"}).startswith("127.")
-    # Not by its own loopback name, where it has another.
-    assert (
-        choose_address(allocation("192.0.2.7", "192.0.2.8"), {"SLURMD_NODENAME": "192.0.2.7"}) == "192.0.2.7"
-    )
-
-
-def test_address_of_a_node_that_dns_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    look_up = socket.getaddrinfo
-
-    def lookup(name: str, *more: Any, **options: Any) -> Any:  # fake: a server of names may not answer
-        if name.endswith(".invalid"):
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return look_up(name, *more, **options)
-
-    monkeypatch.setattr(socket, "getaddrinfo", lookup)
-
-    class Slurm(SlurmClient):
-        address = "NodeAddr=192.0.2.7 "
-
-        def run(self, *command: str, stdin: str | None = None) -> str:
-            return f"NodeName={command[-1]} {self.address}NodeHostName=x"
-
-    nodes, env = (
-        Allocation((("n1.invalid", "n2.invalid"),), (None,), (None,), False),
-        {"SLURMD_NODENAME": "n1.invalid"},
-    )
-    client = Slurm()
-    assert choose_address(nodes, env, client) == "192.0.2.7"
-    client.address = "NodeAddr=fd00::7 "
-    assert choose_address(nodes, env, client) == "fd00::7"
-    client.address = "NodeAddr=fe80::7 "
-    with pytest.raises(UserError, match=r"NodeAddr for it \(fe80::7"):
-        choose_address(nodes, env, client)
-    client.address = ""
-    with pytest.raises(UserError, match=r"n1.invalid is not known.*NodeAddr for it \(none\).*IPv4"):
-        choose_address(nodes, env, client)
-
-
-def test_srun_takes_no_flags_from_the_environment() -> None:
-    kept = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST_HET_GROUP_1": "n1", "SLURM_HET_SIZE": "2", "SLURM_CONF": "/c",
-            "PATH": "/bin", "SLURMLIME_TOKEN": "t"}  # fmt: skip
-    dropped = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_GPUS_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPU_BIND",
-               "SLURM_CPUS_PER_TASK", "SLURM_NTASKS_PER_NODE_HET_GROUP_1", "SLURM_TRES_PER_TASK")  # fmt: skip
-    assert srun_env(kept | dict.fromkeys(dropped, "7")) == kept
-
-
-SPEC = {"role": "trainer", "index": 0, "gpus": [2, 2], "ranks": True, "spans": False}
-TASK = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
-
-
-def test_a_task_knows_its_rank_and_its_gpus() -> None:
-    assert task_env(SPEC, TASK | {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}) == {
-        "SLURMLIME_INDEX": "3", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-        "CUDA_VISIBLE_DEVICES": "6,7",
-    }  # fmt: skip
-    for none in ("", "-1", "NoDevFiles"):
-        assert task_env(SPEC, TASK | {"CUDA_VISIBLE_DEVICES": none})["CUDA_VISIBLE_DEVICES"] == ""
-    router = {"role": "router", "index": 0, "gpus": None, "ranks": False, "spans": False}
-    alone = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    assert task_env(router, alone | {"CUDA_VISIBLE_DEVICES": "0"}) == {
-        "SLURMLIME_INDEX": "0",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    assert task_env(router, alone) == {"SLURMLIME_INDEX": "0"}
-    engine = {"role": "engine", "index": 5, "gpus": [0, 4], "ranks": False, "spans": True}
-    assert task_env(engine, {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}) == {
-        "SLURMLIME_INDEX": "5", "SLURMLIME_NODE_RANK": "1", "SLURMLIME_NNODES": "2",
-    }  # fmt: skip
 
 
 def test_a_job_that_finds_its_run_finished_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

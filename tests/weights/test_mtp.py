@@ -12,7 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.megatron import (
+    EXPERTS,
+    GROUPED_EXPERTS,
+    LATENT,
+    LINEAR_AND_FULL,
     as_transformers_knows,
+    gradient_of,
     in_each_layout,
     init_single_process,
     make_actor,
@@ -34,43 +39,14 @@ pytestmark = pytest.mark.slow
 
 LAYERS = 2
 TOLERANCE = 1e-5
-EXPERTS = {
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 16,
-    "n_group": 4,
-    "topk_group": 2,
-    "n_shared_experts": 1,
-    "routed_scaling_factor": 2.5,
-    "first_k_dense_replace": 1,
-}
-LATENT = {
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 10,
-}
 MODELS: dict[str, dict[str, Any]] = {
     "MiMoForCausalLM": {"num_nextn_predict_layers": 1},
-    "Glm4MoeForCausalLM": EXPERTS | {"use_qk_norm": True, "attention_bias": True},
-    "DeepseekV3ForCausalLM": LATENT | EXPERTS,
-    "Glm4MoeLiteForCausalLM": LATENT | EXPERTS | {"n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5},
-    "Qwen3NextForCausalLM": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 6,
-        "linear_conv_kernel_dim": 3,
-        "shared_expert_intermediate_size": 24,
-        "partial_rotary_factor": 0.5,
-    },
+    "Glm4MoeForCausalLM": GROUPED_EXPERTS | {"use_qk_norm": True, "attention_bias": True},
+    "DeepseekV3ForCausalLM": LATENT | GROUPED_EXPERTS,
+    "Glm4MoeLiteForCausalLM": LATENT
+    | GROUPED_EXPERTS
+    | {"n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5},
+    "Qwen3NextForCausalLM": EXPERTS | LINEAR_AND_FULL,
 }
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -173,12 +149,6 @@ def numbers(config: Config, work: Path) -> tuple[float | None, dict[str, Any]]:
     found = export_hf_weights(actor.policy.models, actor.shape, gradient_of)
     loss = float(sums["mtp_loss"]) if "mtp_loss" in sums else None
     return loss, {name: tensor.clone().numpy() for name, tensor in found}
-
-
-def gradient_of(weight: torch.Tensor) -> torch.Tensor:
-    """Zeros for what gets none: a router's bias."""
-    gradient = getattr(weight, "main_grad", None)
-    return torch.zeros_like(weight) if gradient is None else gradient
 
 
 def of_formula(directory: Path, name: str, work: Path) -> tuple[float, dict[str, Any]]:

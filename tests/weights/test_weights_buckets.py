@@ -6,7 +6,6 @@ import base64
 import itertools
 import json
 import pickle
-import pickletools
 import socket
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from rltrain.weights import LOADER, session
+from rltrain.weights import session
 from rltrain.weights.buckets import (
     Bucket,
     Part,
@@ -32,13 +31,12 @@ from rltrain.weights.buckets import (
     to_json,
     write,
 )
-from rltrain.weights.channel import LOADED, _payload, call_trainer, receive_message, send_message
+from rltrain.weights.channel import LOADED, call_trainer, receive_message, send_message
 from rltrain.weights.cuts import Cuts
 from rltrain.weights.delta import change
 from rltrain.weights.receive import _load, load_weights
 from rltrain.weights.rounds import Rounds
 from rltrain.weights.sources import Memory, describe
-from rltrain.weights.transports.distributed import EngineGroups
 from rltrain.weights.transports.tensor import SharedMemory, SharedMemoryTransport
 
 T = TypeVar("T")
@@ -339,15 +337,6 @@ def test_strangers_are_not_told_anything() -> None:
     assert engine.ranks[0].loaded
 
 
-def test_running_engines_find_the_loader_under_its_name() -> None:
-    """They were told it when they started, perhaps by the version before."""
-    assert (
-        LOADER
-        == f"{load_weights.__module__}.{load_weights.__name__}"
-        == "rltrain.weights.receive.load_weights"
-    )
-
-
 def report(model: Model, bucket: Bucket, source: Memory) -> str | None:
     """What a rank says that is told of one bucket."""
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
@@ -393,24 +382,3 @@ def test_changes_to_what_is_not_known_are_refused() -> None:
     failures = push(2, [part], engine)
     assert "only changes of w came, and what they were made to is not known" in failures["http://a"]
     assert not engine.ranks[0].loaded
-
-
-def test_what_an_engine_is_asked_names_no_function_of_the_trainers_megatron_core(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # megatron-core 0.17 and later puts one of its own there, which SGLang refuses to call.
-    monkeypatch.setattr(torch.storage, "_load_from_bytes", json.loads)
-    payload = base64.b64decode(_payload({"port": 1}))
-    strings = [argument for _, argument, _ in pickletools.genops(payload) if isinstance(argument, str)]
-    modules = {each.partition(".")[0] for each in strings if each.partition(".")[0] in sys.modules}
-    assert modules <= {"torch", "multiprocessing", "collections", "builtins"}
-    ((call, tensor),) = pickle.loads(payload)
-    assert json.loads(call) == {"port": 1} and tensor.numel() == 0
-
-
-def test_the_store_of_an_engine_group_listens_at_one_address() -> None:
-    groups = EngineGroups("127.0.0.1", "gloo", 0)
-    port = groups.source(8).port  # type: ignore[union-attr]
-    socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.2", port), timeout=5)
