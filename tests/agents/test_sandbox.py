@@ -138,6 +138,7 @@ GREEDY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("greed", GREEDY)
 @pytest.mark.parametrize("kind", KINDS)
 def test_limits_end_the_command_and_the_next_one_runs(greed: str, kind: kinds.Kind) -> None:
@@ -155,6 +156,7 @@ def test_limits_end_the_command_and_the_next_one_runs(greed: str, kind: kinds.Ki
     assert (after.code, after.stdout) == (0, b"alive\n")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_that_of_the_sandbox_alone() -> None:
     ended = run(
         "sh",

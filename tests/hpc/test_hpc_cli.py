@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -17,14 +18,49 @@ DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 HEAVY = "{'torch', 'pandas', 'numpy', 'submitit', 'wandb', 'rich', 'pyarrow', 'jinja2'}"
 
 
-def python(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240)
+TYPOS = [
+    (["status", "--jsn"], "--json"),
+    (["logs", "demo", "--rol=trainer"], "--role"),
+    (["accounting", "demo", "--runs-dirr", "x"], "--runs-dir"),
+    (["cancel", "demo", "--noww"], "--now"),
+    (["submit", "--partiton=gpu"], "--partition"),
+    (["doctor", "--nodess=4"], "--nodes"),
+]
+# Verbs as `python -m` starts them, one after the other: most of the time of each would be imports.
+SAY = """
+import contextlib, io, json, runpy, sys
+said = []
+for verb, *words in json.load(sys.stdin):
+    sys.argv, out, code = [verb, *words], io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            runpy.run_module(f"hpc.{verb}", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            code = end.code
+    said.append((out.getvalue(), code))
+print(json.dumps(said))
+"""
+IMPORT = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
+
+
+def python(*words: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *words]
+    return subprocess.run(command, input=given, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
-def helps() -> dict[str, str]:
+def said() -> dict[tuple[str, ...], tuple[str, int]]:
+    """What verbs say to `--help` and to typos, and their exit codes."""
+    commands = [*([verb, "--help"] for verb in VERBS), *(words for words, _ in TYPOS)]
+    done = python("-c", SAY, given=json.dumps(commands))
+    assert done.returncode == 0, done.stderr
+    return {tuple(words): tuple(each) for words, each in zip(commands, json.loads(done.stdout), strict=True)}
+
+
+@pytest.fixture(scope="module")
+def helps(said: dict[tuple[str, ...], tuple[str, int]]) -> dict[str, str]:
     """Output of `--help` of every verb."""
-    return {verb: python("-m", f"hpc.{verb}", "--help").stdout for verb in VERBS}
+    return {verb: said[verb, "--help"][0] for verb in VERBS}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -36,21 +72,13 @@ def test_help_and_list(helps: dict[str, str], verb: str) -> None:
     assert f"\n## {verb}\n" in DOCS.read_text()
 
 
-@pytest.mark.parametrize(
-    ("verb", "words", "near"),
-    [
-        ("status", ["--jsn"], "--json"),
-        ("logs", ["demo", "--rol=trainer"], "--role"),
-        ("accounting", ["demo", "--runs-dirr", "x"], "--runs-dir"),
-        ("cancel", ["demo", "--noww"], "--now"),
-        ("submit", ["--partiton=gpu"], "--partition"),
-        ("doctor", ["--nodess=4"], "--nodes"),
-    ],
-)
-def test_a_typo_names_the_nearest_flag(verb: str, words: list[str], near: str) -> None:
-    done = python("-m", f"hpc.{verb}", *words)
-    assert done.returncode in (1, 2)  # the doctor lists it among what would fail
-    assert f"did you mean {near}?" in " ".join((done.stdout + done.stderr).split())
+@pytest.mark.parametrize(("words", "near"), TYPOS)
+def test_a_typo_names_the_nearest_flag(
+    words: list[str], near: str, said: dict[tuple[str, ...], tuple[str, int]]
+) -> None:
+    text, code = said[tuple(words)]
+    assert code in (1, 2)  # the doctor lists it among what would fail
+    assert f"did you mean {near}?" in " ".join(text.split())
 
 
 def test_the_list_is_complete() -> None:
@@ -73,11 +101,12 @@ def test_flags_in_the_documentation_exist(helps: dict[str, str]) -> None:
                 assert flag in known, f"{verb}: python -m hpc.{other} has no {flag}"
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "sandbox"])
-def test_starting_up_is_light(verb: str) -> None:
-    module = f"hpc.{verb}.__main__" if verb == "doctor" else f"hpc.{verb}"
-    done = python("-c", f"import sys, {module}; print(*({HEAVY} & set(sys.modules)))")
-    assert (done.stdout.strip(), done.returncode) == ("", 0)
+def test_starting_up_is_light() -> None:
+    modules = [
+        f"hpc.{verb}.__main__" if verb == "doctor" else f"hpc.{verb}" for verb in VERBS if verb != "sandbox"
+    ]
+    done = python("-c", f"{IMPORT}    print(name, *({HEAVY} & set(sys.modules)))", *modules)
+    assert (done.stdout.split("\n"), done.returncode) == ([*modules, ""], 0), done.stderr
 
 
 def test_commands_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,7 @@ def test_follow_of_a_run_that_has_ended(layout: RunLayout) -> None:
     assert texts(list(logs.follow(layout.root, attempt=0))) == ["old"]
 
 
+@pytest.mark.slow
 def test_follow_a_running_job(job: Job) -> None:
     process = job.start(steps=1000, engine=["serve", "leak"], trainer=["train"])
     wait_until(lambda: job.steps(), 60)

@@ -228,6 +228,7 @@ def look(page: Page, *, dark: bool = False) -> None:
 
 
 @needs_chromium
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1400, 390])
 def test_every_view_fits(server: LiveServer, page: Page, width: int, dark: bool) -> None:
@@ -246,6 +247,7 @@ def test_every_view_fits(server: LiveServer, page: Page, width: int, dark: bool)
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_charts_overlay_runs_and_follow_them(server: LiveServer, page: Page) -> None:
     page.open(server.url)
     page.open(address(server, "run=baseline&run=fast&metric=rollout%2Freward&tab=charts"))
@@ -263,6 +265,7 @@ def test_charts_overlay_runs_and_follow_them(server: LiveServer, page: Page) -> 
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_the_keyboard_is_enough(server: LiveServer, page: Page) -> None:
     page.open(server.url)
     page.open(address(server, "run=baseline&tab=charts"))
@@ -279,6 +282,7 @@ def test_the_keyboard_is_enough(server: LiveServer, page: Page) -> None:
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_a_finding_shows_its_samples(server: LiveServer, page: Page) -> None:
     page.open(server.url)
     page.open(f"http://127.0.0.1:{server.server_port}/runs/hacked/samples")
@@ -297,6 +301,7 @@ def test_a_finding_shows_its_samples(server: LiveServer, page: Page) -> None:
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_names_and_texts_of_runs_are_never_markup(server: LiveServer, page: Page) -> None:
     name = "<img src=x onerror='window.hacked=1'>"
     shutil.copytree(server.live.runs_dir / "fast", server.live.runs_dir / name)

@@ -137,6 +137,7 @@ def test_a_note_on_a_sample_that_is_not_in_the_page(tmp_path: Path) -> None:
 
 
 @needs_chromium
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1400, 390])
 def test_a_session_is_a_tree_of_turns(server: LiveServer, page: Page, width: int) -> None:
     open_samples(page, server, "sample=0&tab=session", width)
@@ -164,6 +165,7 @@ def test_a_session_is_a_tree_of_turns(server: LiveServer, page: Page, width: int
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_an_open_page_shows_a_note_that_is_made_now(server: LiveServer, page: Page) -> None:
     open_samples(page, server, "sample=20")
     path = server.live.runs_dir / "agents" / "notes.jsonl"
@@ -175,6 +177,7 @@ def test_an_open_page_shows_a_note_that_is_made_now(server: LiveServer, page: Pa
 
 
 @needs_chromium
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1400, 390])
 def test_notes_lead_to_their_samples_and_are_found(server: LiveServer, page: Page, width: int) -> None:
     open_samples(page, server, "sample=5", width)
