@@ -41,8 +41,12 @@ def discounted_returns(reward: float, kl: Floats, *, kl_coef: float, gamma: floa
     return returns.astype(np.float32)
 
 
-def with_kl_penalty(advantage: float, kl: Floats, *, kl_coef: float) -> Floats:
-    """advantage − kl_coef·kl_t: REINFORCE++-baseline, where the group's mean is the baseline. Shape [n]."""
+def with_kl_penalty(advantage: float | NDArray[np.float64], kl: Floats, *, kl_coef: float) -> Floats:
+    """advantage − kl_coef·kl_t: REINFORCE++-baseline, where the group's mean is the baseline. Shape [n].
+
+    Args:
+        advantage: Of the response, or of each token.
+    """
     return (advantage - kl_coef * kl.astype(np.float64)).astype(np.float32)
 
 

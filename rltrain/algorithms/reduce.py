@@ -37,7 +37,7 @@ def token_weights(
         One weight a sample. A rollout without trainable tokens has weight 0 but, in the mean over rollouts,
         still counts as one.
     """
-    tokens = np.array([int(mask.sum()) for mask in loss_masks], dtype=np.int64)
+    tokens = np.array([np.count_nonzero(mask) for mask in loss_masks], dtype=np.int64)
     if per_token:
         return np.full(len(tokens), 1.0 / max(1, tokens.sum())) * (tokens > 0)
     ids = np.arange(len(tokens)) if rollout_ids is None else np.asarray(rollout_ids)

@@ -6,8 +6,9 @@ over just these tokens, so that nothing behind this module knows about masks or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -192,13 +193,15 @@ class TrainableTokens:
     @classmethod
     def of(cls, batch: TrainBatch) -> TrainableTokens:
         """The trainable tokens of every sample of a rollout."""
-        masks = [mask.astype(bool) for mask in batch.loss_masks]
+        lengths = [len(mask) for mask in batch.loss_masks]
+        starts = np.cumsum([0, *lengths])[:-1]
+        mask = joined(batch.loss_masks, np.int8).astype(bool)
+        found = np.flatnonzero(mask)
+        sample = np.repeat(np.arange(len(batch)), lengths)[found]
         # The logits at position t predict token t + 1.
-        positions = [
-            np.flatnonzero(mask) + len(tokens) - len(mask) - 1
-            for tokens, mask in zip(batch.tokens, masks, strict=True)
-        ]
-        return cls(masks, positions)
+        first = np.array([len(tokens) for tokens in batch.tokens], np.int64) - lengths - 1
+        counts = np.bincount(sample, minlength=len(batch))
+        return cls(split_rows(mask, lengths), split_rows(found + (first - starts)[sample], counts))
 
     def count(self, sample: int) -> int:
         """Trainable tokens of a sample."""
@@ -206,11 +209,20 @@ class TrainableTokens:
 
     def spread(self, values: Sequence[float] | NDArray[Any]) -> Flat:
         """A sample's value on each of its tokens."""
-        return [
-            np.full(len(positions), value, dtype=np.float32)
-            for positions, value in zip(self.positions, values, strict=True)
-        ]
+        counts = np.array([len(each) for each in self.positions], np.int64)
+        return split_rows(np.repeat(np.asarray(values, np.float32), counts), counts)
 
     def select(self, values: Sequence[NDArray[np.float32]]) -> Flat:
         """The trainable ones of values that were given for every response token."""
         return [value[mask] for value, mask in zip(values, self.masks, strict=True)]
+
+
+def joined(arrays: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
+    """One after the other; also none."""
+    return np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype)
+
+
+def split_rows(rows: NDArray[Any], counts: Iterable[int] | NDArray[np.int64]) -> list[NDArray[Any]]:
+    """The first so many rows, the next ones, and so on: views of all of them."""
+    ends = np.cumsum([0, *counts]).tolist()
+    return [rows[start:end] for start, end in pairwise(ends)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,9 +47,11 @@ class Prefixes:
         ]  # bytes compare as their numbers do
         order = sorted(range(len(keys)), key=keys.__getitem__)
         common = [0] * len(order)
-        for at in range(1, len(order)):
-            length = _in_common(sequences[order[at - 1]], sequences[order[at]])
-            common[at] = length if length >= least else 0
+        beginnings = [key[: 4 * least] for key in keys]  # most pairs differ here already
+        for at, (before, sample) in enumerate(pairwise(order), start=1):
+            if beginnings[before] == beginnings[sample]:
+                length = _in_common(sequences[before], sequences[sample])
+                common[at] = length if length >= least else 0
         return cls._in_order(order, common)
 
     @classmethod
@@ -65,12 +68,19 @@ class Prefixes:
 
     def among(self, samples: Sequence[int]) -> list[tuple[int, int]]:
         """These samples as a dictionary has them, each with the tokens in common with the one before of these."""
-        places = sorted(self.place[i] for i in samples)
+        places = sorted([self.place[i] for i in samples])
+        if not self._are_some:
+            return [(self.order[at], 0) for at in places]
         result = []
         for before, at in zip([-1, *places], places, strict=False):
             common = 0 if before < 0 else self._least_between(before + 1, at + 1)
             result.append((self.order[at], common))
         return result
+
+    @cached_property
+    def _are_some(self) -> bool:
+        """Whether any samples have anything in common."""
+        return any(self.common)
 
     def _least_between(self, first: int, last: int) -> int:
         """The least of `common` from one place up to another."""
@@ -100,7 +110,7 @@ class Prefixes:
 
     def shared(self, samples: Sequence[int]) -> int:
         """Tokens that need not be computed where these samples are computed together."""
-        return sum(common for _, common in self.among(samples))
+        return sum(common for _, common in self.among(samples)) if self._are_some else 0
 
 
 def _in_common(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
@@ -144,8 +154,11 @@ def lay_out(samples: Sequence[int], lengths: Mapping[int, int], prefixes: Prefix
         lengths: Tokens of each of them.
         prefixes: Of the samples of the rollout.
     """
+    found = prefixes.among(samples)
+    if not any(common for _, common in found):
+        return _one_by_one(samples, lengths)
     families: list[list[tuple[int, int]]] = []
-    for sample, common in prefixes.among(samples):
+    for sample, common in found:
         if common:
             families[-1].append((sample, common))
         else:
@@ -174,3 +187,15 @@ def lay_out(samples: Sequence[int], lengths: Mapping[int, int], prefixes: Prefix
         tuple(i for family in families for i, _ in family),
         layout.places, layout.lengths, layout.keys, layout.families,
     )  # fmt: skip
+
+
+def _one_by_one(samples: Sequence[int], lengths: Mapping[int, int]) -> Layout:
+    """The same where no sample shares anything; one without tokens has no segment."""
+    order = sorted(samples, key=lambda i: (lengths[i], i))
+    sizes = [lengths[i] for i in order]
+    ends = np.cumsum([0, *sizes]).tolist()
+    tokens = np.arange(ends[-1])
+    places = [tokens[start:end] for start, end in pairwise(ends)]
+    segments = [size for size in sizes if size]
+    first = len(sizes) - len(segments)
+    return Layout(tuple(order), places, segments, places[first:], [0] * first + [1] * len(segments))

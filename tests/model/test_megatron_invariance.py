@@ -5,6 +5,7 @@ Plans, micro-batches and the loss are the trainer's own; a table of random numbe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,36 @@ def test_linear_attention_reads_each_packed_sequence_from_its_beginning() -> Non
     padded = [torch.nn.functional.pad(each.t(), (3, 0)) for each in x.split(lengths)]
     single = [torch.nn.functional.conv1d(each[None], kernel, groups=5)[0].t() for each in padded]
     torch.testing.assert_close(convolve(x, kernel, places), torch.cat(single))
+
+
+@given(lengths=st.lists(st.integers(1, 150), min_size=1, max_size=12), is_sorted=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_short_sequences_in_one_call_attend_as_each_alone(lengths: list[int], is_sorted: bool) -> None:
+    from rltrain.megatron.model.attention import PackedAttention, PackedSequences
+
+    lengths = sorted(lengths) if is_sorted else lengths
+    layer = PackedAttention.__new__(PackedAttention)
+    torch.nn.Module.__init__(layer)
+    layer.softmax_scale, layer.before, layer.soft_cap, layer.softmax_offset = 0.3, None, None, None
+    packed = PackedSequences.from_lengths(lengths, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(sum(lengths))
+    shapes = ((4, 8), (2, 8), (2, 12))  # heads that share keys; values of another size
+    parts = [torch.randn(sum(lengths), *shape, generator=generator, requires_grad=True) for shape in shapes]
+    together = layer(*parts, None, packed)
+    alone = layer(*parts, None, replace(packed, joined=None))
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
+    weights = torch.randn(together.shape, generator=generator)
+    expected = torch.autograd.grad((alone * weights).sum(), parts)
+    for mine, theirs in zip(torch.autograd.grad((together * weights).sum(), parts), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=1e-5)
+
+
+def test_short_sequences_of_about_the_same_length_are_one_call() -> None:
+    from rltrain.megatron.model.layers.joined import join
+
+    joined = join([3, 3, 5, 30, 31, 36, 60, 400, 401])
+    assert joined is not None
+    assert (joined.sequences, joined.tokens) == (7, 168)
+    assert joined.calls == ((3, 5), (3, 36), (1, 60))
+    assert join([7, 7, 7, 100]) is None  # a call for each length is as few
+    assert join([200, 201]) is None

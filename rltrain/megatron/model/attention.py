@@ -2,7 +2,8 @@
 
 Megatron-core's own `DotProductAttention` refuses packed sequences. This one runs torch's scaled dot product
 attention on each sequence; sequences of equal length that lie next to each other share one call, so a
-micro-batch sorted by length costs a few calls instead of one a sequence. No mask over all tokens is made.
+micro-batch sorted by length costs a few calls instead of one a sequence (short ones on a CPU: `layers.joined`). No mask
+over all tokens is made.
 A GPU has a kernel for sequences of any lengths, in 16-bit types (flash attention): there it is one call in all.
 
 With context parallelism every rank gathers all keys and values and computes the rows of its own queries. Sequences
@@ -33,6 +34,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from rltrain.megatron.model.context_parallel import attended_keys, gather_tokens, whole_order
+from rltrain.megatron.model.layers.joined import Joined, attend_joined, join
 from rltrain.megatron.model.layers.sinks import narrow, new_sinks, put_first, put_first_of_each, widen
 from rltrain.megatron.model.layers.soft_cap import capped_attention
 from rltrain.megatron.model.prefix_attention import Call, gather_keys, plan_calls
@@ -56,6 +58,7 @@ class PackedSequences(PackedSeqParams):
     own_offsets: tuple[Tensor, Tensor] | None = None  # and where its chunks of queries and their keys begin
     positions: Tensor | None = None  # of tokens in their sequences, where sequences share tokens
     calls: tuple[Call, ...] | None = None  # and how attention is computed there
+    joined: Joined | None = None  # how that of the first sequences is computed, where they are short
 
     @classmethod
     def from_lengths(
@@ -86,6 +89,7 @@ class PackedSequences(PackedSeqParams):
             order=order,
             attended=attended,
             own_offsets=own_offsets,
+            joined=join(lengths) if context_size == 1 and device.type == "cpu" else None,
         )
 
     @classmethod
@@ -169,7 +173,31 @@ class PackedAttention(MegatronModule):
             return self._all_lengths(query, key, value, packed_seq_params)
         if packed_seq_params.calls is not None:
             return self._sharing(query, key, value, packed_seq_params)
-        runs = [(length, len(list(run))) for length, run in groupby(packed_seq_params.lengths)]
+        joined = packed_seq_params.joined
+        if joined is not None and self._is_plain(joined.longest):
+            end, lengths = joined.tokens, packed_seq_params.lengths[joined.sequences :]
+            output = attend_joined(query[:end], key[:end], value[:end], joined, self.softmax_scale)
+            if not lengths:
+                return output
+            rest = self._by_length(query[end:], key[end:], value[end:], lengths, packed_seq_params)
+            return torch.cat([output, rest])
+        return self._by_length(query, key, value, packed_seq_params.lengths, packed_seq_params)
+
+    def _is_plain(self, length: int) -> bool:
+        """Whether tokens of sequences of this length see all that are before them, and nothing else counts."""
+        is_narrow = self.before is not None and self.before < length - 1
+        return not is_narrow and self.soft_cap is None and self.softmax_offset is None
+
+    def _by_length(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: tuple[int, ...],
+        packed_seq_params: PackedSequences,
+    ) -> Tensor:
+        """Attention of sequences of these lengths: a call for neighbours of equal length."""
+        runs = [(length, len(list(run))) for length, run in groupby(lengths)]
         sizes = [length * count for length, count in runs]
         group = parallel_state.get_context_parallel_group()
         ranks = group.size()

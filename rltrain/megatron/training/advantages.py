@@ -27,7 +27,7 @@ from rltrain.algorithms.estimators import (
 from rltrain.algorithms.losses import approximate_kl
 from rltrain.arguments.config import Config
 from rltrain.arguments.groups.algorithm import Algorithm
-from rltrain.data.batch import Flat
+from rltrain.data.batch import Flat, joined, split_rows
 from rltrain.functions import load_function
 from rltrain.megatron.device import device
 from rltrain.megatron.training.micro_batch import LossInputs
@@ -77,7 +77,7 @@ def with_advantages(
 
 def _with_advantages(config: Config, share: RankShare, inputs: LossInputs[Flat]) -> LossInputs[Flat]:
     batch, samples = share.batch, share.samples
-    missing = [i for i in range(len(batch)) if share.trainable.count(i) and np.isnan(batch.train_rewards[i])]
+    missing = [i for i in np.flatnonzero(np.isnan(batch.train_rewards)).tolist() if share.trainable.count(i)]
     if missing:
         raise ValueError(f"samples {missing} have no reward (or NaN) but are trained on")
     kl = _kl(config.algorithm, share, inputs)
@@ -88,7 +88,7 @@ def _with_advantages(config: Config, share: RankShare, inputs: LossInputs[Flat])
     elif config.algorithm.advantage_estimator == "ppo":
         result, returns = _with_critic(config.algorithm, share, inputs, kl)
     else:
-        result = {i: _without_critic(config.algorithm, float(batch.train_rewards[i]), kl[i]) for i in samples}
+        result = _without_critic(config.algorithm, batch.train_rewards, kl)
     if config.algorithm.use_opd:
         distances = _distances_to_teacher(samples, inputs)
         result = {
@@ -112,10 +112,16 @@ def _distances_to_teacher(samples: list[int], inputs: LossInputs[Flat]) -> BySam
     return {i: reverse_kl(own[i], teacher[i]) for i in samples}
 
 
-def _without_critic(algorithm: Algorithm, reward: float, kl: Floats) -> Floats:
+def _without_critic(algorithm: Algorithm, rewards: Floats, kl: BySample) -> BySample:
     if algorithm.advantage_estimator == "reinforce_plus_plus":
-        return discounted_returns(reward, kl, kl_coef=algorithm.kl_coef, gamma=algorithm.gamma)
-    return with_kl_penalty(reward, kl, kl_coef=algorithm.kl_coef)
+        return {
+            i: discounted_returns(float(rewards[i]), own, kl_coef=algorithm.kl_coef, gamma=algorithm.gamma)
+            for i, own in kl.items()
+        }
+    counts = np.array([len(own) for own in kl.values()], np.int64)
+    of_tokens = np.repeat(rewards[list(kl)].astype(np.float64), counts)
+    advantages = with_kl_penalty(of_tokens, joined([*kl.values()], np.float32), kl_coef=algorithm.kl_coef)
+    return dict(zip(kl, split_rows(advantages, counts), strict=True))
 
 
 def _with_critic(
@@ -135,7 +141,8 @@ def _with_critic(
 def _kl(algorithm: Algorithm, share: RankShare, inputs: LossInputs[Flat]) -> BySample:
     """KL to the reference of each token, per sample; zeros without --kl-coef."""
     if not algorithm.kl_coef:
-        return {i: np.zeros(share.trainable.count(i), np.float32) for i in share.samples}
+        counts = [share.trainable.count(i) for i in share.samples]
+        return dict(zip(share.samples, split_rows(np.zeros(sum(counts), np.float32), counts), strict=True))
     own, reference = inputs.old_log_probs, inputs.ref_log_probs
     assert own is not None and reference is not None
     return {

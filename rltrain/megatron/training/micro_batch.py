@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rltrain.data.batch import Flat, TrainableTokens, TrainBatch
+from rltrain.data.batch import Flat, TrainableTokens, TrainBatch, joined
 from rltrain.data.further import Further, further_tokens
 from rltrain.data.prefixes import Prefixes, lay_out
 from rltrain.megatron.model.attention import PackedSequences
@@ -97,10 +97,11 @@ class Responses:
         """
         if not indices:
             return cls([1], [1], [torch.zeros(1, device=device)])
+        masks = torch.from_numpy(joined([batch.loss_masks[i] for i in indices], np.float32))
         return cls(
             total_lengths=[len(batch.tokens[i]) for i in indices],
             response_lengths=[batch.response_lengths[i] for i in indices],
-            loss_masks=[torch.from_numpy(batch.loss_masks[i].astype(np.float32)).to(device) for i in indices],
+            loss_masks=list(masks.to(device).split([batch.response_lengths[i] for i in indices])),
         )
 
     def counts(self, device: torch.device) -> Tensor:
@@ -252,13 +253,14 @@ def build_micro_batch(
         sequences = PackedSequences.sharing(lengths, keys, families, device)
     else:
         sequences = PackedSequences.from_lengths(lengths, device, split.context_size, split.context_rank)
-    starts = [int(each[0]) for each in places]
     tokens = np.zeros(total, np.int64)
     padding = np.ones(total, bool)
-    for i, own in zip(order, places, strict=True):
-        tokens[own], padding[own] = batch.tokens[i][:-1], False
-    rows = _join([own[trainable.positions[i]] for i, own in zip(order, places, strict=True)])
-    targets = _join([batch.tokens[i][trainable.positions[i] + 1] for i in order])
+    place_of = joined(places, np.int64)  # of each computed token, one sample's after the other's
+    tokens[place_of] = joined([batch.tokens[i][:-1] for i in order], np.int64)
+    padding[place_of] = False
+    at = _trainable(trainable, order, places)
+    rows = place_of[at]
+    targets = joined([batch.tokens[i][1:] for i in order], np.int64)[at]
     own_tokens = own_positions(lengths, split.context_size, split.context_rank)
     place = np.full(total, -1)
     place[own_tokens] = np.arange(len(own_tokens))
@@ -282,17 +284,27 @@ def build_micro_batch(
         targets=tensor(targets[own]),
         own=tensor(own),
         num_trainable=len(rows),
-        inputs=inputs.map(lambda flat: tensor(_join([flat[i] for i in order], np.float32))),
+        inputs=inputs.map(lambda flat: tensor(joined([flat[i] for i in order], np.float32))),
         responses=Responses.of(batch, order, device),
-        last_tokens=tensor(_join([batch.tokens[i][-1:] for i in order])),
-        routes=None if routes is None else packed_routes(routes, order, starts, own_tokens, total),
+        last_tokens=tensor(joined([batch.tokens[i][-1:] for i in order], np.int64)),
+        routes=None if routes is None else packed_routes(routes, order, _starts(places), own_tokens, total),
         places=places,
         further=further,
     )
 
 
-def _join(parts: Sequence[NDArray[Any]], dtype: type[np.generic] = np.int64) -> NDArray[Any]:
-    return np.concatenate([np.empty(0, dtype), *parts], dtype=dtype)
+def _starts(places: Sequence[NDArray[np.int64]]) -> list[int]:
+    return [int(each[0]) for each in places]
+
+
+def _trainable(
+    trainable: TrainableTokens, order: Sequence[int], places: Sequence[NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """Which computed tokens predict trainable ones, where those of samples follow each other in this order."""
+    counts = np.array([trainable.count(i) for i in order], np.int64)
+    starts = np.cumsum([0, *map(len, places)])[:-1]
+    positions: NDArray[np.int64] = joined([trainable.positions[i] for i in order], np.int64)
+    return positions + np.repeat(starts, counts)
 
 
 def _padding(tokens: int, multiple: int) -> list[int]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rltrain.arguments.groups.algorithm import Algorithm
-from rltrain.data.batch import Flat
+from rltrain.data.batch import Flat, joined
 from rltrain.megatron.ranks import control_group
 from rltrain.megatron.training.micro_batch import LossInputs, MicroBatch
 from rltrain.megatron.training.share import RankShare
@@ -69,17 +69,19 @@ def token_columns(algorithm: Algorithm, seen: dict[str, Flat], inputs: LossInput
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Some samples' values: [trainable tokens] each, by sample, for the columns that there are."""
+    """Some samples' values, for the columns that there are: [trainable tokens], one sample's after the other's."""
 
     samples: list[int]
-    columns: dict[str, list[NDArray[np.float32]]]
+    columns: dict[str, NDArray[np.float32]]
 
 
 def gather(share: RankShare, values: dict[str, Flat]) -> list[TokenRows] | None:
     """The values of all data parallel ranks, on rank 0; None on the others. All ranks call it."""
     rows = None
     if _speaks_for_its_samples():
-        columns = {name: [flat[i] for i in share.samples] for name, flat in values.items()}
+        columns = {
+            name: joined([flat[i] for i in share.samples], np.float32) for name, flat in values.items()
+        }
         rows = TokenRows(share.samples, columns)
     gathered: list[TokenRows | None] = [None] * dist.get_world_size()
     dist.gather_object(rows, gathered if dist.get_rank() == 0 else None, group=control_group())
@@ -89,13 +91,20 @@ def gather(share: RankShare, values: dict[str, Flat]) -> list[TokenRows] | None:
 def to_table(share: RankShare, rows: list[TokenRows], *, step: int, attempt: int) -> pa.Table:
     """One row a sample of the rollout; NaN for response tokens and null for samples that are not trained on."""
     masks, count = share.trainable.masks, len(share.batch)
-    columns: dict[str, list[NDArray[np.float32] | None]] = {name: [None] * count for name in COLUMNS}
-    for part in rows:
-        for name, values in part.columns.items():
-            for i, value in zip(part.samples, values, strict=True):
-                full = np.full(len(masks[i]), np.nan, np.float32)
-                full[masks[i]] = value
-                columns[name][i] = full
+    samples = [i for part in rows for i in part.samples]
+    place = {sample: at for at, sample in enumerate(samples)}
+    columns = {}
+    for name in COLUMNS:
+        parts = [part.columns[name] for part in rows if name in part.columns]
+        if not parts:
+            columns[name] = pa.nulls(count, pa.list_(pa.float32()))
+            continue
+        mask = joined([masks[i] for i in samples], np.bool_)
+        full = np.full(len(mask), np.nan, np.float32)
+        full[mask] = joined(parts, np.float32)
+        ends = np.cumsum([0, *(len(masks[i]) for i in samples)], dtype=np.int32)
+        lists = pa.ListArray.from_arrays(ends, full)
+        columns[name] = lists.take(pa.array([place.get(i) for i in range(count)], pa.int64()))
     indices = np.arange(count) if share.batch.indices is None else share.batch.indices
     fixed = {"step": [step] * count, "attempt": [attempt] * count, "index": indices}
     return pa.table({**fixed, **columns}, schema=TRAINER_SCHEMA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from rltrain.algorithms.reduce import token_weights
 from rltrain.arguments.config import Config
 from rltrain.arguments.hf_config import ModelShape
 from rltrain.arguments.resolve import why_separate
-from rltrain.data.batch import Flat, TrainableTokens, TrainBatch
+from rltrain.data.batch import Flat, TrainableTokens, TrainBatch, split_rows
 from rltrain.data.packing import Bin, StepPlan, pack_ranks, plan_step
 from rltrain.data.prefixes import Prefixes
 from rltrain.megatron.device import device
@@ -72,6 +73,7 @@ class RankShare:
             if kept_separate(config, shape)
             else Prefixes.of([each[:-1] for each in batch.tokens])
         )
+        self._lengths = [self._split.padded(computed_length(tokens)) for tokens in batch.tokens]
         self.has_adapters = config.lora.lora_rank > 0
         self._steps = batch.steps(config.training.num_steps_per_rollout)
         self.num_steps = len(self._steps)
@@ -146,8 +148,8 @@ class RankShare:
         flat: Flat = [np.empty(0, np.float32)] * len(self.batch)
         for micro_batch, each in zip(micro_batches, values, strict=True):
             sizes = [self.trainable.count(i) for i in micro_batch.indices]
-            for i, part in zip(micro_batch.indices, each.cpu().split(sizes), strict=True):
-                flat[i] = part.numpy()
+            for i, part in zip(micro_batch.indices, split_rows(each.cpu().numpy(), sizes), strict=True):
+                flat[i] = part
         return flat
 
     def _per_sample(self, of_steps: list[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -160,7 +162,7 @@ class RankShare:
     def _plan(self, step: NDArray[np.int64]) -> list[list[Bin]]:
         """Every rank's micro-batches of one optimizer step."""
         samples = [int(i) for i in step if self.trainable.count(i)]
-        lengths = [self._length(i) for i in samples]
+        lengths = [self._lengths[i] for i in samples]
         costs = [self._flops(i) for i in samples] if self._config.training.balance_by_flops else None
         plan = plan_step(
             lengths,
@@ -183,7 +185,7 @@ class RankShare:
         samples = [i for rank in ranks for i in rank]
         place = {sample: i for i, sample in enumerate(samples)}
         plan = pack_ranks(
-            [self._length(i) for i in samples],
+            [self._lengths[i] for i in samples],
             [[place[i] for i in rank] for rank in ranks],
             max_tokens=self._budget(self._config.training.log_probs_max_tokens_per_gpu),
             micro_batch_size=self._config.training.micro_batch_size,
@@ -199,12 +201,9 @@ class RankShare:
         assert tokens_per_rank is not None
         return tokens_per_rank * self._config.parallel.context_parallel_size
 
-    def _length(self, sample: int) -> int:
-        return self._split.padded(computed_length(self.batch.tokens[sample]))
-
     def _computed(self, micro_batch: Bin) -> int:
         """Tokens of a micro-batch that go through the model."""
-        return sum(map(self._length, micro_batch)) - self.prefixes.shared(micro_batch)
+        return sum(self._lengths[i] for i in micro_batch) - self.prefixes.shared(micro_batch)
 
     def num_shared(self) -> int:
         """Tokens of all ranks that training did not compute again: they were there for another sample."""
@@ -213,12 +212,15 @@ class RankShare:
     def flops(self) -> float:
         """Floating point operations of one forward pass over all ranks' samples, as they are trained on."""
         every = [each for plan in self._all_plans for rank in plan for each in rank]
-        total = sum(self._flops(i) for each in every for i in each)
+        lengths = Counter(self._lengths[i] for each in every for i in each)
+        logits = sum(self.trainable.count(i) for each in every for i in each)
+        total = sum(count * sequence_flops(self._shape, tokens, 0) for tokens, count in lengths.items())
+        total += sequence_flops(self._shape, 0, logits)
         shared = (common for each in every for _, common in self.prefixes.among(each) if common)
         return total - sum(sequence_flops(self._shape, common, 0) for common in shared)
 
     def _flops(self, sample: int) -> float:
-        return sequence_flops(self._shape, self._length(sample), self.trainable.count(sample))
+        return sequence_flops(self._shape, self._lengths[sample], self.trainable.count(sample))
 
     def _micro_batches(
         self,
