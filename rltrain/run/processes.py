@@ -105,10 +105,15 @@ def kill_descendants(root: int, timeout: float = 5.0) -> list[int]:
     return left
 
 
-def oom_kills() -> int | None:
-    """How many processes of this one's cgroup the out-of-memory killer has ended so far; None if that can't be read."""
+def oom_kills(proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """How many processes of this one's cgroup the out-of-memory killer has ended so far; None if that can't be read.
+
+    Args:
+        proc: which groups this process is in, as cgroups(7) has it.
+        mount: where cgroups of version 2 are mounted, or those of version 1, each in a directory of its own.
+    """
     try:
-        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        groups = proc.read_text().splitlines()
     except OSError:
         return None
     for line in groups:
@@ -116,7 +121,7 @@ def oom_kills() -> int | None:
         is_v2, own = not controllers, path.lstrip("/")
         if not is_v2 and "memory" not in controllers.split(","):
             continue
-        root = Path("/sys/fs/cgroup") if is_v2 else Path("/sys/fs/cgroup/memory")
+        root = mount if is_v2 else mount / "memory"
         file = root / own / ("memory.events" if is_v2 else "memory.oom_control")
         with contextlib.suppress(OSError, ValueError):
             counts = dict(line.split() for line in file.read_text().splitlines())

@@ -20,7 +20,8 @@ def main(argv: list[str]) -> Path:
     """Convert; returns the directory.
 
     Raises:
-        UserError: there is no usable checkpoint, it is of another model, or the output directory is in the way.
+        UserError: there is no usable checkpoint, it is of another model, others may have written it, or the output
+            directory is in the way.
     """
     given = _parser().parse_args(argv)
     output, origin = given.output_dir.absolute(), given.origin_hf_dir.absolute()
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> Path:
 
     from rltrain.megatron.checkpoint.legacy import is_legacy
     from rltrain.megatron.checkpoint.load import load_checkpoint
-    from rltrain.megatron.checkpoint.resume import usable_checkpoint
+    from rltrain.megatron.checkpoint.resume import check_directories, usable_checkpoint
     from rltrain.megatron.checkpoint.state import TrainState
     from rltrain.megatron.exporter import head_names, kept_heads
     from rltrain.megatron.model.build import build_model, read_shape
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> Path:
     from rltrain.megatron.model.names import HEAD
     from rltrain.weights.transports.hf_directory import write_hf_directory
 
+    check_directories([given.input_dir.absolute()], trust=given.trust_load)
     checkpoint = usable_checkpoint(given.input_dir.absolute())
     if checkpoint is None:
         raise UserError(f"--input-dir {given.input_dir}: there is no complete checkpoint in it.")
@@ -84,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("-f", "--force", action="store_true", help="replace --output-dir")
     add("--chunk-size", type=int, default=2 * 1024**3, metavar="BYTES", help="of a file (default: 2 GiB)")
+    add(
+        "--trust-load",
+        action="store_true",
+        help="convert a checkpoint that other users may have written: that runs code which is in it",
+    )
     add("--vocab-size", type=int, metavar="N", help="must be the one in config.json, which is taken anyway")
     return parser
 

@@ -138,7 +138,7 @@ def engine(
         return
     weights = options.frozen or find_weights(layout, config, sample)
     token = secrets.token_urlsafe(16)
-    with hf_directory(weights, Path(config.model.hf_checkpoint)) as model:
+    with hf_directory(weights, Path(config.model.hf_checkpoint), trust=options.trust_load) as model:
         own = {"model_path": str(model), "load_format": "auto", "log_level": "error"}
         print(f"starting an engine with {weights}")
         with HttpServerEngineAdapter.launch(engine_server_args(config, 0) | own, token) as started:
@@ -226,6 +226,11 @@ def _parser() -> argparse.ArgumentParser:
         help="weights of an engine of our own: a Hugging Face directory or a checkpoint (default: those that wrote"
         " the sample, if they are still there)",
     )  # fmt: skip
+    parser.add_argument(
+        "--trust-load",
+        action="store_true",
+        help="take a checkpoint that other users may have written: that runs code which is in it",
+    )
     return parser
 
 

@@ -18,15 +18,16 @@ from rltrain.sample import Sample
 
 
 @contextmanager
-def hf_directory(weights: Path, origin: Path) -> Iterator[Path]:
+def hf_directory(weights: Path, origin: Path, *, trust: bool) -> Iterator[Path]:
     """`weights` if it is a Hugging Face directory, or what a checkpoint is converted to, for as long as entered.
 
     Args:
         weights: A Hugging Face directory, a checkpoint, or a directory of checkpoints, of which the newest is taken.
         origin: Model that config.json and tokenizer are taken from.
+        trust: Convert a checkpoint even if other users may have written it.
 
     Raises:
-        UserError: it is neither of them.
+        UserError: it is neither of them, or not to be trusted.
     """
     if any(weights.glob("*.safetensors")):
         yield weights
@@ -34,7 +35,7 @@ def hf_directory(weights: Path, origin: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="replay-") as directory:
         output = Path(directory) / "model"
         print(f"converting {weights}")
-        _convert(weights, origin, output)
+        _convert(weights, origin, output, trust)
         yield output
 
 
@@ -63,12 +64,13 @@ def find_weights(layout: RunLayout, config: Config, sample: Sample) -> Path:
     return found
 
 
-def _convert(checkpoint: Path, origin: Path, output: Path) -> None:
+def _convert(checkpoint: Path, origin: Path, output: Path, trust: bool) -> None:
     """In a process of its own, which gives the trainer's memory back."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "rltrain.tools.convert_torch_dist_to_hf", "--input-dir", checkpoint),
             *("--output-dir", output, "--origin-hf-dir", origin),
+            *(["--trust-load"] if trust else []),
         ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

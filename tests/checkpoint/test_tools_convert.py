@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,23 @@ def test_a_checkpoint_without_our_manifest_is_read_and_a_missing_shard_is_named(
     shutil.move(shard, tmp_path / "elsewhere")
     with pytest.raises(UserError, match=rf"{shard.name} is missing"):
         convert_torch_dist_to_hf.main([*flags, "--output-dir", str(tmp_path / "again")])
+
+
+def test_what_others_may_have_written_is_not_unpickled(tmp_path: Path) -> None:
+    init_single_process()
+    origin = write_hf_model(tmp_path / "origin", MODELS["tied"])
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # TMPDIR may lie where nobody else comes
+        Path(name).chmod(0o755)  # pytest's own directories are nobody else's
+        release = convert_hf_to_torch_dist.main(["--hf-checkpoint", str(origin), "--save", f"{name}/dist"])
+        (release / "common.pt").chmod(0o646)
+        flags = ["--origin-hf-dir", str(origin), "--output-dir", str(tmp_path / "back")]
+        for named in (release, release.parent):
+            with pytest.raises(
+                UserError, match=r"common.pt may be written by everybody.*--trust-load.*chmod"
+            ):
+                convert_torch_dist_to_hf.main(["--input-dir", str(named), *flags])
+        convert_torch_dist_to_hf.main(["--input-dir", str(named), *flags, "--trust-load"])
+    assert tensors(tmp_path / "back").keys() == tensors(origin).keys()
 
 
 def test_bad_input_is_refused(tmp_path: Path) -> None:

@@ -40,6 +40,35 @@ def test_descendants_are_found_at_any_depth_and_killed() -> None:
         parent.communicate()
 
 
+V1 = "4:memory:/job\n3:cpu,cpuacct:/job\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "kills"),
+    [
+        ("0::/job/step\n", {"job/step/memory.events": "low 0\nhigh 7\noom 3\noom_kill 2\n"}, 2),
+        ("0::/\n", {"memory.events": "oom 0\noom_kill 0\noom_group_kill 0\n"}, 0),  # a cgroup namespace
+        (V1, {"memory/job/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 5\n"}, 5),
+        (
+            V1,
+            {"memory/job/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\n"},
+            None,
+        ),  # Linux before 4.13
+        (V1, {"memory/other/memory.oom_control": "oom_kill 5\n"}, None),
+        ("3:cpu:/job\n0::/job\n", {}, None),
+    ],
+)
+def test_kills_for_memory_are_read_from_the_own_cgroup(
+    tmp_path: Path, groups: str, files: dict[str, str], kills: int | None
+) -> None:
+    (tmp_path / "cgroup").write_text(groups)
+    for name, text in files.items():
+        (tmp_path / "mount" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mount" / name).write_text(text)
+    assert processes.oom_kills(tmp_path / "cgroup", tmp_path / "mount") == kills
+    assert processes.oom_kills(tmp_path / "none", tmp_path / "mount") is None
+
+
 def test_child_dies_with_its_parent() -> None:
     code = (
         "import signal, subprocess; from rltrain.run.processes import dying_with_us\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -133,11 +133,20 @@ def check_trusted(config: Config) -> None:
     Raises:
         UserError: names the first file, and what to do.
     """
-    if config.checkpoint.trust_load:
+    check_directories(_directories(config), trust=config.checkpoint.trust_load)
+
+
+def check_directories(directories: Iterable[Path], *, trust: bool) -> None:
+    """The same for directories that are named to a tool; `trust` passes them.
+
+    Raises:
+        UserError: see `check_trusted`.
+    """
+    if trust:
         return
     found = None
     if dist.get_rank() == 0:
-        found = next(filter(None, map(_foreign_file, _directories(config))), None)
+        found = next(filter(None, map(_foreign_file, directories)), None)
     if (why := first_problem(found)) is not None:
         raise UserError(
             f"{why}, and loading a checkpoint runs code that is in it. If you trust it, give --trust-load;"
