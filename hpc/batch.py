@@ -13,10 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from submitit.core.job_environment import JobEnvironment
-from submitit.core.submission import process_job
-from submitit.core.utils import pickle_load
-
+from hpc.signals import hold_warning, release_warning
 from rltrain.run.errors import EXIT_REQUEUE, UserError
 from rltrain.run.files import own_file
 
@@ -56,8 +53,23 @@ def check_own(pickled: Path) -> None:
         own_file(pickled)
 
 
+def _takes_warnings(pickled: Path) -> bool:
+    """Whether the job is a supervisor; of other functions submitit takes the warning of the time limit."""
+    from submitit.core.utils import pickle_load
+
+    try:
+        return getattr(pickle_load(pickled).function, "takes_warnings", False)
+    except Exception:  # submitit writes down what is wrong with it
+        return False
+
+
 def main() -> NoReturn:
     """Run the job."""
+    hold_warning()
+    from submitit.core.job_environment import JobEnvironment  # these take seconds on a busy disk
+    from submitit.core.submission import process_job
+    from submitit.core.utils import pickle_load
+
     accept_moved_modules()
     os.environ["SUBMITIT_FOLDER"] = sys.argv[1]  # as submitit sets it, too late for us
     paths = JobEnvironment().paths
@@ -65,6 +77,8 @@ def main() -> NoReturn:
         check_own(paths.submitted_pickle)
     except UserError as error:
         sys.exit(f"error: {error}")
+    if not _takes_warnings(paths.submitted_pickle):
+        release_warning()
     process_job(sys.argv[1])
     outcome, result = pickle_load(own_file(paths.result_pickle))
     sys.exit(exit_code(result) if outcome == "success" else 1)

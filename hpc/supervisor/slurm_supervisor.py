@@ -10,9 +10,10 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from hpc.planning.slurm_tables import Value
+from hpc.signals import hold_warning
 from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.records import JobDetail
 from hpc.slurm.states import JobState
@@ -55,14 +56,12 @@ class SlurmSupervisor(Supervisor):
     srun: Mapping[str, Value] = field(default_factory=dict)
     python: str = sys.executable
     limits: Limits = field(default_factory=Limits)
+    takes_warnings: ClassVar = True  # of the time limit: `hpc.batch` holds them until it is ready
 
     def __call__(self) -> dict[str, Any]:
         """See `Supervisor`. Does not return if the job is requeued."""
-        for number in (
-            signal.SIGTERM,
-            signal.SIGUSR2,
-        ):  # before and after the attempt; during it they are seen
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # before and after the attempt; during it, it is seen
+        hold_warning()
         job = CurrentJob.from_env()
         layout = RunLayout(self.run_dir)
         if job.is_half_requeued() and job.restarts < self.limits.max_restarts:

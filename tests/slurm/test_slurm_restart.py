@@ -327,10 +327,12 @@ def test_a_job_that_finds_its_run_finished_says_so(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("rltrain.arguments.load", lambda directory: config)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     try:
         plan: Any = None
         assert SlurmSupervisor(tmp_path, plan)()["state"] == "finished"
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
     said = json.loads(layout.status.read_text())

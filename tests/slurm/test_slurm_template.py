@@ -6,17 +6,21 @@ After a wanted change: `UPDATE_GOLDEN=1 pytest tests/slurm/test_slurm_template.p
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from submitit.core.utils import DelayedSubmission, JobPaths, pickle_load
 
 from hpc.planning.request import read_request
 from hpc.planning.script import BatchScript
 from hpc.sandbox import Sandbox
+from hpc.signals import SignalPipe, hold_warning
 from hpc.slurm.cluster import ClusterFacts
 from hpc.slurm.partitions import Node, Partition
 from hpc.submitting import slurm_job
@@ -160,6 +164,57 @@ def test_a_warning_before_the_supervisor_is_there_does_not_end_the_job() -> None
     text = BatchScript(({"nodes": "1"},), command, setup=setup).text()
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "at work\n")
+
+
+def make_job(*, supervises: bool) -> Callable[[], tuple[list[str], str, bool]]:
+    """What a job runs: it tells which signals have come, and who has SIGUSR2. Pickled by value."""
+
+    class Job:
+        takes_warnings = supervises
+
+        def __call__(self) -> tuple[list[str], str, bool]:
+            taker, mask = signal.getsignal(signal.SIGUSR2), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            if not self.takes_warnings:
+                return [], taker.__name__, signal.SIGUSR2 in mask
+            hold_warning()
+            with SignalPipe(signal.SIGUSR2) as pipe:
+                return [each.name for each in pipe.wait(5.0)], "", False
+
+    return Job()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["in the script", "while Python starts", "never"])
+def test_an_early_warning_reaches_the_supervisor(tmp_path: Path, moment: str) -> None:
+    """It was lost, and Slurm ended the job at its time limit, for good."""
+    paths, job = JobPaths(tmp_path, job_id="7", task_id=0), make_job(supervises=moment != "never")
+    DelayedSubmission(job).dump(paths.submitted_pickle)
+    paths.submitted_pickle.chmod(0o600)
+    begin = f"exec {sys.executable} -m hpc.batch {tmp_path}"
+    command = (
+        f"bash -c 'kill -USR2 $$; {begin}'"
+        if moment == "while Python starts"
+        else begin.removeprefix("exec ")
+    )
+    setup = ("kill -USR2 $$",) if moment == "in the script" else ()
+    if moment == "while Python starts" and not can_hold():
+        pytest.skip("env of coreutils before 8.31")
+    text = BatchScript(({"nodes": "1"},), command, {"SUBMITIT_EXECUTOR": "slurm"}, setup).text()
+    alone = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+    }
+    done = subprocess.run(["bash", "-c", text], env={**os.environ, **alone}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = ([], "checkpoint_and_try_requeue", False) if moment == "never" else (["SIGUSR2"], "", False)
+    assert pickle_load(paths.result_pickle) == ("success", expected)
+
+
+def can_hold() -> bool:
+    return subprocess.run(["env", "--block-signal=USR2", "true"], capture_output=True).returncode == 0
 
 
 @pytest.mark.slow
