@@ -10,6 +10,8 @@ import signal
 from dataclasses import dataclass
 from enum import StrEnum
 
+from rltrain.run.errors import EXIT_NO_SUPERVISOR
+
 # srun: error: node4: task 3: Exited with exit code 3 | node3: tasks 0-1: Killed | node1: task 0: Out Of Memory
 _EXITED = re.compile(
     r"^srun: error: (\S+): tasks? (\d+)[^:]*: (?:Exited with exit code (\d+)|(.+))", re.MULTILINE
@@ -24,7 +26,7 @@ _NOT_LAUNCHED = re.compile(r"^srun: error: ((?:Task launch|Application launch) .
 _GIVEN_UP = re.compile(r"^srun: error: (Timed out waiting for job step to complete)", re.MULTILINE)
 _SIGNALS = {"Killed": 9, "Out Of Memory": 9, "Terminated": 15, "Segmentation fault": 11, "Aborted": 6, "Bus error": 7,
             "User defined signal 1": 10, "User defined signal 2": 12}  # fmt: skip
-_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+_NOT_ITS_OWN = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, EXIT_NO_SUPERVISOR)
 
 
 class Cause(StrEnum):
@@ -69,7 +71,7 @@ def end_of_process(code: int, out_of_memory: bool | None) -> End:
         if out_of_memory:
             return End(Cause.CODE, "out of memory")
         return End(Cause.UNKNOWN, "not for memory")
-    return End(Cause.UNKNOWN if code in _FROM_OUTSIDE else Cause.CODE)
+    return End(Cause.UNKNOWN if code in _NOT_ITS_OWN else Cause.CODE)
 
 
 def end_of_step(said: str, code: int) -> End:

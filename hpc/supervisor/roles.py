@@ -12,7 +12,7 @@ from hpc.planning.job_plan import MAIN_ROLE, RoleProcess
 from hpc.runs.log_files import disk_is_full, last_lines
 from hpc.supervisor.causes import Cause
 from hpc.supervisor.launcher import Handle
-from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_REQUEUE
+from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_NO_SUPERVISOR, EXIT_REQUEUE
 
 LAST_LINES = 20
 _LINES_OF_A_CAUSE = 100  # warnings, and what libraries say while they end, stand around it
@@ -72,7 +72,9 @@ def unproven_end(trainers: list[RunningRole]) -> JobFailedError:
 
 def _cause(dead: list[RunningRole]) -> Cause:
     causes = [role.handle.end().cause for role in _first_to_last(dead)]
-    # Those that lose a node's processes fail, too.
+    # Those that lose a node's processes, or a role that did not hear from us, fail, too.
+    if Cause.CLUSTER not in causes and any(role.handle.poll() == EXIT_NO_SUPERVISOR for role in dead):
+        return Cause.UNKNOWN
     return Cause.CLUSTER if Cause.CLUSTER in causes else causes[0]
 
 

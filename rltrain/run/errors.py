@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from rltrain.run.terminal import safe_text
 
 EXIT_USAGE = 2  # bad input to a command
+EXIT_NO_SUPERVISOR = 74  # a role has got no answer from its supervisor, which is not the role's failure
 EXIT_REQUEUE = 75  # a role stopped with a checkpoint and wants to run again
 EXIT_NEVER_RESTART = 93  # a role would fail the same way if it ran again
 EXIT_INTERRUPTED = 130  # Ctrl-C
@@ -21,6 +22,10 @@ _WHAT_IS_WRONG = {
     FileExistsError: "this exists already, as something else than is needed here.",
 }
 _OF_PLACES = tuple(_WHAT_IS_WRONG)
+
+
+class NoSupervisorError(OSError):
+    """The supervisor does not answer: it is gone, or waits for the run's disk."""
 
 
 class UserError(Exception):
@@ -41,6 +46,9 @@ def run_main(
     """
     try:
         return main() or 0
+    except NoSupervisorError as error:
+        print(f"error: {safe_text(str(error))}", file=sys.stderr, flush=True)
+        return EXIT_NO_SUPERVISOR
     except kinds as error:
         print(f"error: {safe_text(str(error))}", file=sys.stderr, flush=True)
         return bad_input

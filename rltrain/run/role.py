@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rltrain.run import finished, http
+from rltrain.run.errors import NoSupervisorError
 from rltrain.run.layout import RunLayout
 from rltrain.run.processes import way_to
 
@@ -178,4 +179,10 @@ class Registry:
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
         context = self._context
-        return http.call(method, context.registry_url + path, context.token, body, _ANSWER_SECONDS)
+        try:
+            return http.call(method, context.registry_url + path, context.token, body, _ANSWER_SECONDS)
+        except OSError as error:
+            raise NoSupervisorError(
+                f"the supervisor at {context.registry_url} does not answer: {error}. It is gone, or waits for the disk"
+                " of the run."
+            ) from error

@@ -8,6 +8,8 @@ import sys
 import time
 import tomllib
 
+from rltrain.run import role
+from rltrain.run.errors import run_main
 from rltrain.run.role import Registry, RoleContext
 from rltrain.sglang.leftovers import NodeDirectory
 
@@ -144,7 +146,20 @@ def leak(context: RoleContext, registry: Registry) -> int:
     return serve(context, registry)
 
 
+def impatient(context: RoleContext, registry: Registry) -> int:
+    """Once SIGUSR1 has come, wait for an answer for half a second, where others wait for ten minutes."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    registry.register("tcp://127.0.0.1:1")
+    registry.status("training", 0)
+    (context.run_dir / "answered").touch()
+    signal.sigwait({signal.SIGUSR1})
+    role._ANSWER_SECONDS = 0.5
+    registry.status("training", 1)
+    return 0
+
+
 if __name__ == "__main__":
     context = RoleContext.from_env()
     behaviours = sys.argv[1].split(",")
-    sys.exit(globals()[behaviours[min(context.index, len(behaviours) - 1)]](context, Registry(context)))
+    behaviour = globals()[behaviours[min(context.index, len(behaviours) - 1)]]
+    sys.exit(run_main(lambda: behaviour(context, Registry(context))))

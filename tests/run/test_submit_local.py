@@ -11,6 +11,7 @@ import stat
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers.local_job import ASSUMED, Job, wait_until
 
@@ -111,6 +112,20 @@ def test_engine_killed_from_outside_before_it_was_ready_is_started_again(job: Jo
     code, _, err = job.finish(engine=["serve", "killed"], steps=3)
     assert code == 0, err
     assert len(job.events("attempt_started")) == 1 and job.steps() == [0, 1, 2]
+
+
+def test_a_supervisor_that_does_not_answer_is_not_the_failure_of_the_code(job: Job) -> None:
+    """Such as one that waits for a disk which has stopped."""
+    process = job.start(trainer=["impatient"])
+    wait_until((job.layout.root / "answered").exists)
+    trainer = next(each["pid"] for each in job.events("role_started") if each["role"] == "trainer")
+    os.kill(job.supervisor_pid(), signal.SIGSTOP)
+    os.kill(trainer, signal.SIGUSR1)
+    wait_until(lambda: psutil.Process(trainer).status() == psutil.STATUS_ZOMBIE)
+    os.kill(job.supervisor_pid(), signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert "trainer-0 exited with code 74: the supervisor at http" in err
+    assert [each["cause"] for each in job.events("attempt_finished")] == ["unknown"]
 
 
 def test_ctrl_c_saves_and_the_next_start_resumes(job: Job) -> None:
