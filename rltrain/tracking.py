@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -130,23 +130,27 @@ def last_step(run: Any) -> int | None:
             _set_aside(attempt)
         step = run.summary.get("step")
         return None if step is None else int(step)
-    whole: list[tuple[int, str, int | None]] = []
-    for attempt in own.parent.glob(f"*run-*-{run.id}"):
-        if attempt == own or attempt.is_symlink():
-            continue
-        if is_whole(attempt):
-            said = json.loads((attempt / _WHOLE).read_text())
-            if not isinstance(said, dict):  # as an older version has written it
-                said = {"attempt": -1, "step": said}
-            whole.append((said["attempt"], attempt.name, said["step"]))
-        else:
+    attempts = [path for path in own.parent.glob(f"*run-*-{run.id}") if path != own and not path.is_symlink()]
+    for attempt in attempts:
+        if not is_whole(attempt):
             _set_aside(attempt)
-    return max(whole, key=lambda each: each[:2])[2] if whole else None
+    return last_whole_step(attempts)
 
 
 def is_whole(attempt: Path) -> bool:
     """Whether W&B ended in order with the files of this offline attempt."""
     return (attempt / _WHOLE).exists()
+
+
+def last_whole_step(attempts: Iterable[Path]) -> int | None:
+    """The last step of the newest of these offline attempts with which W&B ended in order; W&B has all before it."""
+    whole: list[tuple[int, str, int | None]] = []
+    for attempt in filter(is_whole, attempts):
+        said = json.loads((attempt / _WHOLE).read_text())
+        if not isinstance(said, dict):  # as an older version has written it
+            said = {"attempt": -1, "step": said}
+        whole.append((said["attempt"], attempt.name, said["step"]))
+    return max(whole, key=lambda each: each[:2])[2] if whole else None
 
 
 def _set_aside(attempt: Path) -> None:

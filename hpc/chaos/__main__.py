@@ -8,6 +8,7 @@ as the command that repeats it.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import signal
@@ -19,17 +20,21 @@ from pathlib import Path
 
 from hpc import cli
 from hpc.chaos.faults import KINDS, Fault, draw, parse
-from hpc.chaos.isolated import disk_for_runs, is_isolated, isolate
+from hpc.chaos.isolated import PREFIX, disk_for_runs, is_isolated, isolate
+from hpc.chaos.operator import wait_for_nodes
 from hpc.chaos.recovery import table
 from hpc.chaos.shrink import shrink
 from hpc.chaos.soak import Watcher, judge
-from hpc.chaos.storm import WANDB_OFFLINE, Outcome, Storm
+from hpc.chaos.storm import TO_END_SECONDS, WANDB_OFFLINE, Outcome, Storm
 from hpc.sandbox import ClusterSpec, Sandbox
 
 EXAMPLE = "python -m hpc.chaos --seed 1 --storms 10"
 EXIT_CODES = "exit codes: 0 nothing found, 1 something found, 2 bad input"
 # After which a run counts as stuck: most faults begin an attempt, which takes a busy machine half a minute.
 _LEAST_TIMEOUT, _SECONDS_OF_A_FAULT = 600.0, 60.0
+_TO_END = f"{TO_END_SECONDS / 60:.0f} minutes"
+_LEAST_SECONDS = 60.0  # left, for a storm to begin
+_IDLE_SECONDS = 120.0  # for the nodes of one storm to be there for the next
 
 
 def main(argv: list[str]) -> int:
@@ -37,7 +42,7 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     isolate(["-m", "hpc.chaos", *argv])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing is left behind
-    with tempfile.TemporaryDirectory(prefix="slurmlime-chaos-") as name:
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
         directory = Path(name)
         directory.chmod(0o755)
         spec = ClusterSpec(nodes=4, cpu_nodes=0, gpus=1, networks=is_isolated())
@@ -61,7 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--nodes", type=int, choices=(3, 4), help="of each run (4; of storms with an odd seed 3)"
     )
-    parser.add_argument("--minutes", type=float, help="begin no storm after this time")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help=f"begin no storm and no fault after this time; {_TO_END} later all is over",
+    )
     parser.add_argument("--no-shrink", action="store_true", help="do not look for fewer faults")
     parser.add_argument("--repeat", nargs="+", metavar="FAULT", help="one storm of these faults")
     parser.add_argument("--soak", type=int, metavar="STEPS", help="no storm, but one long run: what grows?")
@@ -99,19 +108,22 @@ def _files(runs: Path, args: argparse.Namespace) -> Path | None:
 
 def weather(cluster: Sandbox, runs: Path, args: argparse.Namespace) -> int:
     """Run the storms that were asked for."""
-    begun, bad, outcomes = time.monotonic(), 0, []
+    bad = 0
+    outcomes: list[Outcome] = []
+    until = time.monotonic() + args.minutes * 60 if args.minutes else math.inf
     for seed in range(args.seed, args.seed + (1 if args.repeat else args.storms)):
-        if args.minutes and time.monotonic() - begun > args.minutes * 60:
+        if outcomes and time.monotonic() > until - _LEAST_SECONDS:
             break
+        wait_for_nodes(cluster, _IDLE_SECONDS)
         faults = parse(args.repeat) if args.repeat else draw(seed, args.faults, args.steps)
         if args.real:
             bad += _run_undisturbed(cluster, runs, seed, args)
-        outcome = _storm(cluster, runs, f"storm-{seed}", seed, args, len(faults)).run(faults)
+        outcome = _storm(cluster, runs, f"storm-{seed}", seed, args, len(faults)).run(faults, until)
         outcomes.append(outcome)
         _report(seed, outcome)
         if outcome.problems:
             bad += 1
-            _find_fewer(cluster, runs, seed, outcome, args)
+            _find_fewer(cluster, runs, seed, outcome, args, until)
     _summary(outcomes, bad)
     return 1 if bad else 0
 
@@ -155,12 +167,17 @@ def _nodes(seed: int, args: argparse.Namespace) -> int:
     return args.nodes or (3 if seed % 2 and not args.repeat else 4)
 
 
-def _find_fewer(cluster: Sandbox, runs: Path, seed: int, outcome: Outcome, args: argparse.Namespace) -> None:
+def _find_fewer(
+    cluster: Sandbox, runs: Path, seed: int, outcome: Outcome, args: argparse.Namespace, until: float
+) -> None:
     tried = iter(range(1000))
 
     def fails(faults: tuple[Fault, ...]) -> bool:
+        if time.monotonic() > until - _LEAST_SECONDS:
+            return False
+        wait_for_nodes(cluster, _IDLE_SECONDS)
         name = f"storm-{seed}-shrunk-{next(tried)}"
-        return bool(_storm(cluster, runs, name, seed, args, len(faults)).run(faults).problems)
+        return bool(_storm(cluster, runs, name, seed, args, len(faults)).run(faults, until).problems)
 
     faults = outcome.faults if args.no_shrink or args.repeat else shrink(outcome.faults, fails)
     words = shlex.join(
@@ -176,7 +193,7 @@ def _find_fewer(cluster: Sandbox, runs: Path, seed: int, outcome: Outcome, args:
 
 
 def _report(seed: int, outcome: Outcome) -> None:
-    ending = "ok" if not outcome.problems else "FOUND"
+    ending = "FOUND" if outcome.problems else "not judged" if outcome.unjudged else "ok"
     print(
         f"storm {seed}: {outcome.done} of {len(outcome.faults)} faults met somebody, {outcome.hands} resubmitted,"
         f" {outcome.seconds:.0f} s: {ending}   {' '.join(map(str, outcome.faults))}",
@@ -186,13 +203,17 @@ def _report(seed: int, outcome: Outcome) -> None:
     print(f"  the next step came after: {', '.join(times)}", flush=True)
     if outcome.kept:
         print(f"  {outcome.kept}", flush=True)
-    for problem in outcome.problems:
+    for problem in (*outcome.problems, *filter(None, [outcome.unjudged])):
         print(f"  {problem}", flush=True)
+    for event in outcome.events:
+        print(f"    {event}", flush=True)
 
 
 def _summary(outcomes: list[Outcome], bad: int) -> None:
     done = sum(outcome.done for outcome in outcomes)
-    print(f"{len(outcomes)} storms, {done} faults, {bad} storms found something")
+    unjudged = sum(bool(outcome.unjudged) for outcome in outcomes)
+    more = f", {unjudged} not judged" if unjudged else ""
+    print(f"{len(outcomes)} storms, {done} faults, {bad} storms found something{more}")
     print("\n".join(table([each for outcome in outcomes for each in outcome.recoveries])), flush=True)
 
 

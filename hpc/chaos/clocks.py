@@ -1,18 +1,23 @@
-"""Clocks of nodes that jump: what the processes of a run take for the time of day.
+"""Clocks of nodes that jump: what the supervisor and the roles of a run take for the time of day.
 
 A small library is loaded before theirs: with libfaketime `time.sleep` fails when the clock jumps. Slurm and munge keep
-the right time: munge refuses a node that is five minutes off.
+the right time: munge refuses a node that is five minutes off. So the library stays out of srun and scontrol, which the
+supervisor starts, and a Python that loads it starts the roles.
 """
 
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from hpc.chaos.faults import NobodyError
+from hpc.planning.slurm_tables import SlurmTables
 
 _VARIABLE = "SLURMLIME_CHAOS_CLOCK"  # names the file that has the seconds by which the clock is wrong
 _FILE = "/dev/shm/clock"  # each node has its own /dev/shm
@@ -21,9 +26,14 @@ _SOURCE = r"""
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+__attribute__((constructor)) static void stay_here(void) {
+    if (!getenv("SLURMLIME_ROLE") && !strncmp(program_invocation_short_name, "python", 6)) unsetenv("LD_PRELOAD");
+}
 
 static long wrong(void) {
     int before = errno;
@@ -62,11 +72,31 @@ time_t time(time_t *now) {
 """
 
 
-def variables(directory: Path) -> dict[str, str]:
-    """Environment of a job whose clocks can jump; empty where nothing can be compiled.
+def that_can_jump(tables: SlurmTables, directory: Path) -> SlurmTables:
+    """What makes a job's clocks able to jump; the tables as they are where nothing can be compiled.
 
     Args:
+        tables: of the job.
         directory: that all nodes see; the library is made there.
+    """
+    env = variables(directory)
+    if not env:
+        return tables
+    program = directory / "python-of-roles"
+    if not program.exists():
+        made = program.with_suffix(".new")
+        words = f"LD_PRELOAD={shlex.quote(env['LD_PRELOAD'])} exec {shlex.quote(sys.executable)}"
+        made.write_text(f'#!/bin/sh\n{words} "$@"\n')
+        made.chmod(0o755)
+        made.replace(program)
+    return replace(tables, env={**tables.env, **env}, python=str(program))
+
+
+def variables(directory: Path) -> dict[str, str]:
+    """Environment of a process whose clock can jump; empty where nothing can be compiled.
+
+    Args:
+        directory: where the library is made.
     """
     compiler, library = shutil.which("gcc"), directory / "clock.so"
     if compiler is None:

@@ -5,6 +5,7 @@ Both take root, and end with the process, however it ends.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from hpc.chaos.faults import NobodyError
 from hpc.sandbox.packages import find_program, search_path
 
+PREFIX = "slurmlime-chaos-"  # of the directory of a storm
 _MOUNT_POINTS = ("/mnt", "/media", "/srv")  # the first that is empty: we may run from what is in another
 _DISK_BYTES = 512 << 20
 _MARK = "SLURMLIME_CHAOS_ALONE"
@@ -30,6 +32,7 @@ chattr -i {mount_point}
 """
 
 # It ends when its input does, so that the disk goes on however we end. The pauses make a slow disk of one that stops.
+_STOPPER = "slurmlime-stops"  # its name
 _STOPS = """\
 trap '' PIPE TERM HUP INT
 "$1" --freeze "$2" || exit
@@ -56,6 +59,7 @@ def isolate(words: Sequence[str]) -> None:
     """Become `python WORDS` in namespaces of its own; returns if that is done, or if it can't be."""
     if is_isolated() or not _may_isolate():
         return
+    thaw_left_disks()
     script = f'{find_program("ip")} link set lo up && exec "$@"'
     again = [sys.executable, *words]
     words = ["unshare", "--mount", "--net", "--", find_program("bash"), "-c", script, "chaos", *again]
@@ -107,6 +111,34 @@ def _call(*words: str) -> None:
     subprocess.run([find_program(words[0]), *words[1:]], check=True)
 
 
+def thaw_left_disks() -> None:
+    """Let the disks of earlier storms go on that were killed together with what would have done so.
+
+    Else processes that wait for such a disk would do so until the machine is started again: nothing can kill them.
+    """
+    namespaces: dict[str, Path] = {}
+    tended: set[str] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            namespace = str((process / "ns/mnt").readlink())
+            namespaces[namespace] = process
+            if (process / "cmdline").read_bytes().split(b"\0")[3:4] == [_STOPPER.encode()]:
+                tended.add(namespace)
+    for namespace in namespaces.keys() - tended:
+        for disk in _disks_of_storms(namespaces[namespace]):
+            subprocess.run([find_program("fsfreeze"), "--unfreeze", str(disk)], capture_output=True)
+
+
+def _disks_of_storms(process: Path) -> Iterator[Path]:
+    """Where this process of /proc sees disks of storms, as we see them through it."""
+    with contextlib.suppress(OSError):
+        for line in (process / "mounts").read_text().splitlines():
+            device, place, *_ = line.split()
+            image = Path("/sys/block", Path(device).name, "loop/backing_file")
+            if device.startswith("/dev/loop") and f"/{PREFIX}" in image.read_text():
+                yield process / "root" / place.lstrip("/")
+
+
 class Stops:
     """A disk stops, from now until `end`: nobody gets an error, but who writes waits, and can't even be killed.
 
@@ -122,7 +154,7 @@ class Stops:
     def __init__(self, disk: Path, seconds: float, pause: float = 0.1) -> None:
         words = [find_program("fsfreeze"), str(disk), str(seconds), str(pause)]
         self._process = subprocess.Popen(
-            [find_program("bash"), "-c", _STOPS, "stops", *words],
+            [find_program("bash"), "-c", _STOPS, _STOPPER, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

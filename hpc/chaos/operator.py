@@ -17,6 +17,8 @@ from rltrain.run.errors import UserError
 from rltrain.run.processes import parse_stat
 
 _LOOK_SECONDS = 2.0
+_QUEUE_SECONDS = 90.0  # more than a job waits on a cluster of its own
+_ALL_IDLE = "all nodes are idle"
 _GPUS_OF_NODES = "NodeHost:64,StateLong:64,GresUsed:64"
 
 
@@ -33,13 +35,15 @@ class Operator:
         self._client = SlurmClient(cluster.env)
         self._looked = 0.0
         self._lost_gpus: set[str] = set()
+        self._waits_since: float | None = None
 
-    def look(self, job: str, *, was_suspended: bool) -> None:
+    def look(self, job: str, *, was_suspended: bool, is_calm: bool) -> None:
         """Mend what is to be mended, if the last look is a while ago.
 
         Args:
             job: of the run.
             was_suspended: whether it has been, at some time.
+            is_calm: whether no fault lasts.
         """
         if time.monotonic() < self._looked + _LOOK_SECONDS:
             return
@@ -50,6 +54,24 @@ class Operator:
             if was_suspended:
                 self._after_suspension(job, records)
             self._count_gpus(records)
+            self._ask_why_it_waits(records, is_calm)
+
+    def _ask_why_it_waits(self, records: list[JobRecord], is_calm: bool) -> None:
+        """No job has to wait for long on a cluster where all is well; slurmctld may have lost sight of it."""
+        waiting = [each for each in records if each.state.is_waiting]
+        if not (is_calm and waiting):
+            self._waits_since = None
+        elif self._waits_since is None:
+            self._waits_since = time.monotonic()
+        elif time.monotonic() > self._waits_since + _QUEUE_SECONDS:
+            self._waits_since = None
+            reasons = ", ".join(sorted({str(each.reason) for each in waiting}))
+            nodes = states_of_nodes(self._client)
+            print(f"the job waits ({reasons}; {nodes}): slurmctld is restarted", flush=True)
+            for node in self._client.node_states():
+                if node.state.startswith("drain"):
+                    self._cluster.run("scontrol", "update", f"nodename={node.name}", "state=resume")
+            self._cluster.restart_controller()
 
     def _undrain(self) -> None:
         """Slurm drains a node where it could not end a step, as its slurmstepd was dead."""
@@ -74,6 +96,32 @@ class Operator:
             print(f"slurmctld takes GPUs of {', '.join(sorted(lost))} for used: it is restarted", flush=True)
             self._cluster.restart_controller()
         self._lost_gpus = lost
+
+
+def wait_for_nodes(cluster: Sandbox, seconds: float) -> None:
+    """Return when every node is idle. Where one is not after `seconds`, the cluster is started anew.
+
+    Raises:
+        UserError: it does not come up.
+    """
+    client, deadline = SlurmClient(cluster.env), time.monotonic() + seconds
+    while (states := states_of_nodes(client)) != _ALL_IDLE:
+        if time.monotonic() > deadline:
+            print(f"after {seconds:.0f} s {states}: the cluster is started anew", flush=True)
+            cluster.down()
+            cluster.up()
+            break
+        time.sleep(0.2)
+
+
+def states_of_nodes(client: SlurmClient) -> str:
+    """Which nodes are not idle, in words."""
+    try:
+        nodes = client.node_states()
+    except (SlurmError, UserError) as error:
+        return f"slurmctld does not answer: {error}"
+    busy = [f"{node.name} is {node.state}" for node in nodes if node.state != "idle"]
+    return ", ".join(busy) or _ALL_IDLE
 
 
 def idle_nodes_with_used_gpus(listed: str) -> set[str]:

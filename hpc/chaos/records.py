@@ -17,7 +17,7 @@ import pandas as pd
 from analysis import DamagedFileWarning, RunNotFoundError, load_run, load_wandb
 from rltrain.run.files import read_json
 from rltrain.run.layout import RunLayout
-from rltrain.tracking import is_whole
+from rltrain.tracking import is_whole, last_whole_step
 
 _COLUMNS = ["index", "group_index", "reward", "response_length", "tokens"]
 
@@ -163,17 +163,21 @@ def of_wandb(layout: RunLayout, steps: int) -> list[str]:
         rows = load_wandb(layout.root).read_steps(every_attempt=True)
     except RunNotFoundError as error:
         return [f"W&B: {error}"]
-    # Of those that were killed, only the last one has not been set aside.
-    whole = all(is_whole(path) for path in attempts if path.parent == place)
-    return of_wandb_rows(rows["step"].tolist(), steps, whole)
+    # Of those that were killed, only what came after the last whole one has not been set aside. W&B's process has its
+    # rows in memory for a while, and dies with the trainer's, so nobody can say how many of them are there.
+    attempts = [path for path in attempts if path.parent == place]
+    last = last_whole_step(attempts)
+    safe = steps if all(map(is_whole, attempts)) else 0 if last is None else last + 1
+    return of_wandb_rows(rows["step"].tolist(), steps, safe)
 
 
-def of_wandb_rows(seen: Sequence[int], steps: int, whole: bool) -> list[str]:
-    """Every step once; a last attempt that was killed as soon as the run was proven may lack the end."""
+def of_wandb_rows(seen: Sequence[int], steps: int, safe: int) -> list[str]:
+    """Every step once. An attempt that was killed as soon as the run was proven may lack the end, but nothing of the
+    first `safe` steps, which whole attempts have."""
     problems = []
     if twice := sorted({step for step in seen if seen.count(step) > 1}):
         problems.append(f"W&B has steps twice: {twice}")
     missing = sorted(set(range(steps)) - set(seen))
-    if missing and (whole or missing != list(range(missing[0], steps))):
+    if missing and (missing[0] < safe or missing != list(range(missing[0], steps))):
         problems.append(f"W&B lacks steps {missing}")
     return problems

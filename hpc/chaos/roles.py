@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from rltrain import arguments
-from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_REQUEUE
+from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_REQUEUE, run_main
 from rltrain.run.files import replace_text, sync_directory
 from rltrain.run.lifeline import end_without_supervisor
 from rltrain.run.role import Registry, RoleContext
@@ -138,4 +138,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

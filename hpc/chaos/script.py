@@ -5,6 +5,7 @@ Each has a thread of its own: one may have to wait for a Slurm that another has 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,13 +26,18 @@ class Script:
         faults: of the storm.
         do: does one; returns what ends it, for one that lasts.
         trained: the number of steps that are trained now.
+        until: the time (of `time.monotonic`) after which no fault begins.
     """
 
     def __init__(
-        self, faults: Sequence[Fault], do: Callable[[Fault], Undo | None], trained: Callable[[], int]
+        self,
+        faults: Sequence[Fault],
+        do: Callable[[Fault], Undo | None],
+        trained: Callable[[], int],
+        until: float = math.inf,
     ) -> None:
         self._to_come = sorted(faults, key=lambda fault: (fault.step, fault.delay))
-        self._do, self._trained = do, trained
+        self._do, self._trained, self._until = do, trained, until
         self._reached: dict[int, float] = {}
         self._lasting: list[Fault] = []
         self._over = threading.Event()
@@ -49,6 +55,11 @@ class Script:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     @property
+    def is_calm(self) -> bool:
+        """Whether no fault lasts."""
+        return not self._lasting
+
+    @property
     def keeps_people_away(self) -> bool:
         """Whether a fault lasts that a person would first mend, before resubmitting the run."""
         return any(KINDS[fault.kind].needs_a_hand for fault in self._lasting)
@@ -62,7 +73,7 @@ class Script:
                 thread.start()
 
     def _is_due(self, fault: Fault, trained: int, now: float) -> bool:
-        if trained < fault.step:
+        if trained < fault.step or now > self._until:
             return False
         return now >= self._reached.setdefault(fault.step, now) + fault.delay
 

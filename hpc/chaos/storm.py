@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import time
@@ -28,9 +29,11 @@ from hpc.submitting import run_dir
 from hpc.submitting.slurm_job import plan_job, submit_job
 from rltrain.arguments.flags import Flags
 from rltrain.run.errors import UserError
+from rltrain.run.files import Record
 from rltrain.run.finished import is_finished
 from rltrain.run.layout import RunLayout
 from rltrain.run.metric_lines import newest_rows
+from rltrain.run.terminal import safe_text
 
 ROLES = "hpc.chaos.roles"
 FLAGS = (
@@ -41,7 +44,10 @@ NOWHERE = ("--hf-checkpoint=/nowhere", "--prompt-data=/nowhere")
 WITHOUT_WANDB, WANDB_OFFLINE = ("--wandb-mode=disabled",), ("--wandb-mode=offline",)
 _POLL_SECONDS = 0.05
 _GIVE_UP_SECONDS = 60.0
+# For a run to end when the time is over, and in which it then must have shown a sign of life.
+TO_END_SECONDS, _SIGN_SECONDS = 240.0, 120.0
 _MAX_HANDS = 20
+_LAST_EVENTS = 20  # that are shown of a run with problems
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class Outcome:
         recoveries: from each fault to the next step.
         problems: what is not as it must be, in words; empty if all is.
         kept: what of the samples outlived its attempt; None for stand-ins, which have no samples.
+        unjudged: why nobody knows whether all is; empty if it was judged.
+        events: the last ones of a run with problems, in words.
     """
 
     faults: tuple[Fault, ...]
@@ -65,6 +73,8 @@ class Outcome:
     recoveries: tuple[Recovery, ...]
     problems: tuple[str, ...]
     kept: Kept | None = None
+    unjudged: str = ""
+    events: tuple[str, ...] = ()
 
 
 class Storm:
@@ -110,24 +120,32 @@ class Storm:
         """Of the run, once it is submitted."""
         return self._layout.root
 
-    def run(self, faults: Sequence[Fault]) -> Outcome:
-        """Run it to its end, and judge it."""
+    def run(self, faults: Sequence[Fault], until: float = math.inf) -> Outcome:
+        """Run it to its end, and judge it.
+
+        Args:
+            faults: of the storm.
+            until: the time (of `time.monotonic`) after which no fault begins, and the run has TO_END_SECONDS to end.
+        """
         faults = tuple(faults)
         begun = time.monotonic()
         with slurm_of(self._cluster):
             self._submit()
-            with Script(faults, lambda fault: self._weather.do(fault, self._job()), self._trained) as script:
-                hands, stuck = self._weather_it(script, begun + self._timeout)
+            with Script(
+                faults, lambda fault: self._weather.do(fault, self._job()), self._trained, until
+            ) as script:
+                hands, stuck = self._weather_it(script, min(begun + self._timeout, until + TO_END_SECONDS))
+            ended = time.monotonic()
+            if until + TO_END_SECONDS < ended < begun + self._timeout and stuck and self._shows_life():
+                self._give_up()
+                return Outcome(faults, len(script.done), hands, ended - begun, (), (), unjudged=stuck[0])
             curve = roles.curve(self._steps) if self._real is None else None
             problems = [*stuck, *verdict.judge(self._layout, self._steps, self._cluster, curve)]
             if stuck:
                 self._give_up()
         kept = None
         if self._real is not None and not stuck:
-            try:
-                more, kept = records.judge(self._layout, self._steps, self._undisturbed)
-            except (ArithmeticError, LookupError, OSError, ValueError) as error:
-                more = [f"its records can't be read: {type(error).__name__}: {error}"]
+            more, kept = self._judge_records()
             problems += more
         allowed = sum(KINDS[fault.kind].needs_a_hand for fault in faults)
         if hands > allowed:
@@ -137,16 +155,27 @@ class Storm:
         seconds = time.monotonic() - begun
         done = sorted(script.done, key=lambda each: each[1])
         found = recoveries(done, self._rows.seen, self._events.seen)
-        return Outcome(faults, len(done), hands, seconds, found, tuple(problems), kept)
+        events = tuple(map(_in_words, self._events.look()[-_LAST_EVENTS:])) if problems else ()
+        return Outcome(faults, len(done), hands, seconds, found, tuple(problems), kept, events=events)
+
+    def _judge_records(self) -> tuple[list[str], Kept | None]:
+        try:
+            return records.judge(self._layout, self._steps, self._undisturbed)
+        except (ArithmeticError, LookupError, OSError, ValueError) as error:
+            return [f"its records can't be read: {type(error).__name__}: {error}"], None
+
+    def _shows_life(self) -> bool:
+        lines = [*self._rows.look(), *self._events.look()]
+        return max((line["time"] for line in lines), default=0.0) > time.time() - _SIGN_SECONDS
 
     def _weather_it(self, script: Script, deadline: float) -> tuple[int, list[str]]:
-        hands = 0
+        hands, begun = 0, time.monotonic()
         # Slurm may take minutes to clean up where a node was lost; a finished run is over.
         while not is_finished(self._layout, self._steps) or self._is_alive(but_completing=True):
             if time.monotonic() > deadline:
-                return hands, [f"not finished after {self._timeout:.0f} s: {self._state()}"]
+                return hands, [f"not finished after {time.monotonic() - begun:.0f} s: {self._state()}"]
             was_suspended = any(fault.kind == "suspend" for fault, _ in script.done)
-            self._operator.look(self._job(), was_suspended=was_suspended)
+            self._operator.look(self._job(), was_suspended=was_suspended, is_calm=script.is_calm)
             if self._is_over() and not script.keeps_people_away:
                 if hands == _MAX_HANDS:
                     return hands, [f"not finished after {hands} times of resubmitting"]
@@ -184,10 +213,10 @@ class Storm:
         return 1
 
     def _send(self, options: SubmitOptions, flags: Flags) -> None:
-        job = plan_job(options, flags, check=lambda config: config)
-        script = replace(job.script, env={**job.script.env, **clocks.variables(self._cluster.directory)})
+        tables = clocks.that_can_jump(options.slurm, self._cluster.directory)
+        job = plan_job(replace(options, slurm=tables), flags, check=lambda config: config)
         plan = job.plan if self._real else with_stand_ins(job.plan)
-        submit_job(replace(job, plan=plan, script=script))
+        submit_job(replace(job, plan=plan))
 
     def _trained(self) -> int:
         self._events.look()
@@ -212,6 +241,15 @@ class Storm:
             return f"job {self._job()} is {status_of(self._job(), self._client.squeue([self._job()])).state}"
         except SlurmError as error:
             return str(error)
+
+
+def _in_words(event: Record) -> str:
+    told = " ".join(
+        f"{name}={event[name]}"
+        for name in ("role", "index", "host", "step", "state", "reason")
+        if name in event
+    )
+    return safe_text(f"attempt {event.get('attempt')}: {event.get('kind')} {told}")
 
 
 def flags_of_demo(directory: Path) -> tuple[str, ...]:

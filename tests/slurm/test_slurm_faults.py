@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc.chaos import __main__ as chaos
 from hpc.chaos import clocks
 from hpc.chaos.actions import Weather
 from hpc.chaos.faults import KINDS, Fault, NobodyError, draw, parse
+from hpc.chaos.isolated import thaw_left_disks
 from hpc.chaos.operator import idle_nodes_with_used_gpus, stopped_processes
 from hpc.chaos.recovery import SeenLines, recoveries, table
 from hpc.chaos.roles import FIRST_VALUE, curve, next_value
 from hpc.chaos.shrink import shrink
 from hpc.chaos.soak import Growth, Reading, judge, read_disk, read_roles
+from hpc.chaos.storm import Outcome
+from hpc.planning.slurm_tables import SlurmTables
 from rltrain.run.errors import UserError
+from rltrain.run.processes import parse_stat, wait_readable
 
 
 @given(st.integers(0, 10_000), st.integers(1, 20))
@@ -73,6 +83,42 @@ def test_a_storm_that_does_not_fail_again_stays_as_it_is() -> None:
     assert shrink(faults, lambda left: False) == faults
 
 
+class FakeStorm:
+    """Fails where a torn line of metrics is followed by a requeue, as if such a line swallowed the next."""
+
+    run_with: ClassVar[list[tuple[Fault, ...]]] = []
+
+    def __init__(self, *args: object, **more: object) -> None:
+        pass
+
+    def run(self, faults: tuple[Fault, ...], until: float) -> Outcome:
+        self.run_with.append(faults)
+        kinds = [fault.kind for fault in faults]
+        found = "tear-metrics" in kinds and "requeue" in kinds[kinds.index("tear-metrics") :]
+        return Outcome(faults, len(faults), 0, 1.0, (), ("metrics.jsonl lacks steps [7]",) if found else ())
+
+
+@pytest.mark.parametrize("minutes", [None, 0.5])
+def test_a_storm_that_finds_something_ends_with_the_command_that_repeats_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], minutes: float | None
+) -> None:
+    """With as few faults as do it; with all where the time is over."""
+    FakeStorm.run_with.clear()
+    monkeypatch.setattr(chaos, "Storm", FakeStorm)
+    monkeypatch.setattr(chaos, "wait_for_nodes", lambda cluster, seconds: None)
+    args = chaos._parser().parse_args(["--seed=10", "--storms=3", "--faults=40", "--steps=30"])
+    args.minutes = minutes
+    cluster: Any = None
+    assert chaos.weather(cluster, tmp_path, args) == 1
+    said = capsys.readouterr().out
+    first = re.findall(r"again: python -m hpc.chaos --steps=30 --nodes=4 --repeat (.*)", said)[0]
+    if minutes:
+        assert parse(shlex.split(first)) == draw(10, 40, 30) and len(FakeStorm.run_with) == 1
+    else:
+        assert [fault.kind for fault in parse(shlex.split(first))] == ["tear-metrics", "requeue"]
+        assert "3 storms, 120 faults, 3 storms found something" in said
+
+
 def test_the_curve_shows_a_step_that_is_lost_or_trained_twice() -> None:
     whole = curve(10)
     assert len(set(whole)) == 10
@@ -113,7 +159,7 @@ def test_a_clock_jumps_and_sleeping_does_not(tmp_path: Path) -> None:
         pytest.skip("no gcc")
     env = {**env, "SLURMLIME_CHAOS_CLOCK": str(tmp_path / "clock")}
     program = """
-import sys, time
+import os, sys, time
 from datetime import datetime
 from pathlib import Path
 clock, begun, steady = Path(sys.argv[1]), time.time(), time.monotonic()
@@ -121,14 +167,74 @@ for wrong in ("3600", "-3600", ""):
     clock.write_text(wrong)
     time.sleep(0.01)
     print(round((time.time() - begun) / 3600), round((datetime.now().timestamp() - begun) / 3600))
-print(time.monotonic() - steady < 1800)
+print(time.monotonic() - steady < 1800, "LD_PRELOAD" in os.environ)
 """
     command = [sys.executable, "-c", program, str(tmp_path / "clock")]
     done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["1", "1", "-1", "-1", "0", "0", "True"], done.stderr
+    # The supervisor starts srun, which must have the right time.
+    assert done.stdout.split() == ["1", "1", "-1", "-1", "0", "0", "True", "False"], done.stderr
+    tables = clocks.that_can_jump(SlurmTables(env={"A": "b"}), tmp_path)
+    assert tables.python is not None and tables.env["A"] == "b"
+    role = {"SLURMLIME_ROLE": "engine", "SLURMLIME_CHAOS_CLOCK": env["SLURMLIME_CHAOS_CLOCK"]}
+    command[0] = tables.python
+    done = subprocess.run(command, env={**os.environ, **role}, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["1", "1", "-1", "-1", "0", "0", "True", "True"], done.stderr
     others = [(1, {"SLURMD_NODENAME": "node1"}), (1, env)]
     with pytest.raises(NobodyError, match="node1"):
         clocks.jump("node1", others, hours=1)
+
+
+STALLED = """
+import json, os, subprocess, sys, tempfile
+from pathlib import Path
+from hpc.chaos.isolated import PREFIX, Stops, disk_for_runs, is_isolated, isolate
+
+WRITE = "import os, sys; f = open(sys.argv[1], 'w'); f.write('x'); f.flush(); os.fsync(f.fileno()); print('written')"
+isolate(sys.argv)
+with tempfile.TemporaryDirectory(prefix=PREFIX) as name, disk_for_runs(Path(name)) as runs:
+    if not is_isolated():
+        sys.exit("no namespaces")
+    runs.mkdir()
+    stops = Stops(runs, seconds=600.0)
+    writer = subprocess.Popen([sys.executable, "-c", WRITE, runs / "file"])
+    print(json.dumps([name, stops._process.pid, writer.pid]), flush=True)
+    sys.stdin.read()
+"""
+
+
+def state_of(pid: int) -> str:
+    """A letter of proc(5); X for a process that is not there."""
+    try:
+        return parse_stat(Path(f"/proc/{pid}/stat").read_text())[2]
+    except OSError:
+        return "X"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_disk_that_was_stopped_goes_on_when_its_storm_is_killed(tmp_path: Path, alone: bool) -> None:
+    """At once; or, if what was to see to that is killed too, when the next storm begins."""
+    (tmp_path / "stalled.py").write_text(STALLED)
+    with subprocess.Popen([sys.executable, tmp_path / "stalled.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as storm:  # fmt: skip
+        assert storm.stdin is not None and storm.stdout is not None
+        if not (said := storm.stdout.readline()):
+            pytest.skip("namespaces and disks of one's own take root")
+        directory, stopper, writer = json.loads(said)
+        try:
+            while state_of(writer) != "D":  # it waits for the disk
+                time.sleep(0.02)
+            if not alone:
+                os.kill(stopper, signal.SIGKILL)
+            storm.kill()
+            if not alone:
+                while state_of(stopper) not in "ZX":
+                    time.sleep(0.02)
+                assert not wait_readable([storm.stdout], 0.2)
+                thaw_left_disks()
+            assert wait_readable([storm.stdout], 60.0) and storm.stdout.readline() == "written\n"
+        finally:
+            thaw_left_disks()
+            shutil.rmtree(directory)
 
 
 def test_gpus_that_slurm_takes_for_used_on_idle_nodes() -> None:
