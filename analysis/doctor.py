@@ -24,17 +24,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fail-on", choices=list(_LEVELS), default="error", metavar="LEVEL",
                         help="exit with 1 if there is an error (default), a warning, a note; or never")  # fmt: skip
     args = parser.parse_args(argv)
-    return run_main(lambda: _print_findings(args))
+    return run_main(lambda: _print_findings(args.run_dir, args.json, args.fail_on))
 
 
-def _print_findings(args: argparse.Namespace) -> int:
-    findings = load_run(args.run_dir).doctor()
+def _print_findings(run_dir: Path, as_json: bool, fail_on: str) -> int:
+    findings = load_run(run_dir).doctor()
     print(
         json.dumps([vars(finding) for finding in findings], indent=2, ensure_ascii=False)
-        if args.json
+        if as_json
         else safe_text(repr(findings))
     )
-    return int(any(_LEVELS[finding.severity] <= _LEVELS[args.fail_on] for finding in findings))
+    return int(any(_LEVELS[finding.severity] <= _LEVELS[fail_on] for finding in findings))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from analysis.reading.samples import Columns
 from analysis.runs import Runs, load_runs
 from rltrain.run.errors import UserError, run_main
 
@@ -15,22 +17,37 @@ FRAMES = ["runs", "attempts", "steps", "groups", "samples", "evals", "events", "
 SAMPLE_FRAMES = ["tokens", "messages"]
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for; `_parser` says what each is."""
+
+    runs: list[str]
+    frame: str
+    columns: Columns
+    sample: int | None
+    long: bool
+    sacct: bool
+    json: bool
+    parquet: Path | None
+    csv: Path | None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write one frame of one or several runs; 2 if there is no such run, sample or accounting."""
-    args = _parser().parse_args(argv)
-    return run_main(lambda: _export(args))
+    options = Options(**vars(_parser().parse_args(argv)))
+    return run_main(lambda: _export(options))
 
 
-def _export(args: argparse.Namespace) -> None:
-    frame = _frame(load_runs(args.runs), args)
-    if args.csv:
-        frame.to_csv(args.csv, index=False, date_format="%Y-%m-%dT%H:%M:%S.%f%z")
-        print(args.csv)
-    elif args.json:
+def _export(options: Options) -> None:
+    frame = _frame(load_runs(options.runs), options)
+    if options.csv:
+        frame.to_csv(options.csv, index=False, date_format="%Y-%m-%dT%H:%M:%S.%f%z")
+        print(options.csv)
+    elif options.json:
         sys.stdout.write(frame.to_json(orient="records", lines=True, date_format="iso", date_unit="us"))
     else:
-        _plain(frame).to_parquet(args.parquet, index=False)
-        print(args.parquet)
+        _plain(frame).to_parquet(options.parquet, index=False)
+        print(options.parquet)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,23 +72,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _frame(runs: Runs, args: argparse.Namespace) -> pd.DataFrame:
+def _frame(runs: Runs, options: Options) -> pd.DataFrame:
     """The frame that the command line asks for.
 
     Raises:
         UserError: `--sample` is missing, or there is no such sample; or see `Run.read_attempts`.
     """
-    if args.frame in SAMPLE_FRAMES:
-        if args.sample is None:
-            raise UserError(f"--frame {args.frame} takes --sample INDEX, the index of a training sample.")
-        return runs.each(lambda run: getattr(run, args.frame)(args.sample))
-    if args.frame == "samples":
-        return runs.read_samples(args.columns)
-    if args.frame == "evals":
-        return runs.each(lambda run: run.read_evals(args.columns))
-    if args.frame == "attempts" and args.sacct:
+    if options.frame in SAMPLE_FRAMES:
+        if options.sample is None:
+            raise UserError(f"--frame {options.frame} takes --sample INDEX, the index of a training sample.")
+        return runs.each(lambda run: getattr(run, options.frame)(options.sample))
+    if options.frame == "samples":
+        return runs.read_samples(options.columns)
+    if options.frame == "evals":
+        return runs.each(lambda run: run.read_evals(options.columns))
+    if options.frame == "attempts" and options.sacct:
         return runs.each(lambda run: run.read_attempts())
-    return runs.read_steps(long=True) if args.frame == "steps" and args.long else getattr(runs, args.frame)
+    return (
+        runs.read_steps(long=True)
+        if options.frame == "steps" and options.long
+        else getattr(runs, options.frame)
+    )
 
 
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:

@@ -22,12 +22,12 @@ def main(argv: list[str] | None = None) -> int:
         "-o", "--output", type=Path, help="picture to write (default: RUN_DIR/plots/reward_curve.png)"
     )
     args = parser.parse_args(argv)
-    return run_main(lambda: _draw(args))
+    return run_main(lambda: _draw(args.run_dir, args.output))
 
 
-def _draw(args: argparse.Namespace) -> None:
-    run = load_run(args.run_dir)
-    output = args.output or RunLayout(args.run_dir).plots / "reward_curve.png"
+def _draw(run_dir: Path, output: Path | None) -> None:
+    run = load_run(run_dir)
+    output = output or RunLayout(run_dir).plots / "reward_curve.png"
     output.parent.mkdir(parents=True, exist_ok=True)
     save_picture(overview, run, output, dpi=150)
     print(output)

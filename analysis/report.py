@@ -29,14 +29,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.max_samples < 1:
         parser.error("--max-samples must be at least 1")
-    return run_main(lambda: _write(args))
+    return run_main(lambda: _write(args.run_dir, args.output, args.max_samples, not args.no_dashboard))
 
 
-def _write(args: argparse.Namespace) -> None:
-    run = load_run(args.run_dir)
-    picture = None if args.no_dashboard else dashboard_png(run)
-    output = args.output or RunLayout(args.run_dir).plots / "report.html"
-    print(browse(run, args.max_samples, picture=picture).save(output))
+def _write(run_dir: Path, output: Path | None, max_samples: int, dashboard: bool) -> None:
+    run = load_run(run_dir)
+    picture = dashboard_png(run) if dashboard else None
+    output = output or RunLayout(run_dir).plots / "report.html"
+    print(browse(run, max_samples, picture=picture).save(output))
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ _COLUMNS = ["reward", "train_reward", "status", "failure", "prompt_length", "res
 def main(argv: list[str] | None = None) -> int:
     """Print samples; 2 if there is no such run or step."""
     args = _parser().parse_args(argv)
-    return run_main(lambda: _print_samples(args))
+    return run_main(lambda: _print_samples(args.run_dir, args.step, args.order, args.n))
 
 
-def _print_samples(args: argparse.Namespace) -> None:
-    samples = pick(load_run(args.run_dir), args.step, args.order, args.n)
+def _print_samples(run_dir: Path, step: int | None, order: str | None, count: int) -> None:
+    samples = pick(load_run(run_dir), step, order, count)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     for _, row in samples.iterrows():
         print_sample(console, row)

@@ -15,7 +15,7 @@ from rltrain.agents.sandbox import kinds
 from rltrain.arguments.config import Config, groups
 from rltrain.arguments.declare import declared
 from rltrain.arguments.external import external_token
-from rltrain.arguments.groups.agents import command_words
+from rltrain.arguments.groups.agents import Agents, command_words
 from rltrain.arguments.groups.checkpoint import starts_elsewhere
 from rltrain.arguments.groups.debug import check_recorded
 from rltrain.arguments.groups.engines import Engines
@@ -51,7 +51,7 @@ def check_inputs(config: Config, to_come: Mapping[str, str] | None = None) -> Co
     if config.engines.are_external or config.engines.sglang_router_ip:
         external_token()
     check_places(config)
-    check_agents(config)
+    check_agents(config.agents)
     _check_served_models(config.engines, config.model.hf_checkpoint)
     model = _check_model(config, to_come or {})
     if config.data.apply_chat_template:
@@ -118,13 +118,12 @@ def check_imports(config: Config) -> None:
         raise UserError(f"{'; '.join(absent)}. Install it there, or import it where it is used.")
 
 
-def check_agents(config: Config) -> None:
+def check_agents(agents: Agents) -> None:
     """Check that an agent's program, its files and its sandbox are here.
 
     Raises:
         UserError: what is missing.
     """
-    agents = config.agents
     if not agents.agent_command:
         return
     kinds.check(agents.agent_sandbox)
@@ -165,7 +164,7 @@ def _check_model(config: Config, to_come: Mapping[str, str]) -> Path:
     check_hf_config(hf_config, config.parallel, hf_checkpoint)
     check_model_flags(config.shape, hf_config, hf_checkpoint)
     check_quantised(hf_config, config)
-    check_lora(hf_config, config)
+    check_lora(hf_config, config.lora)
     check_mtp(hf_config, config)
     shape = read_model_shape(hf_config)
     if config.mtp.enable_mtp_training and not without_weights and not starts_elsewhere(config.checkpoint):

@@ -171,7 +171,7 @@ def compute_score(solution_str: str, ground_truth: str, strict_box_verify: bool 
     if strict_box_verify:
         box = last_boxed(solution_str[-300:])
         solution_str = "" if box is None else f"\\boxed{{{box}}}"
-    score = dapo(argparse.Namespace(), Sample(response=solution_str, label=ground_truth))
+    score = dapo(None, Sample(response=solution_str, label=ground_truth))
     return score | {"pred": score["pred"] or "[INVALID]"}
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpc import cli
@@ -37,9 +38,25 @@ _LEAST_SECONDS = 60.0  # left, for a storm to begin
 _IDLE_SECONDS = 120.0  # for the nodes of one storm to be there for the next
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for; `_parser` says what each is."""
+
+    seed: int
+    storms: int
+    faults: int
+    steps: int
+    nodes: int | None
+    minutes: float | None
+    no_shrink: bool
+    repeat: list[str] | None
+    soak: int | None
+    real: bool
+
+
 def main(argv: list[str]) -> int:
     """The command line; returns an exit code."""
-    args = _parser().parse_args(argv)
+    args = Options(**vars(_parser().parse_args(argv)))
     isolate(["-m", "hpc.chaos", *argv])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing is left behind
     with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
@@ -50,7 +67,7 @@ def main(argv: list[str]) -> int:
             disk_for_runs(directory) as runs,
             Sandbox(directory / "slurm", spec, owner_pid=os.getpid()) as cluster,
         ):
-            return soak(cluster, runs, args) if args.soak else weather(cluster, runs, args)
+            return soak(cluster, runs, args.soak, args) if args.soak else weather(cluster, runs, args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,22 +97,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def soak(cluster: Sandbox, runs: Path, args: argparse.Namespace) -> int:
+def soak(cluster: Sandbox, runs: Path, steps: int, args: Options) -> int:
     """One long run, and what of it grows."""
-    timeout = 120.0 + args.soak * (10.0 if args.real else 1.0)
-    run = Storm(cluster, runs, "soak", args.soak, timeout, real=_files(runs, args), flags=WANDB_OFFLINE)
+    timeout = 120.0 + steps * (10.0 if args.real else 1.0)
+    run = Storm(cluster, runs, "soak", steps, timeout, real=_files(runs, args), flags=WANDB_OFFLINE)
     with Watcher(run.run_dir) as watcher:
         outcome = run.run(())
     lines, grown = judge(watcher.growth, files_per_step=2.0 if args.real else 0.0)
     print("\n".join(lines))
     problems = [*outcome.problems, *grown]
-    print(f"{args.soak} steps in {outcome.seconds:.0f} s: {'ok' if not problems else 'FOUND'}")
+    print(f"{steps} steps in {outcome.seconds:.0f} s: {'ok' if not problems else 'FOUND'}")
     for problem in problems:
         print(f"  {problem}", flush=True)
     return 1 if problems else 0
 
 
-def _files(runs: Path, args: argparse.Namespace) -> Path | None:
+def _files(runs: Path, args: Options) -> Path | None:
     """What a real run needs; None for one of stand-ins."""
     if not args.real:
         return None
@@ -106,7 +123,7 @@ def _files(runs: Path, args: argparse.Namespace) -> Path | None:
     return directory
 
 
-def weather(cluster: Sandbox, runs: Path, args: argparse.Namespace) -> int:
+def weather(cluster: Sandbox, runs: Path, args: Options) -> int:
     """Run the storms that were asked for."""
     bad = 0
     outcomes: list[Outcome] = []
@@ -128,9 +145,7 @@ def weather(cluster: Sandbox, runs: Path, args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _storm(
-    cluster: Sandbox, runs: Path, name: str, seed: int, args: argparse.Namespace, faults: int
-) -> Storm:
+def _storm(cluster: Sandbox, runs: Path, name: str, seed: int, args: Options, faults: int) -> Storm:
     timeout = 3600.0 if args.real else max(_LEAST_TIMEOUT, faults * _SECONDS_OF_A_FAULT)
     nodes = _nodes(seed, args)
     undisturbed = runs / _undisturbed_name(nodes)
@@ -150,7 +165,7 @@ def _undisturbed_name(nodes: int) -> str:
     return f"undisturbed-{nodes}-nodes"
 
 
-def _run_undisturbed(cluster: Sandbox, runs: Path, seed: int, args: argparse.Namespace) -> bool:
+def _run_undisturbed(cluster: Sandbox, runs: Path, seed: int, args: Options) -> bool:
     """What a storm's run is compared with: one run for each number of nodes. True if something is wrong with it, and
     nothing is compared with it."""
     name = _undisturbed_name(_nodes(seed, args))
@@ -163,12 +178,12 @@ def _run_undisturbed(cluster: Sandbox, runs: Path, seed: int, args: argparse.Nam
     return bool(outcome.problems)
 
 
-def _nodes(seed: int, args: argparse.Namespace) -> int:
+def _nodes(seed: int, args: Options) -> int:
     return args.nodes or (3 if seed % 2 and not args.repeat else 4)
 
 
 def _find_fewer(
-    cluster: Sandbox, runs: Path, seed: int, outcome: Outcome, args: argparse.Namespace, until: float
+    cluster: Sandbox, runs: Path, seed: int, outcome: Outcome, args: Options, until: float
 ) -> None:
     tried = iter(range(1000))
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from hpc.sandbox.sandbox import Sandbox
@@ -14,10 +15,43 @@ from hpc.sandbox.spec import ClusterSpec
 from rltrain.run.errors import UserError, run_main
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for.
+
+    Attributes:
+        act: what the verb does.
+        directory: of the sandbox.
+        node: whose power is cut or restored; empty for other verbs.
+        spec: of the cluster that `up` starts.
+    """
+
+    act: Callable[[Options], None]
+    directory: str
+    node: str
+    spec: ClusterSpec
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    args = _parser().parse_args(argv)
-    return run_main(lambda: args.act(args))
+    given = vars(_parser().parse_args(argv))
+    return run_main(lambda: _act(_options(given)))
+
+
+def _act(options: Options) -> None:
+    options.act(options)
+
+
+def _options(given: dict[str, Any]) -> Options:
+    """What was given.
+
+    Raises:
+        UserError: there is no such cluster.
+    """
+    act, directory, node = given.pop("act"), given.pop("directory"), given.pop("node", "")
+    if "gpu_types" in given:
+        given["gpu_types"] = tuple(given["gpu_types"].split(","))
+    return Options(act, directory, node, ClusterSpec(**given))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,50 +84,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(
-    verbs: Any, name: str, act: Callable[[argparse.Namespace], None], what: str
-) -> argparse.ArgumentParser:
+def _verb(verbs: Any, name: str, act: Callable[[Options], None], what: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=what, description=what)
     parser.add_argument("directory", metavar="DIR")
     parser.set_defaults(act=act)
     return parser
 
 
-def _up(args: argparse.Namespace) -> None:
-    spec = ClusterSpec(
-        nodes=args.nodes,
-        gpus=args.gpus,
-        gpu_types=tuple(args.gpu_types.split(",")),
-        cpu_nodes=args.cpu_nodes,
-        cpus=args.cpus,
-        accounting=args.accounting,
-    )
+def _up(options: Options) -> None:
     begin = time.monotonic()
-    Sandbox(args.directory, spec).up()
-    print(f"# up in {time.monotonic() - begin:.1f} s; stop it: python -m hpc.sandbox down {args.directory}")
-    _env(args)
+    Sandbox(options.directory, options.spec).up()
+    print(
+        f"# up in {time.monotonic() - begin:.1f} s; stop it: python -m hpc.sandbox down {options.directory}"
+    )
+    _env(options)
 
 
-def _down(args: argparse.Namespace) -> None:
-    Sandbox(args.directory).down()
+def _down(options: Options) -> None:
+    Sandbox(options.directory).down()
 
 
-def _env(args: argparse.Namespace) -> None:
-    sandbox = Sandbox(args.directory)
+def _env(options: Options) -> None:
+    sandbox = Sandbox(options.directory)
     if not sandbox.is_up:
         raise UserError(
-            f"no sandbox is up in {sandbox.directory}. Start it: python -m hpc.sandbox up {args.directory}"
+            f"no sandbox is up in {sandbox.directory}. Start it: python -m hpc.sandbox up {options.directory}"
         )
     for name, value in sandbox.variables.items():
         print(f"export {name}={shlex.quote(value)}")
 
 
-def _power_off(args: argparse.Namespace) -> None:
-    Sandbox(args.directory).power_off(args.node)
+def _power_off(options: Options) -> None:
+    Sandbox(options.directory).power_off(options.node)
 
 
-def _power_on(args: argparse.Namespace) -> None:
-    Sandbox(args.directory).power_on(args.node)
+def _power_on(options: Options) -> None:
+    Sandbox(options.directory).power_on(options.node)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from rltrain.agents.program import (
 from rltrain.agents.sandbox.kinds import launch
 from rltrain.agents.sandbox.limits import SandboxError
 from rltrain.agents.sandbox.sandbox import Sandbox
-from rltrain.arguments.config import Config, group_of
+from rltrain.arguments.config import Config
 from rltrain.arguments.groups.agents import Agents
 from rltrain.functions import explain, load_function
 from rltrain.rewards import pool as rewards
@@ -52,7 +52,7 @@ async def run_command(
     Raises:
         GenerationError: the sandbox or the engines failed again and again.
     """
-    return await _rollout(args, sample, sampling_params, _in_sandbox)
+    return await _rollout(Config.of(args), sample, sampling_params, _in_sandbox)
 
 
 async def run_function(
@@ -64,13 +64,11 @@ async def run_function(
         GenerationError: the engines failed again and again.
     """
     function = load_function(args.agent_function_path, flag="--agent-function-path")
-    return await _rollout(args, sample, sampling_params, partial(_called, function))
+    return await _rollout(Config.of(args), sample, sampling_params, partial(_called, function))
 
 
-async def _rollout(
-    args: argparse.Namespace, sample: Sample, params: SamplingParams, act: Act
-) -> list[Sample]:
-    agents, fault = group_of(args, Agents), ""
+async def _rollout(config: Config, sample: Sample, params: SamplingParams, act: Act) -> list[Sample]:
+    agents, fault = config.agents, ""
     async with _slot(agents):
         for _ in range(agents.agent_retries + 1):
             gateway, limits = running_gateway(), {"max_turns": agents.agent_max_turns}
@@ -83,7 +81,7 @@ async def _rollout(
             if session.aborted:
                 return session.samples()
             if outcome is not None and not (outcome.failure and session.fault):
-                return await _graded(args, session, sample, outcome)
+                return await _graded(config, session, sample, outcome)
             fault = session.fault or fault
     raise GenerationError(
         f"no agent could be run in {agents.agent_retries + 1} tries, the last one with: {fault}"
@@ -148,9 +146,7 @@ async def _called(
     return Outcome(**{**vars(outcome), "seconds": time.monotonic() - began})
 
 
-async def _graded(
-    args: argparse.Namespace, session: Session, sample: Sample, outcome: Outcome
-) -> list[Sample]:
+async def _graded(config: Config, session: Session, sample: Sample, outcome: Outcome) -> list[Sample]:
     """The session's samples with one reward: that of the answer."""
     samples = session.samples()
     if not samples:
@@ -167,16 +163,16 @@ async def _graded(
     if outcome.reward is not None:
         for each in samples:
             each.reward = outcome.reward
-    elif not args.group_rm:
-        await _grade(args, samples, outcome.answer)
+    elif not config.rewards.group_rm:
+        await _grade(config, samples, outcome.answer)
     return samples
 
 
-async def _grade(args: argparse.Namespace, samples: list[Sample], answer: str) -> None:
+async def _grade(config: Config, samples: list[Sample], answer: str) -> None:
     """Grade the answer in place of the response, once for all."""
     graded = copy.copy(samples[0])
     graded.response = answer
-    await rewards.grade(Config.of(args), graded)
+    await rewards.grade(config, graded)
     samples[0].metadata, samples[0].reward_seconds = graded.metadata, graded.reward_seconds
     for each in samples:
         each.reward = graded.reward

@@ -78,7 +78,8 @@ def mis(
     """
     level: Level = getattr(args, "tis_level", "token")
     mode: Mode = getattr(args, "tis_mode", "truncate")
-    low, high = _bounds(args)
+    usual = (args.tis_clip_low, args.tis_clip)
+    low, high = _bounds(getattr(args, "tis_lower_bound", None), getattr(args, "tis_upper_bound", None), usual)
     ratio = importance_ratio(train_log_probs, rollout_log_probs, loss_masks, level)
     weight = bounded(ratio, mode, low, high)
     metrics = _metrics(ratio, weight)
@@ -111,12 +112,11 @@ def mis(
     return pg_loss * weight, kept_masks, metrics
 
 
-def _bounds(args: argparse.Namespace) -> tuple[float, float]:
-    """The bounds of the weights: slime's keys, or else the flags."""
-    high, low = getattr(args, "tis_upper_bound", None), getattr(args, "tis_lower_bound", None)
+def _bounds(low: float | None, high: float | None, usual: tuple[float, float]) -> tuple[float, float]:
+    """The bounds of the weights: those of slime's keys, or else the flags'."""
     if low is None:
-        low = args.tis_clip_low if high is None else 1 / high
-    high = args.tis_clip if high is None else high
+        low = usual[0] if high is None else 1 / high
+    high = usual[1] if high is None else high
     _check_bounds("tis", low, high)
     return low, high
 

@@ -72,7 +72,7 @@ def configuration(argv: Sequence[str], not_ours: Collection[str] = ()) -> Config
         check_model_flags(config.shape, hf_config, config.model.hf_checkpoint, sources)
         check_hf_config(hf_config, config.parallel, config.model.hf_checkpoint)
         check_quantised(hf_config, config)
-        check_lora(hf_config, config)
+        check_lora(hf_config, config.lora)
         check_mtp(hf_config, config)
     values = [
         value for action in _actions(parser) for value in _values(action, config, given, sources, hf_config)

@@ -11,6 +11,7 @@ from typing import Any
 
 from rltrain.arguments.config import Config
 from rltrain.arguments.groups.model import Shape
+from rltrain.arguments.groups.training import Lora
 from rltrain.arguments.hf_config import ModelShape, read_model_shape
 from rltrain.models.families import FAMILIES
 from rltrain.models.quantised import fp8_block
@@ -220,13 +221,13 @@ def check_quantised(hf_config: Mapping[str, Any], config: Config) -> None:
     _check_quantising_engines(hf_config, config, is_quantised=block is not None)
 
 
-def check_lora(hf_config: Mapping[str, Any], config: Config) -> None:
+def check_lora(hf_config: Mapping[str, Any], lora: Lora) -> None:
     """Refuse adapters that the model can't have.
 
     Raises:
         UserError: names the flag and what there is.
     """
-    lora, shape = config.lora, read_model_shape(hf_config)
+    shape = read_model_shape(hf_config)
     if not lora.lora_rank:
         return
     if shape.latent is not None or shape.linear is not None:

@@ -7,7 +7,6 @@ most problems that carry; the reward alone, which looks only at the result, has 
 
 from __future__ import annotations
 
-import argparse
 import random
 
 from rltrain.sample import Sample
@@ -63,7 +62,7 @@ def teacher(problem: Problem, rng: random.Random) -> str:
     return solution(problem, forget_carry=rng.random() < FORGETS)
 
 
-async def reward(args: argparse.Namespace, sample: Sample) -> float:
+async def reward(args: object, sample: Sample) -> float:
     """1 if the response ended by itself and its last number is the label, else 0."""
     finished = sample.status is Sample.Status.COMPLETED
     return float(finished and sample.response.split(",")[-1] == sample.label)

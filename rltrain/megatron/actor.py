@@ -122,7 +122,7 @@ class MegatronTrainActor:
         self._tokens = TokenWriter(
             context, lambda reason: self._event("trainer_tokens_not_saved", reason=reason)
         )
-        self.offload = Offload(config, self._trained_models(), engine_memory or EngineMemory(config))
+        self.offload = Offload(config.engines, self._trained_models(), engine_memory or EngineMemory(config))
 
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
         """Train on one rollout: --num-steps-per-rollout optimizer steps over its samples, in order.
@@ -150,7 +150,7 @@ class MegatronTrainActor:
             inputs = share.loss_inputs()
             if self.config.algorithm.loss_type != "sft_loss":
                 inputs, metrics = self._prepare(rollout_id, share, inputs, timers)
-            elif post_processes(self.config):
+            elif post_processes(self.config.functions):
                 raise UserError(
                     "--rollout-data-postprocess-path: with --loss-type sft_loss it takes (args, groups), as the trainer"
                     " has nothing more of them."

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch.distributed as dist
 
 from rltrain.arguments.config import Config
+from rltrain.arguments.groups.engines import Engines
 from rltrain.megatron.device import HostSwap, used_memory
 from rltrain.megatron.ranks import control_group
 
@@ -79,9 +80,9 @@ class EngineMemory:
 class Offload:
     """Moves memory to and fro; every method is called by all ranks together, and does nothing where it is done."""
 
-    def __init__(self, config: Config, models: Sequence[SwappedModel], engines: EngineMemory) -> None:
+    def __init__(self, flags: Engines, models: Sequence[SwappedModel], engines: EngineMemory) -> None:
         """Move only what --offload-train (of `models`) and --offload-rollout name."""
-        moved = models if config.engines.offload_train else ()
+        moved = models if flags.offload_train else ()
         self._weights = [model.weights_swap for model in moved]
         self._state = [model.state_swap for model in moved]
         self._engines = engines

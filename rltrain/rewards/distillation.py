@@ -43,7 +43,7 @@ async def reward_func(args: argparse.Namespace, sample: Sample, **kwargs: Any) -
 
 
 def post_process_rewards(
-    args: argparse.Namespace, samples: list[Sample], **kwargs: Any
+    args: object, samples: list[Sample], **kwargs: Any
 ) -> tuple[list[float | None], list[float]]:
     """Put the teacher's log-probs where the trainer looks for them; the reward is 0: only the teacher counts."""
     for sample in samples:

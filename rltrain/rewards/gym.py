@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from rltrain.sample import Sample
 
 
-def reasoning_gym(args: argparse.Namespace, sample: Sample) -> float:
+def reasoning_gym(args: object, sample: Sample) -> float:
     """The score of the task's own verifier, 0 to 1, for what stands in `<answer>` tags, or else for all of it.
 
     The metadata is the entry's own (`source_dataset` and what the verifier needs), or has the whole `entry`.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 from math_verify import parse, verify
 
 from rltrain.rewards.text import after_thinking, last_boxed, normalize_math
@@ -21,13 +19,13 @@ def equal(answer: str, truth: str) -> bool:
     return bool(gold) and verify(gold, parse(answer, parsing_timeout=None), timeout_seconds=None)
 
 
-def math(args: argparse.Namespace, sample: Sample) -> float:
+def math(args: object, sample: Sample) -> float:
     """1 if the answer that math-verify finds in the response (a box first of all) equals the label, else 0."""
     boxed = last_boxed(sample.response)
     return float(equal(sample.response if boxed is None else f"\\boxed{{{boxed}}}", str(sample.label)))
 
 
-def deepscaler(args: argparse.Namespace, sample: Sample) -> float:
+def deepscaler(args: object, sample: Sample) -> float:
     """1 if the box after the thoughts equals the label, else 0; without a box, or with thoughts that never end, 0."""
     answer = after_thinking(sample.response)
     boxed = None if answer is None else last_boxed(answer)

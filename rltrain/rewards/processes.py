@@ -123,7 +123,7 @@ class Processes:
         forks = False
         try:
             async with asyncio.timeout(_START_TIMEOUT):
-                args = _picklable(self._config.namespace)
+                args = argparse.Namespace(**_picklable(vars(self._config.namespace)))
                 message = pickle.dumps((args, self._path), protocol=pickle.HIGHEST_PROTOCOL)
                 await asyncio.get_running_loop().sock_sendall(ours, LENGTH.pack(len(message)) + message)
                 (length,) = LENGTH.unpack(await _receive(ours, LENGTH.size))
@@ -137,8 +137,8 @@ class Processes:
         return ours, process, forks
 
 
-def _picklable(args: argparse.Namespace) -> argparse.Namespace:
-    """The args without what a generation function has set on them and no other process can have: locks, clients, …."""
+def _picklable(values: dict[str, Any]) -> dict[str, Any]:
+    """The values without what a generation function has set and no other process can have: locks, clients, …."""
 
     def can_be_sent(value: Any) -> bool:
         try:
@@ -147,9 +147,9 @@ def _picklable(args: argparse.Namespace) -> argparse.Namespace:
             return False
         return True
 
-    if can_be_sent(args):
-        return args
-    return argparse.Namespace(**{name: value for name, value in vars(args).items() if can_be_sent(value)})
+    if can_be_sent(values):
+        return values
+    return {name: value for name, value in values.items() if can_be_sent(value)}
 
 
 def _worker(connection: socket.socket, process: asyncio.subprocess.Process) -> WorkerProcess:

@@ -1,12 +1,11 @@
 """Rewards that compare texts, and how they find the final answer of a response.
 
 A final answer is looked for after the thoughts, in a box, after "Answer:", or as a letter. Each reward has the
-signature of a custom reward function.
+signature of a custom reward function, and does without its `args`.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import string
 from collections import Counter
@@ -90,22 +89,22 @@ def f1_of_words(prediction: str, truth: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def exact_match(args: argparse.Namespace, sample: Sample) -> float:
+def exact_match(args: object, sample: Sample) -> float:
     """1 if the response is the label, apart from white space around both; else 0."""
     return float(sample.response.strip() == str(sample.label).strip())
 
 
-def f1(args: argparse.Namespace, sample: Sample) -> float:
+def f1(args: object, sample: Sample) -> float:
     """F1 of the words of response and label."""
     return f1_of_words(sample.response, str(sample.label))
 
 
-def regex(args: argparse.Namespace, sample: Sample) -> float:
+def regex(args: object, sample: Sample) -> float:
     """1 if the label, a regular expression, matches anywhere in the response."""
     return float(re.search(str(sample.label), sample.response) is not None)
 
 
-def multiple_choice(args: argparse.Namespace, sample: Sample) -> float:
+def multiple_choice(args: object, sample: Sample) -> float:
     """1 if the response chooses the right letter: the label, or the letter of the choice that is the label.
 
     Metadata: `choices` (texts, in order), `correct_letter`, `valid_letters`; all optional.
@@ -122,7 +121,7 @@ def multiple_choice(args: argparse.Namespace, sample: Sample) -> float:
     return float(choice_letter(sample.response, letters) == correct.upper())
 
 
-def dapo(args: argparse.Namespace, sample: Sample) -> dict[str, Any]:
+def dapo(args: object, sample: Sample) -> dict[str, Any]:
     """DAPO's score: 1 or −1 for the answer after the last "Answer:" (or in a box) near the end of the response.
 
     https://arxiv.org/abs/2503.14476. A dict: train on it with `--reward-key score`; `acc` is 1 or 0.

@@ -11,6 +11,7 @@ A process that grades gets `(number, sample)`, or a list of samples to be graded
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import inspect
 import math
@@ -45,6 +46,55 @@ class Grade:
     metadata: dict[str, Any] | None = None  # the sample's, where the reward function changed it
 
 
+@dataclass(frozen=True)
+class Grader:
+    """A reward function, and slime's `args` for it."""
+
+    function: Callable[..., Any]
+    args: argparse.Namespace
+
+    async def grade(self, sample: Sample) -> Grade:
+        """Run the function on a sample; whatever goes wrong becomes the grade's `failure`."""
+        return (await self._run(sample, [sample], lambda reward: [checked(reward, self.args.reward_key)]))[0]
+
+    async def grade_group(self, samples: list[Sample]) -> list[Grade]:
+        """The same for samples that the function sees together: it returns one reward for each, in a list."""
+
+        def check(rewards: Any) -> list[Any]:
+            if not isinstance(rewards, list | tuple) or len(rewards) != len(samples):
+                raise ValueError(
+                    f"the reward is {rewards!r}; expected a list of {len(samples)}, one a sample"
+                )
+            return [checked(reward, self.args.reward_key) for reward in rewards]
+
+        return await self._run(samples, samples, check)
+
+    async def _run(
+        self, subject: Sample | list[Sample], samples: list[Sample], check: Callable[[Any], list[Any]]
+    ) -> list[Grade]:
+        before = [pickle.dumps(sample.metadata) for sample in samples]
+        timeout, began = self.args.reward_timeout, time.perf_counter()
+        try:
+            reward = self.function(self.args, subject)
+            if inspect.isawaitable(reward):
+                reward = await asyncio.wait_for(reward, timeout)
+        except Exception as error:
+            seconds = time.perf_counter() - began
+            failure = explain_fully(error)
+            if isinstance(error, TimeoutError) and seconds >= timeout:
+                failure = f"the reward took longer than --reward-timeout {timeout:g} s"
+            return [Grade(None, failure, seconds) for _ in samples]
+        seconds = time.perf_counter() - began
+        try:
+            rewards = check(reward)
+        except Exception as error:
+            return [Grade(None, f"{_name(self.function)}: {error}", seconds) for _ in samples]
+        return [
+            Grade(reward, None, seconds, _changed(sample, old))
+            for reward, sample, old in zip(rewards, samples, before, strict=True)
+        ]
+
+
 def main() -> None:
     """Serve the pool on the other end of the socket until it closes."""
     die_with_parent(int(sys.argv[2]))
@@ -63,7 +113,7 @@ def main() -> None:
     if forks:
         connection = fork_workers(connection)
     if connection is not None:
-        asyncio.run(_serve(connection, function, args))
+        asyncio.run(_serve(connection, Grader(function, args)))
 
 
 def fork_workers(control: socket.socket) -> socket.socket | None:
@@ -95,32 +145,26 @@ def _has_one_thread() -> bool:
         return False
 
 
-async def _serve(connection: socket.socket, function: Callable[..., Any], args: Any) -> None:
+async def _serve(connection: socket.socket, grader: Grader) -> None:
     reader, writer = await asyncio.open_connection(sock=connection)
     running: set[asyncio.Task[None]] = set()
     try:
         while True:
             number, subject = await read_message(reader)
-            if inspect.iscoroutinefunction(function):
-                task = asyncio.create_task(_answer(writer, number, function, args, subject))
+            if inspect.iscoroutinefunction(grader.function):
+                task = asyncio.create_task(_answer(writer, number, grader, subject))
                 running.add(task)
                 task.add_done_callback(running.discard)
             else:
-                await _answer(writer, number, function, args, subject)
+                await _answer(writer, number, grader, subject)
     except (asyncio.IncompleteReadError, ConnectionError):
         return  # the pool is gone
 
 
 async def _answer(
-    writer: asyncio.StreamWriter,
-    number: int,
-    function: Callable[..., Any],
-    args: Any,
-    subject: Sample | list[Sample],
+    writer: asyncio.StreamWriter, number: int, grader: Grader, subject: Sample | list[Sample]
 ) -> None:
-    together = isinstance(subject, list)
-    grades = await (grade_group(function, args, subject) if together else grade(function, args, subject))  # type: ignore[arg-type]
-    answer = grades if isinstance(grades, list) else [grades]
+    answer = await grader.grade_group(subject) if isinstance(subject, list) else [await grader.grade(subject)]
     try:
         write_message(writer, (number, answer))
     except (
@@ -130,54 +174,6 @@ async def _answer(
             f"what the reward function returned or put into the metadata can't be pickled: {explain(error)}"
         )
         write_message(writer, (number, [Grade(None, failure, grade.seconds) for grade in answer]))
-
-
-async def grade(function: Callable[..., Any], args: Any, sample: Sample) -> Grade:
-    """Run the reward function on a sample; whatever goes wrong becomes the grade's `failure`."""
-    return (await _run(function, args, sample, [sample], lambda reward: [checked(reward, args.reward_key)]))[
-        0
-    ]
-
-
-async def grade_group(function: Callable[..., Any], args: Any, samples: list[Sample]) -> list[Grade]:
-    """The same for samples that the function sees together: it returns one reward for each, in a list."""
-
-    def check(rewards: Any) -> list[Any]:
-        if not isinstance(rewards, list | tuple) or len(rewards) != len(samples):
-            raise ValueError(f"the reward is {rewards!r}; expected a list of {len(samples)}, one a sample")
-        return [checked(reward, args.reward_key) for reward in rewards]
-
-    return await _run(function, args, samples, samples, check)
-
-
-async def _run(
-    function: Callable[..., Any],
-    args: Any,
-    subject: Any,
-    samples: list[Sample],
-    check: Callable[[Any], list[Any]],
-) -> list[Grade]:
-    before = [pickle.dumps(sample.metadata) for sample in samples]
-    began = time.perf_counter()
-    try:
-        reward = function(args, subject)
-        if inspect.isawaitable(reward):
-            reward = await asyncio.wait_for(reward, args.reward_timeout)
-    except Exception as error:
-        seconds = time.perf_counter() - began
-        failure = explain_fully(error)
-        if isinstance(error, TimeoutError) and seconds >= args.reward_timeout:
-            failure = f"the reward took longer than --reward-timeout {args.reward_timeout:g} s"
-        return [Grade(None, failure, seconds) for _ in samples]
-    seconds = time.perf_counter() - began
-    try:
-        rewards = check(reward)
-    except Exception as error:
-        return [Grade(None, f"{_name(function)}: {error}", seconds) for _ in samples]
-    return [
-        Grade(reward, None, seconds, _changed(sample, old))
-        for reward, sample, old in zip(rewards, samples, before, strict=True)
-    ]
 
 
 def _name(function: Callable[..., Any]) -> str:

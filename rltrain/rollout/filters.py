@@ -45,7 +45,7 @@ def check_reward_nonzero_std_with_fallback(
     return replace(verdict, keep_when_insufficient=verdict.reason != "failed")
 
 
-def remove_truncated(args: argparse.Namespace, groups: list[list[Sample]]) -> None:
+def remove_truncated(args: object, groups: list[list[Sample]]) -> None:
     """Do not train on responses that a length limit cut off: DAPO's overlong filtering, section 3.4."""
     for group in groups:
         for sample in group:

@@ -16,6 +16,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,20 @@ _AROUND = 4  # tokens shown before and after the place
 _TIMEOUT = 600.0
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for; `_parser` says what each is."""
+
+    run: Path
+    step: int
+    index: int
+    engine: str | None
+    frozen: Path | None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 if all agrees, 1 if something parts, 2 if it can't be told."""
-    options = _parser().parse_args(argv)
+    options = Options(**vars(_parser().parse_args(argv)))
     try:
         return replay(options)
     except (UserError, HttpError, OSError) as error:
@@ -48,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def replay(options: argparse.Namespace) -> int:
+def replay(options: Options) -> int:
     """See `main`.
 
     Raises:
@@ -129,9 +141,7 @@ def replay_params(config: Config, sample: Sample, step: int) -> dict[str, Any]:
 
 
 @contextmanager
-def engine(
-    options: argparse.Namespace, layout: RunLayout, config: Config, sample: Sample
-) -> Iterator[tuple[str, str]]:
+def engine(options: Options, layout: RunLayout, config: Config, sample: Sample) -> Iterator[tuple[str, str]]:
     """The address and the key of the engine that was asked for."""
     if options.engine:
         yield options.engine.rstrip("/"), os.environ.get("SLURMLIME_TOKEN", "")

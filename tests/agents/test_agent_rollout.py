@@ -58,7 +58,7 @@ def rollout(directory: Path, parsers: Parsers) -> Callable[..., Any]:
         if not any("function" in flag for flag in flags):
             flags = ("--agent-command", f"python {directory / 'program' / 'agent.py'}", *flags)
         config = agent_config(directory / "model", directory, "--rm-type", "f1", *flags)
-        check_agents(config)
+        check_agents(config.agents)
 
         async def main() -> Any:
             async with running_gateway(config, parsers) as (gateway, engine):
@@ -214,7 +214,7 @@ def test_what_can_t_be_right_is_refused_before_a_job_starts(flags: str, director
         end = next((i for i, word in enumerate(words[1:], 1) if word.startswith("--")), len(words))
         words = [words[0], " ".join(words[1:end]), *words[end:]]
     with pytest.raises(UserError, match=WRONG[flags].replace("(", r"\(")):
-        check_agents(agent_config(directory / "model", directory, *words))
+        check_agents(agent_config(directory / "model", directory, *words).agents)
 
 
 def test_the_flags_that_start_an_agent(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

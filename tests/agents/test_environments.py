@@ -48,7 +48,7 @@ def tasks(config: Config) -> list[dict[str, Any]]:
 
 def play(config: Config, row: dict[str, Any], says: list[str]) -> list[Sample]:
     """One rollout of the task, with an engine that says this."""
-    check_agents(config)
+    check_agents(config.agents)
 
     async def main() -> list[Sample]:
         async with running_gateway(config) as (gateway, engine):

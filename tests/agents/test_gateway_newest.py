@@ -30,7 +30,7 @@ def test_the_newest_clients_have_what_they_expect(tmp_path: Path) -> None:
         make_agent_model(tmp_path / "model"), tmp_path, "--rm-type", "f1", "--agent-command", f"python {CONTRACT}",
         "--agent-python", str(PYTHON),
     )  # fmt: skip
-    check_agents(config)
+    check_agents(config.agents)
 
     async def main() -> list[Sample]:
         async with running_gateway(config) as (gateway, engine):

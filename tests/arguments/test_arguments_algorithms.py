@@ -78,9 +78,9 @@ def test_adapters_that_the_model_cannot_have_are_refused() -> None:
     ):
         config = parse([*REQUIRED, "--lora-rank", "8", "--lora-target-modules", name])
         with pytest.raises(UserError) as caught:
-            check_lora(model, config)
+            check_lora(model, config.lora)
         assert words in str(caught.value)
-    check_lora(tiny_config(), parse([*REQUIRED, "--lora-rank", "8"]))
+    check_lora(tiny_config(), parse([*REQUIRED, "--lora-rank", "8"]).lora)
 
 
 def test_fine_tuning_does_without_advantages() -> None:

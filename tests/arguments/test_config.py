@@ -16,6 +16,7 @@ from rltrain.arguments.declare import declared
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "arguments.md"
+MOST_NAMESPACES = 30  # docs/design.md says so, too
 BASE = ["--hf-checkpoint", "m", "--prompt-data", "p", "--rollout-batch-size", "4", "--num-rollout", "3"]
 
 
@@ -39,6 +40,24 @@ def test_every_value_has_a_reader() -> None:
     health = {name for name in places() if name.startswith("rollout_health_check_")}
     without = places().keys() - read - compared - named - checked - health
     assert without == set()
+
+
+def test_slimes_args_stay_at_the_edge() -> None:
+    """Only functions with slime's signatures take them, argparse's own actions, and what makes a `Config` of them."""
+    functions = [
+        (path, node)
+        for room in ("hpc", "rltrain", "analysis")
+        for path in (ROOT / room).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    taken = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path, node in functions
+        for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+        if each.annotation is not None and "Namespace" in ast.unparse(each.annotation)
+    ]
+    assert len(taken) <= MOST_NAMESPACES, "\n".join(taken)
 
 
 def test_a_value_belongs_to_one_group_and_a_flag_is_declared_once() -> None:

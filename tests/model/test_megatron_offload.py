@@ -66,7 +66,7 @@ class Fleet:
         )
         config = Config().replace(**({"offload_train": True, "offload_rollout": True} | flags))
         self.memory = EngineMemory(config)
-        self.offload = Offload(config, [model], self.memory)
+        self.offload = Offload(config.engines, [model], self.memory)
 
     def find(self) -> Sequence[NotedEngine]:
         return self.engines

@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 
 from rltrain.arguments.config import Config
+from rltrain.arguments.groups.training import Lora
 from rltrain.arguments.hf_config import ModelShape
 from rltrain.arguments.model_flags import lora_modules
 from rltrain.megatron.checkpoint.resume import initial_source
@@ -29,7 +30,7 @@ def write_adapters(directory: Path, models: list[GPTModel], shape: ModelShape, c
     """
     tensors = {_PREFIX + name: tensor.cpu().contiguous() for name, tensor in export_adapters(models, shape)}
     base = initial_source(config).hf_directory  # all ranks look
-    settings = _settings(config, shape, base)
+    settings = _settings(config.lora, shape, base)
     together(lambda: _write(directory, tensors, settings) if dist.get_rank() == 0 else None, OSError)
 
 
@@ -43,8 +44,7 @@ def _write(directory: Path, tensors: dict[str, Any], settings: dict[str, Any]) -
     temporary.rename(directory)
 
 
-def _settings(config: Config, shape: ModelShape, base: Path | None) -> dict[str, Any]:
-    lora = config.lora
+def _settings(lora: Lora, shape: ModelShape, base: Path | None) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -60,7 +60,7 @@ def read_shape(config: Config) -> ModelShape:
     check_hf_config(hf_config, config.parallel, directory)
     check_model_flags(config.shape, hf_config, directory)
     check_quantised(hf_config, config)
-    check_lora(hf_config, config)
+    check_lora(hf_config, config.lora)
     check_mtp(hf_config, config)
     together(lambda: _compare(hf_config, directory) if dist.get_rank() == 0 else None, UserError)
     shape = read_model_shape(hf_config)

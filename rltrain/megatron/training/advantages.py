@@ -67,7 +67,7 @@ def with_advantages(
         config.algorithm.use_rollout_logprobs
         or config.algorithm.keep_old_actor
         or config.algorithm.loss_type == "custom_loss"
-        or post_processes(config)
+        or post_processes(config.functions)
     )
     if share.num_steps == 1 and not known_before:
         # The current log-probs, see `loss.policy_token_loss`: exactly, whatever the micro-batches were.

@@ -161,5 +161,5 @@ def _needs_own_log_probs(config: Config, num_steps: int) -> bool:
         or config.functions.custom_advantage_function_path
         or config.algorithm.use_opd
         or config.algorithm.loss_type == "custom_loss"
-        or post_processes(config)
+        or post_processes(config.functions)
     )

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from rltrain.arguments.config import Config
+from rltrain.arguments.groups.functions import Functions
 from rltrain.data.batch import Flat
 from rltrain.functions import load_function, takes
 from rltrain.megatron.training.micro_batch import LossInputs, Responses
@@ -84,9 +85,9 @@ def flat(by_sample: BySample, count: int) -> Flat:
     return [by_sample.get(i, empty) for i in range(count)]
 
 
-def post_processes(config: Config) -> bool:
+def post_processes(functions: Functions) -> bool:
     """Whether --rollout-data-postprocess-path is for the trainer: it takes (args, rollout_id, rollout_data)."""
-    path = config.functions.rollout_data_postprocess_path
+    path = functions.rollout_data_postprocess_path
     return bool(path) and not takes(load_function(path, flag=_FLAG), 2)
 
 
@@ -98,7 +99,7 @@ def post_processed(
     Raises:
         ValueError: it has changed the loss masks, or given something another shape.
     """
-    if not post_processes(config):
+    if not post_processes(config.functions):
         return inputs
     path = config.functions.rollout_data_postprocess_path
     data = RolloutData(share, inputs)

@@ -20,7 +20,7 @@ from rltrain.schema import table_to_samples
 class NoPrompts:
     """The data source of a job that generates nothing."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: object) -> None:
         """There is nothing to read."""
 
     def save(self, rollout_id: int) -> None:
