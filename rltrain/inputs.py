@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -33,6 +32,7 @@ from rltrain.models.heads import check_weights
 from rltrain.models.lengths import check_engines_limit
 from rltrain.models.windows import check_engines
 from rltrain.run.errors import UserError
+from rltrain.run.files import read_object
 
 
 def check_inputs(config: Config, to_come: Mapping[str, str] | None = None) -> Config:
@@ -248,7 +248,7 @@ def _check_chat_template(directory: Path) -> None:
     config = directory / "tokenizer_config.json"
     if any(directory.glob("chat_template.*")) or (directory / "additional_chat_templates").is_dir():
         return
-    if config.is_file() and json.loads(config.read_text()).get("chat_template"):
+    if config.is_file() and read_object(config).get("chat_template"):
         return
     raise UserError(
         f"--apply-chat-template: the tokenizer in {directory} has no chat template. Give a model whose"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import json
 import os
@@ -18,6 +17,7 @@ import pandas as pd
 
 from analysis.reading.errors import DamagedFileWarning, RunNotFoundError, damaged
 from analysis.reading.jsonl import read_events, read_metrics
+from rltrain.run.errors import nearest_few
 from rltrain.run.files import owner_of
 from rltrain.run.layout import RunLayout
 from rltrain.run.terminal import visible
@@ -173,7 +173,7 @@ def _not_found_message(path: Path) -> str:
             f"{path} {problem}, and there is no run beside it. A run is the directory that a job writes to."
         )
     names = [str(run) for run in nearby]
-    likeliest = difflib.get_close_matches(str(path), names, n=_MAX_SUGGESTIONS, cutoff=0.6)
+    likeliest = nearest_few(str(path), names, _MAX_SUGGESTIONS)
     listed = list(dict.fromkeys([*likeliest, *names]))
     more = f" and {len(listed) - _MAX_SUGGESTIONS} more" if len(listed) > _MAX_SUGGESTIONS else ""
     return f"{path} {problem}. Runs nearby: {', '.join(listed[:_MAX_SUGGESTIONS])}{more}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from rltrain.arguments.groups.critic import use_critic
 from rltrain.arguments.hf_config import check_same_shape
 from rltrain.models.as_transformers import standard_config
 from rltrain.run.errors import UserError
+from rltrain.run.files import read_object
 
 _PROBE_TIMEOUT = 300.0  # seconds
 
@@ -127,8 +127,8 @@ def _check_model(hf_checkpoint: str) -> list[Check]:
     path = Path(hf_checkpoint) / "config.json"
     if not path.is_file():  # an earlier job will write it
         return []
-    config = json.loads(path.read_text())
     try:
+        config = read_object(path)
         standard = standard_config(path.parent, config)
         if standard is None:
             return []

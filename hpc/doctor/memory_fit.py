@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from rltrain.arguments.groups.critic import use_critic
 from rltrain.arguments.groups.model import Model
 from rltrain.arguments.groups.parallel import ParallelSizes
 from rltrain.arguments.hf_config import ModelShape, read_model_shape
+from rltrain.run.files import read_object
 
 GIB = 1024**3
 # What CUDA, NCCL, a Python process and fragmentation take: of a GPU a tenth, of a machine 1.5 GiB a process.
@@ -42,7 +42,7 @@ class Memory:
 
 def read_shape(model: Model) -> ModelShape:
     """The shape of the model of `--hf-checkpoint`, which has been checked before."""
-    return read_model_shape(json.loads((Path(model.hf_checkpoint) / "config.json").read_text()))
+    return read_model_shape(read_object(Path(model.hf_checkpoint) / "config.json"))
 
 
 def trainer_ask(config: Config) -> TrainerAsk:

@@ -50,30 +50,18 @@ class JobState(StrEnum):
         return self in _FINAL
 
     @property
-    def is_failure(self) -> bool:
-        """Whether the attempt ended otherwise than by itself and with exit code 0."""
-        return self.is_final and self is not JobState.COMPLETED
-
-    @property
-    def is_interruption(self) -> bool:
-        """Whether the cluster ended it, not what ran in it: a reason to run again, never a sign of a fault in it."""
-        return self in _INTERRUPTIONS
-
-    @property
     def is_waiting(self) -> bool:
         """True if it holds no nodes yet, but will."""
         return self in _WAITING
 
 
-_INTERRUPTIONS = frozenset(
+_FINAL = frozenset(
     {
+        *(JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.OUT_OF_MEMORY, JobState.REVOKED),
         *(JobState.PREEMPTED, JobState.TIMEOUT, JobState.NODE_FAIL, JobState.BOOT_FAIL, JobState.DEADLINE),
         *(JobState.LAUNCH_FAILED, JobState.RECONFIG_FAIL),
     }
 )
-_FINAL = _INTERRUPTIONS | {
-    *(JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.OUT_OF_MEMORY, JobState.REVOKED)
-}
 _WAITING = frozenset(
     {
         *(JobState.PENDING, JobState.REQUEUED, JobState.REQUEUE_FED, JobState.REQUEUE_HOLD),

@@ -17,7 +17,7 @@ from hpc.submitting.start_run import submit_run
 from rltrain import arguments, inputs
 from rltrain.arguments import flags as flag_data
 from rltrain.arguments.flags import Flags
-from rltrain.run.errors import EXIT_INTERRUPTED, UserError
+from rltrain.run.errors import EXIT_INTERRUPTED, EXIT_USAGE, UserError
 from rltrain.run.terminal import safe_text
 
 
@@ -86,7 +86,7 @@ def _on_slurm(variants: Sequence[Variant], requests: Sequence[Request], parallel
             )
         except UserError as error:  # sbatch refuses it: no reason to leave out the others
             print(f"error: {safe_text(str(error))}", file=sys.stderr)
-            code = 2
+            code = EXIT_USAGE
         before[number % parallel] = _last_job(options) or before[number % parallel]
     return code
 

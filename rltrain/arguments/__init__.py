@@ -7,7 +7,6 @@ process of the job.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import tomllib
@@ -23,7 +22,7 @@ from rltrain.arguments.megatron_names import add_config_flags, find_megatron_lm,
 from rltrain.arguments.recipes import read_custom_config
 from rltrain.arguments.resolve import resolve
 from rltrain.arguments.slime_names import REFUSED, add_ignored_flags, remarks
-from rltrain.run.errors import UserError
+from rltrain.run.errors import UserError, nearest
 from rltrain.run.layout import RunLayout
 from rltrain.run.toml_values import from_toml_values, to_toml_values
 
@@ -108,10 +107,8 @@ def explain_unknown(flag: str, known: list[str]) -> str:
     if not name.startswith("-"):
         return f"unexpected argument {flag!r}: flags begin with --, recipes with @."
     # A typo is one or two letters. A flag of another version of Megatron or slime must not be taken for one of ours.
-    near = difflib.get_close_matches(
-        name, known, n=1, cutoff=0.9 if len(name) > 8 else 0.8
-    )  # of few letters, one is much
-    return f"unknown flag {name}" + (f": did you mean {near[0]}?" if near else "; see --help.")
+    near = nearest(name, known, cutoff=0.9 if len(name) > 8 else 0.8)  # of few letters, one is much
+    return f"unknown flag {name}" + (f": did you mean {near}?" if near else "; see --help.")
 
 
 def known_flags() -> list[str]:

@@ -15,7 +15,6 @@ file is slime's:
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from rltrain.arguments.config import Config
 from rltrain.arguments.engine_names import RESERVED
 from rltrain.arguments.groups.weights import Weights
 from rltrain.arguments.recipes import read_config_file
-from rltrain.run.errors import UserError
+from rltrain.run.errors import UserError, nearest
 
 WORKER_TYPES = ("regular", "prefill", "decode", "placeholder")
 _DEFAULT_MODEL = "default"
@@ -196,7 +195,5 @@ def _check_keys(where: str, entry: Any, known: tuple[str, ...]) -> None:
         raise UserError(f"{where}: this must be a table, not {entry!r}.")
     for key in entry:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise UserError(
-                f"{where}: unknown entry {key!r}" + (f"; did you mean {near[0]}?" if near else ".")
-            )
+            near = nearest(str(key), known)
+            raise UserError(f"{where}: unknown entry {key!r}" + (f"; did you mean {near}?" if near else "."))

@@ -5,7 +5,6 @@ Built in are the demo's (`rltrain/demo`) and one for each of many models (`rltra
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Collection
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from rltrain.arguments import flags as flag_data
 from rltrain.arguments.flags import Flags
-from rltrain.run.errors import UserError
+from rltrain.run.errors import UserError, nearest_few
 
 _FOLDERS = ("demo", "models")
 
@@ -49,7 +48,7 @@ def read_recipe(name: str, known: Collection[str]) -> Flags:
         raise UserError(
             f"@{name}: it is a directory; give the recipe in it, such as @{path / 'recipe.toml'}."
         )
-    near = difflib.get_close_matches(name.removesuffix(".toml"), builtin, n=3) or sorted(builtin)
+    near = nearest_few(name.removesuffix(".toml"), builtin, 3) or sorted(builtin)
     raise UserError(f"@{name}: there is no such file, and no such built-in recipe; near are"
                     f" {', '.join(f'@{recipe}' for recipe in near)}.")  # fmt: skip
 

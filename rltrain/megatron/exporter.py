@@ -5,7 +5,6 @@ Quantised, where the model is; and directories with what is not trained.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -22,6 +21,7 @@ from rltrain.megatron.model.tensor_files import SafetensorsDirectory
 from rltrain.megatron.quantise import BlockFp8
 from rltrain.megatron.ranks import control_group, on_rank_0, together
 from rltrain.models.quantised import fp8_block
+from rltrain.run.files import read_object
 from rltrain.weights.buckets import NamedTensor, Part
 from rltrain.weights.transports import hf_directory
 
@@ -92,7 +92,7 @@ class Exporter:
 
 def _quantised_form(template: Path) -> BlockFp8 | None:
     """What the directory's weights are quantised to; None if they are not."""
-    block = fp8_block(json.loads((template / "config.json").read_text()))
+    block = fp8_block(read_object(template / "config.json"))
     return BlockFp8.of(block, SafetensorsDirectory(template).names) if block else None
 
 

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rltrain.run.errors import UserError
+from rltrain.run.files import read_json, read_object
+
+ONE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 def cached_model(name: str) -> str:
@@ -43,12 +47,7 @@ def read_hf_config(directory: Path, without_weights: bool = False) -> dict[str, 
             f"--hf-checkpoint {directory}: no config.json in it, so it is not a Hugging Face model."
             f"{other_weights(directory)}"
         )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not the configuration of a model, but a {type(config).__name__}.")
+    config = read_object(path)
     has_weights = (directory / "model.safetensors").exists() or any(directory.glob("model*.safetensors*"))
     if not without_weights and not has_weights:
         raise UserError(
@@ -58,17 +57,61 @@ def read_hf_config(directory: Path, without_weights: bool = False) -> dict[str, 
     return config
 
 
-def tensor_names(directory: Path) -> set[str]:
-    """The names of a directory's tensors, from its index or from the head of its only file.
+def tensor_files(directory: Path) -> dict[str, str]:
+    """The name of the file that holds each of a directory's tensors.
 
     Raises:
-        OSError, ValueError, KeyError: they can't be read.
+        UserError: it has no safetensors, or none of one model alone.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        return set(json.loads(index.read_text())["weight_map"])
-    with (directory / "model.safetensors").open("rb") as file:
-        return set(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+    index, one_file = directory / INDEX, directory / ONE_FILE
+    if not index.exists():
+        if not one_file.exists():
+            raise UserError(f"{directory} has neither {ONE_FILE} nor {INDEX}: weights are read from safetensors only."
+                            f"{other_weights(directory)} Give --random-init to start from random weights.")  # fmt: skip
+        return dict.fromkeys(read_header(one_file)[1], ONE_FILE)
+    found = read_json(index)
+    files = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(files, dict):
+        raise UserError(
+            f"{index}: not an index of safetensors files: expected a JSON object with a weight_map."
+        )
+    if one_file.exists() and set(files.values()) != {ONE_FILE}:
+        raise UserError(
+            f"{directory} has both {ONE_FILE} and {INDEX}, which names other files: transformers would read the"
+            " one and SGLang the other. Remove the one that is out of date."
+        )
+    missing = sorted(file for file in set(files.values()) if not (directory / file).is_file())
+    if missing:
+        raise UserError(f"{directory} lacks {', '.join(missing[:3])}, which its {INDEX} names.")
+    return files
+
+
+def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Where the data of a safetensors file begin, and what its header says of every tensor.
+
+    The file begins with the length of a JSON text and that text:
+    https://huggingface.co/docs/safetensors/index#format
+
+    Raises:
+        OSError: it can't be read.
+        UserError: it is another kind of file.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            begin = 8 + int.from_bytes(opened.read(8), "little")
+            if begin > size:
+                raise ValueError(f"a header of {begin} bytes in a file of {size}")
+            described = json.loads(opened.read(begin - 8))
+        described.pop("__metadata__", None)
+        end = max((each["data_offsets"][1] for each in described.values()), default=0)
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        raise UserError(f"{file}: not a safetensors file ({error}).") from None
+    if begin + end != size:
+        raise UserError(
+            f"{file}: not a whole safetensors file ({size} bytes, where its header has {begin + end})."
+        )
+    return begin, described
 
 
 def _download(directory: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rltrain.models.directory import tensor_names
+from rltrain.models.directory import tensor_files
 from rltrain.run.errors import UserError
 
 
@@ -37,8 +37,8 @@ def check_weights(head: Head, num_layers: int, directory: Path) -> None:
         UserError: names the tensor that is missing.
     """
     try:
-        names = tensor_names(directory)
-    except (OSError, ValueError, KeyError):
+        names = tensor_files(directory)
+    except (OSError, UserError):
         return  # the trainer says what is wrong with the files
     projection = head.projection.format(num_layers)
     if projection not in names:

@@ -68,4 +68,9 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
         known: what it could be.
         cutoff: how alike they must be, from 0 to 1 (see `difflib.get_close_matches`).
     """
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
+    return next(iter(nearest_few(word, known, 1, cutoff)), None)
+
+
+def nearest_few(word: str, known: Iterable[str], count: int, cutoff: float = 0.6) -> list[str]:
+    """The `count` of `known` that look most like `word`, or fewer; see `nearest`."""
+    return difflib.get_close_matches(word, list(known), n=count, cutoff=cutoff)

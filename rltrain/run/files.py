@@ -10,6 +10,7 @@ import grp
 import json
 import os
 import pwd
+import shutil
 import stat
 import threading
 import time
@@ -267,6 +268,29 @@ def own_file(path: Path) -> Path:
     return path
 
 
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Give a finished directory its name, also after a power cut, in place of a directory that has it.
+
+    That one is put aside for the rename and removed afterwards, so that one of the two is always whole.
+
+    Raises:
+        OSError: it can't have the name; what was there still has it.
+    """
+    aside = final.with_name(f".{final.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    has_old = final.is_dir() and not final.is_symlink()
+    if has_old:
+        final.rename(aside)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if has_old:
+            aside.rename(final)
+        raise
+    sync_directory(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames in it durable."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -274,6 +298,27 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_object(path: Path) -> Record:
+    """The object that a JSON file of a person's holds, such as a model's `config.json`.
+
+    Raises:
+        UserError: there is no such file, it can't be read, or it holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file.") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path}: expected an object with names and values, but it is a {type(found).__name__}."
+        )
+    return found
 
 
 def read_json(path: Path) -> Any:

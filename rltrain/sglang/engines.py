@@ -6,7 +6,6 @@ Engines are looked up again each time, because one that died is started again.
 from __future__ import annotations
 
 import dataclasses
-import json
 import socket
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from rltrain.arguments.groups.engines import Engines
 from rltrain.arguments.groups.model import Model
 from rltrain.arguments.hf_config import ModelShape, read_model_shape
 from rltrain.run.errors import UserError
+from rltrain.run.files import read_object
 from rltrain.run.role import Registry, RoleAddress
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 
@@ -144,6 +144,6 @@ def dtype_notes(model: Model, engine: HttpServerEngineAdapter) -> list[str]:
 
 def _config(directory: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
+        return read_object(directory / "config.json")
+    except UserError:
         return None

@@ -7,7 +7,6 @@ so it is given more time then. A process that somebody stopped can't be asked, b
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import psutil
 
 from rltrain.arguments.groups.engines import Engines
+from rltrain.run.files import read_json
 from rltrain.run.layout import RunLayout
 
 LOADING_FACTOR = 10.0  # so much more time while the weights are exchanged
@@ -98,6 +98,6 @@ def stopped_process(pid: int) -> str | None:
 def is_loading(layout: RunLayout) -> bool:
     """Whether the engines are being given weights now."""
     try:
-        return json.loads(layout.status.read_text())["phase"] == "weights"
-    except (OSError, ValueError, KeyError):
+        return (read_json(layout.status) or {}).get("phase") == "weights"
+    except OSError:
         return False

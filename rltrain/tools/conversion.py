@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from rltrain import arguments
 from rltrain.arguments.config import Config
 from rltrain.run.errors import UserError
+from rltrain.run.files import read_object
 
 # A conversion has no rollouts, but these are flags that no run can do without.
 _UNUSED = ["--prompt-data=none", "--num-rollout=1", "--use-dynamic-batch-size", "--max-tokens-per-gpu=1"]
@@ -26,7 +26,7 @@ def model_args(argv: list[str], directory: Path) -> Config:
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(f"{directory}: there is no config.json in it, so it is not a Hugging Face model.")
-    hf_config = json.loads(path.read_text())
+    hf_config = read_object(path)
     bf16 = (hf_config.get("dtype") or hf_config.get("torch_dtype")) == "bfloat16"
     # Converting only copies: it needs host memory, which a large model fits into, and no GPU, which it may not fit on.
     return config.replace(bf16=bf16 or bool(config.model.bf16), distributed_backend="gloo")

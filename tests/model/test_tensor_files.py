@@ -94,6 +94,10 @@ def test_an_index_beside_one_file(original: Tensors, tmp_path: Path) -> None:
     (directory / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(UserError, match="not a safetensors file"):
         load(directory)
+    whole = (write(tmp_path / "again", original) / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load(directory)
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_USAGE, UserError, nearest, run_main
+from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_USAGE, UserError, nearest, nearest_few, run_main
 from rltrain.run.files import (
     append_line,
     newest_lines,
     parse_lines,
+    put_in_place,
     read_json,
     read_last_lines,
     read_lines,
+    read_object,
     replace_link,
     replace_text,
     replacing,
@@ -81,6 +83,47 @@ def test_a_link_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["latest"]
 
 
+def test_a_directory_takes_the_place_of_another(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    for number in (1, 2):
+        draft = tmp_path / ".model.tmp"
+        draft.mkdir()
+        (draft / f"weights-{number}").touch()
+        put_in_place(draft, final)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert [path.name for path in final.iterdir()] == [f"weights-{number}"]
+
+
+def test_a_directory_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    final.mkdir()
+    (final / "weights").touch()
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / "never-written", final)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and (final / "weights").exists()
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        put_in_place(tmp_path / "draft", tmp_path / "file")
+    assert (tmp_path / "file").is_file()
+
+
+def test_a_json_file_of_a_person_is_an_object_or_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1}')
+    assert read_object(path) == {"a": 1}
+    for content, words in ((b"[]", "it is a list"), (b"{", "not valid JSON"), (b"\xff", "not valid JSON")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"config.json.*{words}"):
+            read_object(path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"config\.json: there is no such file"):
+        read_object(path)
+    path.mkdir()
+    with pytest.raises(UserError, match=r"config\.json can't be read: Is a directory"):
+        read_object(path)
+
+
 def test_json_that_is_missing_or_broken_is_none(tmp_path: Path) -> None:
     assert read_json(tmp_path / "x") is None
     (tmp_path / "x").write_text('{"a')
@@ -104,3 +147,4 @@ def test_an_error_for_people_is_one_line_and_an_exit_code(capsys: pytest.Capture
 def test_the_nearest_word() -> None:
     assert nearest("partitoin", ["account", "partition"]) == "partition"
     assert nearest("xyz", ["account", "partition"]) is None
+    assert nearest_few("tab", ["table", "cab", "ta"], 2) == ["ta", "table"]

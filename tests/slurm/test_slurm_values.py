@@ -38,12 +38,6 @@ class TestStates:
             ),
             *map(JobState, ["BOOT_FAIL", "LAUNCH_FAILED", "RECONFIG_FAIL", "DEADLINE", "REVOKED"]),
         }
-        assert {state for state in final if not state.is_failure} == {JobState.COMPLETED}
-
-    def test_interruptions_do_not_blame_the_program(self) -> None:
-        assert JobState.PREEMPTED.is_interruption and JobState.NODE_FAIL.is_interruption
-        assert not JobState.FAILED.is_interruption and not JobState.OUT_OF_MEMORY.is_interruption
-        assert not any(state.is_interruption for state in JobState if not state.is_final)
 
     @pytest.mark.parametrize(
         ("components", "whole"),

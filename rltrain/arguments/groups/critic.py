@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from rltrain.arguments.declare import flag, worked_out
 from rltrain.arguments.groups.algorithm import Algorithm
 from rltrain.arguments.groups.data import absolute
 from rltrain.arguments.recipes import read_config_file
-from rltrain.run.errors import UserError
+from rltrain.run.errors import UserError, nearest
 
 ROLES = ("actor", "critic")
 
@@ -154,8 +153,8 @@ def _checked(
     where: str,
 ) -> Any:
     if name not in values:
-        near = difflib.get_close_matches(name, values, n=1)
-        hint = f"did you mean {near[0]}?" if near else "names are those of flags, with _ for -."
+        near = nearest(name, values)
+        hint = f"did you mean {near}?" if near else "names are those of flags, with _ for -."
         raise UserError(f"{where}: unknown name {name!r}; {hint}")
     if name in _SHARED and value != values[name]:
         raise UserError(

@@ -5,7 +5,6 @@ The file of `--eval-config` (YAML, TOML or JSON) is slime's: `eval.defaults` for
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from rltrain.arguments.declare import flag, worked_out
 from rltrain.arguments.groups.data import Data, absolute
 from rltrain.arguments.groups.rollout import Rewards, Rollout
 from rltrain.arguments.recipes import read_custom_config
-from rltrain.run.errors import UserError
+from rltrain.run.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -225,10 +224,10 @@ def _read(path: str) -> list[dict[str, Any]]:
             raise UserError(f"{where}: set {number} needs a name and a path.")
         for key in {**defaults, **each}:
             if key not in {"name", "path", *known}:
-                near = difflib.get_close_matches(key, known, n=1)
+                near = nearest(key, known)
                 raise UserError(
                     f"{where}: set {each['name']!r} has an unknown setting {key!r}"
-                    + (f": did you mean {near[0]}?" if near else f"; there are {', '.join(known)}.")
+                    + (f": did you mean {near}?" if near else f"; there are {', '.join(known)}.")
                 )
         merged.append({**defaults, **each})
         _check_own(f"{where}: set {each['name']!r}", merged[-1])

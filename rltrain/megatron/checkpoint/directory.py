@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rltrain.run.errors import UserError
-from rltrain.run.files import replace_text, sync_directory
+from rltrain.run.files import put_in_place, replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -159,9 +159,7 @@ def publish(temporary: Path, final: Path, checksums: Mapping[str, int]) -> None:
                 "crc32": checksum(path) if known is None else known,
             }
     replace_text(temporary / MANIFEST, json.dumps({"files": files}, indent=1), durable=True)
-    shutil.rmtree(final, ignore_errors=True)  # cut off in an earlier attempt, or saved again
-    temporary.rename(final)
-    sync_directory(final.parent)
+    put_in_place(temporary, final)  # of one cut off in an earlier attempt, or saved again
     replace_text(final.parent / _LATEST, str(iteration_of(final)), durable=True)
 
 

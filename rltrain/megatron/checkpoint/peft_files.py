@@ -18,6 +18,7 @@ from rltrain.arguments.model_flags import lora_modules
 from rltrain.megatron.checkpoint.resume import initial_source
 from rltrain.megatron.model.export import export_adapters
 from rltrain.megatron.ranks import together
+from rltrain.run.files import put_in_place
 
 _PREFIX = "base_model.model."
 
@@ -40,8 +41,7 @@ def _write(directory: Path, tensors: dict[str, Any], settings: dict[str, Any]) -
     temporary.mkdir(parents=True)
     save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
     (temporary / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    put_in_place(temporary, directory)
 
 
 def _settings(lora: Lora, shape: ModelShape, base: Path | None) -> dict[str, Any]:

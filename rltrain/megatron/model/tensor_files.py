@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from rltrain.models.directory import other_weights
+from rltrain.models.directory import tensor_files
 from rltrain.run.errors import UserError
 
-_ONE_FILE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -30,7 +27,7 @@ class SafetensorsDirectory:
             UserError: it has no safetensors, or none of one model alone.
         """
         self.directory = directory
-        self._files = _tensor_files(directory)
+        self._files = tensor_files(directory)
         self.names = self._files.keys()
         self._open: dict[str, Any] = {}
 
@@ -64,34 +61,3 @@ class SafetensorsDirectory:
                 " the model's bf16 weights."
             )
         return found
-
-
-def _tensor_files(directory: Path) -> dict[str, str]:
-    """The file that holds each tensor."""
-    index, one_file = directory / _INDEX, directory / _ONE_FILE
-    if not index.exists():
-        if not one_file.exists():
-            raise UserError(f"{directory} has neither {_ONE_FILE} nor {_INDEX}: weights are read from safetensors only."
-                            f"{other_weights(directory)} Give --random-init to start from random weights.")  # fmt: skip
-        return dict.fromkeys(_names(one_file), _ONE_FILE)
-    try:
-        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index}: not an index of safetensors files ({error!r}).") from None
-    if one_file.exists() and set(files.values()) != {_ONE_FILE}:
-        raise UserError(
-            f"{directory} has both {_ONE_FILE} and {_INDEX}, which names other files: transformers would read the"
-            " one and SGLang the other. Remove the one that is out of date."
-        )
-    missing = sorted(file for file in set(files.values()) if not (directory / file).is_file())
-    if missing:
-        raise UserError(f"{directory} lacks {', '.join(missing[:3])}, which its {_INDEX} names.")
-    return files
-
-
-def _names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except SafetensorError as error:
-        raise UserError(f"{file}: not a safetensors file ({error}).") from None

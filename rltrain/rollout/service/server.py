@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import hmac
-import json
 import signal
 import traceback
 from collections.abc import Awaitable, Callable
@@ -32,6 +31,7 @@ from rltrain.rollout.generate.look_ahead import LookAhead
 from rltrain.rollout.service.fleet_watch import FleetWatch
 from rltrain.rollout.service.manager import RolloutManager
 from rltrain.run.errors import UserError
+from rltrain.run.files import read_object
 from rltrain.run.http import make_url
 from rltrain.run.layout import RunLayout
 from rltrain.run.role import Registry, RoleContext
@@ -175,7 +175,7 @@ _UNLIMITED = 1 << 30
 
 def prepare(config: Config, layout: RunLayout) -> Config:
     """Add `rollout_state_dir` and `vocab_size`, and give `rollout_max_context_len` the engines' limit."""
-    hf_config = json.loads((Path(config.model.hf_checkpoint) / "config.json").read_text())
+    hf_config = read_object(Path(config.model.hf_checkpoint) / "config.json")
     limit = context_length(hf_config, config.engines.sglang)
     rollout = replace(
         config.rollout,

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rltrain.models.directory import read_header
+from rltrain.run.files import put_in_place, read_object
 from rltrain.weights.buckets import NamedTensor, Piece
 
 _SHARD_BYTES = 2 * 1024**3
@@ -120,8 +122,7 @@ def finish(directory: Path, written: Sequence[Written], template: Path) -> None:
     most = max((each for each in written if each.dtype), key=lambda each: each.nbytes)
     assert most.dtype is not None
     _copy_rest(temporary, template, most.dtype)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    put_in_place(temporary, directory)
 
 
 def give_up(directory: Path, why: str) -> OSError:
@@ -131,17 +132,14 @@ def give_up(directory: Path, why: str) -> OSError:
 
 
 def pieces_of(shard: Path) -> tuple[Piece, ...]:
-    """Where the tensors of a safetensors file lie in it: it begins with the length of a JSON text, and that text."""
-    with shard.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        described = json.loads(file.read(length))
-    described.pop("__metadata__", None)
+    """Where the tensors of a safetensors file lie in it."""
+    begin, described = read_header(shard)
     return tuple(
         Piece(
             name,
             _DTYPES[each["dtype"]],
             tuple(each["shape"]),
-            *(8 + length + at for at in each["data_offsets"]),
+            *(begin + at for at in each["data_offsets"]),
         )
         for name, each in described.items()
     )
@@ -203,7 +201,7 @@ def _copy_rest(directory: Path, template: Path, dtype: str) -> None:
             and path.name != "config.json"
         ):
             shutil.copyfile(path, directory / path.name)
-    config = json.loads((template / "config.json").read_text())
+    config = read_object(template / "config.json")
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
     (directory / "config.json").write_text(json.dumps(config, indent=2))
