@@ -71,10 +71,10 @@ def judge(what: str, unit: str, seconds: Mapping[int, float], ideal: float = 1.0
 
 def plan(_: Path) -> None:
     """Request, split of nodes, checks against the cluster, processes and script."""
-    from hpc.planning.request import read_request
     from hpc.slurm.cluster import ClusterFacts
     from hpc.slurm.nodelist import compress, expand
     from hpc.slurm.partitions import Node, Partition
+    from hpc.submitting.command_line import read_request
     from hpc.submitting.slurm_job import plan_job
 
     def facts(count: int) -> ClusterFacts:

@@ -27,8 +27,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.tiny_model import make_model
 
-from hpc.planning.request import read_request
 from hpc.sandbox import MissingPackagesError, Sandbox, require_packages
+from hpc.submitting.command_line import read_request
 from hpc.submitting.start_run import submit_run
 from rltrain.run.layout import RunLayout
 

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpc import cli
-from hpc.planning.request import SubmitOptions, read_request, stored_options
+from hpc.planning.request import SubmitOptions
 from hpc.runs.find import find_run, read_run
 from hpc.runs.slurm_jobs import ask_slurm
 from hpc.runs.state import to_status
+from hpc.submitting.command_line import read_request, stored_options
 from rltrain.arguments import flags as flag_data
 from rltrain.arguments.flags import Flags
 from rltrain.run.errors import UserError

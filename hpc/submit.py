@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from hpc.planning.request import FOR_DEMO, full_parser, read_request
+from hpc.submitting.command_line import FOR_DEMO, full_parser, read_request
 from hpc.submitting.start_run import submit_run
 from rltrain.run.errors import EXIT_INTERRUPTED, run_main
 

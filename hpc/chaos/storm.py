@@ -19,13 +19,14 @@ from hpc.chaos.records import Kept
 from hpc.chaos.recovery import Recovery, SeenLines, recoveries
 from hpc.chaos.script import Script
 from hpc.planning.job_plan import JobPlan
-from hpc.planning.request import SubmitOptions, read_request
+from hpc.planning.request import SubmitOptions
 from hpc.resubmit import merge_options
 from hpc.runs.find import read_submissions
 from hpc.sandbox import Sandbox
 from hpc.slurm.client import SlurmClient, SlurmError, status_of
 from hpc.slurm.states import JobState
 from hpc.submitting import run_dir
+from hpc.submitting.command_line import read_request
 from hpc.submitting.slurm_job import plan_job, submit_job
 from rltrain.arguments.flags import Flags
 from rltrain.run.errors import UserError

@@ -10,10 +10,11 @@ from hpc.doctor.check import Check, fail, ok, warn
 from hpc.doctor.memory_fit import Memory
 from hpc.gpus import Gpu, local_gpus, usable_gpus
 from hpc.planning.job_plan import make_plan
-from hpc.planning.request import Request, SubmitOptions, read_request
+from hpc.planning.request import Request, SubmitOptions
 from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.cluster import ClusterFacts
 from hpc.submitting import precision, run_dir
+from hpc.submitting.command_line import read_request
 from hpc.submitting.run_dir import is_one_machine
 from rltrain import arguments, inputs
 from rltrain.arguments import flags as flag_data

@@ -7,7 +7,8 @@ import re
 from hpc.doctor.check import Check, fail, ok, warn
 from hpc.doctor.memory_fit import GIB, Memory
 from hpc.slurm.client import SlurmClient, SlurmError
-from hpc.slurm.cluster import ClusterFacts, NodeShape, read_facts
+from hpc.slurm.cluster import ClusterFacts, NodeShape
+from hpc.slurm.facts import read_facts
 from rltrain.run.errors import UserError
 
 # GiB, from the maker's data sheets. For a type that is sold in two sizes, the smaller one.

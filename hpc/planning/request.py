@@ -1,34 +1,16 @@
-"""A request: options of `submit` itself, recipes, and training flags.
-
-`@recipe.toml` words (files, or names of built-in recipes such as `@demo`) are merged from left to right, then
-the flags of the command line.
-"""
+"""A request of `submit`: its own options, and the training flags with the recipes merged in."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import re
-import time
-import tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from hpc.planning import slurm_tables
 from hpc.planning.slurm_tables import SlurmTables
-from rltrain import arguments
-from rltrain.arguments import flags as flag_data
 from rltrain.arguments.flags import Flags
-from rltrain.arguments.recipes import builtin_recipes, read_recipe
-from rltrain.run.errors import UserError
 from rltrain.run.layout import RunLayout
 
 PLACEMENTS = ("het", "plain", "colocated")
-USAGE = "python -m hpc.submit [@RECIPE …] [--FLAG VALUE …]"
-
-_NAMELESS = ("recipe", "config")
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -46,7 +28,7 @@ class SubmitOptions:
         chain: number of spare jobs that take over when the one before has ended.
         recipes: that were named, by their place; the last one names the run.
         is_named: whether --name was given.
-        sweep: what its runs differ in, see `hpc.planning.sweep`.
+        sweep: what its runs differ in, see `hpc.submitting.sweep`.
         sweep_parallel: how many of them may have a job that runs at a time; None for all.
         share: whether the group may read the run directory; the directory's mode says so from then on.
         slurm: what the recipes' `[slurm]` tables say.
@@ -102,164 +84,9 @@ def to_table(options: SubmitOptions) -> dict[str, Any]:
     return table
 
 
-def stored_options(layout: RunLayout) -> SubmitOptions:
-    """The options that a run was last submitted with.
-
-    Raises:
-        FileNotFoundError: there is no such run.
-    """
-    table = tomllib.loads(layout.config.read_text()).get("submit", {})
-    slurm = table.pop("slurm", {})
-    slurm = SlurmTables(**{**slurm, "setup": tuple(slurm.get("setup", ()))})
-    table["recipes"] = tuple(table.get("recipes", ()))
-    template = Path(table.pop("template")) if "template" in table else None
-    return SubmitOptions(layout.name, layout.root.parent, template=template, slurm=slurm, **table)
-
-
 @dataclass(frozen=True)
 class Request:
     """A whole command line: options, and training flags with the recipes merged in."""
 
     options: SubmitOptions
     train: Flags
-
-
-# Training flags that the built-in demo takes.
-FOR_DEMO = ("colocate",)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def add_submit_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `submit` itself."""
-    add = parser.add_argument_group("submit").add_argument
-    add("--name", metavar="NAME", help="of the run and its directory; an existing run is resumed"
-        " (default: the last recipe's name; of a recipe.toml its folder's)")  # fmt: skip
-    add("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs lie (default: ./runs)")
-    add("--dry-run", action="store_true", help="print what would be run, write nothing")
-    add("--share", action="store_true", help="let your group read the run directory (default: only you)")
-    add("--sweep", nargs="+", default=(), metavar="FLAG=A,B", help="a run for every combination of values;"
-        " a TOML file with tables [[run]] of flags is one way to name them too")  # fmt: skip
-    add(
-        "--sweep-parallel",
-        type=int,
-        metavar="N",
-        help="runs of a sweep at a time (default: all on Slurm, else 1)",
-    )
-    add("--max-engine-restarts", type=int, default=3, metavar="N",
-        help="of an engine, or the router, that died within an attempt (default: 3)")  # fmt: skip
-    add = parser.add_argument_group("Slurm").add_argument
-    add("--partition", metavar="NAME", help="Slurm partition (default: run on this machine)")
-    add("--nodes", type=int, metavar="N", help="nodes to ask for: half of them train, half of them generate"
-        " (default: what the cluster flags below need)")  # fmt: skip
-    add("--placement", choices=PLACEMENTS, help="het: each role its own part of a heterogeneous job; plain: one"
-        " allocation, split by nodes; colocated: roles share nodes (default: het; one node: colocated)")  # fmt: skip
-    add("--account", metavar="NAME", help="account to charge")
-    add("--qos", metavar="NAME", help="quality of service")
-    add("--time", metavar="LIMIT", help="time limit, as for sbatch: 4:00:00, 2-0 (default: the partition's)")
-    add("--gpu-type", metavar="NAME", help="type of GPU (default: any)")
-    add(
-        "--after",
-        nargs="+",
-        default=(),
-        metavar="JOB",
-        help="start when these jobs, or runs, have ended well",
-    )
-    add("--detach", action="store_true", help="return when submitted, instead of showing the run")
-    add("--test-only", action="store_true", help="let sbatch check the job, submit nothing")
-    add(
-        "--template",
-        type=Path,
-        metavar="FILE",
-        help="Jinja template of the batch script; it may extend job.sbatch.j2",
-    )
-    add("--max-restarts", type=int, default=100, metavar="N", help="requeues in all (default: 100)")
-    add("--max-failures", type=int, default=1, metavar="N",
-        help="failed attempts in a row without a new checkpoint (default: 1)")  # fmt: skip
-    add("--chain", type=int, default=0, metavar="N", help="submit N spare jobs too, each of which takes over when"
-        " the one before it has ended, however it ended (default: 0)")  # fmt: skip
-
-
-def full_parser() -> argparse.ArgumentParser:
-    """A parser with every flag, for `--help`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hpc.submit",
-        usage=USAGE,
-        description="Train a language model by reinforcement learning, on Slurm or on this machine."
-        " With nothing but options of its own it runs the built-in demo.",
-        epilog="A recipe is a TOML file of flags (lr = 1e-3); @NAME is a file or one of: "
-        + ", ".join(f"@{name}" for name in builtin_recipes()),
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36),
-    )
-    add_submit_flags(parser)
-    arguments.add_flags(parser)
-    return parser
-
-
-def read_request(argv: list[str], last_word: Flags | None = None) -> Request:
-    """Read a command line and the recipes that it names; the flags `last_word` replace what they say.
-
-    Raises:
-        UserError: an unknown flag (with the nearest known one), an unreadable recipe, a bad name.
-    """
-    recipes, given = flag_data.split(argv)
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    add_submit_flags(parser)
-    own = {option.removeprefix("--") for option in parser._option_string_actions}
-    known = own | {option.removeprefix("--") for option in arguments.known_flags()}
-    merged = flag_data.merge(*(read_recipe(recipe, known) for recipe in recipes), given, last_word or {})
-    slurm = {name: values for name, values in merged.items() if name.startswith(slurm_tables.PREFIX)}
-    merged = {name: values for name, values in merged.items() if name not in slurm}
-    for name in merged:
-        if name == "array":
-            raise UserError(
-                "--array: each run is a job of its own; --sweep FLAG=A,B submits one for every value."
-            )
-        if name not in known:
-            raise UserError(arguments.explain_unknown(f"--{name}", sorted(f"--{flag}" for flag in known)))
-    parsed = parser.parse_args(flag_data.to_argv({name: merged[name] for name in merged if name in own}))
-    parsed.is_named = parsed.name is not None
-    parsed.recipes = tuple(_place(recipe) for recipe in recipes)
-    has_train_flags = any(name not in own and name not in FOR_DEMO for name in merged)
-    parsed.name = _check_name(parsed.name or _default_name(recipes, has_train_flags))
-    parsed.runs_dir = parsed.runs_dir.expanduser().absolute()
-    parsed.after, parsed.sweep = tuple(parsed.after), tuple(parsed.sweep)
-    if parsed.template:
-        parsed.template = parsed.template.expanduser().absolute()
-    for name, least in (("nodes", 1), ("sweep_parallel", 1), ("max_engine_restarts", 0)):
-        value = getattr(parsed, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}.")
-    train = {name: values for name, values in merged.items() if name not in own}
-    if key := train.get("wandb-key"):  # to where W&B looks for it: flags are stored with the run
-        os.environ["WANDB_API_KEY"] = key[-1]
-        del train["wandb-key"]
-    return Request(options=SubmitOptions(**vars(parsed), slurm=slurm_tables.read(slurm)), train=train)
-
-
-def _place(recipe: str) -> str:
-    """A recipe's file, or its name if it is built in."""
-    path = Path(recipe).expanduser()
-    return str(path.resolve()) if path.is_file() else f"@{recipe}"
-
-
-def _default_name(recipes: list[str], has_train_flags: bool) -> str:
-    if recipes:
-        path = Path(recipes[-1]).expanduser()
-        name = path.name.removesuffix(".toml")
-        # A file that is only called a recipe does not say what is trained; its folder does.
-        folder = path.resolve().parent.name if path.is_file() else ""
-        return folder if name in _NAMELESS and _RUN_NAME.fullmatch(folder) else name
-    return time.strftime("run-%Y%m%d-%H%M%S") if has_train_flags else "demo"
-
-
-def _check_name(name: str) -> str:
-    if not _RUN_NAME.fullmatch(name) or len(name) > 100:
-        raise UserError(
-            f"--name {name!r}: a run's name has letters, digits, '.', '_' and '-', begins with a letter or a"
-            " digit, and is at most 100 characters long."
-        )
-    return name

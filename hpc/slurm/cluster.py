@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import getpass
 from collections import Counter
 from dataclasses import dataclass
 
-from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.partitions import Node, Partition
 from rltrain.run.errors import UserError, nearest
 
@@ -101,34 +99,6 @@ class ClusterFacts:
         rivals = (other for other in self.partitions if set(other.nodes) & set(own.nodes))
         higher = any(other.priority_tier > own.priority_tier for other in rivals)
         return own.preempt_mode.split(",")[0] if higher else "OFF"
-
-
-def read_facts(client: SlurmClient) -> ClusterFacts:
-    """Ask the cluster.
-
-    Raises:
-        SlurmError: a command is missing, failed, or got no answer.
-    """
-    config = client.config
-    enforces = "associations" in config.get("AccountingStorageEnforce", "")
-    return ClusterFacts(
-        name=config.get("ClusterName", ""),
-        version=config.get("SLURM_VERSION", ""),
-        partitions=tuple(client.partitions()),
-        nodes=tuple(client.nodes()),
-        preempt_type=config.get("PreemptType", "preempt/none"),
-        job_requeue=config.get("JobRequeue") == "1",
-        kill_wait_s=float(config.get("KillWait", "30 sec").split()[0]),
-        has_accounting=client.has_accounting,
-        accounts=_accounts(client) if enforces else None,
-    )
-
-
-def _accounts(client: SlurmClient) -> tuple[str, ...] | None:
-    try:
-        return tuple(client.accounts(getpass.getuser()))
-    except SlurmError:  # sacctmgr may be closed to users: let sbatch decide
-        return None
 
 
 def _kind(node: Node) -> tuple[int, int, tuple[tuple[str, int], ...], tuple[str, ...]]:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpc.planning.job_plan import make_plan
-from hpc.planning.request import SubmitOptions, read_request
+from hpc.planning.request import SubmitOptions
 from hpc.runs.find import read_submissions
+from hpc.submitting.command_line import read_request
 from hpc.submitting.start_run import EXIT_FINISHED, describe, follow_job, submit_run
 from rltrain import arguments, inputs
 from rltrain.arguments import flags as flag_data

@@ -20,7 +20,8 @@ from hpc.planning.script import BatchScript
 from hpc.planning.slurm_tables import Value
 from hpc.runs.find import find_run, read_submissions
 from hpc.slurm.client import SlurmClient, SlurmError
-from hpc.slurm.cluster import ClusterFacts, read_facts
+from hpc.slurm.cluster import ClusterFacts
+from hpc.slurm.facts import read_facts
 from hpc.submitting import precision, run_dir
 from hpc.submitting.run_dir import check_run_dir
 from hpc.supervisor.restart import Limits, bad_nodes, can_be_spared, save_lead, step_seconds

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from hpc import cli
-from hpc.planning.request import Request, SubmitOptions, read_request
-from hpc.planning.sweep import Variant, read_variants
+from hpc.planning.request import Request, SubmitOptions
 from hpc.runs.find import read_submissions
 from hpc.runs.slurm_jobs import ask_slurm, is_alive
 from hpc.submitting import run_dir
+from hpc.submitting.command_line import read_request
 from hpc.submitting.start_run import submit_run
+from hpc.submitting.sweep import Variant, read_variants
 from rltrain import arguments, inputs
 from rltrain.arguments import flags as flag_data
 from rltrain.arguments.flags import Flags

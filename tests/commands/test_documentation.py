@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 import pytest
 from helpers.run_files import LEAST
 
-from hpc.planning.request import full_parser, read_request
+from hpc.submitting.command_line import full_parser, read_request
 from rltrain import arguments
 from rltrain.arguments import flags
 from rltrain.run.errors import UserError

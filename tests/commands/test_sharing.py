@@ -16,7 +16,7 @@ from helpers.run_files import make_run
 
 from analysis import DamagedFileWarning, RunNotFoundError, load_run, load_runs, sample
 from hpc import logs, status
-from hpc.planning.request import read_request
+from hpc.submitting.command_line import read_request
 from rltrain.run.errors import UserError, run_main
 from rltrain.run.files import others_may_write, own_file, share, share_like
 

@@ -10,8 +10,9 @@ import pytest
 
 from hpc.doctor import examine
 from hpc.doctor.storage import check_storage
-from hpc.planning.request import SubmitOptions, read_request
+from hpc.planning.request import SubmitOptions
 from hpc.submitting import resuming, start_run
+from hpc.submitting.command_line import read_request
 from rltrain import arguments
 from rltrain.arguments import flags
 from rltrain.arguments.config import Config

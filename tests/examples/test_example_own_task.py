@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc.planning.request import read_request
+from hpc.submitting.command_line import read_request
 from rltrain.arguments import parse
 from rltrain.arguments.flags import to_argv
 from rltrain.functions import load_function

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from analysis import load_run
-from hpc.planning.request import read_request
+from hpc.submitting.command_line import read_request
 from rltrain.arguments import parse
 from rltrain.arguments.flags import to_argv
 from rltrain.functions import load_function

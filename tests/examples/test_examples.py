@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from analysis import Run, load_run
-from hpc.planning.request import read_request
+from hpc.submitting.command_line import read_request
 from rltrain.arguments import parse
 from rltrain.arguments.flags import to_argv
 from rltrain.inputs import check_inputs

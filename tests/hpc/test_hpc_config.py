@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc.planning.request import SubmitOptions, add_submit_flags, full_parser, read_request
+from hpc.planning.request import SubmitOptions
+from hpc.submitting.command_line import add_submit_flags, full_parser, read_request
 from rltrain.arguments.recipes import SUBMIT_OPTIONS, builtin_recipes
 from rltrain.run.errors import UserError
 

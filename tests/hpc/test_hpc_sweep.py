@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from helpers.local_job import ASSUMED, Job
 
-from hpc.planning.sweep import read_variants
 from hpc.runs.find import choose_runs
 from hpc.submit import main
 from hpc.submitting import start_run
+from hpc.submitting.sweep import read_variants
 from rltrain import inputs
 from rltrain.run.errors import UserError
 from rltrain.run.layout import RunLayout

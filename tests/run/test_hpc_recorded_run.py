@@ -21,10 +21,10 @@ from helpers.slurm_fixture import until
 
 from analysis import load_run
 from hpc.batch import accept_moved_modules
-from hpc.planning.request import stored_options
 from hpc.runs.find import read_run
 from hpc.sandbox import Sandbox
 from hpc.status import status
+from hpc.submitting.command_line import stored_options
 from hpc.submitting.run_dir import stored_flags
 from hpc.submitting.slurm_job import plan_job
 from hpc.supervisor.restart import Limits

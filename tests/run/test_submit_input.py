@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from helpers.run_files import LEAST
 
-from hpc.planning.request import SubmitOptions, read_request
+from hpc.planning.request import SubmitOptions
 from hpc.submit import main
 from hpc.submitting import demo, run_dir, start_run
+from hpc.submitting.command_line import read_request
 from rltrain import arguments, inputs
 from rltrain.arguments.config import Config
 from rltrain.run.errors import UserError
@@ -193,7 +194,7 @@ def test_finished_means_the_steps_that_are_asked_for_now(tmp_path: Path) -> None
 
 def test_help_and_dry_run_import_nothing_heavy() -> None:
     code = (
-        "import sys; import hpc.submit, hpc.submitting.start_run; from hpc.planning import request;"
+        "import sys; import hpc.submit, hpc.submitting.start_run; from hpc.submitting import command_line as request;"
         "request.full_parser().format_help(); request.read_request(['@demo']);"
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hpc.planning.request import read_request
 from hpc.planning.sbatch_flags import Component
 from hpc.planning.slurm_tables import SlurmTables
 from hpc.submit import main
 from hpc.submitting import precision, run_dir
+from hpc.submitting.command_line import read_request
 from rltrain import arguments, inputs
 from rltrain.arguments.config import Config
 from rltrain.run.layout import RunLayout

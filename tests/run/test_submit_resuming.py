@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from hpc.planning.request import Request, read_request, to_table
+from hpc.planning.request import Request, to_table
+from hpc.submitting.command_line import read_request
 from hpc.submitting.resuming import check_resume
 from rltrain.arguments import flags as flag_data
 from rltrain.run.errors import UserError

@@ -11,10 +11,11 @@ import pytest
 import tomli_w
 from test_slurm_template import FACTS
 
-from hpc.planning.request import SubmitOptions, read_request, stored_options, to_table
+from hpc.planning.request import SubmitOptions, to_table
 from hpc.runs.live_view import describe
 from hpc.slurm.client import JobStatus
 from hpc.slurm.states import JobState
+from hpc.submitting.command_line import read_request, stored_options
 from hpc.submitting.run_dir import check_run_dir, filesystem_type, is_one_machine, local_place
 from rltrain.run.errors import UserError
 from rltrain.run.layout import RunLayout

@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from submitit.core.utils import DelayedSubmission, JobPaths, pickle_load
 
-from hpc.planning.request import read_request
 from hpc.planning.script import BatchScript
 from hpc.sandbox import Sandbox
 from hpc.signals import SignalPipe, hold_warning
 from hpc.slurm.cluster import ClusterFacts
 from hpc.slurm.partitions import Node, Partition
 from hpc.submitting import slurm_job
+from hpc.submitting.command_line import read_request
 from hpc.submitting.executor import check_script
 from rltrain import inputs
 from rltrain.run.errors import UserError
