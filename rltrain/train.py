@@ -50,9 +50,7 @@ def train(config: Config, actor: MegatronTrainActor, job: Job) -> int:
         newcomers = find_newcomers(actor, job, rollout_id)
         with timers("rollout"):
             batch = job.generate(rollout_id, newcomers)
-        may_go_on = (
-            batch is not None and saved == rollout_id
-        )  # the next attempt can repeat it with these weights
+        may_go_on = batch is not None and saved == rollout_id  # the next attempt can repeat it with these
         evaluated = evaluation.end_before_training(timers, newcomers, may_go_on=may_go_on)
         if batch is None or not evaluated:  # asked to stop: the next attempt does what is unfinished
             if saved < rollout_id:

@@ -166,23 +166,10 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
     refuse_features(config, architecture)
     num_layers = whole_number(config, "num_hidden_layers")
     latent = family.latent(config) if family.latent else None
-    heads, hidden = whole_number(config, "num_attention_heads"), whole_number(config, "hidden_size")
-    kv_heads, head_dim = heads, hidden // heads
-    if latent:
-        head_dim = latent.plain_size + latent.rotated_size
-    else:
-        if config["num_key_value_heads"] is not None:
-            kv_heads = whole_number(config, "num_key_value_heads")
-        if config["head_dim"] is not None:
-            head_dim = whole_number(config, "head_dim")
+    heads, kv_heads, head_dim = _heads(config, latent)
     if "partial_rotary_factor" not in config:  # MiniMax says it otherwise
         rotated = whole_number(config, "rotary_dim") if config.get("rotary_dim") is not None else head_dim
         config = {**config, "partial_rotary_factor": rotated / head_dim}
-    if heads % kv_heads or head_dim % 2:
-        raise UserError(
-            f"the model's config.json has {heads} attention heads, {kv_heads} key-value heads and head_dim {head_dim}:"
-            " key-value heads must divide the others, and the size must be even."
-        )
     experts = family.experts(config) if family.experts else None
     rope, local_theta = _ropes(config, family, latent=latent is not None)
     if rope.slower and len(rope.slower) != int(head_dim * rope.percent) // 2:
@@ -193,7 +180,7 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
     return ModelShape(
         architecture=architecture,
         num_layers=num_layers,
-        hidden_size=hidden,
+        hidden_size=whole_number(config, "hidden_size"),
         ffn_hidden_size=_mlp_size(config, family, experts),
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -215,6 +202,25 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
         multipliers=read_multipliers(config, family),
         soft_caps=read_soft_caps(config) if family.soft_caps else SoftCaps(),
     )
+
+
+def _heads(config: Mapping[str, Any], latent: LatentAttention | None) -> tuple[int, int, int]:
+    """How many heads attention has, how many of keys and values, and the size of each."""
+    heads = kv_heads = whole_number(config, "num_attention_heads")
+    head_dim = whole_number(config, "hidden_size") // heads
+    if latent:
+        head_dim = latent.plain_size + latent.rotated_size
+    else:
+        if config["num_key_value_heads"] is not None:
+            kv_heads = whole_number(config, "num_key_value_heads")
+        if config["head_dim"] is not None:
+            head_dim = whole_number(config, "head_dim")
+    if heads % kv_heads or head_dim % 2:
+        raise UserError(
+            f"the model's config.json has {heads} attention heads, {kv_heads} key-value heads and head_dim {head_dim}:"
+            " key-value heads must divide the others, and the size must be even."
+        )
+    return heads, kv_heads, head_dim
 
 
 def _mlp_size(config: Mapping[str, Any], family: Family, experts: Experts | None) -> int:

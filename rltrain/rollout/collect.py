@@ -22,6 +22,7 @@ from rltrain.sample import Sample
 _FLAG = "--dynamic-sampling-filter-path"
 _ABORT_AGAIN = 1.0  # seconds
 _locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+Running = dict[asyncio.Task[list[Sample]], list[Sample]]
 _MOST_DROPPED = 20  # batches: a filter that drops more than that will drop everything
 
 
@@ -44,67 +45,107 @@ async def collect(config: Config, rollout_id: int, data_source: RolloutDataSourc
     Raises:
         RuntimeError: the filter drops too much; says what was dropped for which reason.
     """
-    path = config.functions.dynamic_sampling_filter_path
-    keep = load_function(path, flag=_FLAG) if path else None
-    samples_more = (
-        keep is not None or config.rollout.over_sampling_batch_size != config.rollout.rollout_batch_size
-    )
-    runner = GroupRunner(config, rollout_id, sampling_params(config.rollout))
-    running: dict[asyncio.Task[list[Sample]], list[Sample]] = {}
-    kept: list[list[Sample]] = []
-    finished: list[list[Sample]] = []
-    dropped: Counter[str] = Counter()
+    wave = _Wave(config, rollout_id)
     given_back: list[list[Sample]] = []
-    ended: asyncio.Queue[asyncio.Task[list[Sample]]] = asyncio.Queue()
     try:
-        while len(kept) < config.rollout.rollout_batch_size:
-            if len(kept) + len(running) < config.rollout.rollout_batch_size:
-                for group in data_source.get_samples(config.rollout.over_sampling_batch_size):
-                    task = asyncio.create_task(runner.run(group))
-                    task.add_done_callback(ended.put_nowait)  # waiting for the first of many is slow
-                    running[task] = [_unused(sample) for sample in group] if samples_more else group
-            done = [await ended.get()]
-            while not ended.empty():
-                done.append(ended.get_nowait())
-            for task in sorted(done, key=lambda task: _first_index(running[task])):
-                del running[task]
-                group = task.result()
-                finished.append(group)
-                verdict = judge(keep, config, group)
-                enough_without = len(kept) + len(running) >= config.rollout.rollout_batch_size
-                if not verdict.keep and (enough_without or not verdict.keep_when_insufficient):
-                    dropped[verdict.reason or "no reason"] += 1
-                elif len(kept) < config.rollout.rollout_batch_size:
-                    kept.append(group)
-            _check_drops(config, len(kept), dropped)
-        if config.rollout.partial_rollout and running:
-            given_back = await stop_early(config, rollout_id, runner, running)
+        while not wave.is_full:
+            if wave.lacks_prompts:
+                wave.begin(data_source.get_samples(config.rollout.over_sampling_batch_size))
+            await wave.take_finished()
+        if config.rollout.partial_rollout and wave.running:
+            args = config.namespace  # has the router of now, should it have been started again
+            router = f"http://{args.sglang_router_ip}:{args.sglang_router_port}"
+            given_back = await stop_early(router, rollout_id, wave.runner, wave.running)
         else:
-            given_back = list(running.values())
+            given_back = list(wave.running.values())
     finally:
-        for task in running:
+        for task in wave.running:
             task.cancel()
-    if running:
-        await asyncio.gather(*running, return_exceptions=True)
+    if wave.running:
+        await asyncio.gather(*wave.running, return_exceptions=True)
     if given_back:
         data_source.add_samples(sorted(given_back, key=_first_index))
-    continued = sum("start_rollout_id" in sample.metadata for group in kept for sample in group)
-    metrics = {f"rollout/dynamic_filter/drop_{reason}": float(n) for reason, n in dropped.items()}
-    if keep is not None:
-        metrics["rollout/dynamic_filter/kept_ratio"] = len(kept) / (len(kept) + dropped.total())
-    if config.rollout.partial_rollout:
-        metrics["rollout/partial/continued"] = float(continued)
-        metrics["rollout/partial/given_back"] = float(len(given_back))
     return Collected(
-        sorted(kept, key=_first_index), sorted(finished, key=_first_index), runner.metrics() | metrics
+        sorted(wave.kept, key=_first_index),
+        sorted(wave.finished, key=_first_index),
+        wave.runner.metrics() | wave.metrics(len(given_back)),
     )
+
+
+class _Wave:
+    """The groups of one batch: those that are being generated, and what has become of the finished ones.
+
+    Attributes:
+        running: with each the group as it goes back, if it does not finish.
+    """
+
+    def __init__(self, config: Config, rollout_id: int) -> None:
+        self._config, self._rollout = config, config.rollout
+        path = config.functions.dynamic_sampling_filter_path
+        self._keep = load_function(path, flag=_FLAG) if path else None
+        self._ended: asyncio.Queue[asyncio.Task[list[Sample]]] = asyncio.Queue()
+        self._dropped: Counter[str] = Counter()
+        self.runner = GroupRunner(config, rollout_id, sampling_params(config.rollout))
+        self.running: Running = {}
+        self.kept: list[list[Sample]] = []
+        self.finished: list[list[Sample]] = []
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.kept) >= self._rollout.rollout_batch_size
+
+    @property
+    def lacks_prompts(self) -> bool:
+        return len(self.kept) + len(self.running) < self._rollout.rollout_batch_size
+
+    def begin(self, groups: list[list[Sample]]) -> None:
+        """Have further groups generated."""
+        samples_more = (
+            self._keep is not None
+            or self._rollout.over_sampling_batch_size != self._rollout.rollout_batch_size
+        )
+        for group in groups:
+            task = asyncio.create_task(self.runner.run(group))
+            task.add_done_callback(self._ended.put_nowait)  # waiting for the first of many is slow
+            self.running[task] = [_unused(sample) for sample in group] if samples_more else group
+
+    async def take_finished(self) -> None:
+        """Wait for at least one group; the filter looks at all that have finished, in the order of their prompts.
+
+        Raises:
+            RuntimeError: the filter drops too much.
+        """
+        done = [await self._ended.get()]
+        while not self._ended.empty():
+            done.append(self._ended.get_nowait())
+        for task in sorted(done, key=lambda task: _first_index(self.running[task])):
+            del self.running[task]
+            group = task.result()
+            self.finished.append(group)
+            verdict = judge(self._keep, self._config, group)
+            enough_without = not self.lacks_prompts
+            if not verdict.keep and (enough_without or not verdict.keep_when_insufficient):
+                self._dropped[verdict.reason or "no reason"] += 1
+            elif not self.is_full:
+                self.kept.append(group)
+        _check_drops(self._config, len(self.kept), self._dropped)
+
+    def metrics(self, given_back: int) -> dict[str, float]:
+        """What was dropped, kept and, with --partial-rollout, gone on with and put aside."""
+        metrics = {f"rollout/dynamic_filter/drop_{reason}": float(n) for reason, n in self._dropped.items()}
+        if self._keep is not None:
+            total = len(self.kept) + self._dropped.total()
+            metrics["rollout/dynamic_filter/kept_ratio"] = len(self.kept) / total
+        if self._rollout.partial_rollout:
+            samples = [sample for group in self.kept for sample in group]
+            continued = sum("start_rollout_id" in sample.metadata for sample in samples)
+            metrics["rollout/partial/continued"] = float(continued)
+            metrics["rollout/partial/given_back"] = float(given_back)
+        return metrics
 
 
 async def stop_early(
-    config: Config,
-    rollout_id: int,
-    runner: GroupRunner,
-    running: dict[asyncio.Task[list[Sample]], list[Sample]],
+    router: str, rollout_id: int, runner: GroupRunner, running: Running
 ) -> list[list[Sample]]:
     """End what is being generated and return it with the tokens that it has; `running` is empty then.
 
@@ -112,8 +153,6 @@ async def stop_early(
     a request in between.
     """
     runner.aborting = True
-    args = config.namespace  # has the router of now, should it have been started again
-    router = f"http://{args.sglang_router_ip}:{args.sglang_router_port}"
     stopped: list[list[Sample]] = []
     while running:
         workers = (await get(f"{router}/workers"))["workers"]

@@ -86,37 +86,14 @@ def padded_vocab_size(shape: ModelShape, config: Config) -> int:
 
 def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
     """Megatron-core's configuration."""
-    fused = use_transformer_engine()
-    # Not for a user's model, which may tie its weights, or have another activation.
-    fuses_on_cpu = not use_cuda() and config.functions.custom_model_provider_path is None
-    stages = virtual_stages(config.parallel, shape.num_layers)
     return build_config(
         MLATransformerConfig if shape.latent else TransformerConfig,
         config.model,
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_heads,
-        num_query_groups=shape.num_kv_heads,
-        kv_channels=shape.head_dim,
         layernorm_epsilon=shape.norm_eps,
-        add_qkv_bias=shape.qkv_bias,
-        attention_output_gate=shape.family.output_gate,
-        # Our own layer. Megatron-core reads it where it saves layers that are not alike.
-        linear_attention_freq=[int(i in shape.linear.layers) for i in range(shape.num_layers)]
-        if shape.linear
-        else None,
-        rotary_interleaved=shape.family.rotary_interleaved,
-        # Of queries and keys, so that it counts twice.
-        softmax_scale=(shape.rope.attention_factor**2 if shape.rope.percent == 1 else 1)
-        * (shape.multipliers.attention or 1 / math.sqrt(shape.head_dim)),
-        no_rope_freq=[int(i in shape.unrotated) for i in range(shape.num_layers)]
-        if shape.unrotated
-        else None,
-        **_window_config(shape, config),
-        **(_latent_config(shape) if shape.latent else {"qk_layernorm": shape.qk_norm}),
         add_bias_linear=shape.family.biases,
-        softmax_type="learnable" if shape.family.sinks else "vanilla",
         normalization="RMSNorm",
         gated_linear_unit=True,
         **_activation(shape),
@@ -131,38 +108,77 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         use_cpu_initialization=config.model.random_init or not use_cuda(),
         bf16=bool(config.model.bf16),
         params_dtype=params_dtype(config.model),
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-        sequence_parallel=config.parallel.sequence_parallel,
-        context_parallel_size=config.parallel.context_parallel_size,
-        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=stages,
-        num_layers_in_first_pipeline_stage=config.parallel.decoder_first_pipeline_num_layers,
-        num_layers_in_last_pipeline_stage=config.parallel.decoder_last_pipeline_num_layers,
-        pipeline_dtype=params_dtype(config.model),
-        # Micro-batches of different length tell the next stage their shape, which Megatron-core cannot do where
-        # both neighbours are one rank, so with virtual stages all are padded to one length.
-        variable_seq_lengths=config.parallel.pipeline_model_parallel_size > 1
-        and not uniform_micro_batches(config),
         moe_token_dispatcher_type=config.model.moe_token_dispatcher_type,
-        # Two stages with virtual ones exchange two messages at a time, which only this keeps apart.
-        overlap_p2p_comm=stages is not None,
-        batch_p2p_comm=stages is None,
         recompute_granularity=config.model.recompute_granularity,
         recompute_method=config.model.recompute_method,
         recompute_num_layers=config.model.recompute_num_layers,
-        # Fused kernels: TransformerEngine has them; without it they cost a torch.compile in the first step.
-        # On a CPU `rltrain.megatron.cpu` has one, though not of experts.
-        bias_activation_fusion=(fused or (fuses_on_cpu and not shape.experts))
-        and not shape.family.gelu
-        and not shape.family.biases,
-        bias_dropout_fusion=fused and not shape.family.biases,
-        # TransformerEngine's kernel for packed sequences rotates halves only.
-        apply_rope_fusion=fused and not (shape.family.rotary_interleaved or shape.latent),
-        masked_softmax_fusion=False,
-        persist_layer_norm=fused,
-        gradient_accumulation_fusion=fuses_on_cpu,  # on a GPU the output layer would need Apex, see docs/gpu.md
+        **_attention_config(shape),
+        **_window_config(shape, config),
+        **_parallel_config(shape, config),
+        **_fusions(shape, config),
         **_experts_config(shape, config),
     )
+
+
+def _attention_config(shape: ModelShape) -> dict[str, Any]:
+    layers = range(shape.num_layers)
+    return {
+        "num_attention_heads": shape.num_heads,
+        "num_query_groups": shape.num_kv_heads,
+        "kv_channels": shape.head_dim,
+        "add_qkv_bias": shape.qkv_bias,
+        "attention_output_gate": shape.family.output_gate,
+        # Our own layer. Megatron-core reads it where it saves layers that are not alike.
+        "linear_attention_freq": [int(i in shape.linear.layers) for i in layers] if shape.linear else None,
+        "rotary_interleaved": shape.family.rotary_interleaved,
+        # Of queries and keys, so that it counts twice.
+        "softmax_scale": (shape.rope.attention_factor**2 if shape.rope.percent == 1 else 1)
+        * (shape.multipliers.attention or 1 / math.sqrt(shape.head_dim)),
+        "no_rope_freq": [int(i in shape.unrotated) for i in layers] if shape.unrotated else None,
+        "softmax_type": "learnable" if shape.family.sinks else "vanilla",
+        **(_latent_config(shape) if shape.latent else {"qk_layernorm": shape.qk_norm}),
+    }
+
+
+def _parallel_config(shape: ModelShape, config: Config) -> dict[str, Any]:
+    parallel = config.parallel
+    stages = virtual_stages(parallel, shape.num_layers)
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "context_parallel_size": parallel.context_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": stages,
+        "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
+        "pipeline_dtype": params_dtype(config.model),
+        # Micro-batches of different length tell the next stage their shape, which Megatron-core cannot do where
+        # both neighbours are one rank, so with virtual stages all are padded to one length.
+        "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1
+        and not uniform_micro_batches(config),
+        # Two stages with virtual ones exchange two messages at a time, which only this keeps apart.
+        "overlap_p2p_comm": stages is not None,
+        "batch_p2p_comm": stages is None,
+    }
+
+
+def _fusions(shape: ModelShape, config: Config) -> dict[str, Any]:
+    """Fused kernels: TransformerEngine has them; without it they cost a torch.compile in the first step."""
+    family, fused = shape.family, use_transformer_engine()
+    # Not for a user's model, which may tie its weights, or have another activation.
+    fuses_on_cpu = not use_cuda() and config.functions.custom_model_provider_path is None
+    return {
+        # On a CPU `rltrain.megatron.cpu` has one, though not of experts.
+        "bias_activation_fusion": (fused or (fuses_on_cpu and not shape.experts))
+        and not family.gelu
+        and not family.biases,
+        "bias_dropout_fusion": fused and not family.biases,
+        # TransformerEngine's kernel for packed sequences rotates halves only.
+        "apply_rope_fusion": fused and not (family.rotary_interleaved or shape.latent),
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": fused,
+        "gradient_accumulation_fusion": fuses_on_cpu,  # on a GPU the output layer needs Apex, see docs/gpu.md
+    }
 
 
 def _window_config(shape: ModelShape, config: Config) -> dict[str, Any]:

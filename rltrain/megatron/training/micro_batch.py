@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rltrain.data.batch import Flat, TrainableTokens, TrainBatch, joined
 from rltrain.data.further import Further, further_tokens
-from rltrain.data.prefixes import Prefixes, lay_out
+from rltrain.data.prefixes import Layout, Prefixes, lay_out
 from rltrain.megatron.model.attention import PackedSequences
 from rltrain.megatron.model.context_parallel import chunk_multiple, own_positions
 from rltrain.megatron.routing_replay import Routes, packed_routes
@@ -241,18 +241,10 @@ def build_micro_batch(
     """
     prefixes = prefixes or Prefixes.none(len(batch))
     layout = lay_out(indices, {i: split.padded(computed_length(batch.tokens[i])) for i in indices}, prefixes)
-    order, lengths, keys, families = layout.order, [*layout.lengths], [*layout.keys], [*layout.families]
+    order = layout.order
     places = [each[: computed_length(batch.tokens[i])] for i, each in zip(order, layout.places, strict=True)]
-    total, end = split.padded_total(layout.total), layout.total
-    for length in _padding(total - end, chunk_multiple(split.context_size)):
-        lengths.append(length)
-        keys.append(np.arange(end, end + length))
-        families.append(1)
-        end += length
-    if any(len(seen) > length for seen, length in zip(keys, lengths, strict=True)):
-        sequences = PackedSequences.sharing(lengths, keys, families, device)
-    else:
-        sequences = PackedSequences.from_lengths(lengths, device, split.context_size, split.context_rank)
+    total = split.padded_total(layout.total)
+    lengths, sequences = _packed(layout, total, split, device)
     tokens = np.zeros(total, np.int64)
     padding = np.ones(total, bool)
     place_of = joined(places, np.int64)  # of each computed token, one sample's after the other's
@@ -291,6 +283,21 @@ def build_micro_batch(
         places=places,
         further=further,
     )
+
+
+def _packed(
+    layout: Layout, total: int, split: TokenSplit, device: torch.device
+) -> tuple[list[int], PackedSequences]:
+    """The sequences with those of padding behind them, up to `total` tokens: their lengths, and what attention sees."""
+    lengths, keys, families, end = [*layout.lengths], [*layout.keys], [*layout.families], layout.total
+    for length in _padding(total - end, chunk_multiple(split.context_size)):
+        lengths.append(length)
+        keys.append(np.arange(end, end + length))
+        families.append(1)
+        end += length
+    if any(len(seen) > length for seen, length in zip(keys, lengths, strict=True)):
+        return lengths, PackedSequences.sharing(lengths, keys, families, device)
+    return lengths, PackedSequences.from_lengths(lengths, device, split.context_size, split.context_rank)
 
 
 def _starts(places: Sequence[NDArray[np.int64]]) -> list[int]:
