@@ -166,7 +166,7 @@ def main(argv: list[str]) -> int:
         except UserError as error:
             if len(chosen) == 1:
                 raise
-            # Of several, the others are stopped all the same; that one had ended is no failure.
+            # Of several, the others are stopped all the same; one that has ended already is not a failure.
             print(safe_text(str(error)), file=sys.stderr)
             code = code if _has_ended(layout) else EXIT_USAGE
     return code

@@ -32,9 +32,7 @@ _KEPT_RUNS = 8  # whose frames are in memory
 _KEPT_PAGES = 3  # pages of samples that are open still, as the run was then
 _MOST_EVENTS = 500
 _MIN_GZIP = 1024  # bytes
-_NAMES = re.compile(
-    r"(localhost|127\.0\.0\.1)(:\d+)?"
-)  # a page of another name is none of ours (DNS rebinding)
+_NAMES = re.compile(r"(localhost|127\.0\.0\.1)(:\d+)?")  # a page of another name is not ours (DNS rebinding)
 _TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html"}
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:;"

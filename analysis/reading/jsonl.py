@@ -34,7 +34,7 @@ def read_events(path: Path, *, strict: bool) -> list[dict[str, Any]]:
 def read_metrics(path: Path, *, strict: bool) -> pd.DataFrame:
     """The lines of `metrics.jsonl` as a frame: a row a line, its keys in the order of their first appearance.
 
-    A value that is not a number is left out, and a line whose step is none; both are named.
+    A value that is not a number is left out, and so is a line whose step is not a number; both are named.
 
     Raises:
         DamagedFileError: a line is not a JSON object of numbers with a step, if `strict`.

@@ -42,7 +42,7 @@ def stored_flags(layout: RunLayout) -> Flags:
     """The flags that an existing run was last submitted with; none if there is no such run.
 
     Raises:
-        UserError: the directory is there but is no run.
+        UserError: the directory is there, but it is not a run.
     """
     if not layout.root.exists():
         return {}

@@ -35,7 +35,7 @@ class PromptSet:
 
     Attributes:
         sizes: Prompts of each file.
-        num_too_long: Prompts that were left out.
+        num_too_long: Prompts that were left out, because they are too long.
     """
 
     def __init__(self, config: Config, paths: Sequence[str], input_key: str, label_key: str | None) -> None:
@@ -129,7 +129,7 @@ class EmptyPrompts:
 
     Attributes:
         sizes: Prompts of each file.
-        num_too_long: Prompts that were left out.
+        num_too_long: Prompts that were left out as too long: none.
     """
 
     sizes, num_too_long = (1,), 0

@@ -177,7 +177,7 @@ async def _answer(
 
 
 def _name(function: Callable[..., Any]) -> str:
-    """Who returned a reward that is none, for people: its import path and where it stands."""
+    """Who returned something that is not a reward, for people: its import path and where it stands."""
     path = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{path} ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else path

@@ -34,7 +34,7 @@ def _as_float(value: int) -> float:
 
 
 def plain_metrics(metrics: Any, where: str, complain: Callable[[str], object]) -> dict[str, float]:
-    """Metrics with plain numbers; what is none is left out, and `complain` is told its key and value.
+    """Metrics as plain numbers; anything else is left out, and `complain` is told its key and value.
 
     Args:
         metrics: a mapping from names to numbers.

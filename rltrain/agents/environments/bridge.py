@@ -26,7 +26,7 @@ _PACKAGES = {"verifiers": "verifiers", "reasoning_gym": "reasoning-gym"}
 
 def main() -> None:
     """Do what the first argument says; what the user can mend ends it with one line on standard error."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what packages print is no answer of ours
+    answers, sys.stdout = sys.stdout, sys.stderr  # what packages print must not be among the answers
     sys.path.pop(0)  # the folder of this file: nothing of it is for the package
     given = json.loads(sys.stdin.readline())
     listing = sys.argv[1] == "prompts"

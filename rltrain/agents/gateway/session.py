@@ -297,7 +297,7 @@ class Session:
             text = text[: len(text) - len(word)] if word else text
         parsed = self._shared.parsers.parse(text, prompt.rendered, ask.tools)
         if parsed.unparsed:
-            self.record.note("unparsed", f"a tool call that is none: {parsed.content[-300:]!r}")
+            self.record.note("unparsed", f"a tool call that can't be read: {parsed.content[-300:]!r}")
         calls = tuple(ToolCall(f"call_{secrets.token_hex(12)}", *call) for call in parsed.calls)
         finish: Finish = "stop_word" if word else "stop"
         if sampled.status is Sample.Status.TRUNCATED:

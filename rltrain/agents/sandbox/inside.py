@@ -251,7 +251,7 @@ def _drain(pipe: Any, tail: bytearray, most: int) -> int:
 
 
 def read(path: str, most: int) -> bytes:
-    """A file. Raises OSError or ValueError: it is no file, or too large."""
+    """A file. Raises OSError or ValueError: it is not a file, or too large."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

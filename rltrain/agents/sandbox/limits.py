@@ -51,7 +51,7 @@ class Ended:
 
     @property
     def failure(self) -> str:
-        """Why it is no success, in words; "" if it is."""
+        """Why it did not succeed, in words; "" if it did."""
         if self.reason:
             return self.reason
         if self.code is not None and self.code < 0:

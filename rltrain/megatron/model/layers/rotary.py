@@ -19,7 +19,7 @@ def set_frequencies(model: GPTModel, shape: ModelShape) -> None:
 
     Megatron-core has not all kinds of scaling, and fixes most of Llama 3's constants. Where layers with a window have
     another base, the model computes the angles of both, and each layer takes its own. Where part of a head is rotated,
-    what rotated queries and keys are multiplied by is no matter of the scores' scale.
+    the factor of rotated queries and keys can't go into the scores' scale.
     """
     frequencies = [inverse_frequencies(shape.rope, shape.head_dim)]
     if shape.local_theta is not None:
