@@ -48,6 +48,7 @@ class Options:
     index: int
     engine: str | None
     frozen: Path | None
+    trust_load: bool
 
 
 def main(argv: list[str] | None = None) -> int:
