@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from rltrain.data.prompt_file import Prompt
 from rltrain.run.errors import UserError
 from rltrain.run.plain import clean_text
+
+# Classes that AutoTokenizer takes as `tokenizer_config.json` names them, with the types of model for which it does.
+_ANY_TOKENIZER = frozenset(
+    {
+        "glm4",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "gpt_oss",
+        "llama",
+        "olmo2",
+        "qwen3",
+        "qwen3_moe",
+        "qwen3_next",
+        "smollm3",
+    }
+)
+TAKEN_AS_NAMED = {
+    "PreTrainedTokenizerFast": _ANY_TOKENIZER,
+    "TokenizersBackend": _ANY_TOKENIZER,
+    "Qwen2Tokenizer": frozenset({"qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next"}),
+}
 
 
 @cache
@@ -17,12 +41,26 @@ def load_tokenizer(hf_checkpoint: str) -> Any:
     Raises:
         UserError: there is none, or it can't be read.
     """
-    from transformers import AutoTokenizer
+    import transformers
 
     try:
-        return AutoTokenizer.from_pretrained(hf_checkpoint, trust_remote_code=False)
+        # AutoTokenizer reads the model's configuration, too, and for that imports torch: seconds, and 200 MB.
+        loader = getattr(transformers, named_class(Path(hf_checkpoint)) or "AutoTokenizer")
+        return loader.from_pretrained(hf_checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--hf-checkpoint {hf_checkpoint}: no usable tokenizer in it ({error}).") from None
+
+
+def named_class(directory: Path) -> str | None:
+    """The class that AutoTokenizer would take, where the files alone say it; else None."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        files = [directory / name for name in ("tokenizer_config.json", "config.json")]
+        tokenizer, model = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        name: str = tokenizer.get("tokenizer_class") or ""
+        is_plain = "auto_map" not in tokenizer and (directory / "tokenizer.json").is_file()
+        if is_plain and model.get("model_type") in TAKEN_AS_NAMED.get(name, ()):
+            return name
+    return None
 
 
 def render(prompt: Prompt, tokenizer: Any, *, chat_template: bool, kwargs: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 from argparse import Namespace
+from types import ModuleType
 from typing import Any
 
 PACKAGES = {"sglang-router": "sglang_router", "smg": "smg"}
@@ -18,16 +19,24 @@ PACKAGES = {"sglang-router": "sglang_router", "smg": "smg"}
 def main() -> None:
     """Read the arguments and route until told to stop."""
     settings = json.load(sys.stdin)
-    launch_router, router_args = load(settings["program"])
-    launch_router(router_args.from_cli_args(Namespace(**settings["router_args"])))
+    args = Namespace(**settings["router_args"])
+    launch_router, router_args = load(settings["program"], mini_lb=getattr(args, "mini_lb", False))
+    launch_router(router_args.from_cli_args(args))
 
 
-def load(program: str) -> tuple[Any, Any]:
-    """The router's function that serves, and the class of its arguments."""
-    # A load balancer for tests, which is imported with the router, looks for a module that SGLang no longer has, and
-    # would load SGLang and torch for it: nearly all of the router's start and memory.
-    sys.modules.setdefault("sglang", None)  # type: ignore[arg-type]
+def load(program: str, *, mini_lb: bool = False) -> tuple[Any, Any]:
+    """The router's function that serves, and the class of its arguments.
+
+    Args:
+        mini_lb: Whether its load balancer for tests will be asked for, which is imported with the router. It would load
+            a web framework for itself, and SGLang and torch: nearly all of the router's start and memory.
+    """
     package = PACKAGES[program]
+    sys.modules.setdefault("sglang", None)  # type: ignore[arg-type]  # it looks there for what SGLang no longer has
+    if not mini_lb:
+        stand_in = ModuleType(f"{package}.mini_lb")
+        vars(stand_in)["MiniLoadBalancer"] = None
+        sys.modules.setdefault(stand_in.__name__, stand_in)
     launch_router = importlib.import_module(f"{package}.launch_router").launch_router
     return launch_router, importlib.import_module(f"{package}.router_args").RouterArgs
 

@@ -7,6 +7,7 @@ it is the same server with the defaults that make it small and quick on a CPU.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import json
@@ -16,11 +17,14 @@ import os
 import re
 import socket
 import sys
+import time
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
+from rltrain.run.http import HttpError, call
 from rltrain.run.processes import family_of
-from rltrain.sglang import cpu
+from rltrain.sglang import cpu, own_model
 
 # Without the two memory limits the scheduler takes all the memory there is; "auto" would turn fp32 weights
 # into fp16; an idle scheduler that polls would take a core from the trainer.
@@ -38,6 +42,8 @@ CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # `cpu_threads` says where there are more
     "TORCHDYNAMO_DISABLE": "1",  # compiled code would be built for minutes
 }
+_WARM_UP_SECONDS = 600.0
+_LOOK_AGAIN_SECONDS = 0.02
 _SECRET = re.compile(r"""(api_key['"]?\s*[=:]\s*)(['"])[^'"]+\2""")
 
 
@@ -49,6 +55,7 @@ def main() -> None:
     # whether it makes progress is asked in another way (`rltrain/sglang/health.py`).
     os.environ.setdefault("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION", "0")
     os.environ.update(allocator_settings(os.environ, uses_memory_saver="enable_memory_saver" in server_args))
+    os.environ.update(own_model.settings(os.environ, server_args["model_path"]))
     if cpu.has_accelerator():
         run_server(server_args)
     else:
@@ -96,9 +103,11 @@ def run_cpu_server(server_args: dict[str, Any], threads: int | None = None) -> N
         cpu.allow_returned_routes()
     import sglang.srt.managers.scheduler
     import sglang.srt.model_executor.model_runner  # noqa: F401
-    from sglang.srt.entrypoints import engine
+    from sglang.srt.entrypoints import engine, http_server
 
     engine.mp = _ForkContext()
+    if server_args.get("disaggregation_mode", "null") == "null":
+        http_server.launch_server = functools.partial(http_server.launch_server, execute_warmup_func=warm_up)
     gc.freeze()
     gc.enable()
     run_server(server_args)
@@ -130,6 +139,46 @@ class _ForkContext(multiprocessing.context.ForkContext):
 
     def set_start_method(self, method: str | None, force: bool = False) -> None:
         """Ignored: SGLang asks for "spawn" because of CUDA, which is not used here."""
+
+
+def warm_up(server_args: Any) -> bool:
+    """As SGLang's, which sleeps a second before it looks: wait until the server listens, and have it generate once.
+
+    Returns:
+        Whether it is ready; it ends itself where it is not.
+    """
+    from sglang.srt.entrypoints.http_server import get_global_state
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+    from sglang.srt.utils import kill_process_tree
+
+    url, key = server_args.url(), server_args.api_key or ""
+    try:
+        if _model_info(url, key)["is_generation"]:
+            settings = {"temperature": 0, "max_new_tokens": 8}
+            call(
+                "POST",
+                f"{url}/generate",
+                key,
+                {"input_ids": [0], "sampling_params": settings},
+                _WARM_UP_SECONDS,
+            )
+    except (OSError, HttpError):
+        traceback.print_exc()
+        kill_process_tree(os.getpid())
+        return False
+    get_global_state().tokenizer_manager.server_status = ServerStatus.Up
+    return True
+
+
+def _model_info(url: str, key: str) -> Any:
+    deadline = time.monotonic() + _WARM_UP_SECONDS
+    while True:
+        try:
+            return call("GET", f"{url}/model_info", key)
+        except (OSError, HttpError):  # it does not listen yet
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_LOOK_AGAIN_SECONDS)
 
 
 def run_server(server_args: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from helpers.tiny_model import make_tokenizer
 
 from rltrain.data.prompt_file import Prompt
 from rltrain.data.source import RolloutDataSource
-from rltrain.data.tokenizer import load_tokenizer, render
+from rltrain.data.tokenizer import TAKEN_AS_NAMED, load_tokenizer, named_class, render
 from rltrain.run.errors import UserError
 from rltrain.sample import Sample
 
@@ -149,6 +151,50 @@ def test_a_tokenizer_without_template_or_no_tokenizer_is_a_users_error(tmp_path:
         render(Prompt("hi"), make_tokenizer(chat_template=None), chat_template=True, kwargs={})
     with pytest.raises(UserError, match="no usable tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+def write_tokenizer(directory: Path, named: str, model_type: str) -> Path:
+    """One of a few merges, whose files name its class and the model's type."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<eos>": 0, "a": 1, "b": 2, "\u0120": 3, "ab": 4}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab, [("a", "b")])), eos_token="<eos>"
+    ).save_pretrained(directory)
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": named}))
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return directory
+
+
+@pytest.mark.parametrize("named", TAKEN_AS_NAMED)
+def test_the_class_that_the_files_name_is_the_one_that_transformers_would_take(
+    tmp_path: Path, named: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    for model_type in TAKEN_AS_NAMED[named]:
+        directory = write_tokenizer(tmp_path / model_type, named, model_type)
+        assert named_class(directory) == named
+        ours, theirs = load_tokenizer(str(directory)), AutoTokenizer.from_pretrained(directory)
+        assert type(ours) is type(theirs) and ours.init_kwargs == theirs.init_kwargs
+        assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert named_class(write_tokenizer(tmp_path / "other", named, "deepseek_v3")) is None
+    assert named_class(write_tokenizer(tmp_path / "third", "LlamaTokenizer", "llama")) is None
+
+
+def test_a_tokenizer_is_loaded_and_used_without_torch(tiny_model: Path) -> None:
+    code = f"""
+import sys
+from rltrain.data.prompt_file import Prompt
+from rltrain.data.tokenizer import encode, load_tokenizer, render
+tokenizer = load_tokenizer({str(tiny_model)!r})
+print(tokenizer.decode(encode([render(Prompt("1+1="), tokenizer, chat_template=True, kwargs={{}})], tokenizer)[0]))
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "user:1+1=.assistant:\nFalse\n", done.stdout + done.stderr
 
 
 def test_without_prompts_samples_are_numbered_and_empty(make_args) -> None:

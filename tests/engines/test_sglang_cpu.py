@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.server
+import importlib.util
+import json
 import logging
 import os
 import socket
@@ -18,9 +20,11 @@ from urllib.parse import parse_qs, urlsplit
 import psutil
 import pytest
 
+from rltrain.models.families import FAMILIES
 from rltrain.run.errors import UserError
 from rltrain.run.http import HttpError
 from rltrain.run.processes import reserve_port
+from rltrain.sglang import own_model
 from rltrain.sglang.engine import engine_server_args, refuse_soft_caps
 from rltrain.sglang.process import ServerDiedError, ServerProcess
 from rltrain.sglang.routers import add_worker, find_worker, remove_worker
@@ -97,11 +101,76 @@ print("fine")
 """
 
 
+# Of an engine's start, too: SGLang's registry of models, told of one of them.
+REGISTRY = """
+from sglang.srt.models.registry import ModelRegistry
+assert set(ModelRegistry.models) == {"Qwen3ForCausalLM"}, ModelRegistry.models
+assert ModelRegistry.resolve_model_cls(["Qwen3ForCausalLM"])[0].__module__ == "sglang.srt.models.qwen3"
+assert "sglang.srt.models.olmo" not in sys.modules
+try:
+    ModelRegistry.resolve_model_cls(["NoSuchModel"])
+except ValueError as error:
+    assert "are not supported" in str(error) and "OlmoForCausalLM" in str(error), error
+else:
+    raise AssertionError("there is no such model")
+print("fine, too")
+"""
+
+
 @pytest.mark.slow
-def test_stand_ins_can_be_imported_and_not_called() -> None:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, "-c", STAND_INS], capture_output=True, text=True, env=environment)
-    assert run.stdout.strip() == "fine", run.stderr
+def test_stand_ins_can_be_imported_and_not_called_and_sglang_imports_the_models_that_it_needs(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"]}))
+    # Those that it imports for another architecture: all of them would take seconds.
+    others = {file.stem for file in models_of_sglang().glob("*.py")} - {"qwen3", "olmo"}
+    environment = {
+        **os.environ,
+        **own_model.settings({}, str(tmp_path)),
+        "SGLANG_DISABLED_MODEL_ARCHS": ",".join(others),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", STAND_INS + REGISTRY], capture_output=True, text=True, env=environment
+    )
+    assert run.stdout.splitlines() == ["fine", "fine, too"], run.stdout + run.stderr
+
+
+def models_of_sglang() -> Path:
+    found = importlib.util.find_spec("sglang")
+    assert found is not None and found.origin is not None
+    return Path(found.origin).parent / "srt" / "models"
+
+
+def test_an_engine_is_told_of_its_own_architecture_unless_the_user_says_what_to_import(
+    tmp_path: Path,
+) -> None:
+    assert own_model.settings({}, str(tmp_path)) == {}
+    for content in (
+        "{",
+        "[]",
+        "{}",
+        '{"architectures": null}',
+        '{"architectures": []}',
+        '{"architectures": [1]}',
+    ):
+        (tmp_path / "config.json").write_text(content)
+        assert own_model.settings({}, str(tmp_path)) == {}
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForCausalLM", "Other"]}))
+    assert own_model.settings({}, str(tmp_path))[own_model.ARCHITECTURE] == "Qwen3ForCausalLM"
+    for name in ("SGLANG_EXTERNAL_MODEL_PACKAGE", "SGLANG_DISABLED_MODEL_ARCHS"):
+        assert own_model.settings({name: "mine"}, str(tmp_path)) == {}
+
+
+def test_every_family_that_sglang_has_is_found_without_importing_it() -> None:
+    directory = models_of_sglang()
+    files = {name: own_model.module_of(name, directory) for name in FAMILIES}
+    assert [name for name, file in files.items() if file is None] == [
+        "SmolLM3ForCausalLM"
+    ]  # transformers' there
+    for name, file in files.items():
+        assert file is None or f"\nclass {name}(" in (directory / f"{file}.py").read_text()
+    assert own_model.module_of("Qwen", directory) is None
 
 
 def test_secrets_are_blanked_in_every_log_record(caplog: pytest.LogCaptureFixture) -> None:
@@ -127,9 +196,9 @@ def test_engines_get_what_the_job_decides_and_what_the_user_says(make_args) -> N
     assert engine_server_args(make_args("--random-init"), 0)["load_format"] == "dummy"
 
 
-def test_the_router_starts_without_sglang_and_torch() -> None:
+def test_the_router_starts_without_sglang_torch_and_a_web_framework() -> None:
     code = "import sys; from rltrain.sglang.router_server import load; load('sglang-router');"
-    code += "print([name for name in ('torch', 'sglang.srt') if name in sys.modules])"
+    code += "print([name for name in ('torch', 'sglang.srt', 'fastapi', 'aiohttp') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "[]\n", done.stderr
 

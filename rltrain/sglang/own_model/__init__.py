@@ -1,0 +1,49 @@
+"""Lets SGLang import the one architecture that an engine serves, in place of all that it knows.
+
+SGLang imports the files of all its models, some 250, when it looks up the class of one: in every rank, and a third of
+an engine's start on a CPU. A package named in `SGLANG_EXTERNAL_MODEL_PACKAGE` has precedence, and then the files of the
+others are imported only if an architecture is not in it. This is such a package: its one module, `entry`, offers what
+SGLang itself has for the architecture. So an architecture that it does not know, or that a file of another name has (a
+model that drafts, transformers' own), is found, or refused, as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+ARCHITECTURE = "SLURMLIME_ARCHITECTURE"
+# Whoever sets one of them wants other classes than SGLang's.
+_OF_USERS = ("SGLANG_EXTERNAL_MODEL_PACKAGE", "SGLANG_DISABLED_MODEL_ARCHS")
+
+
+def settings(env: Mapping[str, str], model_path: str) -> dict[str, str]:
+    """Variables for an engine of the model in this directory; none where `env` or the directory says otherwise."""
+    architecture = _architecture(Path(model_path) / "config.json")
+    if architecture is None or any(env.get(name) for name in _OF_USERS):
+        return {}
+    return {"SGLANG_EXTERNAL_MODEL_PACKAGE": __name__, ARCHITECTURE: architecture}
+
+
+def _architecture(config: Path) -> str | None:
+    """The first that the file names; None where it can't be read, which SGLang says better."""
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError):
+        name = json.loads(config.read_text())["architectures"][0]
+        return name if isinstance(name, str) else None
+    return None
+
+
+def module_of(architecture: str, directory: Path) -> str | None:
+    """Name of the file in `directory`, without its ending, whose `EntryClass` has the architecture; None without one.
+
+    Files are read and not imported. They end with that assignment.
+    """
+    word = re.compile(rf"\b{re.escape(architecture)}\b".encode())
+    for file in sorted(directory.glob("*.py")):
+        _, assignment, entries = file.read_bytes().rpartition(b"\nEntryClass")
+        if assignment and word.search(entries):
+            return file.stem
+    return None
