@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.reading.errors import RunNotFoundError
+from analysis.reading.errors import RunNotFoundError, damaged
 from analysis.reading.jsonl import rows_frame
-from analysis.wandb.file import CONFIG, HISTORY, RUN, read_history, read_records, record_kind, run_fields
+from rltrain.wandb_file import CONFIG, HISTORY, RUN, read_history, read_records, record_kind, run_fields
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _wandb_files(place: Path) -> list[Path]:
 
 
 def _read_file(path: Path, strict: bool) -> _File:
-    records = read_records(path, strict=strict)
+    records = read_records(path, lambda reason: damaged(path, reason, strict=strict))
     by_kind: dict[int, list[bytes]] = {}
     for record in records:
         by_kind.setdefault(record_kind(record), []).append(record)

@@ -6,20 +6,23 @@
 from __future__ import annotations
 
 import json
-import warnings
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
-from analysis import DamagedFileWarning, RunNotFoundError, load_run, load_wandb
-from rltrain.run.files import read_json
+from rltrain.run.files import read_json, read_lines
 from rltrain.run.layout import RunLayout
+from rltrain.run.metric_lines import newest_rows
+from rltrain.schema import SCHEMA, read_table
 from rltrain.tracking import is_whole, last_whole_step
+from rltrain.wandb_file import HISTORY, read_history, read_records, record_kind
 
-_COLUMNS = ["index", "group_index", "reward", "response_length", "tokens"]
+_COLUMNS = ["step", "attempt", "index", "group_index", "reward", "response_length", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -54,25 +57,27 @@ def judge(layout: RunLayout, steps: int, undisturbed: RunLayout | None) -> tuple
         undisturbed: of the same run that nothing has happened to; the samples must be the same, token by token. None if
             there is none, or if responses depend on chance.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DamagedFileWarning)  # a fault tears lines; what they lack, we see
-        return _judge(layout, steps, undisturbed)
-
-
-def _judge(layout: RunLayout, steps: int, undisturbed: RunLayout | None) -> tuple[list[str], Kept]:
-    run = load_run(layout.root)
-    samples, rows = run.read_samples(_COLUMNS), run.steps
-    rollout = run.config["train"]
+    samples = trained_samples(layout)
+    newest = newest_rows(read_lines(layout.metrics))  # a fault tears lines; what they lack, we see
+    rows = pd.DataFrame(list(newest.values()) or {"step": [], "attempt": []})
+    rollout = tomllib.loads(layout.config.read_text())["train"]
     batch = rollout["rollout_batch_size"] * rollout["n_samples_per_prompt"]
     problems = [*of_batches(samples, steps, batch), *of_metrics(samples, rows), *of_finished(layout)]
     begun, cut = begun_responses(layout, samples)
     if undisturbed is not None:
-        problems += of_tokens(samples, load_run(undisturbed.root).read_samples(_COLUMNS))
+        problems += of_tokens(samples, trained_samples(undisturbed))
     problems += [*cut, *of_wandb(layout, steps)]
     later = samples.merge(rows[["step", "attempt"]], on="step", suffixes=("", "_trained"))
     later = later[later["attempt"] < later["attempt_trained"]]
     tokens = int(later["response_length"].sum())
     return problems, Kept(len(later), tokens, len(begun), sum(begun))
+
+
+def trained_samples(layout: RunLayout) -> pd.DataFrame:
+    """Those of the newest attempt of every step."""
+    found = [directory for step in layout.steps() if (directory := layout.find_step(step))]
+    tables = [read_table(directory) for directory in found] or [SCHEMA.empty_table()]
+    return pa.concat_tables([table.select(_COLUMNS) for table in tables]).to_pandas()
 
 
 def of_batches(samples: pd.DataFrame, steps: int, batch: int) -> list[str]:
@@ -159,16 +164,23 @@ def of_wandb(layout: RunLayout, steps: int) -> list[str]:
     attempts = [path for path in place.rglob("offline-run-*") if path.is_dir()]
     if others := sorted(path.name for path in attempts if path.name.rpartition("-")[2] != own):
         return [f"W&B has further runs: {others}"]
-    try:
-        rows = load_wandb(layout.root).read_steps(every_attempt=True)
-    except RunNotFoundError as error:
-        return [f"W&B: {error}"]
+    files = list(place.glob("offline-run-*/run-*.wandb"))
+    if not files:
+        return [f"W&B: {layout.root} holds no W&B file."]
+    seen = [step for path in sorted(files) for step in wandb_steps(path)]
     # Of those that were killed, only what came after the last whole one has not been set aside. W&B's process has its
     # rows in memory for a while, and dies with the trainer's, so nobody can say how many of them are there.
     attempts = [path for path in attempts if path.parent == place]
     last = last_whole_step(attempts)
     safe = steps if all(map(is_whole, attempts)) else 0 if last is None else last + 1
-    return of_wandb_rows(rows["step"].tolist(), steps, safe)
+    return of_wandb_rows(seen, steps, safe)
+
+
+def wandb_steps(file: Path) -> list[int]:
+    """The steps that a file of W&B has, each once: further lines of a step are part of its row. What a kill left of a
+    record is not looked at."""
+    records = [each for each in read_records(file, lambda reason: None) if record_kind(each) == HISTORY]
+    return sorted({int(step) for step in read_history(records).get("step", []) if step is not None})
 
 
 def of_wandb_rows(seen: Sequence[int], steps: int, safe: int) -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 from fakes.wandb_server import STEPS, fake_wandb_server
 
 from analysis import DamagedFileError, DamagedFileWarning, RunNotFoundError, load_wandb
-from analysis.wandb.file import HISTORY, fields, read_history, read_records, record_kind
+from rltrain.wandb_file import HISTORY, fields, read_history, read_records, record_kind
 
 # As rltrain.tracking does it. The second attempt repeats steps 140 to 149.
 WRITE = """
@@ -115,7 +115,7 @@ def test_the_records_are_those_of_wandbs_own_parser(offline: Path) -> None:
     from wandb.proto import wandb_internal_pb2
 
     for path in files(offline):
-        records = read_records(path, strict=True)
+        records = read_records(path, pytest.fail)
         own = [wandb_internal_pb2.Record.FromString(record) for record in records]
         kinds = [
             wandb_internal_pb2.Record.DESCRIPTOR.fields_by_name[r.WhichOneof("record_type")].number

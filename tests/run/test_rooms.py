@@ -96,6 +96,15 @@ def test_a_room_imports_only_rooms_below_it() -> None:
         seen.add(room.name)
 
 
+def test_the_packages_go_one_way() -> None:
+    """`analysis` → `hpc` → `rltrain`."""
+    for room in rooms().values():
+        below = {"rltrain": ("rltrain",), "hpc": ("hpc", "rltrain")}.get(
+            room.name.partition(".")[0], PACKAGES
+        )
+        assert all(each.partition(".")[0] in below for each in room.imports), f"{room.name} imports upwards"
+
+
 def test_every_module_keeps_to_its_room() -> None:
     wrong = []
     for module in modules():

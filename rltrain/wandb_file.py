@@ -10,11 +10,9 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-from analysis.reading.errors import damaged
 
 _MAGIC = b":W&B\xe1\xbe\x00"
 _BLOCK = 32768
@@ -40,22 +38,22 @@ _SEPARATOR_KEY = b"\x7f"
 _SEPARATOR = b"\x12\x01" + _SEPARATOR_KEY + _VALUE_TAG + b"\x010"
 
 
-def read_records(path: Path, *, strict: bool) -> list[bytes]:
+def read_records(path: Path, complain: Callable[[str], object]) -> list[bytes]:
     """Whole records of a `.wandb` file; a record at the end that is still being written is left out.
 
-    Raises:
-        DamagedFileError: the file is of another kind, or damaged before its end, if `strict`. Otherwise it is named,
-            and the records before the damage are returned.
+    Args:
+        complain: is told what is wrong with a file of another kind, or with one that is damaged before its end, whose
+            records before the damage are returned.
     """
     data = path.read_bytes()
     if data[:7] != _MAGIC:
         if data:
-            damaged(path, "it does not begin as a W&B file does", strict=strict)
+            complain("it does not begin as a W&B file does")
         return []
     try:
         return list(_frames(data))
     except ValueError as error:
-        damaged(path, str(error), strict=strict)
+        complain(str(error))
         return list(_frames(data, end_at_damage=True))
 
 
