@@ -15,6 +15,7 @@ import pytest
 
 from hpc.chaos import records
 from rltrain.run.layout import RunLayout
+from tests.helpers.synthetic_run import GROUP_SIZE, GROUPS, write_run
 
 STEPS, BATCH = 3, 2
 TESTS = Path(__file__).parents[1]
@@ -45,6 +46,23 @@ def frame(**changes: Any) -> pd.DataFrame:
         "tokens": [[9, i, i + 1] for i in range(count)],
     }
     return pd.DataFrame(columns | changes)
+
+
+def test_a_run_is_judged_by_its_files(tmp_path: Path) -> None:
+    """Its second attempt began again two steps before the end of the first one, whose batch of one of them is there."""
+    layout = write_run(tmp_path / "run", steps=6)
+    shutil.rmtree(layout.step_dir(3, 1))
+    problems, kept = records.judge(layout, 6, layout)
+    assert problems == [
+        "the reward of steps [3] is not that of their samples",
+        "the response_length of steps [3] is not that of their samples",
+        "batches were finished and generated again: {4: ['attempt=0', 'attempt=1']}",
+        f"W&B: {layout.root} holds no W&B file.",
+    ]
+    assert kept.samples == GROUPS * GROUP_SIZE and kept.tokens > kept.samples
+    shutil.rmtree(layout.step_dir(5, 1).parent)
+    problems, _ = records.judge(layout, 6, None)
+    assert problems[0] == "steps have other numbers of samples than 16: {5: 0}"
 
 
 def test_batches() -> None:
