@@ -212,7 +212,7 @@ def main() -> None:
         total = sum(map(sum, rounds))
         ideal = total / LINK  # of an engine; as many machines send as many times the share of one
         simulated[ranks] = sum(round_seconds(sent, machines) for sent in rounds)
-        source = describe(Source("10.0.0.1", 12345, "weights-0123456789abcdef", "nccl", 10**8, 4095))
+        source = describe(Source("10.0.0.1", 12345, "weights-0123456789abcdef", "nccl", 4095, [(0, 10**8)]))
         texts = [
             [
                 to_json(Bucket(pieces, [2**31] * len(pieces)), source)

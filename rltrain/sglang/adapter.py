@@ -20,6 +20,9 @@ from rltrain.weights import LOADER
 BEGIN_PUSH, END_PUSH = "/slurmlime/begin_push", "/slurmlime/end_push"  # see `rltrain.sglang.push_routes`
 
 _UPDATE_TIMEOUT = 1800.0  # seconds; large models load slowly from a busy filesystem
+# In the names of tensors that the trainer does not have, and engines keep as they loaded them: of indexers
+# (DeepSeek-V3.2, GLM-5), which choose among more tokens than are trained on.
+_NOT_PUSHED = (".self_attn.indexer.",)
 
 
 class HttpServerEngineAdapter:
@@ -195,38 +198,33 @@ class HttpServerEngineAdapter:
         body = {"model_path": str(path), "weight_version": weight_version, "load_format": "auto"}
         self._call("POST", "/update_weights_from_disk", body, timeout)
 
-    def begin_push(
-        self, payloads: Sequence[str], load_format: str, weight_version: str | None = None
-    ) -> None:
+    def begin_push(self, payloads: Sequence[str], load_format: str) -> None:
         """Pause with requests retracted, and load the first payloads of an update, see `update_weights_from_tensor`."""
-        self._call("POST", BEGIN_PUSH, _update_body(payloads, load_format, weight_version), _UPDATE_TIMEOUT)
+        self._call("POST", BEGIN_PUSH, self._update_body(payloads, load_format), _UPDATE_TIMEOUT)
 
-    def end_push(self) -> None:
-        """Put what was loaded into use, and go on."""
-        self._call("POST", END_PUSH, {}, _UPDATE_TIMEOUT)
+    def end_push(self, weight_version: str) -> None:
+        """Put what was loaded into use, name it `weight_version`, and go on."""
+        body = {"new_version": weight_version, "abort_all_requests": False}
+        self._call("POST", END_PUSH, body, _UPDATE_TIMEOUT)
 
     def end_weight_update(self) -> None:
         """End an update, and stay paused."""
         self._call("POST", "/end_weight_update", {}, _UPDATE_TIMEOUT)
 
-    def update_weights_from_tensor(
-        self, payloads: Sequence[str], load_format: str, weight_version: str | None = None
-    ) -> None:
+    def update_weights_from_tensor(self, payloads: Sequence[str], load_format: str) -> None:
         """Load more of an update that `begin_push` has begun: what the payloads hold, one for every rank of the engine.
 
         Args:
             payloads: Pairs of a name and a tensor, pickled, in base64.
             load_format: A loader that the engine was started with, as an import path.
-            weight_version: The last call of an update names it; then the cache is flushed.
         """
-        body = _update_body(payloads, load_format, weight_version)
-        self._call("POST", "/update_weights_from_tensor", body, _UPDATE_TIMEOUT)
+        self._call(
+            "POST", "/update_weights_from_tensor", self._update_body(payloads, load_format), _UPDATE_TIMEOUT
+        )
 
     def weight_checksums(self) -> dict[str, str]:
-        """A checksum of each of its tensors, by rank and name; the engine is idle."""
-        ranks = self._call(
-            "POST", "/weights_checker", {"action": "checksum", "selector": "target"}, _UPDATE_TIMEOUT
-        )["ranks"]
+        """A checksum of each of its tensors that a push brings, by rank and name; the engine is idle."""
+        ranks = self._call("POST", "/weights_checker", _check_body("checksum"), _UPDATE_TIMEOUT)["ranks"]
         return {
             f"{name} (rank {i})" if len(ranks) > 1 else name: checksum
             for i, rank in enumerate(ranks)
@@ -234,9 +232,8 @@ class HttpServerEngineAdapter:
         }
 
     def randomize_weights(self) -> None:
-        """Put random numbers in place of all weights; the engine is idle."""
-        asked = {"action": "reset_tensors", "selector": "target"}
-        self._call("POST", "/weights_checker", asked, _UPDATE_TIMEOUT)
+        """Put random numbers in place of all weights that a push brings; the engine is idle."""
+        self._call("POST", "/weights_checker", _check_body("reset_tensors"), _UPDATE_TIMEOUT)
 
     def tensor_parallel_size(self) -> int:
         """Number of its ranks."""
@@ -247,12 +244,14 @@ class HttpServerEngineAdapter:
     def _call(self, method: str, path: str, body: Any = None, timeout: float = 60.0) -> Any:
         return call(method, self.url + path, self._token, body, timeout)
 
+    def _update_body(self, payloads: Sequence[str], load_format: str) -> dict[str, Any]:
+        return {
+            "serialized_named_tensors": list(payloads),
+            "load_format": load_format,
+            "flush_cache": True,  # of each part of a push: nothing is computed before its end
+            "selector": "target",  # a model that drafts keeps its own: the trainer's listener is there for one
+        }
 
-def _update_body(payloads: Sequence[str], load_format: str, weight_version: str | None) -> dict[str, Any]:
-    return {
-        "serialized_named_tensors": list(payloads),
-        "load_format": load_format,
-        "weight_version": weight_version,
-        "flush_cache": weight_version is not None,
-        "selector": "target",  # a model that drafts keeps its own: the trainer's listener is there for one
-    }
+
+def _check_body(action: str) -> dict[str, Any]:
+    return {"action": action, "selector": "target", "skip_tensor_list": list(_NOT_PUSHED)}

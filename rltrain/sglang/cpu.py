@@ -143,6 +143,24 @@ class _StandInFinder(MetaPathFinder, Loader):
             module.next_power_of_2 = lambda n: 1 << (n - 1).bit_length() if n > 0 else 1  # type: ignore[attr-defined]
 
 
+def sleep_while_paused() -> None:
+    """Have a paused scheduler wait for requests as an idle one does (`sleep_on_idle`).
+
+    It would ask for them without end, on a core that the server and the trainer need for a push.
+    """
+    from sglang.srt.managers.scheduler import Scheduler
+
+    ingest = Scheduler.ingest_requests
+
+    @functools.wraps(ingest)
+    def wait_and_ingest(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._engine_paused:
+            self.maybe_sleep_on_idle()
+        return ingest(self, *args, **kwargs)
+
+    Scheduler.ingest_requests = wait_and_ingest
+
+
 def allow_returned_routes() -> None:
     """Make `enable_return_routed_experts` work: SGLang would have CUDA pin the memory that it keeps the routes in."""
     from sglang.srt.mem_cache.pool_host import common

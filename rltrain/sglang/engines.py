@@ -28,6 +28,7 @@ _DEATH_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 # The weights do not depend on these.
 _UNIMPORTANT = {"max_positions", "init_std"}
+_sizes: dict[tuple[str, int], int] = {}  # by URL and process id of the role
 
 
 class JobEngine(HttpServerEngineAdapter):
@@ -37,6 +38,13 @@ class JobEngine(HttpServerEngineAdapter):
         super().__init__(address.url, token)
         self._registry, self._pid = registry, address.pid
         self.is_here = address.host == socket.gethostname()
+
+    def tensor_parallel_size(self) -> int:
+        """See `HttpServerEngineAdapter`; asked once, although engines are looked up for every push."""
+        process = self.url, self._pid
+        if process not in _sizes:
+            _sizes[process] = super().tensor_parallel_size()
+        return _sizes[process]
 
     def has_died(self) -> bool:
         """Whether the supervisor says so; waits, because an engine that does not answer may be about to die."""

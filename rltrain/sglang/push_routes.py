@@ -1,4 +1,4 @@
-"""Two requests to an engine for a push of weights, in place of SGLang's five; the engine's server adds them to its own.
+"""Two requests to an engine for a push of weights, in place of SGLang's six; the engine's server adds them to its own.
 
 Each request takes an engine some milliseconds, as long as a push of a small model takes to load. They call what SGLang
 has for each step, in the same order, and stop at the first that refuses. SGLang has to be importable here.
@@ -17,6 +17,7 @@ from sglang.srt.managers.io_struct import (
     EndWeightUpdateReqInput,
     PauseGenerationReqInput,
     UpdateWeightsFromTensorReqInput,
+    UpdateWeightVersionReqInput,
 )
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
@@ -42,9 +43,15 @@ async def _begin_push(obj: Annotated[UpdateWeightsFromTensorReqInput, Body()], r
     return await http_server.update_weights_from_tensor(obj, request)
 
 
-async def _end_push(request: Request) -> Any:
-    """Put the weights into use, and go on."""
+async def _end_push(obj: Annotated[UpdateWeightVersionReqInput, Body()], request: Request) -> Any:
+    """Put the weights into use, name them, and go on.
+
+    Not before, as SGLang would with a request that loads: a push may need several of them.
+    """
     answer = await http_server.end_weight_update(EndWeightUpdateReqInput(), request)
+    if answer.status_code != HTTPStatus.OK:
+        return answer
+    answer = await http_server.update_weight_version(obj, request)
     if answer.status_code != HTTPStatus.OK:
         return answer
     return await http_server.continue_generation(ContinueGenerationReqInput(), request)

@@ -105,6 +105,7 @@ def run_cpu_server(server_args: dict[str, Any], threads: int | None = None) -> N
     import sglang.srt.model_executor.model_runner  # noqa: F401
     from sglang.srt.entrypoints import engine, http_server
 
+    cpu.sleep_while_paused()
     engine.mp = _ForkContext()
     if server_args.get("disaggregation_mode", "null") == "null":
         http_server.launch_server = functools.partial(http_server.launch_server, execute_warmup_func=warm_up)

@@ -15,6 +15,7 @@ NamedTensor = tuple[str, Tensor]
 
 _ALIGNMENT = 16  # bytes; of any type, and of what copies fast
 _SAMPLED_BYTES = 256  # at both ends and in the middle of a tensor
+_APART_BYTES = 2 * 1024**2  # copying fewer costs less than a message
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,14 @@ class Bucket:
     keep: str | None = None
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """What is sent at once of a bucket: bytes (uint8, flat), and at which byte of it they begin."""
+
+    start: int
+    data: Tensor
+
+
 def in_buckets(parts: Iterable[Part], size: int) -> Iterator[list[Part]]:
     """The parts in their order, in buckets of about `size` bytes; a larger one is alone."""
     bucket: list[Part] = []
@@ -130,16 +139,63 @@ def write(bucket: Sequence[Part], pieces: Sequence[Piece], buffer: Tensor) -> No
         target.copy_(part.data)
 
 
+def pack(bucket: Sequence[Part], pieces: Sequence[Piece], buffer: Tensor) -> tuple[list[Chunk], list[int]]:
+    """As `write`, but large tensors in host memory stay where they are: copying takes as long as sending.
+
+    Args:
+        buffer: in host memory.
+
+    Returns:
+        What to send, one after the other, and the checksums of the pieces. They are good as long as the parts do not
+        change.
+    """
+    chunks: list[Chunk] = []
+    digests: list[int] = []
+    small: list[Piece] = []  # written, and in no chunk yet
+
+    def close() -> None:
+        if small:
+            chunks.append(Chunk(small[0].start, buffer[small[0].start : small[-1].end]))
+            small.clear()
+
+    for part, piece in zip(bucket, pieces, strict=True):
+        data = part.data.detach()
+        if data.is_cpu and data.is_contiguous() and data.nbytes >= _APART_BYTES:
+            close()
+            chunks.append(Chunk(piece.start, data.flatten().view(torch.uint8)))
+            digests.append(sample_digest(chunks[-1].data))
+        else:
+            write([part], [piece], buffer)
+            small.append(piece)
+            digests.append(sample_digest(piece.bytes_of(buffer)))
+    close()
+    return chunks, digests
+
+
 def sample_digests(pieces: Sequence[Piece], buffer: Tensor) -> list[int]:
     """A checksum of a few bytes of each piece: enough to notice another tensor than the one that was meant."""
-    if not pieces:
-        return []
+    if buffer.is_cpu:
+        return [sample_digest(piece.bytes_of(buffer)) for piece in pieces]
+    return _gathered_digests(pieces, buffer) if pieces else []
+
+
+def sample_digest(data: Tensor) -> int:
+    """The same of one tensor's bytes (uint8, flat) in host memory."""
+    found = data.numpy()
+    edges = (0, len(found) // 2, max(0, len(found) - _SAMPLED_BYTES))
+    samples = (found[edge : edge + _SAMPLED_BYTES] for edge in edges)
+    # A short one is filled up with its last byte.
+    filled = (each.tobytes() + each[-1:].tobytes() * (_SAMPLED_BYTES - len(each)) for each in samples)
+    return zlib.crc32(b"".join(filled))
+
+
+def _gathered_digests(pieces: Sequence[Piece], buffer: Tensor) -> list[int]:
+    """The same of all, with one gather: otherwise a GPU would be asked three times per tensor."""
     sizes = torch.tensor([piece.end - piece.start for piece in pieces])
     starts = torch.tensor([piece.start for piece in pieces])
     within = torch.arange(_SAMPLED_BYTES)
     places = torch.stack([torch.zeros_like(sizes), sizes // 2, (sizes - _SAMPLED_BYTES).clamp(min=0)], dim=1)
     places = (places[:, :, None] + within).flatten(1).minimum(sizes[:, None] - 1) + starts[:, None]
-    # One gather for all: otherwise a GPU would be asked three times per tensor.
     samples = buffer[places.to(buffer.device)].cpu().numpy()
     return [zlib.crc32(sample.tobytes()) for sample in samples]
 

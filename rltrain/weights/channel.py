@@ -7,13 +7,15 @@ message and not a request, which would take the engine some milliseconds. The we
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import secrets
+import selectors
 import socket
 import time
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -23,13 +25,15 @@ from torch import Tensor
 from rltrain.run.processes import family_of
 from rltrain.weights import LOADER
 
-Request = Callable[[Sequence[str], str, str], object]  # payloads, loader, version
+Request = Callable[[Sequence[str], str], object]  # payloads, loader
 
 LOADED = "loaded"  # the report of a rank that has loaded a round; any other report says what went wrong
 
 _POLL_SECONDS = 0.2
 _MOST_SECONDS = 1800.0  # for a round; an engine that dies or hangs is noticed by its role, which ends it
 _LENGTH_BYTES = 8
+_HELLO_SECONDS = 10.0  # for a caller to say who it is
+_HELLO_BYTES = 1024
 
 
 class Channel:
@@ -40,13 +44,12 @@ class Channel:
         pending: number of messages that the engine has not reported on yet.
     """
 
-    def __init__(self, request: Request, host: str, version: str, ahead: bool, name: str, size: int) -> None:
-        """Have the engine's ranks call us at this machine's address `host`; it has `version` when we close.
+    def __init__(self, request: Request, host: str, ahead: bool, name: str, size: int) -> None:
+        """Have the engine's ranks call us at this machine's address `host`.
 
         Args:
             request: to the engine, which gives each rank its payload.
             host: of this machine, as the engine reaches it.
-            version: that it has when we close.
             ahead: whether it receives the next bucket while it loads the one before.
             name: what its ranks are told that it is called.
             size: number of its ranks.
@@ -62,7 +65,7 @@ class Channel:
             port = server.getsockname()[1]
             call = {"host": host, "port": port, "key": key, "ahead": ahead, "engine": name, "size": size}
             calls = [_payload(call | {"rank": rank}) for rank in range(size)]
-            self._request: Future[object] = self._pool.submit(request, calls, LOADER, version)
+            self._request: Future[object] = self._pool.submit(request, calls, LOADER)
             try:
                 self._ranks = self._accept(server, size, key)
             except BaseException:
@@ -70,11 +73,16 @@ class Channel:
                 raise
 
     def send(self, text: str) -> None:
-        """Send all ranks a message."""
+        """Send all ranks a message.
+
+        Raises:
+            OSError: the engine has died.
+        """
         self.pending += 1
         data = _framed(text)
-        for rank in self._ranks:
-            rank.sendall(data)
+        with _heard():
+            for rank in self._ranks:
+                rank.sendall(data)
 
     def receive_reports(self) -> list[str]:
         """The next report of each rank.
@@ -82,9 +90,10 @@ class Channel:
         Raises:
             OSError: the engine has died.
         """
-        reports = [receive_message(rank) for rank in self._ranks]
-        if None in reports:
-            raise ConnectionError("the engine has hung up while it loaded weights")
+        with _heard():
+            reports = [receive_message(rank) for rank in self._ranks]
+            if None in reports:
+                raise ConnectionError
         self.pending -= 1
         return [str(report) for report in reports]
 
@@ -106,25 +115,81 @@ class Channel:
         self._pool.shutdown(wait=False)
 
     def _accept(self, server: socket.socket, size: int, key: str) -> list[socket.socket]:
-        """The calls of all ranks, in their order; strangers are sent away."""
-        server.settimeout(_POLL_SECONDS)
+        """The calls of all ranks, in their order; strangers are sent away, and nobody waits for what they say."""
         ranks: dict[int, socket.socket] = {}
-        while len(ranks) < size:
-            if self._request.done():
-                self._request.result()  # raises, if it says why
-                raise ConnectionError("the engine's ranks have not called: they can't reach the trainer")
+        callers: dict[socket.socket, _Caller] = {}
+        server.setblocking(False)
+        with selectors.DefaultSelector() as lines:
+            lines.register(server, selectors.EVENT_READ)
             try:
-                call, _ = server.accept()
-            except TimeoutError:
-                continue
-            call.settimeout(_MOST_SECONDS)
-            call.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            hello = json.loads(receive_message(call) or "{}")
-            if not hmac.compare_digest(str(hello.get("key")), key):
-                call.close()
-                continue
-            ranks[hello["rank"]] = call
+                while len(ranks) < size:
+                    if self._request.done():
+                        self._request.result()  # raises, if it says why
+                        raise ConnectionError(
+                            "the engine's ranks have not called: they can't reach the trainer"
+                        )
+                    ready = {selected.fileobj for selected, _ in lines.select(_POLL_SECONDS)}
+                    for line, caller in [*callers.items()]:
+                        hello = caller.listen(key) if line in ready else None
+                        if hello is not None or caller.is_stranger():
+                            lines.unregister(line)
+                            del callers[line]
+                        if hello is not None:
+                            line.settimeout(_MOST_SECONDS)
+                            ranks[hello] = line
+                        elif line not in callers:
+                            line.close()
+                    if server in ready:
+                        with contextlib.suppress(BlockingIOError, ConnectionError):  # it is gone again
+                            line, _ = server.accept()
+                            callers[line] = _Caller(line)
+                            lines.register(line, selectors.EVENT_READ)
+            finally:
+                for line in callers:
+                    line.close()
         return [ranks[rank] for rank in range(size)]
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    """Says what a broken connection means."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise ConnectionError("the engine has hung up while it loaded weights") from error
+
+
+class _Caller:
+    """Somebody who has called, and has not said yet who it is."""
+
+    def __init__(self, line: socket.socket) -> None:
+        line.setblocking(False)
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._line, self._said, self._until = line, b"", time.monotonic() + _HELLO_SECONDS
+
+    def listen(self, key: str) -> int | None:
+        """Hear what there is to hear; returns its rank once it has said that, with the key."""
+        try:
+            more = self._line.recv(_HELLO_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError:
+            more = b""
+        self._said += more
+        length = int.from_bytes(self._said[:_LENGTH_BYTES], "little")
+        if not more or len(self._said) > _HELLO_BYTES or length > _HELLO_BYTES:
+            self._until = 0.0
+        elif len(self._said) >= _LENGTH_BYTES + length:
+            self._until = 0.0  # unless it has the key
+            with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
+                hello = json.loads(self._said[_LENGTH_BYTES:])
+                if hmac.compare_digest(hello.get("key").encode(), key.encode()):
+                    return int(hello["rank"])
+        return None
+
+    def is_stranger(self) -> bool:
+        """Whether it has said something else, or nothing for too long."""
+        return time.monotonic() > self._until
 
 
 def call_trainer(host: str, port: int, key: str, rank: int) -> socket.socket:

@@ -25,18 +25,14 @@ class ServerEngine(Protocol):
     def continue_generation(self) -> object:
         """Let requests go on."""
 
-    def begin_push(
-        self, payloads: Sequence[str], load_format: str, weight_version: str | None = None
-    ) -> object:
+    def begin_push(self, payloads: Sequence[str], load_format: str) -> object:
         """Pause, as `pause_generation`, and do the first `update_weights_from_tensor`."""
 
-    def update_weights_from_tensor(
-        self, payloads: Sequence[str], load_format: str, weight_version: str | None = None
-    ) -> object:
+    def update_weights_from_tensor(self, payloads: Sequence[str], load_format: str) -> object:
         """Give each rank its payload; returns when the loader has returned on all of them."""
 
-    def end_push(self) -> object:
-        """Put the new weights into use, and let requests go on."""
+    def end_push(self, weight_version: str) -> object:
+        """Put the new weights into use, report this version from then on, and let requests go on."""
 
     def end_weight_update(self) -> object:
         """End it for an engine that has not got all weights: it stays paused."""

@@ -1,7 +1,8 @@
 """A push in which every rank of the trainer sends its own share of the weights.
 
-All ranks go through the same rounds. In each round a rank fills one of its two buffers with a bucket, rank 0 tells the
-engines of the buckets of all ranks, and every rank sends its own. The next buckets are filled meanwhile.
+All ranks go through the same rounds. In each round a rank fills one of its buffers with a bucket, rank 0 tells the
+engines of the buckets of all ranks, and every rank sends its own. The next buckets are filled meanwhile, so that an
+engine knows of the next round when it has loaded one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,17 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from rltrain.weights.buckets import Bucket, Part, lay_out, message, sample_digests, to_json, write
+from rltrain.weights.buckets import (
+    Bucket,
+    Chunk,
+    Part,
+    lay_out,
+    message,
+    pack,
+    sample_digests,
+    to_json,
+    write,
+)
 from rltrain.weights.cuda_threads import thread_pool
 from rltrain.weights.engine import ServerEngine
 from rltrain.weights.session import Session, outcomes
@@ -41,17 +52,22 @@ class Ranks(Protocol):
 
 
 class Transport(Protocol):
-    """Where a rank has its two buffers, and how an engine gets what is in them.
+    """Where a rank has its buffers, and how an engine gets what is in them.
 
     Attributes:
+        slots: number of the buffers: one is filled while another is sent; where engines read them in place, a third is
+            loaded meanwhile.
         sends: whether a buffer is sent, so that an engine can load one bucket while it receives the next; otherwise
             engines read the buffer in place.
         in_order: whether what is sent waits in the queue of a GPU. With CUDA_DEVICE_MAX_CONNECTIONS=1 it has only one,
             and ranks that fill it in different orders wait for each other for ever.
+        in_place: whether large tensors are sent from where they are in host memory, and not from a buffer.
     """
 
+    slots: int
     sends: bool
     in_order: bool
+    in_place: bool
 
     def connect(self, engines: Mapping[str, Reader]) -> None:
         """Make ready for these engines, given by their URLs."""
@@ -59,10 +75,13 @@ class Transport(Protocol):
     def buffer(self, slot: int, nbytes: int) -> Tensor:
         """The first bytes of a buffer (uint8, flat)."""
 
-    def source(self, slot: int, nbytes: int) -> Source:
-        """Where every rank of every engine finds them: told alike to all, it costs as little with many of them."""
+    def source(self, slot: int, chunks: Sequence[Chunk]) -> Source:
+        """Where every rank of every engine finds a bucket, which is these chunks.
 
-    def send(self, slot: int, nbytes: int, url: str) -> None:
+        Told alike to all, it costs as little with many of them.
+        """
+
+    def send(self, chunks: Sequence[Chunk], url: str) -> None:
         """Have an engine get them.
 
         Raises:
@@ -75,10 +94,10 @@ class Transport(Protocol):
 
 @dataclass(frozen=True)
 class FilledBuffer:
-    """A bucket in one of the two buffers."""
+    """A bucket in one of the buffers, or partly beside it."""
 
     slot: int
-    nbytes: int
+    chunks: Sequence[Chunk]
     bucket: Bucket
 
 
@@ -169,12 +188,16 @@ class Rounds:
                 going = sender.submit(self._round, session, filled, parts is None)
 
     def _fill(self, number: int, parts: Sequence[Part], keep: str | None) -> FilledBuffer:
-        slot, pieces = number % 2, lay_out(parts)
+        slot, pieces = number % self._transport.slots, lay_out(parts)
         nbytes = pieces[-1].end
         buffer = self._transport.buffer(slot, nbytes)
-        write(parts, pieces, buffer)
         name = f"{keep}-{self._ranks.rank}-{number}" if keep else None
-        return FilledBuffer(slot, nbytes, Bucket(pieces, sample_digests(pieces, buffer), name))
+        if self._transport.in_place:
+            chunks, digests = pack(parts, pieces, buffer)
+            return FilledBuffer(slot, chunks, Bucket(pieces, digests, name))
+        write(parts, pieces, buffer)
+        digests = sample_digests(pieces, buffer)
+        return FilledBuffer(slot, [Chunk(0, buffer[:nbytes])], Bucket(pieces, digests, name))
 
     def _round(self, session: Session, filled: FilledBuffer | None, is_last: bool) -> bool:
         """Send the buckets of all ranks; returns whether this was the last round, in which nobody has one."""
@@ -192,22 +215,20 @@ class Rounds:
             (left, senders, all(offer.is_last for offer in offers))
         )
         self._failures = self._send_buffer(filled) if filled else {}
-        if self._transport.sends:
-            session.each(lambda engine: session.confirm(engine, left=1 if senders else 0))
-        else:
-            session.each(session.confirm)
+        session.each(lambda engine: session.confirm(engine, left=1 if senders else 0))
+        if not self._transport.sends:
             self._ranks.broadcast(None)  # so that nobody fills a buffer while it is being read
         return is_over
 
     def _offer(self, filled: FilledBuffer | None, is_last: bool) -> Offer:
         if filled is None:
             return Offer(None, is_last, self._failures)
-        source = describe(self._transport.source(filled.slot, filled.nbytes))
+        source = describe(self._transport.source(filled.slot, filled.chunks))
         return Offer(to_json(filled.bucket, source), is_last, self._failures)
 
     def _send_buffer(self, filled: FilledBuffer) -> dict[str, str]:
         def send(url: str) -> None:
-            self._transport.send(filled.slot, filled.nbytes, url)
+            self._transport.send(filled.chunks, url)
 
         if self._transport.in_order:
             urls = in_order(self._places, self._senders.index(self._ranks.rank), len(self._senders))

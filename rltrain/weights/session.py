@@ -66,7 +66,11 @@ class Session:
         self.each(lambda engine: self.confirm(engine))
         self.each(lambda engine: self._channels[engine.url].close())
         self.each(
-            lambda engine: engine.end_weight_update() if engine.url in self._refused else engine.end_push()
+            lambda engine: (
+                engine.end_weight_update()
+                if engine.url in self._refused
+                else engine.end_push(str(self._version))
+            )
         )
         for engine in [engine for engine in self.engines if engine.url in self._refused]:
             self.leave_out(engine.url, self._refused[engine.url])
@@ -101,7 +105,7 @@ class Session:
 
     def _open_channel(self, engine: ServerEngine, request: Request) -> None:
         name, size = self._names.get(engine.url, ""), engine.tensor_parallel_size()
-        self._channels[engine.url] = Channel(request, self._host, str(self._version), self._ahead, name, size)
+        self._channels[engine.url] = Channel(request, self._host, self._ahead, name, size)
 
 
 def outcomes(items: Sequence[T], call: Callable[[T], object]) -> list[tuple[T, BaseException | None]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -72,29 +72,30 @@ class Memory:
 
 @dataclass(frozen=True)
 class Group:
-    """A broadcast in a process group of one trainer rank and the ranks of one engine; the first joins the group.
+    """Broadcasts in a process group of one trainer rank and the ranks of one engine; the first joins the group.
 
-    It is described alike to all engines.
+    They are described alike to all engines.
 
     Attributes:
         name: of the sender's groups, see `group_name`.
         sender: the trainer's rank.
+        chunks: of each broadcast the bytes of the bucket, from and to.
     """
 
     host: str
     port: int
     name: str
     backend: str
-    size: int
     sender: int
+    chunks: Sequence[tuple[int, int]]
 
     def read(self, reader: Reader) -> Tensor:
-        """The broadcast, in memory that is kept: fresh memory costs more than the copy.
+        """What is broadcast, in memory that is kept: fresh memory costs more than the copy.
 
-        It is good until the broadcast after the next: one is loaded while the next is received.
+        It is good until the bucket after the next: one is loaded while the next is received.
         """
-        buffer = kept_buffer(_buffers, next(_turns) % 2, self.size, self.backend)
-        dist.broadcast(buffer, src=0, group=self._group(reader))
+        buffer = kept_buffer(_buffers, next(_turns) % 2, self.chunks[-1][1], self.backend)
+        broadcast([buffer[start:end] for start, end in self.chunks], self._group(reader))
         return buffer
 
     def _group(self, reader: Reader) -> dist.ProcessGroup:
@@ -129,7 +130,7 @@ _KINDS: dict[str, type[Source]] = {"memory": Memory, "group": Group, "file": Fil
 _groups: dict[int, tuple[str, dist.ProcessGroup, dist.Store]] = {}
 _turns = itertools.count()
 _buffers: dict[int, Tensor] = {}
-_mapped: dict[str, Tensor] = {}  # the trainer's memory by name: two for each of its ranks, which only grow
+_mapped: dict[str, Tensor] = {}  # the trainer's memory by name: three for each of its ranks, which only grow
 
 
 def describe(source: Source) -> dict[str, Any]:
@@ -162,6 +163,19 @@ def join_group(store: dist.Store, name: str, rank: int, world_size: int, backend
     )
     distributed_c10d._world.pg_group_ranks[group] = {each: each for each in range(world_size)}
     return group
+
+
+def broadcast(chunks: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+    """Broadcast from rank 0, each chunk on its own; all are begun before one is waited for.
+
+    One after the other they would take longer, as both ends agree on each before it is sent.
+
+    Raises:
+        RuntimeError: somebody in the group has died.
+    """
+    for begun in [dist.broadcast(chunk, src=0, group=group, async_op=True) for chunk in chunks]:
+        if begun is not None:
+            begun.wait()
 
 
 def kept_buffer(kept: dict[int, Tensor], slot: int, size: int, backend: str) -> Tensor:

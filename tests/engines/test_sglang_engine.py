@@ -211,7 +211,8 @@ def test_an_engine_that_somebody_else_started_can_be_attached_to(engine) -> None
     assert not HttpServerEngineAdapter("http://127.0.0.1:9", TOKEN).health()
 
 
-def test_an_idle_engine_leaves_the_cores_alone(engine) -> None:
+@pytest.mark.parametrize("paused", [False, True])
+def test_an_idle_engine_leaves_the_cores_alone(engine, paused: bool) -> None:
     import psutil
 
     server = psutil.Process(engine.pid)
@@ -221,14 +222,17 @@ def test_an_idle_engine_leaves_the_cores_alone(engine) -> None:
         return sum(sum(process.cpu_times()[:2]) for process in processes)
 
     wait_until(lambda: running_requests(engine.url, TOKEN) == 0)
-    least = 3.0
-    for _ in range(4):  # on a busy machine the first seconds may still be of what was asked before
+    if paused:
+        engine.pause_generation()
+    least = 1.5
+    for _ in range(8):  # on a busy machine the first seconds may still be of what was asked before
         before = cpu_seconds()
-        time.sleep(3.0)
+        time.sleep(1.5)
         least = min(least, cpu_seconds() - before)
-        if least < 0.6:
+        if least < 0.3:
             break
-    assert least < 0.6
+    engine.continue_generation()
+    assert least < 0.3
 
 
 def test_a_tensor_parallel_engine_without_weights_of_its_own_computes_the_same(

@@ -23,6 +23,7 @@ from on_gpu import EVERYWHERE, needs_gpu, report, seconds
 from rltrain.megatron.device import used_memory
 from rltrain.run.http import call
 from rltrain.sglang.adapter import HttpServerEngineAdapter
+from rltrain.weights.buckets import Chunk
 from rltrain.weights.cuda_threads import finish_work
 from rltrain.weights.sources import Reader, describe, kept_buffer, source_of
 from rltrain.weights.transports.distributed import EngineGroups
@@ -70,13 +71,14 @@ def test_broadcast_to_an_engine(backend: str, size: int) -> None:
     if backend == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip("NCCL refuses two processes on one GPU, and torch sees only one")
     groups = EngineGroups("127.0.0.1", backend, 0)
-    source = groups.source(size)
     buffer = kept_buffer({}, 0, size, backend)
     buffer.copy_(torch.arange(size, dtype=torch.int64).remainder(251).to(torch.uint8))
+    chunks = [Chunk(0, buffer)]
+    source = groups.source(chunks)
 
     def send() -> None:
-        groups.broadcast(ENGINE, buffer)
-        taken = seconds(lambda: groups.broadcast(ENGINE, buffer))
+        groups.broadcast(ENGINE, chunks)
+        taken = seconds(lambda: groups.broadcast(ENGINE, chunks))
         report({f"broadcast by {backend}": size / taken / 1e9}, "GB/s")
 
     device, total = in_another_process(receive_broadcast, json.loads(json.dumps(describe(source))), send)

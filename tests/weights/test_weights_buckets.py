@@ -17,16 +17,18 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from rltrain.weights import session
+from rltrain.weights import buckets, session
 from rltrain.weights.buckets import (
     Bucket,
     Part,
     Piece,
     Window,
+    _gathered_digests,
     from_message,
     in_buckets,
     lay_out,
     message,
+    pack,
     sample_digests,
     to_json,
     write,
@@ -60,9 +62,9 @@ def filled(bucket: list[Part], start: int = 0) -> tuple[tuple[Piece, ...], torch
 
 def test_buckets_keep_order_and_bound() -> None:
     named = parts([*tensors(), ("huge", torch.zeros(1000)), *tensors(3, torch.bfloat16)])
-    buckets = list(in_buckets(iter(named), 400))
-    assert [part.name for bucket in buckets for part in bucket] == [part.name for part in named]
-    for bucket in buckets:
+    found = list(in_buckets(iter(named), 400))
+    assert [part.name for bucket in found for part in bucket] == [part.name for part in named]
+    for bucket in found:
         assert sum(part.data.nbytes for part in bucket) <= 400 or len(bucket) == 1
     assert list(in_buckets([], 400)) == []
 
@@ -90,10 +92,31 @@ def test_a_digest_sees_another_tensor() -> None:
         (pieces[2].start + pieces[2].end) // 2 + 10,
     ):
         buffer[place] ^= 1
-        changed = [i for i, digest in enumerate(sample_digests(pieces, buffer)) if digest != before[i]]
+        digests = sample_digests(pieces, buffer)
+        assert digests == _gathered_digests(pieces, buffer)  # as on a GPU
+        changed = [i for i, digest in enumerate(digests) if digest != before[i]]
         assert changed == [1 if place == pieces[1].start else 2]
         buffer[place] ^= 1
     assert sample_digests((), buffer) == []
+
+
+def test_large_tensors_are_sent_from_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "_APART_BYTES", 120)
+    strided = torch.arange(80.0)[::2]
+    named = [*tensors(4), ("strided", strided), *tensors(3, torch.bfloat16), ("last", torch.ones(64))]
+    whole = parts(named)
+    pieces, copied = filled(whole)
+    buffer, received = torch.zeros_like(copied), torch.zeros_like(copied)
+    chunks, digests = pack(whole, pieces, buffer)
+    assert digests == sample_digests(pieces, copied)
+    for chunk in chunks:
+        received[chunk.start : chunk.start + len(chunk.data)] = chunk.data
+    assert torch.equal(received, copied)
+    apart = {chunk.data.data_ptr() for chunk in chunks} - {
+        buffer[chunk.start :].data_ptr() for chunk in chunks
+    }
+    assert apart == {named[i][1].data_ptr() for i in (3, 8)}  # the others go together
+    assert len(chunks) == 4
 
 
 def test_shared_memory_grows_and_is_seen_by_another_process() -> None:
@@ -132,17 +155,17 @@ class Engine:
         self.ranks = [Model({name: tensor.shape for name, tensor in expected}) for _ in range(2)]
 
     def __getattr__(self, name: str) -> object:
-        return lambda: self.calls.append(name)
+        return lambda *words: self.calls.append(" ".join([name, *words]))
 
     def tensor_parallel_size(self) -> int:
         return 2
 
-    def begin_push(self, payloads, load_format, weight_version) -> None:
+    def begin_push(self, payloads, load_format) -> None:
         self.calls.append("begin_push")
-        self.update_weights_from_tensor(payloads, load_format, weight_version)
+        self.update_weights_from_tensor(payloads, load_format)
 
-    def update_weights_from_tensor(self, payloads, load_format, weight_version) -> None:
-        self.calls.append(f"update {weight_version}")
+    def update_weights_from_tensor(self, payloads, load_format) -> None:
+        self.calls.append("update")
         named = [pickle.loads(base64.b64decode(payload)) for payload in payloads]
         if self._dies:
             for ((text, _),) in named:
@@ -179,7 +202,7 @@ def test_all_ranks_of_all_engines_get_every_tensor_and_then_the_version() -> Non
     for version in (1, 2):
         assert push(version, parts(named), *engines) == {}
     for engine in engines:
-        once = ["begin_push", "update 1", "end_push"]
+        once = ["begin_push", "update", "end_push 1"]
         assert engine.calls == [*once, *(call.replace("1", "2") for call in once)]
         for model in engine.ranks:
             assert model.loaded.keys() == {name for name, _ in named}
@@ -290,7 +313,7 @@ def test_an_engine_that_fails_is_named_and_stays_paused_and_the_others_go_on() -
     )
     assert "hung up" in failures["http://dead"] or "died" in failures["http://dead"]
     # One that is there can be asked again; it does not generate with what it has.
-    assert [engine.calls[-1] for engine in engines] == ["end_weight_update", "end_push", "update 1"]
+    assert [engine.calls[-1] for engine in engines] == ["end_weight_update", "end_push 1", "update"]
     assert engines[1].ranks[0].loaded.keys() == {name for name, _ in named}
 
 
@@ -318,19 +341,27 @@ def test_a_channel_is_opened_anew_when_it_has_held_the_engine_up_for_long(
     monkeypatch.setattr(session, "_CHANNEL_SECONDS", 0.0)
     engine = Engine("http://a", tensors())
     assert push(1, parts(tensors()), engine) == {}
-    assert engine.calls.count("update 1") > 3
+    assert engine.calls.count("update") > 3
+    assert [call for call in engine.calls if "1" in call] == engine.calls[-1:] == ["end_push 1"]
     assert engine.ranks[1].loaded.keys() == {name for name, _ in tensors()}
 
 
 def test_strangers_are_not_told_anything() -> None:
-    """Whoever calls without the key is sent away, and the engine's ranks are waited for."""
+    """Whoever calls without the key is sent away, or says nothing, and the engine's ranks are waited for."""
 
     class Beset(Engine):
-        def update_weights_from_tensor(self, payloads, load_format, weight_version) -> None:
+        def update_weights_from_tensor(self, payloads, load_format) -> None:
             ((text, _),) = pickle.loads(base64.b64decode(payloads[0]))
-            stranger = call_trainer(**(called(text) | {"key": "wrong"}))
+            where = called(text)
+            silent = socket.create_connection((where["host"], where["port"]))
+            for said in (b"GET / HTTP/1.1\r\n\r\n", b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{]"):
+                rude = socket.create_connection((where["host"], where["port"]))
+                rude.sendall(said)
+                assert receive_message(rude) is None
+            stranger = call_trainer(**(where | {"key": "wrong"}))
             assert receive_message(stranger) is None
-            super().update_weights_from_tensor(payloads, load_format, weight_version)
+            super().update_weights_from_tensor(payloads, load_format)
+            assert receive_message(silent) is None
 
     engine = Beset("http://a", tensors())
     assert push(1, parts(tensors()), engine) == {}

@@ -23,7 +23,9 @@ from rltrain.rollout.generate.single_turn import update_sample
 from rltrain.run.http import call
 from rltrain.run.role import RoleContext
 from rltrain.sample import Sample
+from rltrain.sglang import adapter
 from rltrain.sglang.adapter import HttpServerEngineAdapter
+from rltrain.weights import buckets, session
 from rltrain.weights.checksums import randomize_weights, wrong_tensors
 
 pytestmark = pytest.mark.slow
@@ -116,16 +118,35 @@ def test_every_token_was_sampled_by_the_version_that_its_span_names(
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("transport", ["disk", "tensor", "distributed"])
 def test_a_push_restores_every_tensor_and_one_that_lacks_some_is_found_out(
-    transport: str, engine: Any, tiny_model: Path, other_model: Path, tmp_path: Path
+    transport: str,
+    engine: Any,
+    tiny_model: Path,
+    other_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(buckets, "_APART_BYTES", 1000)  # so that some are sent from where they are
     weights = load_file(tiny_model / "model.safetensors")
     pushes = pushing(transport, tiny_model, tmp_path)
     load_weights(engine, tiny_model, "0")
     expected = randomize_weights([engine])
     assert "lm_head" in wrong_tensors([engine], expected)[engine.url]
+    versions = noted_versions(engine, monkeypatch)
     assert pushes.push(3, weights.items(), lambda: [engine]) == {}
     assert wrong_tensors([engine], expected) == {}
     assert engine.get_weight_version() == "3"
+    assert len(versions) > 1 and set(versions) == {"0"}  # as long as some are old
+
+    monkeypatch.setattr(
+        adapter, "_NOT_PUSHED", (".q_norm.",)
+    )  # in place of indexers, which this model has not
+    randomize_weights([engine])
+    shown = engine.weight_checksums()
+    monkeypatch.undo()
+    kept = {name for name in expected[engine.url] if ".q_norm." in name}
+    assert kept and shown.keys() == expected[engine.url].keys() - kept
+    found = engine.weight_checksums()
+    assert {name for name, checksum in found.items() if checksum == expected[engine.url][name]} == kept
 
     randomize_weights([engine])
     call("POST", f"{engine.url}/begin_weight_update", TOKEN, {})  # as if a push had broken off
@@ -133,6 +154,21 @@ def test_a_push_restores_every_tensor_and_one_that_lacks_some_is_found_out(
     pushes.push(4, lacking, lambda: [engine])
     problem = wrong_tensors([engine], expected)[engine.url]
     assert "layers.1.self_attn.q_norm" in problem and "k_norm" not in problem
+
+
+def noted_versions(engine: Any, patch: pytest.MonkeyPatch) -> list[str]:
+    """What the engine reports after each of the requests that a push then needs, as many as it has rounds."""
+    versions: list[str] = []
+    load = engine.update_weights_from_tensor
+
+    def noted(*args: Any) -> None:
+        versions.append(engine.get_weight_version())
+        load(*args)
+        versions.append(engine.get_weight_version())
+
+    patch.setattr(session, "_CHANNEL_SECONDS", 0.0)
+    patch.setattr(engine, "update_weights_from_tensor", noted)
+    return versions
 
 
 def sparsely_changed(weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:

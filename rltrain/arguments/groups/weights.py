@@ -19,7 +19,7 @@ class Weights:
         "delta: send only what has changed since the last push (default: full)", "full"
     )
     update_weight_buffer_size: int = flag(
-        "of weights in transit at a time (default: 512 MiB); 64 MiB by shared memory or gloo",
+        "of weights in transit at a time (default: 512 MiB); 32 MiB by shared memory or gloo",
         536870912,
         metavar="BYTES",
         at_least=1,

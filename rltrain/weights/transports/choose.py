@@ -13,7 +13,7 @@ from rltrain.weights.transports.tensor import SharedMemoryTransport
 
 # In host memory one bucket is filled while another is sent and a third loaded. Larger buckets leave less to do at the
 # same time, and smaller ones cost more messages (measured with benchmarks/weight_transports.py).
-_HOST_BUCKET_BYTES = 64 * 1024**2
+_HOST_BUCKET_BYTES = 32 * 1024**2
 
 
 def choose(config: Config, are_here: Sequence[bool]) -> str:

@@ -6,16 +6,18 @@ A group of several engines would hang for all of them when one dies.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
 
+from rltrain.weights.buckets import Chunk
 from rltrain.weights.sources import (
     GROUP_TIMEOUT,
     Group,
     Reader,
     Source,
+    broadcast,
     group_name,
     join_group,
     kept_buffer,
@@ -32,16 +34,17 @@ class EngineGroups:
         self._host, self._backend, self._rank = host, backend, rank
         self._groups: dict[str, dist.ProcessGroup] = {}  # by the engine's name
 
-    def source(self, nbytes: int) -> Source:
-        """What the ranks of every engine are told of a broadcast."""
-        return Group(self._host, self._store.port, self._name, self._backend, nbytes, self._rank)
+    def source(self, chunks: Sequence[Chunk]) -> Source:
+        """What the ranks of every engine are told of broadcasts."""
+        ends = [(chunk.start, chunk.start + len(chunk.data)) for chunk in chunks]
+        return Group(self._host, self._store.port, self._name, self._backend, self._rank, ends)
 
-    def broadcast(self, engine: Reader, buffer: Tensor) -> None:
-        """Send it to all ranks of an engine."""
+    def broadcast(self, engine: Reader, chunks: Sequence[Chunk]) -> None:
+        """Send them to all ranks of an engine."""
         if engine.engine not in self._groups:
             name = group_name(self._name, engine.engine)
             self._groups[engine.engine] = join_group(self._store, name, 0, 1 + engine.size, self._backend)
-        dist.broadcast(buffer, src=0, group=self._groups[engine.engine])
+        broadcast([chunk.data for chunk in chunks], self._groups[engine.engine])
 
     def forget(self, engine: str) -> None:
         """Give up the group with an engine, if there is one."""
@@ -51,12 +54,14 @@ class EngineGroups:
 class DistributedTransport:
     """See `rltrain.weights.rounds.Transport`. Keeps one group per engine, from the first push to it on."""
 
+    slots = 2
     sends = True
 
     def __init__(self, host: str, backend: str, rank: int) -> None:
         """Engines join at this machine's address `host`; this is the trainer's `rank`."""
         self._host, self._backend, self._rank = host, backend, rank
         self.in_order = backend == "nccl"
+        self.in_place = backend == "gloo"
         self._groups: EngineGroups | None = None  # a rank that never sends needs none
         self._engines: dict[str, Reader] = {}
         self._buffers: dict[int, Tensor] = {}
@@ -69,16 +74,16 @@ class DistributedTransport:
         """See `Transport.buffer`."""
         return kept_buffer(self._buffers, slot, nbytes, self._backend)
 
-    def source(self, slot: int, nbytes: int) -> Source:
+    def source(self, slot: int, chunks: Sequence[Chunk]) -> Source:
         """See `Transport.source`."""
         if self._groups is None:
             self._groups = EngineGroups(self._host, self._backend, self._rank)
-        return self._groups.source(nbytes)
+        return self._groups.source(chunks)
 
-    def send(self, slot: int, nbytes: int, url: str) -> None:
+    def send(self, chunks: Sequence[Chunk], url: str) -> None:
         """See `Transport.send`."""
         assert self._groups is not None, "engines have not been told of it"
-        self._groups.broadcast(self._engines[url], self.buffer(slot, nbytes))
+        self._groups.broadcast(self._engines[url], chunks)
 
     def disconnect(self, urls: Iterable[str]) -> None:
         """See `Transport.disconnect`."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from rltrain.weights.buckets import Chunk
 from rltrain.weights.page_lock import lock_pages, unlock_pages
 from rltrain.weights.sources import Memory, Reader, Source
 
@@ -44,8 +45,10 @@ class SharedMemory:
 class SharedMemoryTransport:
     """See `rltrain.weights.rounds.Transport`."""
 
+    slots = 3
     sends = False
     in_order = False
+    in_place = False
 
     def __init__(self) -> None:
         self._memory: list[SharedMemory] = []
@@ -53,18 +56,18 @@ class SharedMemoryTransport:
     def connect(self, engines: Mapping[str, Reader]) -> None:
         """See `Transport.connect`."""
         if not self._memory:
-            self._memory = [SharedMemory(), SharedMemory()]
+            self._memory = [SharedMemory() for _ in range(self.slots)]
 
     def buffer(self, slot: int, nbytes: int) -> Tensor:
         """See `Transport.buffer`."""
         self._memory[slot].grow(nbytes)
         return self._memory[slot].buffer
 
-    def source(self, slot: int, nbytes: int) -> Source:
+    def source(self, slot: int, chunks: Sequence[Chunk]) -> Source:
         """See `Transport.source`."""
         return self._memory[slot].source
 
-    def send(self, slot: int, nbytes: int, url: str) -> None:
+    def send(self, chunks: Sequence[Chunk], url: str) -> None:
         """Nothing: engines read it where it is."""
 
     def disconnect(self, urls: Iterable[str]) -> None:
