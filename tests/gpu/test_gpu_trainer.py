@@ -25,8 +25,10 @@ from helpers.megatron import (
 )
 from model.test_families import SWITCHES
 from on_gpu import CPU_ONLY, EVERYWHERE, environment, needs_gpu, report
+from training.test_megatron_shared_prompts import GROUPS, grouped_batch, layout_flags
 
 from rltrain.arguments.config import Config
+from rltrain.data.batch import TrainBatch
 from rltrain.models.families import FAMILIES
 
 pytestmark = pytest.mark.slow
@@ -57,9 +59,9 @@ SPEED_SHAPES: dict[str, dict[str, Any]] = {
 ROOM = {"tiny": 0.0, "0.5B": 20e9, "1.7B": 60e9}  # bytes of a GPU, with room for logits
 
 
-def steps(configs: dict[str, Config], work: Path) -> dict[str, dict[str, Any]]:
+def steps(configs: dict[str, Config], work: Path, batch: TrainBatch) -> dict[str, dict[str, Any]]:
     """What the trainer makes of one rollout, for each configuration."""
-    return {name: step(name, each, work / name) for name, each in configs.items()}
+    return {name: step(name, each, work / name, batch) for name, each in configs.items()}
 
 
 @contextmanager
@@ -73,10 +75,9 @@ def plain_layers() -> Iterator[None]:
         yield
 
 
-def step(name: str, config: Config, work: Path) -> dict[str, Any]:
+def step(name: str, config: Config, work: Path, batch: TrainBatch) -> dict[str, Any]:
     with plain_layers() if name.endswith("without TransformerEngine") else nullcontext():
         actor = make_actor(config, work)
-        batch = make_batch(8)  # of many lengths, packed together
         before = np.concatenate(log_probs_of(actor, batch))
         metrics = actor.train(0, batch)
         after = np.concatenate(log_probs_of(actor, batch))
@@ -104,8 +105,10 @@ def test_a_step_is_that_of_fp32_on_the_cpu(
     """With packed attention in one call or a call a length, recomputation, and the optimizer sharded or not."""
     model = write_hf_model(tmp_path / "model", SHAPE)
     configs = {name: make_config(model, **changes) for name, changes in CASES.items()}
-    exact = one_rank(monkeypatch, CPU_ONLY, steps, {"fp32": configs["fp32"]}, tmp_path / "exact")["fp32"]
-    found = one_rank(monkeypatch, environment(where), steps, configs, tmp_path / "found")
+    batch = make_batch(8)  # of many lengths, packed together
+    alone = {"fp32": configs["fp32"]}
+    exact = one_rank(monkeypatch, CPU_ONLY, steps, alone, tmp_path / "exact", batch)["fp32"]
+    found = one_rank(monkeypatch, environment(where), steps, configs, tmp_path / "found", batch)
     assert exact["device"] == "cpu" and abs(exact["change"]).max() > 0.05
     for name, each in found.items():
         rounding = 5e-3 if name == "fp32" else 0.15  # TF32 on a GPU
@@ -115,6 +118,29 @@ def test_a_step_is_that_of_fp32_on_the_cpu(
         assert each["grad_norm"] == pytest.approx(exact["grad_norm"], rel=2 * rounding), name
     print(f"{where}: log-probs differ from fp32 on the CPU by at most", end=" ")
     print({name: float(abs(each["log_probs"] - exact["log_probs"]).max()) for name, each in found.items()})
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_shared_prompts_change_nothing(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32, and in bf16 with the kernel for sequences of any lengths, beside TransformerEngine's and without it."""
+    model = write_hf_model(tmp_path / "model", SHAPE)
+    kinds = {"fp32": {}, "bf16": BF16, "bf16, without TransformerEngine": BF16}
+    shared, separate = (
+        {
+            name: make_config(model, **(layout_flags(share, 120, **flags) | {"random_init": False}))
+            for name, flags in kinds.items()
+        }
+        for share in (True, False)
+    )
+    batch = grouped_batch(GROUPS)
+    ours, theirs = (
+        one_rank(monkeypatch, environment(where), steps, each, tmp_path / name, batch)
+        for name, each in (("shared", shared), ("separate", separate))
+    )
+    for name, each in ours.items():
+        rounding = 1e-4 if name == "fp32" and where == "cpu" else 5e-3 if name == "fp32" else 0.15
+        assert abs(each["log_probs"] - theirs[name]["log_probs"]).max() < rounding, name
+        assert each["grad_norm"] == pytest.approx(theirs[name]["grad_norm"], rel=2 * rounding), name
 
 
 def parameters(configs: dict[str, Config], work: Path) -> list[dict[str, Any]]:

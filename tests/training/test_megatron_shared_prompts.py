@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,51 @@ def test_sharing_changes_nothing(
         patch.setattr(prefix_attention, "_SMALL", 60 if seed % 2 else 256)
         shared = gradients(models, config.replace(**layout_flags(True, budget)), shape, batch)
     assert_equal(shared, separate)
+
+
+def test_beside_kernels_for_whole_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TransformerEngine's know of no shared beginnings; plain torch stands in for them here."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from rltrain.megatron.model.attention import PackedAttention
+    from rltrain.megatron.model.layers.te_attention import sharing_attention
+    from rltrain.megatron.model.specs import TorchSpecProvider
+    from rltrain.megatron.training import share
+
+    init_single_process()
+    calls = {"attention": 0, "angles": 0}
+
+    class WholeSequencesOnly(PackedAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            calls["attention"] += 1
+            assert kwargs["packed_seq_params"].calls is None
+            return super().forward(*args, **kwargs)
+
+    def rotate(t: torch.Tensor, offsets: torch.Tensor, angles: torch.Tensor, **_: Any) -> torch.Tensor:
+        calls["angles"] += 1
+        own = torch.cat([angles[: end - start] for start, end in itertools.pairwise(offsets.tolist())])
+        return rope_utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), own).squeeze(1)
+
+    config = make_config(
+        write_config(tmp_path, tiny_config(max_position_embeddings=512)), **layout_flags(True, 90)
+    )
+    core = sharing_attention(WholeSequencesOnly)
+    monkeypatch.setattr(TorchSpecProvider, "core_attention", lambda self: core)
+    models, shape = built(config)
+    assert not [name for name in models[0].state_dict() if "core_attention" in name]
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", rotate)
+    models[0].module.config.apply_rope_fusion = True
+    batch = grouped_batch(GROUPS)
+    separate = gradients(models, config.replace(share_prompts=False), shape, batch)
+    assert calls["attention"] and calls["angles"]
+    assert_equal(gradients(models, config, shape, batch), separate)
+
+    monkeypatch.setattr(share, "use_transformer_engine", lambda: True)
+    unasked = config.replace(share_prompts=None)
+    assert share.RankShare(unasked, shape, batch).num_shared()
+    few = grouped_batch([(20, [90, 80, 90], 0), (9, [60], 0)])  # one tenth is shared
+    assert not share.RankShare(unasked, shape, few).num_shared()
+    assert share.RankShare(config, shape, few).num_shared()
 
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}

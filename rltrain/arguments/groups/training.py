@@ -37,7 +37,7 @@ class Training:
     balance_by_flops: bool = flag("even shares of arithmetic, not of tokens: long samples cost more", False)
     share_prompts: bool | None = flag(
         "what samples of a micro-batch have in common at their beginnings goes through the model once"
-        " (default: where it is exact)",
+        " (default: where it is exact; with TransformerEngine, where it saves a quarter of a rollout's tokens)",
         owner="slurmlime",
     )
     only_train_params_name_list: list[str] | None = flag(

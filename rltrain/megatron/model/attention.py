@@ -105,10 +105,14 @@ class PackedSequences(PackedSeqParams):
         positions = np.concatenate(
             [np.arange(end - own, end) for own, end in zip(lengths, seen, strict=True)]
         )
+        # For rotary embeddings it is one sequence: their angles are looked up for every token (`forward_backward`).
+        whole = torch.tensor([0, sum(lengths)], dtype=torch.int32, device=device)
         return cls(
             qkv_format="thd",
             cu_seqlens_q=offsets,
             cu_seqlens_kv=offsets,
+            cu_seqlens_q_padded=whole,
+            cu_seqlens_kv_padded=whole,
             max_seqlen_q=max(seen),
             max_seqlen_kv=max(seen),
             lengths=tuple(lengths),

@@ -44,6 +44,7 @@ from rltrain.megatron.model.layers.norms import (
     RMSNorm,
     WholeRMSNorm,
 )
+from rltrain.megatron.model.layers.te_attention import sharing_attention
 from rltrain.megatron.versions import experts_builder, with_submodules
 from rltrain.models.families.family import Family
 from rltrain.models.linear import LinearAttention
@@ -88,6 +89,8 @@ def decoder_spec(
     else:
         spec = _torch_block_spec(config, stage)
     layers = list(spec.layer_specs or [])
+    if use_transformer_engine() and not config.multi_latent_attention:
+        layers = [_with_shared_beginnings(each) for each in layers]
     if soft_cap is not None:
         layers = [_with_soft_cap(each, soft_cap) for each in layers]
     if residual != 1:
@@ -118,6 +121,15 @@ def _of_family(layer: ModuleSpec, config: TransformerConfig, family: Family, nor
     if family.post_norms:
         layer = replace(layer, module=PostNormLayer, params={**layer.params, "norm": norm})
     return layer
+
+
+def _with_shared_beginnings(layer: ModuleSpec) -> ModuleSpec:
+    """TransformerEngine's layer, whose attention also takes samples that share their beginnings."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    core = sharing_attention(TEDotProductAttention)
+    attention = with_submodules(layer.submodules.self_attention, core_attention=core)
+    return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
 
 
 def _with_linear_attention(layer: ModuleSpec, sizes: LinearAttention) -> ModuleSpec:

@@ -32,6 +32,9 @@ from rltrain.megatron.training.micro_batch import (
 )
 from rltrain.models.lengths import check_sequences
 
+# Of a rollout's tokens, with TransformerEngine: its attention takes less time a token than the one that shares.
+_LEAST_SHARE = 0.25
+
 
 class RankShare:
     """Every rank is given the whole batch and computes the same plan; this is its own part of it.
@@ -68,11 +71,7 @@ class RankShare:
             or config.parallel.num_layers_per_virtual_pipeline_stage
         )
         self._multiple = config.parallel.pipeline_model_parallel_size if virtual else 1
-        self.prefixes = (
-            Prefixes.none(len(batch))
-            if kept_separate(config, shape)
-            else Prefixes.of([each[:-1] for each in batch.tokens])
-        )
+        self.prefixes = _prefixes(config, shape, batch)
         self._lengths = [self._split.padded(computed_length(tokens)) for tokens in batch.tokens]
         self.has_adapters = config.lora.lora_rank > 0
         self._steps = batch.steps(config.training.num_steps_per_rollout)
@@ -259,14 +258,29 @@ def kept_separate(config: Config, shape: ModelShape) -> str | None:
         return "latent attention does not know of it"
     if shape.linear is not None:
         return "what linear attention has seen of a prompt can't go on to several samples"
-    return "TransformerEngine's attention does not know of it" if use_transformer_engine() else None
+    return None
+
+
+def _prefixes(config: Config, shape: ModelShape, batch: TrainBatch) -> Prefixes:
+    """What this rollout's samples share; nothing where that is not exact, or would not be worth it."""
+    if kept_separate(config, shape):
+        return Prefixes.none(len(batch))
+    prefixes = Prefixes.of([each[:-1] for each in batch.tokens])
+    asked = config.training.share_prompts is not None
+    least = _LEAST_SHARE * sum(map(len, batch.tokens))
+    if use_transformer_engine() and not asked and prefixes.shared(range(len(batch))) < least:
+        return Prefixes.none(len(batch))
+    return prefixes
 
 
 def describe_sharing(config: Config, shape: ModelShape) -> str:
     """Whether prompts are shared, for the trainer's log."""
     reason = kept_separate(config, shape)
     if reason is None:
-        return "prompts: what samples of a micro-batch have in common at their beginnings is computed once"
+        once = "prompts: what samples of a micro-batch have in common at their beginnings is computed once"
+        if use_transformer_engine() and config.training.share_prompts is None:
+            once += f", in rollouts where that is at least {_LEAST_SHARE:.0%} of all tokens"
+        return once
     return f"prompts: computed for every sample ({reason})"
 
 
