@@ -193,5 +193,9 @@ def test_waiting_job_starts_the_roles(layout: RunLayout, tiny_model: Path, idle_
         return [(record["attempt"], record["step"]) for record in records]
 
     until(lambda: (1, 1) in steps(), 240, "two steps of the second attempt")
+    idle_cluster.run("scontrol", "requeue", job)
+    until(lambda: steps()[-1][0] == 2, 240, "a step of the requeued attempt")
+    own = [step for attempt, step in steps() if attempt]
+    assert own == list(range(len(own)))  # it went on from what the second attempt had saved
     idle_cluster.run("scancel", "--batch", "--signal=INT", job)
     until(lambda: json.loads(layout.status.read_text())["phase"] == "stopped", 60, "the stop")

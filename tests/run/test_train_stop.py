@@ -30,11 +30,12 @@ def make_job(monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setattr(job_module, "on_rank_0", lambda call: call())
     monkeypatch.setattr(job_module, "table_of_rank_0", lambda table: table)
     monkeypatch.setattr(job_module.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(job_module, "Tracker", lambda *_: None)
 
     def make(generate: object, stop: str | None = None) -> Job:
-        job = job_module.Job.__new__(job_module.Job)
+        registry = SimpleNamespace(stop_requested=lambda: stop)
+        job = job_module.Job(None, SimpleNamespace(layout=None, attempt=1), registry)  # type: ignore[arg-type]
         job._rollout = SimpleNamespace(generate=generate, eval=generate)  # type: ignore[assignment]
-        job._registry = SimpleNamespace(stop_requested=lambda: stop)  # type: ignore[assignment]
         return job
 
     return make
