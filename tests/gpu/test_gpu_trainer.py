@@ -59,9 +59,14 @@ SPEED_SHAPES: dict[str, dict[str, Any]] = {
 ROOM = {"tiny": 0.0, "0.5B": 20e9, "1.7B": 60e9}  # bytes of a GPU, with room for logits
 
 
-def steps(configs: dict[str, Config], work: Path, batch: TrainBatch) -> dict[str, dict[str, Any]]:
-    """What the trainer makes of one rollout, for each configuration."""
-    return {name: step(name, each, work / name, batch) for name, each in configs.items()}
+def steps(configs: dict[str, Config], work: Path) -> dict[str, dict[str, Any]]:
+    """What the trainer makes of one rollout, of many lengths that are packed together, for each configuration."""
+    return {name: step(name, each, work / name, make_batch(8)) for name, each in configs.items()}
+
+
+def steps_of_groups(configs: dict[str, Config], work: Path) -> dict[str, dict[str, Any]]:
+    """The same of samples that share their beginnings."""
+    return {name: step(name, each, work / name, grouped_batch(GROUPS)) for name, each in configs.items()}
 
 
 @contextmanager
@@ -105,10 +110,9 @@ def test_a_step_is_that_of_fp32_on_the_cpu(
     """With packed attention in one call or a call a length, recomputation, and the optimizer sharded or not."""
     model = write_hf_model(tmp_path / "model", SHAPE)
     configs = {name: make_config(model, **changes) for name, changes in CASES.items()}
-    batch = make_batch(8)  # of many lengths, packed together
     alone = {"fp32": configs["fp32"]}
-    exact = one_rank(monkeypatch, CPU_ONLY, steps, alone, tmp_path / "exact", batch)["fp32"]
-    found = one_rank(monkeypatch, environment(where), steps, configs, tmp_path / "found", batch)
+    exact = one_rank(monkeypatch, CPU_ONLY, steps, alone, tmp_path / "exact")["fp32"]
+    found = one_rank(monkeypatch, environment(where), steps, configs, tmp_path / "found")
     assert exact["device"] == "cpu" and abs(exact["change"]).max() > 0.05
     for name, each in found.items():
         rounding = 5e-3 if name == "fp32" else 0.15  # TF32 on a GPU
@@ -132,9 +136,8 @@ def test_shared_prompts_change_nothing(where: str, tmp_path: Path, monkeypatch: 
         }
         for share in (True, False)
     )
-    batch = grouped_batch(GROUPS)
     ours, theirs = (
-        one_rank(monkeypatch, environment(where), steps, each, tmp_path / name, batch)
+        one_rank(monkeypatch, environment(where), steps_of_groups, each, tmp_path / name)
         for name, each in (("shared", shared), ("separate", separate))
     )
     for name, each in ours.items():
