@@ -10,7 +10,8 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -121,6 +122,18 @@ def hide_kernels_that_need_a_driver() -> None:
     """
     if driver_cuda() is None:
         sys.modules.setdefault("flash_mla", None)  # type: ignore[arg-type]
+
+
+@contextmanager
+def hidden(*packages: str) -> Iterator[None]:
+    """Within, to import them is an ImportError, unless they were imported before; for libraries that look for them."""
+    new = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(new))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in new:
+            del sys.modules[name]
 
 
 def compile_nothing_without_a_driver() -> None:

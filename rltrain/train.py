@@ -28,7 +28,6 @@ from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_REQUEUE, run_main
 from rltrain.run.lifeline import end_without_supervisor
 from rltrain.run.role import Registry, RoleContext
 from rltrain.run.timing import Timers
-from rltrain.validation import ValidationLoss
 
 
 def train(config: Config, actor: MegatronTrainActor, job: Job) -> int:
@@ -93,6 +92,9 @@ def validation(config: Config, actor: MegatronTrainActor) -> Callable[[], dict[s
     """How the evaluation sets are evaluated without engines; None where engines do it, or there are no sets."""
     if not (config.debug.debug_train_only and config.evaluation.eval_interval):
         return None
+    # Late, as what asks engines comes with it, which the trainer of another run does not need.
+    from rltrain.validation import ValidationLoss
+
     loss = ValidationLoss(config, actor.shape)
     return lambda: loss.measure(actor.policy)
 

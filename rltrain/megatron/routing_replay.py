@@ -18,10 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.transformer.moe.router import TopKRouter
 from numpy.typing import NDArray
 from torch import Tensor
+
+from rltrain.packages import hidden
+
+# Megatron-core's own engine would use them: a tenth of a rank's start, and with FlashInfer, as beside SGLang, a third.
+with hidden("wandb", "flashinfer"):
+    import megatron.core.models.gpt  # noqa: F401
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.router import TopKRouter
 
 from rltrain.megatron.model.context_parallel import gather_outputs
 from rltrain.megatron.model.names import HEAD

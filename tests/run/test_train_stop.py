@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -326,3 +328,15 @@ def test_an_answer_that_timed_out_is_an_error_and_no_reason_to_wait_on() -> None
     registry = SimpleNamespace(stop_requested=lambda: None)
     with pytest.raises(TimeoutError, match="node is gone"):
         waiting.unless_stopped(registry, times_out, 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_rank_starts_without_wandb_and_what_asks_engines_and_can_import_them_later() -> None:
+    code = """
+import rltrain.train, sys
+print([name for name in ("wandb", "flashinfer", "aiohttp", "transformers") if name in sys.modules])
+import wandb
+print(wandb.__name__)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\nwandb\n", done.stdout + done.stderr
