@@ -6,7 +6,6 @@ An engine that spans nodes is one such process per node. The first serves; the o
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from rltrain import arguments
 from rltrain.arguments.config import Config
 from rltrain.arguments.fleet import engine_specs, engines_load_alone, models
 from rltrain.run.errors import UserError
+from rltrain.run.files import read_object
 from rltrain.run.http import HttpError, host_and_port
 from rltrain.run.processes import reserve_port
 from rltrain.run.role import Registry, RoleContext
@@ -83,8 +83,7 @@ def cpu_threads(config: Config, server_args: Mapping[str, Any]) -> int:
 def _hf_config(server_args: Mapping[str, Any]) -> dict[str, Any]:
     """The model's `config.json`; empty where it is not on this machine."""
     file = Path(server_args["model_path"]) / "config.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return found
+    return read_object(file) if file.is_file() else {}
 
 
 def refuse_soft_caps(server_args: Mapping[str, Any]) -> None:

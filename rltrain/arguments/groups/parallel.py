@@ -26,7 +26,7 @@ class Parallel:
         metavar="N",
         at_least=1,
     )
-    num_gpus_per_node: int = flag("GPUs per node (default: 8)", 8, metavar="N")
+    num_gpus_per_node: int = flag("GPUs of each node that a Slurm job uses (default: all)", 8, metavar="N")
     distributed_backend: Literal["nccl", "gloo"] | None = flag(
         "backend of torch.distributed (default: nccl with CUDA, else gloo)"
     )

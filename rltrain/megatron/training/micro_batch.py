@@ -254,19 +254,14 @@ def build_micro_batch(
     rows = place_of[at]
     targets = joined([batch.tokens[i][1:] for i in order], np.int64)[at]
     own_tokens = own_positions(lengths, split.context_size, split.context_rank)
-    place = np.full(total, -1)
-    place[own_tokens] = np.arange(len(own_tokens))
+    place = _place_among(own_tokens, total)
     own = np.flatnonzero(place[rows] >= 0)
 
     def tensor(array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    further = None
-    if with_further:
-        mine: list[list[Any]] = [
-            [of[i] for i in order] for of in (batch.tokens, trainable.positions, inputs.weights)
-        ]
-        further = FurtherTokens.of(further_tokens(mine[0], places, *mine[1:]), split, device)
+    of_samples = batch.tokens, trainable.positions, inputs.weights
+    further = _further(of_samples, order, places, split, device) if with_further else None
     return MicroBatch(
         indices=order,
         tokens=tensor(tokens[own_tokens]).unsqueeze(0),
@@ -298,6 +293,25 @@ def _packed(
     if any(len(seen) > length for seen, length in zip(keys, lengths, strict=True)):
         return lengths, PackedSequences.sharing(lengths, keys, families, device)
     return lengths, PackedSequences.from_lengths(lengths, device, split.context_size, split.context_rank)
+
+
+def _further(
+    of_samples: tuple[Sequence[Any], Sequence[Any], Sequence[Any]],
+    order: Sequence[int],
+    places: Sequence[NDArray[np.int64]],
+    split: TokenSplit,
+    device: torch.device,
+) -> FurtherTokens:
+    """Of all samples' tokens, trainable positions and weights."""
+    tokens, positions, weights = ([each[i] for i in order] for each in of_samples)
+    return FurtherTokens.of(further_tokens(tokens, places, positions, weights), split, device)
+
+
+def _place_among(kept: NDArray[np.int64], total: int) -> NDArray[np.int64]:
+    """Where each of `total` tokens is among the `kept` ones; -1 for the others."""
+    place = np.full(total, -1)
+    place[kept] = np.arange(len(kept))
+    return place
 
 
 def _starts(places: Sequence[NDArray[np.int64]]) -> list[int]:
