@@ -63,6 +63,16 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `rltrain.demo.assets` writes; a test that writes there copies it first."""
+    from rltrain.demo.assets import write_assets
+
+    directory = tmp_path_factory.mktemp("demo") / "demo"
+    write_assets(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One tiny Qwen3 for all tests of the trainer, with random weights; no test may write to it."""
     from helpers.megatron import init_single_process, tiny_config, write_hf_model

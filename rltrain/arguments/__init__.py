@@ -7,10 +7,12 @@ process of the job.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import tomllib
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +36,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if isinstance(value, list | dict):  # perhaps the default, which the next one gets, too
+                setattr(found, name, copy.copy(value))
+        return found, unknown
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +72,14 @@ def parse(argv: list[str]) -> Config:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """A parser of every training flag, which raises `UserError`."""
+    """A parser of every training flag, which raises `UserError`. It is made once, which takes longer than to parse."""
+    megatron = find_megatron_lm()
+    return _parser_with(megatron.root if megatron else None)
+
+
+@cache
+def _parser_with(megatron_lm: Path | None) -> argparse.ArgumentParser:
+    """One for each Megatron-LM whose flags `add_flags` finds."""
     parser = _Parser(allow_abbrev=False, add_help=False, argument_default=None)
     add_flags(parser)
     return parser

@@ -108,7 +108,9 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("how", FAILURES)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=[pytest.mark.slow] if how == "hang" else []) for how in FAILURES]
+)
 def test_an_agent_s_own_failure_is_a_sample_with_its_reason(rollout: Any, how: str) -> None:
     do, failure, status = FAILURES[how]
     seconds = "8" if how == "hang" else "60"
@@ -176,6 +178,7 @@ async def answering(session: Session, sample: Sample) -> Any:
     return {"text": done.choices[0].message.content, "number": 0.25, "nothing": None}[sample.metadata["do"]]
 
 
+@pytest.mark.slow
 def test_a_function_is_an_agent_too(rollout: Any) -> None:
     flags = ("--agent-function-path", "test_agent_rollout.answering")
     (sample,), _ = rollout("text", *flags, says=["42"])
@@ -188,8 +191,8 @@ def test_a_function_is_an_agent_too(rollout: Any) -> None:
     for do, failure in failures.items():
         (sample,), _ = rollout(do, *flags)
         assert failure in sample.metadata["agent"]["failure"] and sample.reward == 0
-    (sample,), _ = rollout("hang", *flags, "--agent-timeout", "5")
-    assert "it took longer than 5 s" in sample.metadata["agent"]["failure"] and sample.reward == 0
+    (sample,), _ = rollout("hang", *flags, "--agent-timeout", "1")
+    assert "it took longer than 1 s" in sample.metadata["agent"]["failure"] and sample.reward == 0
 
 
 WRONG = {

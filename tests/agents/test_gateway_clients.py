@@ -194,6 +194,7 @@ async def run_tools(anthropic: Any, client: Any, session: Session, engine: Scrip
     assert (second.parent, second.origin) == (first.turn, "append")
 
 
+@pytest.mark.slow
 def test_anthropics_messages(gateway_config: Config, parsers: Parsers) -> None:
     anthropic = pytest.importorskip("anthropic")
     tool = {"name": "add", "description": "adds", "input_schema": ADD["function"]["parameters"]}

@@ -16,6 +16,7 @@ def digest(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 def test_the_same_arguments_write_the_same_bytes(short_runs: Path, tmp_path: Path) -> None:
     demo_data.write_demo(tmp_path / "again", steps=12)
     assert digest(tmp_path / "again") == digest(short_runs)

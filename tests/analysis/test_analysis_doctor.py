@@ -20,6 +20,7 @@ def runs(recorded_runs: Path) -> Runs:
     return load_runs(recorded_runs)
 
 
+@pytest.mark.slow
 def test_the_doctor_finds_what_was_put_in(runs: Runs) -> None:
     found = {run.name: {finding.name for finding in run.doctor()} for run in runs}
     assert {"kl-spike-after-resume", "lost-steps"} <= found["baseline"]

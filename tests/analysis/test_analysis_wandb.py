@@ -55,6 +55,7 @@ def files(directory: Path) -> list[Path]:
     return sorted(directory.glob("wandb/offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 def test_attempts_are_put_together(offline: Path) -> None:
     run = load_wandb(offline, strict=True)
     assert run.name == "näme"
@@ -73,6 +74,7 @@ def test_attempts_are_put_together(offline: Path) -> None:
         assert len(frame) == 0
 
 
+@pytest.mark.slow
 def test_a_file_that_is_cut_off_anywhere_gives_its_beginning(offline: Path, tmp_path: Path) -> None:
     path = files(offline)[0]
     whole = path.read_bytes()
@@ -85,6 +87,7 @@ def test_a_file_that_is_cut_off_anywhere_gives_its_beginning(offline: Path, tmp_
     assert 0 < rows[20] < rows[-1] <= 150
 
 
+@pytest.mark.slow
 def test_space_reserved_at_the_end_is_no_damage(offline: Path, tmp_path: Path) -> None:
     shutil.copy(files(offline)[0], tmp_path / "run-abc.wandb")
     with (tmp_path / "run-abc.wandb").open("ab") as file:
@@ -92,6 +95,7 @@ def test_space_reserved_at_the_end_is_no_damage(offline: Path, tmp_path: Path) -
     assert len(load_wandb(tmp_path, strict=True).steps) == 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("byte", range(8), ids=["crc"] * 4 + ["length"] * 2 + ["kind", "body"])
 def test_a_damaged_file_is_named(offline: Path, tmp_path: Path, byte: int) -> None:
     content = bytearray(files(offline)[0].read_bytes())
@@ -111,6 +115,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
         load_wandb(path, strict=True)
 
 
+@pytest.mark.slow
 def test_the_records_are_those_of_wandbs_own_parser(offline: Path) -> None:
     from wandb.proto import wandb_internal_pb2
 
@@ -148,6 +153,7 @@ def test_fields_reads_what_protobuf_writes() -> None:
     assert read_history([record.SerializeToString()] * 3) == {"x": [0.5] * 3, "a.b": [[1, 300]] * 3}
 
 
+@pytest.mark.slow
 def test_several_runs_ask_which(offline: Path, tmp_path: Path) -> None:
     shutil.copytree(offline, tmp_path / "w", symlinks=True)
     one = files(tmp_path / "w")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,11 +138,9 @@ def test_paths_do_not_depend_on_the_working_directory(
 
 
 @pytest.fixture
-def inputs(tmp_path: Path) -> dict[str, Path]:
+def inputs(demo_assets: Path, tmp_path: Path) -> dict[str, Path]:
     """A model directory and a prompt file that pass every check."""
-    from rltrain.demo.assets import write_assets
-
-    write_assets(tmp_path / "demo")
+    shutil.copytree(demo_assets, tmp_path / "demo")
     return {"model": tmp_path / "demo/model", "prompts": tmp_path / "demo/train.jsonl"}
 
 

@@ -101,6 +101,7 @@ def test_a_time_needs_no_quotes() -> None:
     assert flags.from_toml("time = 12:00:00", "r.toml") == {"time": ["12:00:00"]}
 
 
+@pytest.mark.slow
 @given(st.dictionaries(NAMES, VALUES, max_size=4))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_command_line_and_toml_bring_flags_back(given_flags: flags.Flags) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -54,6 +55,16 @@ def test_the_configuration_goes_to_slimes_args_and_back() -> None:
     assert Config.of(args) == config and Config.of(args).namespace is args
     args.lr = 0.5  # as a function of a user may
     assert Config.of(args).optimizer.lr == 0.5 and config.optimizer.lr == 1e-6
+
+
+def test_what_a_function_adds_to_a_default_is_not_there_for_the_next_configuration() -> None:
+    before = copy.deepcopy(arguments.parse(BASE).values())
+    for value in vars(arguments.parse(BASE).namespace).values():
+        if isinstance(value, list):
+            value.append("mine")
+        elif isinstance(value, dict):
+            value["mine"] = "too"
+    assert arguments.parse(BASE).values() == before
 
 
 def test_what_the_custom_file_adds_is_there_for_functions_of_users(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_events_of_the_wrong_type(tmp_path: Path) -> None:
     assert events["kind"].tolist() == ["c"] and events["attempt"].isna().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", ["response", "tokens.list.element", "metadata"])
 def test_a_damaged_column_costs_its_texts_only(short_runs: Path, tmp_path: Path, column: str) -> None:
     root = tmp_path / "fast"

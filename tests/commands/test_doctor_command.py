@@ -76,10 +76,18 @@ def test_command_line_with_a_run_that_is_fine(
         ),
     ],
 )
-def test_what_would_fail_is_one_line_and_exit_code_1(tmp_path: Path, words: list[str], said: str) -> None:
-    done = run_doctor(tmp_path, *words)
-    assert (done.returncode, done.stderr) == (1, "")
-    lines = [" ".join(line.split()) for line in done.stdout.splitlines() if line.startswith("FAIL")]
+def test_what_would_fail_is_one_line_and_exit_code_1(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+    code, (out, err) = main(words), capsys.readouterr()
+    assert (code, err) == (1, "")
+    lines = [" ".join(line.split()) for line in out.splitlines() if line.startswith("FAIL")]
     assert any(re.search(said, line) for line in lines)
 
 

@@ -253,6 +253,7 @@ def test_documented_code_compiles_and_its_imports_are_there(block: Block) -> Non
 NEEDS_MORE = {"load_wandb(": "W&B's files: tests/analysis/test_analysis_wandb.py"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "analysis/README.md"])
 def test_documented_analysis_runs_on_a_run(
     page: str, short_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

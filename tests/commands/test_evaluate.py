@@ -20,7 +20,6 @@ from hpc.runs.live_view import describe_step, panel
 from hpc.runs.progress import RunState
 from hpc.runs.summary import summary_rows
 from hpc.submitting import start_run
-from rltrain.demo.assets import write_assets
 from rltrain.run.errors import UserError
 from rltrain.run.layout import RunLayout
 
@@ -131,10 +130,11 @@ def test_one_name_is_one_evaluation_of_a_step(tmp_path: Path) -> None:
         evaluate("demo", runs_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_set_that_is_missing_and_the_script_of_a_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    demo_assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_assets(tmp_path / "data")
+    shutil.copytree(demo_assets, tmp_path / "data")
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))  # no Slurm
     model, prompts = str(tmp_path / "data/model"), str(tmp_path / "data/train.jsonl")

@@ -72,6 +72,7 @@ def test_no_gpu_no_gpu_hours(tmp_path: Path) -> None:
     assert seen.gpus == 3 and JobPlan((), "het").gpus is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [6, 20, 35])
 def test_many_runs_in_one_view(tmp_path: Path, count: int) -> None:
     for i in range(count):
@@ -163,6 +164,7 @@ def test_shared_machines_have_no_idle_gpus(tmp_path: Path) -> None:
     assert "idle-roles" not in {finding.name for finding in load_run(layout.root).doctor()}
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_readme(short_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each does what it says, as it stands there; `serve` and `hpc.evaluate` only get their words."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()

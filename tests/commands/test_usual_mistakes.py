@@ -18,15 +18,14 @@ from rltrain.arguments import flags
 from rltrain.arguments.config import Config
 from rltrain.arguments.recipes import read_recipe
 from rltrain.data.prompt_file import Prompt, PromptFile
-from rltrain.demo.assets import write_assets
 from rltrain.inputs import check_imports, check_inputs
 from rltrain.run.errors import UserError
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(demo_assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory: a model, prompts, a file and a folder of no use."""
-    write_assets(tmp_path / "demo")
+    shutil.copytree(demo_assets, tmp_path / "demo")
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -137,6 +136,7 @@ def reward(args, sample):
 """
 
 
+@pytest.mark.slow
 def test_a_package_that_a_reward_imports_and_nobody_has(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

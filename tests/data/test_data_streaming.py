@@ -88,6 +88,7 @@ def test_blank_lines_and_windows_do_not_shift_the_lines(tmp_path: Path) -> None:
     assert [each.prompt for each in PromptFile(f"{path}@[:-1]", "input")] == ["a", "é"]
 
 
+@pytest.mark.slow
 def test_a_shuffled_epoch_goes_on_exactly_where_it_stopped(large: dict[str, str], make_args: Any) -> None:
     config = make_args("--prompt-data", large["jsonl"], "--rollout-shuffle", "--rollout-seed", "7")
     unbroken, first = RolloutDataSource(config.namespace), RolloutDataSource(config.namespace)

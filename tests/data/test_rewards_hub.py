@@ -104,6 +104,7 @@ def test_dapo(response: str, score: float, pred: str) -> None:
     assert (result["score"], result["pred"], result["acc"]) == (score, pred, float(score > 0))
 
 
+@pytest.mark.slow
 def test_reasoning_gym_asks_the_tasks_own_verifier() -> None:
     import reasoning_gym
 

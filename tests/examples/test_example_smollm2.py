@@ -72,6 +72,7 @@ def test_prompts_are_the_same_again_and_splits_are_disjoint(prompts: Path, tmp_p
     assert len({*train, *held_out}) == 192 + 24
 
 
+@pytest.mark.slow
 def test_the_verifier_takes_the_label_and_refuses_another_answer(prompts: Path) -> None:
     reward = load_function("examples.smollm2.reward.reward", flag="--custom-rm-path")
     tasks = set()

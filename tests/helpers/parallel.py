@@ -76,6 +76,15 @@ GROUPS = (
 )  # fmt: skip
 _ORDER = {name: index for index, group in enumerate(GROUPS) for name in group}
 
+# Where only quick tests run, one process alone imports what those of these folders and files need, and makes what they
+# share: that takes longer than most of them. All others are for whoever is free.
+QUICK_GROUPS = (
+    ("agents", "rollout", "engines", "data", "model", "test_doctor_command", "test_hpc_doctor_memory",
+     "test_hpc_recorded_run", "test_demo_task"),  # transformers, SGLang, megatron-core
+    ("analysis", "pages", "commands"),  # matplotlib, plotly, the demo's runs
+)  # fmt: skip
+_QUICK_ORDER = {name: index for index, group in enumerate(QUICK_GROUPS) for name in group}
+
 
 _OF_MODULE = re.compile(r"^pytestmark = .*", re.MULTILINE)
 
@@ -105,18 +114,33 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.enable()
 
 
+def _only_quick(config: pytest.Config) -> bool:
+    return "not slow" in config.option.markexpr
+
+
+def _quick_group(file: PurePath) -> int | None:
+    return _QUICK_ORDER.get(file.stem, _QUICK_ORDER.get(file.parent.name))
+
+
 class ByGroup(LoadScopeScheduling):
     """A process that is free takes the next group, in the order in which the tests were collected."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = PurePath(nodeid.partition("::")[0])
+        if _only_quick(self.config):
+            quick = _quick_group(file)
+            return str(file) if quick is None else QUICK_GROUPS[quick][0]
         index = _ORDER.get(file.stem)
         return str(file) if index is None else GROUPS[index][0]
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Every group together, the longest first."""
+    if _only_quick(config):
+        group = {path: _quick_group(path) for path in {item.path for item in items}}
+        items.sort(key=lambda item: len(QUICK_GROUPS) if group[item.path] is None else group[item.path])
+        return
     slow = {
         item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("slurm")
     }

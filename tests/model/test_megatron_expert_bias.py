@@ -26,6 +26,8 @@ EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 16,
     "first_k_dense_replace": 1,
 }
+pytestmark = pytest.mark.slow
+
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 

@@ -239,6 +239,7 @@ def test_another_data_source(custom: Any, make_args: Any) -> None:
     assert set(table["group_index"].to_pylist()) == {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 def test_samples_of_a_prompt_can_be_graded_together(custom: Any, make_args: Any) -> None:
     _, samples = run_rollout(make_args("--group-rm", "--custom-rm-path", path("group_reward")))
     assert [sample.reward for sample in samples] == [0, 1] * 4

@@ -202,12 +202,14 @@ def test_a_function_that_sets_the_reward_needs_no_reward_flag(functions: None, m
         check_inputs(make_args("--random-init").replace(rm_type=None))
 
 
+@pytest.mark.slow
 def test_a_sample_may_name_its_own_reward(functions: None, make_args: Any) -> None:
     _, samples = run_rollout(generating(make_args, "per_sample"))
     assert [sample.reward for sample in samples[1::2]] == [0.75] * 4
     assert all(sample.reward != 0.75 for sample in samples[::2])
 
 
+@pytest.mark.slow
 def test_a_function_may_ask_for_the_reward_of_the_flags(functions: None, make_args: Any) -> None:
     _, samples = run_rollout(generating(make_args, "asks", "--custom-rm-path", "slime_functions.constant"))
     assert [sample.reward for sample in samples] == [1.5] * 8
@@ -223,6 +225,7 @@ def table_of(make_args: Any, rollout: str, generate: str, *flags: str) -> pa.Tab
     return with_engine(use, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rollout", ["own_rollout", "one_by_one", "wraps"])
 def test_rollout_functions_that_generate_and_grade(functions: None, make_args: Any, rollout: str) -> None:
     """They make what the default one makes."""
@@ -241,6 +244,7 @@ def test_such_a_function_keeps_rollouts_of_several_samples_together(functions: N
     assert all(reward is not None for reward in rows["reward"].to_pylist())
 
 
+@pytest.mark.slow
 def test_such_a_function_fails_samples_alone_and_grades_groups(functions: None, make_args: Any) -> None:
     together = ("--group-rm", "--custom-rm-path", "slime_functions.of_group", "--max-failed-fraction", "0.5")
     rows = table_of(make_args, "own_rollout", "raises", *together).to_pylist()
@@ -292,6 +296,7 @@ def test_scores_and_counts() -> None:
     assert gatherer.collect() == {"rollout/dynamic_filter/drop_equal": 2}
 
 
+@pytest.mark.slow
 def test_what_a_function_sets_on_args_need_not_be_fit_for_another_process(
     functions: None, make_args: Any
 ) -> None:
@@ -307,6 +312,7 @@ def test_every_name_for_functions_written_for_slime_is_there() -> None:
     assert [verdict.keep for verdict in verdicts] == [True, False]
 
 
+@pytest.mark.slow
 def test_a_dict_reward_reaches_the_function_that_makes_numbers_of_it(functions: None, make_args: Any) -> None:
     dicts = ("--custom-rm-path", "slime_functions.as_dict")
     config = generating(
