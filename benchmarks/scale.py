@@ -7,7 +7,7 @@
   lognormal(5, 0.5), responses of lognormal(6.5, 0.9) tokens, at most 8192 in a micro-batch), for 1 to 4096 ranks; and
   the fullest rank against the bound: the mean, or the longest sample
 - rollout: 32 requests an engine, 8 at a time, lognormal in length, through `collect` on a simulated clock, with a
-  router that takes turns, for 1 to 512 engines; against max(longest response, mean work of an engine)
+  router that takes turns, for 1 to 4096 engines; against max(longest response, mean work of an engine)
 - status: `hpc.status` of up to 5000 runs, whose jobs a Slurm that is a script knows
 - runs: `load_runs` of up to 1000 runs of 100 steps: the tables of runs and of steps, against reading the files as JSON
 - report: the page of a run of up to 1000 steps of 1000 samples with 32 tokens, of which it has 10 000 (400 MB of files)
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 SEED = 0
 RANKS = (1, 8, 64, 512, 4096)
-ENGINES = (1, 8, 64, 512)
+ENGINES = (1, 8, 64, 512, 4096)
 NODES = (1, 10, 100, 1000)
 CAPACITY, GROUP = 8192, 8
 PLACES, GROUPS_AN_ENGINE = 8, 4
