@@ -55,7 +55,7 @@ def main() -> None:
     # whether it makes progress is asked in another way (`rltrain/sglang/health.py`).
     os.environ.setdefault("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION", "0")
     os.environ.update(allocator_settings(os.environ, uses_memory_saver="enable_memory_saver" in server_args))
-    os.environ.update(own_model.settings(os.environ, server_args["model_path"]))
+    os.environ.update(own_model.settings(os.environ, server_args))
     if cpu.has_accelerator():
         run_server(server_args)
     else:

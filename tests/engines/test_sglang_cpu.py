@@ -126,7 +126,7 @@ def test_stand_ins_can_be_imported_and_not_called_and_sglang_imports_the_models_
     others = {file.stem for file in models_of_sglang().glob("*.py")} - {"qwen3", "olmo"}
     environment = {
         **os.environ,
-        **own_model.settings({}, str(tmp_path)),
+        **own_model.settings({}, {"model_path": str(tmp_path)}),
         "SGLANG_DISABLED_MODEL_ARCHS": ",".join(others),
         "CUDA_VISIBLE_DEVICES": "",
     }
@@ -145,7 +145,8 @@ def models_of_sglang() -> Path:
 def test_an_engine_is_told_of_its_own_architecture_unless_the_user_says_what_to_import(
     tmp_path: Path,
 ) -> None:
-    assert own_model.settings({}, str(tmp_path)) == {}
+    args = {"model_path": str(tmp_path)}
+    assert own_model.settings({}, args) == {}
     for content in (
         "{",
         "[]",
@@ -155,11 +156,20 @@ def test_an_engine_is_told_of_its_own_architecture_unless_the_user_says_what_to_
         '{"architectures": [1]}',
     ):
         (tmp_path / "config.json").write_text(content)
-        assert own_model.settings({}, str(tmp_path)) == {}
+        assert own_model.settings({}, args) == {}
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForCausalLM", "Other"]}))
-    assert own_model.settings({}, str(tmp_path))[own_model.ARCHITECTURE] == "Qwen3ForCausalLM"
+    assert own_model.settings({}, args)[own_model.ARCHITECTURES] == "Qwen3ForCausalLM"
     for name in ("SGLANG_EXTERNAL_MODEL_PACKAGE", "SGLANG_DISABLED_MODEL_ARCHS"):
-        assert own_model.settings({name: "mine"}, str(tmp_path)) == {}
+        assert own_model.settings({name: "mine"}, args) == {}
+
+
+def test_an_engine_that_drafts_is_told_of_the_layers_that_do(tmp_path: Path) -> None:
+    heads = {name for name, family in FAMILIES.items() if family.head is not None}
+    for name in heads - {"DeepseekV32ForCausalLM"}:  # SGLang takes V3's
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [name]}))
+        told = own_model.settings({}, {"model_path": str(tmp_path), "speculative_algorithm": "EAGLE"})
+        _, *drafts = told[own_model.ARCHITECTURES].split()
+        assert any(own_model.module_of(draft, models_of_sglang()) for draft in drafts), name
 
 
 def test_every_family_that_sglang_has_is_found_without_importing_it() -> None:

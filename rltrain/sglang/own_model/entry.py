@@ -1,23 +1,26 @@
-"""What SGLang reads: `EntryClass`, the classes of the file that has the architecture. To be imported in an engine."""
+"""What SGLang reads: `EntryClass`, the classes of the files that have the architectures. Import it in an engine."""
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sglang.srt import models
 
-from rltrain.sglang.own_model import ARCHITECTURE, module_of
+from rltrain.sglang.own_model import ARCHITECTURES, module_of
 
 
-def entries(architecture: str) -> Any:
-    """SGLang's classes for it, or none."""
-    for directory in models.__path__:
-        if name := module_of(architecture, Path(directory)):
-            return importlib.import_module(f"{models.__name__}.{name}").EntryClass
-    return []
+def entries(architectures: Sequence[str]) -> list[Any]:
+    """SGLang's classes in the files that have one of them."""
+    found = {module_of(name, Path(directory)) for directory in models.__path__ for name in architectures}
+    classes = [
+        importlib.import_module(f"{models.__name__}.{name}").EntryClass
+        for name in sorted(filter(None, found))
+    ]
+    return [each for group in classes for each in (group if isinstance(group, list) else [group])]
 
 
-EntryClass = entries(os.environ.get(ARCHITECTURE, ""))
+EntryClass = entries(os.environ.get(ARCHITECTURES, "").split())
