@@ -1,7 +1,8 @@
 """`python -m hpc.batch FOLDER`: the command of a batch script. It is submitit's job, with an exit code for other jobs.
 
-A run that was stopped returns its report like a run that is finished. But a job that waits for it to end well
-(`--after`) must not start.
+The job is a child of the batch process (`hpc.keeper`), so that somebody can requeue it when it is killed. A run that
+was stopped returns its report like a run that is finished. But a job that waits for it to end well (`--after`) must
+not start.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hpc.keeper import ChildEnd, keep
 from hpc.signals import hold_warning, release_warning
 from rltrain.run.errors import EXIT_REQUEUE, UserError
 from rltrain.run.files import own_file
 
 _WRITTEN_SECONDS = 60.0
+_BY_SIGNAL = 128  # plus its number: as shells say it
 
 # Modules that the pickled supervisor of an earlier version names, and where their classes are now. Slurm may requeue a
 # job long after it was submitted, and `--chain` has jobs that wait. The oldest version that is listed: 0.1.
@@ -53,6 +56,16 @@ def check_own(pickled: Path) -> None:
         own_file(pickled)
 
 
+def after_kill(pickled: Path, ended: ChildEnd) -> int:
+    """What follows for a job that a signal has ended; returns the exit code."""
+    from submitit.core.utils import DelayedSubmission
+
+    accept_moved_modules()
+    job = DelayedSubmission.load(own_file(pickled)).function
+    is_done = hasattr(job, "after_kill") and job.after_kill(-ended.code, ended.for_memory)
+    return 0 if is_done else _BY_SIGNAL - ended.code
+
+
 def _takes_warnings(pickled: Path) -> bool:
     """Whether the job is a supervisor; of other functions submitit takes the warning of the time limit."""
     from submitit.core.utils import pickle_load
@@ -66,13 +79,18 @@ def _takes_warnings(pickled: Path) -> bool:
 def main() -> NoReturn:
     """Run the job."""
     hold_warning()
+    ended = keep()
+    if ended is not None and not ended.was_killed:
+        sys.exit(ended.code)
     from submitit.core.job_environment import JobEnvironment  # these take seconds on a busy disk
     from submitit.core.submission import process_job
     from submitit.core.utils import pickle_load
 
-    accept_moved_modules()
     os.environ["SUBMITIT_FOLDER"] = sys.argv[1]  # as submitit sets it, too late for us
     paths = JobEnvironment().paths
+    if ended is not None:
+        sys.exit(after_kill(paths.submitted_pickle, ended))
+    accept_moved_modules()
     try:
         check_own(paths.submitted_pickle)
     except UserError as error:

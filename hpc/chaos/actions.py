@@ -170,8 +170,16 @@ class Weather:
         self._slurm("scancel", job)
 
     def _kill_supervisor(self, fault: Fault, job: str) -> None:
-        batch = {supervisor_of(process) for process in processes_of(self._layout.root)} - {None}
-        _signal([pid for pid in batch if pid], signal.SIGKILL)
+        _signal(self._supervisor(), signal.SIGKILL)
+
+    def _kill_batch(self, fault: Fault, job: str) -> None:
+        _signal([_parent(pid)[0] for pid in self._supervisor()], signal.SIGKILL)
+
+    def _supervisor(self) -> list[int]:
+        found = {supervisor_of(process) for process in processes_of(self._layout.root)} - {None}
+        if not found:
+            raise NobodyError("no supervisor that has started a role")
+        return [pid for pid in found if pid]
 
     def _tear_metrics(self, fault: Fault, job: str) -> None:
         _append(self._layout.metrics, _TORN)

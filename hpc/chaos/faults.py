@@ -73,7 +73,8 @@ KINDS = {
     "silence": Kind("slurmctld does not answer for a while", seconds=(0.5, 8.0)),
     "restart-controller": Kind("slurmctld is killed and started again"),
     "cancel": Kind("scancel", needs_a_hand=True),
-    "kill-supervisor": Kind("SIGKILL for the supervisor", needs_a_hand=True),
+    "kill-supervisor": Kind("SIGKILL for the supervisor"),
+    "kill-batch": Kind("SIGKILL for the batch process, which ends the job", needs_a_hand=True),
     "tear-metrics": Kind("the last line of metrics.jsonl is a torn one, as a crash in the middle leaves it"),
     "tear-events": Kind("the last line of events.jsonl is a torn one"),
 }

@@ -242,7 +242,7 @@ def _why_lost(layout: RunLayout) -> str:
     for log in sorted(layout.log_dir(last).glob("*.log")):
         if disk_is_full(last_lines(log, _TAIL_LINES)):
             return f"the disk was full: see {log.name}"
-    return "ended without a word: killed, or its machine died"
+    return "ended without a word: killed, or its machine died; `python -m hpc.resubmit` goes on"
 
 
 def read_submissions(layout: RunLayout) -> tuple[Submission, ...]:

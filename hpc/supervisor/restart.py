@@ -183,7 +183,7 @@ def idle_attempts(events: Iterable[Mapping[str, Any]]) -> int:
     for event in since_submission(events):
         if event.get("kind") == "checkpoint_saved":
             count = 0
-        count += event.get("kind") == "attempt_started"
+        count += event.get("kind") in ("attempt_started", "never_begun")
     return count
 
 

@@ -8,15 +8,16 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
 from hpc.planning.slurm_tables import Value
 from hpc.signals import hold_warning
-from hpc.slurm.client import SlurmClient, SlurmError
+from hpc.slurm.client import SlurmClient, SlurmError, SlurmUnavailableError
 from hpc.slurm.records import JobDetail
 from hpc.slurm.states import JobState
+from hpc.supervisor.causes import Cause
 from hpc.supervisor.launcher import Launcher
 from hpc.supervisor.restart import (
     Action,
@@ -40,6 +41,8 @@ from rltrain.run.layout import RunLayout
 from rltrain.run.processes import way_to
 
 _ENDED_BY_US = 60.0  # seconds that Slurm has to end this process after it took a requeue
+_SILENCE_SECONDS = 600.0  # of slurmctld, before a requeue is given up
+_ASK_AGAIN_SECONDS = 5.0
 _SETTLE_SECONDS = 3.0  # a dead node, or a cancelled job, is first seen in the roles that die of it
 
 
@@ -87,6 +90,31 @@ class SlurmSupervisor(Supervisor):
         self._after(job, layout, ending)
         return report
 
+    def after_kill(self, number: int, for_memory: bool | None) -> bool:
+        """What `__call__` could not do, as a signal ended its process: the batch process outlives it.
+
+        Does not return if the job is requeued.
+
+        Args:
+            number: of the signal.
+            for_memory: whether the out-of-memory killer sent it; None if nobody can tell.
+
+        Returns:
+            Whether the run is finished, so that nothing is lost.
+        """
+        job, layout = CurrentJob.from_env(), RunLayout(self.run_dir)
+        if is_finished(layout, arguments.load(layout.root).rollout.num_rollout):
+            _say_finished(layout)
+            return True
+        reason = f"the supervisor was killed by {signal.Signals(number).name}"
+        if for_memory:
+            reason += ": no memory left on the job's first node, give it more with `mem` in [slurm.sbatch]"
+        print(reason, flush=True)
+        _end_attempt(layout, number, reason)
+        idle = idle_attempts(read_lines(layout.events))
+        self._after(job, layout, Ending("failed", cause=Cause.UNKNOWN, idle_attempts=idle))
+        return False
+
     def _after(self, job: CurrentJob, layout: RunLayout, ending: Ending) -> None:
         """Requeue the job, wait for Slurm to, or return."""
         if ending.state == "failed":
@@ -107,7 +135,7 @@ class SlurmSupervisor(Supervisor):
         _note(layout, "requeued", reason)
         print(f"requeue: {reason}", flush=True)
         try:
-            job.requeue()
+            _ask_until_answered(job.requeue)
         except SlurmError as error:
             print(f"Slurm did not requeue the job: {error}", flush=True)
             sys.exit(EXIT_REQUEUE)
@@ -242,6 +270,20 @@ def _say_finished(layout: RunLayout) -> None:
         StatusFile(layout.status, said.get("attempt", 0)).update({**said, "phase": "finished"})
 
 
+def _end_attempt(layout: RunLayout, number: int, reason: str) -> None:
+    """Write down the end of an attempt of which the supervisor was killed, or that it has not even begun."""
+    marks = ("attempt_started", "attempt_finished", "never_begun")
+    events = [event for event in read_lines(layout.events) if event.get("kind") in marks]
+    if not events or events[-1]["kind"] != "attempt_started":
+        _note(layout, "never_begun", reason)
+        return
+    attempt = events[-1]["attempt"]
+    fields = {"state": "failed", "exit_code": -number, "reason": reason, "cause": Cause.UNKNOWN}
+    append_event(layout.events, attempt, "attempt_finished", fields)
+    said = read_json(layout.status) or {}
+    StatusFile(layout.status, attempt).update({**said, "phase": "failed"})
+
+
 def _failed_ending(layout: RunLayout, error: JobFailedError) -> Ending:
     nodes = _note_failed_nodes(layout)
     events = read_lines(layout.events)
@@ -272,6 +314,23 @@ def _note_failed_nodes(layout: RunLayout) -> list[str]:
 
 def _note(layout: RunLayout, kind: str, reason: str) -> None:
     append_event(layout.events, max(layout.attempts(), default=0), kind, {"reason": reason})
+
+
+def _ask_until_answered(ask: Callable[[], None]) -> None:
+    """A controller that restarts or is overloaded must not cost the run its next attempt.
+
+    Raises:
+        SlurmError: Slurm refuses, or is silent for too long.
+    """
+    deadline = time.monotonic() + _SILENCE_SECONDS
+    while True:
+        try:
+            return ask()
+        except SlurmUnavailableError as error:
+            if time.monotonic() > deadline:
+                raise
+            print(f"{error} It is asked again.", flush=True)
+            time.sleep(_ASK_AGAIN_SECONDS)
 
 
 def _wait_for_the_end() -> NoReturn:

@@ -119,6 +119,7 @@ def test_attempts_in_a_row_without_a_checkpoint() -> None:
     five = [{"kind": "run_submitted"}, *[begun] * 5]
     assert "5 attempts" in (why_not_begin(five, LIMITS, was_requeued=True) or "")
     assert why_not_begin(five[:-1], LIMITS, was_requeued=True) is None
+    assert idle_attempts([begun, {"kind": "never_begun"}, {"kind": "never_begun"}]) == 3
     assert (
         why_not_begin([failed(0), failed(1)], LIMITS, was_requeued=True) is None
     )  # decided before the requeue

@@ -1,0 +1,108 @@
+"""The batch process of a job: what it hands on, and what follows when its child, the supervisor, is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from hpc.runs.find import read_run
+from hpc.slurm.client import SlurmError, SlurmUnavailableError
+from hpc.slurm.states import JobState
+from hpc.supervisor import slurm_supervisor
+from hpc.supervisor.restart import JobView
+from hpc.supervisor.slurm_supervisor import CurrentJob, SlurmSupervisor
+from rltrain.run.files import EventLog
+from rltrain.run.finished import Finish, write_finish
+from rltrain.run.layout import RunLayout
+from rltrain.run.processes import wait_readable
+
+NO_REQUEUE = JobView(JobState.RUNNING, restarts=0, may_requeue=False, is_preempted=False)
+
+
+def test_what_follows_when_the_supervisor_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, plan = RunLayout(tmp_path), cast(Any, None)
+    layout.log_dir(1).mkdir(parents=True)
+    EventLog(layout.events, 1).append("attempt_started", {})
+    config = SimpleNamespace(rollout=SimpleNamespace(num_rollout=3))
+    monkeypatch.setattr("rltrain.arguments.load", lambda directory: config)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(CurrentJob, "view", lambda job: NO_REQUEUE)
+    monkeypatch.setattr(slurm_supervisor, "_SETTLE_SECONDS", 0.0)
+    supervisor = SlurmSupervisor(tmp_path, plan)
+    assert supervisor.after_kill(signal.SIGKILL, for_memory=True) is False
+    assert supervisor.after_kill(signal.SIGTERM, for_memory=None) is False  # of the next, before its attempt
+    ends = [
+        (each["kind"], each["reason"]) for each in map(json.loads, layout.events.read_text().splitlines()[1:])
+    ]
+    assert [kind for kind, _ in ends] == ["attempt_finished", "not_requeued", "never_begun", "not_requeued"]
+    assert "by SIGKILL: no memory left" in ends[0][1] and "resubmit it" in ends[1][1]
+    assert ends[2][1] == "the supervisor was killed by SIGTERM"
+    assert json.loads(layout.status.read_text())["phase"] == "failed"
+    record = read_run(layout)
+    assert record.state == "failed" and "`mem` in [slurm.sbatch]" in (record.reason or "")
+    write_finish(layout, Finish(steps=3, attempt=1))
+    assert supervisor.after_kill(signal.SIGKILL, for_memory=False) is True
+    assert json.loads(layout.status.read_text())["phase"] == "finished"
+
+
+KEPT = """
+import signal, sys, time
+from hpc.keeper import keep
+ended = keep()
+if ended is None:
+    signal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))
+    print(__import__("os").getpid(), flush=True)
+    while True: signal.pause()
+print(ended.code, ended.was_killed, flush=True)
+"""
+
+
+@pytest.mark.parametrize("whom", ["child", "parent"])
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGUSR2, "7 False"), (signal.SIGKILL, "-9 True")])
+def test_a_batch_process_hands_signals_on_and_outlives_its_child(
+    whom: str, number: signal.Signals, said: str
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", KEPT], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        with open_pid(child) as pidfd:
+            os.kill(child if whom == "child" else process.pid, number)
+            assert wait_readable([pidfd], 60), "the child is still there"
+        is_lost = (whom, number) == ("parent", signal.SIGKILL)
+        assert process.stdout.read().strip() == ("" if is_lost else said)
+
+
+@contextmanager
+def open_pid(pid: int) -> Iterator[int]:
+    descriptor = os.pidfd_open(pid)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def test_a_requeue_is_asked_for_until_slurm_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that restarted in that moment cost the run its next attempt: the job had failed."""
+    monkeypatch.setattr(slurm_supervisor, "_ASK_AGAIN_SECONDS", 0.0)
+    silences = iter([SlurmUnavailableError("a"), SlurmUnavailableError("b"), None, SlurmError("refused")])
+
+    def ask() -> None:
+        if (said := next(silences)) is not None:
+            raise said
+
+    slurm_supervisor._ask_until_answered(ask)
+    with pytest.raises(SlurmError, match="refused"):
+        slurm_supervisor._ask_until_answered(ask)
+    monkeypatch.setattr(slurm_supervisor, "_SILENCE_SECONDS", -1.0)
+    with pytest.raises(SlurmUnavailableError):
+        slurm_supervisor._ask_until_answered(lambda: (_ for _ in ()).throw(SlurmUnavailableError("for ever")))
