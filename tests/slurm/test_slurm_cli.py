@@ -137,6 +137,13 @@ def test_sweep(run: FakeRun) -> None:
     jobs = [json.loads(layout.job.read_text())[0]["job_id"] for layout in layouts]
     waiting = run.cluster.run("squeue", "-h", "-j", jobs[2], "-o", "%E")
     assert f"afterany:{jobs[0]}" in waiting
+    run.cluster.run("scontrol", "hold", jobs[2])
+    again, out, err = run.finish(
+        *sweep, steps=40
+    )  # it waits, and the others run or are done: none is submitted
+    assert again == 0 and f"job.seed-3 has a job already: {jobs[2]}" in out, out + err
+    assert [len(json.loads(layout.job.read_text())) for layout in layouts] == [1, 1, 1]
+    run.cluster.run("scontrol", "release", jobs[2])
     names = [each.name for each in status(["job.*"], run.layout.root.parent, SlurmClient(run.cluster.env))]
     assert sorted(names) == [layout.name for layout in layouts]
     for job, layout in zip(jobs, layouts, strict=True):
