@@ -38,6 +38,9 @@ CPU_DEFAULTS = {
     "disable_overlap_schedule": True,
     "sleep_on_idle": True,
 }
+# A prompt of several requests that come together is computed once: what shares most with the cache goes first, and
+# a batch is so small that others with a prompt in it come after it.
+PROMPTS_ONCE = {"schedule_policy": "lpm", "chunked_prefill_size": 512}
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # `cpu_threads` says where there are more
     "TORCHDYNAMO_DISABLE": "1",  # compiled code would be built for minutes
@@ -59,7 +62,15 @@ def main() -> None:
     if cpu.has_accelerator():
         run_server(server_args)
     else:
-        run_cpu_server({**CPU_DEFAULTS, **server_args}, threads)
+        run_cpu_server({**cpu_defaults(server_args), **server_args}, threads)
+
+
+def cpu_defaults(server_args: Mapping[str, Any]) -> dict[str, Any]:
+    """What holds on a CPU where `server_args` say nothing else."""
+    # Where a prompt is cut depends on what else is asked then; priorities are an order of their own.
+    others = ("enable_deterministic_inference", "disable_radix_cache", "enable_priority_scheduling")
+    shares = not any(server_args.get(name) for name in others)
+    return {**CPU_DEFAULTS, **(PROMPTS_ONCE if shares else {})}
 
 
 def allocator_settings(env: Mapping[str, str], *, uses_memory_saver: bool) -> dict[str, str]:

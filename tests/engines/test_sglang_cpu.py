@@ -28,7 +28,7 @@ from rltrain.sglang import own_model
 from rltrain.sglang.engine import engine_server_args, refuse_soft_caps
 from rltrain.sglang.process import ServerDiedError, ServerProcess
 from rltrain.sglang.routers import add_worker, find_worker, remove_worker
-from rltrain.sglang.server import allocator_settings, hide_secrets_in_logs
+from rltrain.sglang.server import PROMPTS_ONCE, allocator_settings, cpu_defaults, hide_secrets_in_logs
 
 
 def murmur3(data: bytes) -> int:
@@ -204,6 +204,13 @@ def test_engines_get_what_the_job_decides_and_what_the_user_says(make_args) -> N
     assert server_args["model_path"] == args.model.hf_checkpoint and "load_format" not in server_args
     assert server_args["random_seed"] != engine_server_args(args, index=0)["random_seed"]
     assert engine_server_args(make_args("--random-init"), 0)["load_format"] == "dummy"
+
+
+def test_prompts_are_shared_where_nothing_else_is_said_of_their_order() -> None:
+    assert cpu_defaults({})["schedule_policy"] == "lpm"
+    for other in ("enable_deterministic_inference", "disable_radix_cache", "enable_priority_scheduling"):
+        assert cpu_defaults({other: False}) == cpu_defaults({})
+        assert cpu_defaults({other: True}).keys().isdisjoint(PROMPTS_ONCE)
 
 
 def test_the_router_starts_without_sglang_torch_and_a_web_framework() -> None:

@@ -254,6 +254,7 @@ def test_a_glm4_engine_samples_with_the_trainers_log_probs(tmp_path: Path) -> No
     server_args = {"model_path": str(tmp_path / "exported"), "skip_tokenizer_init": True}
     with HttpServerEngineAdapter.launch(server_args, TOKEN) as engine:
         answer = generate(engine.url, max_new_tokens=24, temperature=1.0, ignore_eos=True)
+        check_prompts_are_computed_once(engine.url, vocab_size=64)
     response = answer["output_ids"]
     sampled = np.array([entry[0] for entry in answer["meta_info"]["output_token_logprobs"]], np.float32)
     batch = TrainBatch(
@@ -265,6 +266,19 @@ def test_a_glm4_engine_samples_with_the_trainers_log_probs(tmp_path: Path) -> No
     )
     assert len(response) == 24
     np.testing.assert_allclose(sampled, log_probs_of(actor, batch)[0], atol=1e-5)
+
+
+def check_prompts_are_computed_once(url: str, vocab_size: int) -> None:
+    """Of requests that come together, with four for each prompt."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(3, vocab_size, (12, 100)).tolist()
+    params = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    answers = call("POST", f"{url}/generate", TOKEN, {"input_ids": prompts * 4, "sampling_params": params})
+    for copies in zip(*(answers[i : i + 12] for i in range(0, 48, 12)), strict=True):
+        assert all(each["output_ids"] == copies[0]["output_ids"] for each in copies)
+    metas = [each["meta_info"] for each in answers]
+    computed = sum(meta["prompt_tokens"] - meta["cached_tokens"] for meta in metas)
+    assert computed < 2400  # of 4800: copies are computed that came in a batch with nothing else to do
 
 
 def test_strangers_get_counters_at_most(engine, router) -> None:
