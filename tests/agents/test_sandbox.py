@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from helpers.local_job import wait_until
 
 from rltrain.agents.sandbox import kinds
 from rltrain.agents.sandbox.commands import apptainer, bubblewrap, outermost, pyxis
@@ -279,14 +280,6 @@ asyncio.run(main())
         finally:
             ours.kill()
     wait_until(lambda: not left_behind(marker) and not list(tmp_path.glob("slurmlime-agent-*")))
-
-
-def wait_until(true: Callable[[], Any]) -> None:
-    """Until the test's own time limit."""
-    import time
-
-    while not true():
-        time.sleep(0.02)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")

@@ -16,6 +16,7 @@ from helpers.megatron import (
     make_batch,
     make_config,
     tiny_config,
+    weights_of,
     write_hf_model,
 )
 
@@ -23,10 +24,6 @@ from rltrain.megatron.checkpoint.resume import initial_source
 from rltrain.run.errors import UserError
 
 pytestmark = pytest.mark.slow
-
-
-def weights_of(actor) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    return torch.cat([weight.detach().flatten().clone() for weight in actor.models[0].parameters()])
 
 
 @pytest.mark.parametrize("distributed_optimizer", [False, True])

@@ -17,6 +17,7 @@ from helpers.megatron import (
     make_batch,
     make_config,
     tiny_config,
+    weights_of,
     write_hf_model,
 )
 
@@ -25,10 +26,6 @@ from rltrain.megatron.checkpoint import save as checkpoint_save
 from rltrain.run.errors import UserError
 
 pytestmark = pytest.mark.slow
-
-
-def weights_of(actor: Any) -> torch.Tensor:
-    return torch.cat([weight.detach().flatten().clone() for weight in actor.models[0].parameters()])
 
 
 @pytest.mark.parametrize("distributed_optimizer", [False, True])

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pytest
 from fakes.judged_reward import question, verdict
-from helpers.engine import load_weights, wait_until
+from helpers.engine import load_weights
 from helpers.fleet import Fleet, check_batch, running_fleet
+from helpers.local_job import wait_until
 
 from rltrain.arguments.config import Config
 from rltrain.rollout.generate.http import HttpClient, session_headers

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from conftest import TOKEN
-from helpers.engine import load_weights, running_requests, wait_until
-from helpers.local_job import listening, own_addresses, process_tree
+from helpers.engine import load_weights, running_requests
+from helpers.local_job import listening, own_addresses, process_tree, wait_until
 from helpers.megatron import init_single_process, log_probs_of, make_actor, tiny_config, write_hf_model
 from helpers.megatron import make_config as trainer_config
 from helpers.tiny_model import make_model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import itertools
 import json
 import shutil
@@ -11,7 +10,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -63,10 +61,6 @@ class Page:
         """Put the cursor into an element and type."""
         self.evaluate(f"document.getElementById({element!r}).focus()")
         self.call("Input.insertText", text=text)
-
-    def screenshot(self, path: Path) -> None:
-        """A PNG of what is visible."""
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send one command and wait for its answer."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,6 @@ from rltrain.run.http import call
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.weights.buckets import Part, in_buckets
 from rltrain.weights.transports.hf_directory import write_hf_directory
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 240.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def load_weights(engine: HttpServerEngineAdapter, path: Path, version: str) -> None:

@@ -24,7 +24,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from helpers.engine import GivenWeights, running_requests, wait_until
+from helpers.engine import GivenWeights, running_requests
+from helpers.local_job import wait_until
 from helpers.megatron import init_single_process
 from helpers.tiny_model import make_model
 from rltrain import arguments

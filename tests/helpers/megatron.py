@@ -171,6 +171,13 @@ def make_actor(config: Config, run_dir: Path) -> Any:
     return actor
 
 
+def weights_of(trained: Any) -> Any:
+    """All weights of an actor or a critic on this rank, a tensor [number of them]."""
+    import torch
+
+    return torch.cat([weight.detach().flatten().clone() for m in trained.models for weight in m.parameters()])
+
+
 def gradient_of(weight: Any) -> Any:
     """For `export_hf_weights`. Zeros for what gets none: a router's bias."""
     gradient = getattr(weight, "main_grad", None)

@@ -102,7 +102,7 @@ def test_errors_are_passed_on(make_job) -> None:
         job.end_evaluation()
 
 
-class FakeRun:
+class FakeActorAndJob:
     """An actor and a job in one, which note what the training loop does; evaluation number `stop_at` is interrupted.
 
     The stop comes while the step after it is generated or trained (`during`): what is waited for then is not there.
@@ -184,7 +184,7 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> object:
 
     monkeypatch.setattr(train_module.TrainBatch, "from_arrow", lambda table: table)
 
-    def run(fake: FakeRun, **flags: object) -> int:
+    def run(fake: FakeActorAndJob, **flags: object) -> int:
         usual = {"num_rollout": 4, "eval_interval": 1, "save_interval": 2}
         return train_module.train(Config().replace(**usual | flags), fake, fake)  # type: ignore[arg-type]
 
@@ -197,11 +197,11 @@ def test_an_interrupted_evaluation_is_done_by_the_next_attempt(
     loop, stop_at: int | None, during: str
 ) -> None:
     evaluated: set[int] = set()
-    runs = [FakeRun(0, evaluated, stop_at, during)]
+    runs = [FakeActorAndJob(0, evaluated, stop_at, during)]
     code = loop(runs[0])
     assert code == (0 if stop_at is None else 75)
     if code:
-        runs.append(FakeRun(max([0, *(i + 1 for i in runs[0].saved)]), evaluated, None))
+        runs.append(FakeActorAndJob(max([0, *(i + 1 for i in runs[0].saved)]), evaluated, None))
         assert runs[1].start_rollout_id == stop_at  # saved there, whatever the interval
         assert loop(runs[1]) == 0
 
@@ -214,7 +214,7 @@ def test_an_interrupted_evaluation_is_done_by_the_next_attempt(
 
 
 def test_where_determinism_is_asked_for_an_evaluation_shares_no_batch_with_a_rollout(loop) -> None:
-    run = FakeRun(0, set(), None)
+    run = FakeActorAndJob(0, set(), None)
     assert loop(run, num_rollout=2, eval_interval=1, sglang={"enable_deterministic_inference": True}) == 0
     assert run.did == [
         *("push 0", "begin 0", "end 0", "generate 0", "train 0"),
@@ -224,13 +224,13 @@ def test_where_determinism_is_asked_for_an_evaluation_shares_no_batch_with_a_rol
 
 @pytest.mark.parametrize("first", [0, 3])
 def test_a_run_without_rollouts_evaluates_the_weights_it_starts_with(loop, first: int) -> None:
-    run = FakeRun(first, set(), None)
+    run = FakeActorAndJob(first, set(), None)
     assert loop(run, num_rollout=0, eval_interval=5) == 0
     assert run.did == [f"push {first}", f"begin {first}", f"end {first}"] and run.saved == []
 
 
 def test_an_evaluation_ends_before_the_engines_get_other_weights(loop) -> None:
-    run = FakeRun(0, set(), None)
+    run = FakeActorAndJob(0, set(), None)
     assert loop(run, num_rollout=3, eval_interval=2) == 0
     assert run.did == [
         *("push 0", "begin 0", "generate 0", "train 0", "end 0", "push 1", "generate 1", "train 1"),
@@ -242,7 +242,7 @@ def test_an_evaluation_ends_before_the_engines_get_other_weights(loop) -> None:
 def test_it_ends_before_training_that_takes_the_engines_memory_or_weights_that_are_nowhere_else(
     loop, flags: dict[str, object]
 ) -> None:
-    run = FakeRun(0, set(), None)
+    run = FakeActorAndJob(0, set(), None)
     assert loop(run, num_rollout=3, eval_interval=2, **flags) == 0
     assert run.did[-8:] == [
         *("push 2", "begin 2", "generate 2", "end 2", "train 2", "push 3", "begin 3", "end 3"),

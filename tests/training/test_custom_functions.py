@@ -11,6 +11,7 @@ from helpers.megatron import (
     make_actor,
     make_batch,
     make_config,
+    weights_of,
 )
 
 pytestmark = pytest.mark.slow
@@ -57,10 +58,6 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     module = importlib.reload(importlib.import_module("own_training"))
     module.calls.clear()
     return module
-
-
-def weights_of(actor: Any) -> torch.Tensor:
-    return torch.cat([weight.detach().flatten().clone() for m in actor.models for weight in m.parameters()])
 
 
 def test_a_custom_loss_that_says_the_same_takes_the_same_step(

@@ -17,6 +17,7 @@ from helpers.megatron import (
     make_config,
     run_ranks,
     tiny_config,
+    weights_of,
     write_hf_model,
 )
 
@@ -30,10 +31,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_hf_model(tmp_path_factory.mktemp("teacher"), tiny_config(), seed=3)
-
-
-def weights_of(actor: Any) -> torch.Tensor:
-    return torch.cat([weight.detach().flatten().clone() for m in actor.models for weight in m.parameters()])
 
 
 def broken(batch: Any) -> Any:

@@ -16,6 +16,7 @@ from helpers.megatron import (
     make_batch,
     make_config,
     tiny_config,
+    weights_of,
     write_hf_model,
 )
 
@@ -35,10 +36,6 @@ def values_of(actor: Any, batch: Any) -> Any:
     from rltrain.megatron.training.share import RankShare
 
     return actor.critic.values(RankShare(actor.config, actor.shape, batch))
-
-
-def weights_of(trained: Any) -> torch.Tensor:
-    return torch.cat([weight.detach().flatten().clone() for m in trained.models for weight in m.parameters()])
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -154,8 +154,11 @@ class Engine:
         self.url, self.calls, self._dies = url, list[str](), dies
         self.ranks = [Model({name: tensor.shape for name, tensor in expected}) for _ in range(2)]
 
-    def __getattr__(self, name: str) -> object:
-        return lambda *words: self.calls.append(" ".join([name, *words]))
+    def end_push(self, version: str) -> None:
+        self.calls.append(f"end_push {version}")
+
+    def end_weight_update(self) -> None:
+        self.calls.append("end_weight_update")
 
     def tensor_parallel_size(self) -> int:
         return 2

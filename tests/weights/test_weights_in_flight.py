@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TOKEN
-from helpers.engine import GivenEngine, GivenWeights, load_weights, running_requests, wait_until
+from helpers.engine import GivenEngine, GivenWeights, load_weights, running_requests
+from helpers.local_job import wait_until
 from helpers.megatron import init_single_process, log_probs_of, make_actor, make_batch, make_config
 from helpers.tiny_model import make_model
 from safetensors.torch import load_file
