@@ -20,6 +20,8 @@ from rltrain.sample import Sample
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.sglang.router import Router
 
+pytestmark = pytest.mark.slow
+
 
 def forward(model_dir: Path, tokens: list[int]) -> list[float]:
     """The log-prob of every token but the first, by transformers."""
@@ -31,7 +33,6 @@ def forward(model_dir: Path, tokens: list[int]) -> list[float]:
     return scores.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
 
 
-@pytest.mark.slow
 def test_turns_are_trained_with_the_log_probs_of_a_forward_pass(
     tiny_model: Path, prompt_file: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +40,21 @@ def make_model(
     context: int = 512,
 ) -> Path:
     """Write config, tokenizer and (fp32, random) weights into `directory` and return it; quick without weights."""
-    from transformers import Qwen3Config
-
     tokenizer = tokenizer or make_tokenizer()
-    config = Qwen3Config(
-        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=context, tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-        torch_dtype="float32", initializer_range=0.2,
-    )  # fmt: skip
+    config = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "float32", "hidden_act": "silu",
+        "vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": context,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "initializer_range": 0.2,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None,
+    }  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(directory)
-    config.architectures = ["Qwen3ForCausalLM"]
-    config.save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(config))  # transformers' own class would import torch
     if weights:
         import torch
-        from transformers import Qwen3ForCausalLM
+        from transformers import Qwen3Config, Qwen3ForCausalLM
 
         torch.manual_seed(seed)
-        Qwen3ForCausalLM(config).save_pretrained(directory)
+        Qwen3ForCausalLM(Qwen3Config.from_dict(config)).save_pretrained(directory)
     return directory
