@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 
 from rltrain.run import role
 from rltrain.run.errors import run_main
@@ -34,27 +35,47 @@ def clean_up(context: RoleContext, registry: Registry) -> int:
     return 0
 
 
-def train(context: RoleContext, registry: Registry) -> int:
+def take_time(step: int) -> None:
+    time.sleep(0.05)
+
+
+def train(context: RoleContext, registry: Registry, compute: Callable[[int], None] = take_time) -> int:
     """Train `--num-rollout` steps of 0.05 s; save only when a stop is asked for. Ranks other than 0 do as it does."""
     end = context.run_dir / f"end_{context.attempt}"
     if os.environ.get("RANK", "0") != "0":
         while not end.exists():
             time.sleep(0.02)
         return int(end.read_text())
-    code = _train_as_first(context, registry)
+    code = _train_as_first(context, registry, compute)
     end.with_suffix(".tmp").write_text(str(code))
     end.with_suffix(".tmp").rename(end)
     return code
 
 
-def _train_as_first(context: RoleContext, registry: Registry) -> int:
+def hurry(context: RoleContext, registry: Registry) -> int:
+    """Train as `train` does; after the first attempt, to which a fault happens, ten times as fast."""
+    return train(context, registry, lambda _: time.sleep(0.005 if context.attempt else 0.05))
+
+
+def pause(context: RoleContext, registry: Registry) -> int:
+    """Train as `train` does; before step 5 wait for the file `go_on` in the run's directory."""
+
+    def compute(step: int) -> None:
+        while step == 5 and not (context.run_dir / "go_on").exists():
+            time.sleep(0.02)
+        take_time(step)
+
+    return train(context, registry, compute)
+
+
+def _train_as_first(context: RoleContext, registry: Registry, compute: Callable[[int], None]) -> int:
     num_rollout = tomllib.loads(context.layout.config.read_text())["train"]["num_rollout"]
     registry.register("tcp://127.0.0.1:1")
     registry.wait_for("engine", int(os.environ["FAKE_ENGINES"]))
     saved = context.layout.checkpoints / "latest_checkpointed_iteration.txt"
     for step in range(int(saved.read_text()) if saved.exists() else 0, num_rollout):
         registry.status("training", step)
-        time.sleep(0.05)
+        compute(step)
         row = {"step": step, "attempt": context.attempt, "rollout/reward": 0.5, "perf/step_s": 0.05}
         with context.layout.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")

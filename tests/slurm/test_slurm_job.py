@@ -104,15 +104,16 @@ def test_a_supervisor_that_is_killed_is_run_again(run: FakeRun) -> None:
 
 
 def test_ctrl_c_only_stops_looking(run: FakeRun) -> None:
-    process = run.start("--nodes=4", steps=800)
+    process = run.start("--nodes=4", steps=10, trainer=["pause"])
     until(lambda: run.steps(), 120, "the first step")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "goes on" in out and "hpc.cancel" in out
     code, _, err = run.finish("--nodes=4")
     assert code == 2 and "which is RUNNING" in err
+    (run.layout.root / "go_on").touch()
     assert run.job().result()["state"] == "finished"
-    assert run.steps() == list(range(800))
+    assert run.steps() == list(range(10))
 
 
 def test_cancelled_job_stays_cancelled_and_saves(run: FakeRun) -> None:
@@ -143,7 +144,7 @@ def test_int_saves_and_ends(run: FakeRun) -> None:
     [("het", "low"), ("plain", "low"), ("colocated", "low"), ("het", "lowgrace")],
 )
 def test_preempted_job_goes_on_without_gap_or_repeat(run: FakeRun, layout: str, partition: str) -> None:
-    job = run.detach(*LAYOUTS[layout], steps=240, partition=partition)
+    job = run.detach(*LAYOUTS[layout], steps=240, partition=partition, trainer=["hurry"])
     until(lambda: len(run.steps()) > 3, 120, "some steps")
     node = next(event["host"] for event in run.events("role_ready") if event["role"] == "engine")
     rival = submit_script(run.cluster, "sleep 3", "-p", "high", "-w", node, "--exclusive")
@@ -168,7 +169,7 @@ def test_time_limit(run: FakeRun) -> None:
 
 
 def test_node_that_dies(run: FakeRun) -> None:
-    job = run.detach("--nodes=4", steps=300)
+    job = run.detach("--nodes=4", steps=300, trainer=["hurry"])
     until(lambda: len(run.steps()) > 3, 120, "some steps")
     host = next(event["host"] for event in run.events("role_ready") if event["role"] == "engine")
     other = next(event["host"] for event in run.events("role_ready") if event["role"] == "trainer")
@@ -193,7 +194,7 @@ def test_node_that_dies(run: FakeRun) -> None:
 
 def test_half_requeued_job_is_started_as_a_whole(run: FakeRun) -> None:
     """Slurm requeues a component alone if its only node dies, while the others keep running."""
-    job = run.detach("--nodes=3", steps=300)
+    job = run.detach("--nodes=3", steps=300, trainer=["hurry"])
     until(lambda: len(run.steps()) > 3, 120, "some steps")
     trainer = next(event["host"] for event in run.events("role_ready") if event["role"] == "trainer")
     run.cluster.power_off(trainer)
@@ -203,7 +204,7 @@ def test_half_requeued_job_is_started_as_a_whole(run: FakeRun) -> None:
 
 
 def test_where_the_site_cancels_instead_of_requeueing(run: FakeRun) -> None:
-    job = run.detach("--nodes=4", "--max-restarts=0", steps=200, partition="lowcancel")
+    job = run.detach("--nodes=4", "--max-restarts=0", steps=200, partition="lowcancel", trainer=["hurry"])
     until(lambda: len(run.steps()) > 3, 120, "some steps")
     node = next(event["host"] for event in run.events("role_ready") if event["role"] == "engine")
     rival = submit_script(run.cluster, "sleep 1", "-p", "high", "-w", node, "--exclusive")
@@ -211,7 +212,7 @@ def test_where_the_site_cancels_instead_of_requeueing(run: FakeRun) -> None:
     assert (run.layout.checkpoints / "latest_checkpointed_iteration.txt").exists()
     wait_for(run.cluster, rival)
     wait_for(run.cluster, job.job_id)
-    code, _, err = run.finish("--nodes=4", steps=200)
+    code, _, err = run.finish("--nodes=4", steps=200, trainer=["hurry"])
     assert code == 0, err
     assert run.steps() == list(range(200)) and len(run.entries()) == 2
 
