@@ -75,6 +75,7 @@ def plain_varlen_attn(
     """In place of torch's kernel: as its documentation says, sequence by sequence; the last query sees all keys."""
     before, after = how["window_size"]
     assert after == 0 and of_q.dtype == of_k.dtype == torch.int32
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1]
     assert max_q >= int(of_q.diff().max()) and max_k >= int(of_k.diff().max())
     outputs = []
     for q, k, v in zip(
@@ -114,6 +115,14 @@ def test_one_call_for_all_lengths_with_context_parallelism(
             query[own], key[packed.attended], value[packed.attended], packed, None
         )
         torch.testing.assert_close(part, whole[own])
+
+
+def test_values_of_latent_attention_become_as_wide_as_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "varlen_attn", plain_varlen_attn)
+    (query, key, value), packed = heads(LENGTHS), PackedSequences.from_lengths(LENGTHS, CPU)
+    whole = attention.varlen_attention(query, key, value, packed, None)
+    narrow = attention.varlen_attention(query, key, value[..., :5], packed, None)
+    torch.testing.assert_close(narrow, whole[..., :5])
 
 
 SINKS = [0.5, -1.0, 2.0, 0.0]

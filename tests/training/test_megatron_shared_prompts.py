@@ -20,6 +20,7 @@ from helpers.megatron import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model.test_families import SWITCHES
 
 from rltrain.arguments.config import Config
 from rltrain.data.batch import TrainBatch
@@ -113,12 +114,21 @@ def assert_equal(shared: dict[str, Any], separate: dict[str, Any]) -> None:
         assert np.abs(shared["gradients"][name] - gradient).max() <= 1e-5 * largest, name
 
 
-@pytest.fixture(scope="module", params=["dense", "experts"])
+def latent_config() -> dict[str, Any]:
+    """A model with latent attention, which asks for the angles of positions in every layer."""
+    return tiny_config("DeepseekV3ForCausalLM", **SWITCHES["DeepseekV3ForCausalLM"])
+
+
+@pytest.fixture(scope="module", params=["dense", "experts", "latent"])
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[Any], Any, Config]:
     init_single_process()
-    shape = tiny_config(max_position_embeddings=512) if request.param == "dense" else tiny_experts_config()
+    shape = {
+        "dense": lambda: tiny_config(max_position_embeddings=512),
+        "experts": tiny_experts_config,
+        "latent": latent_config,
+    }[request.param]()
     config = make_config(
         write_config(tmp_path_factory.mktemp(request.param), shape), **layout_flags(True, 100)
     )
@@ -228,8 +238,13 @@ def test_in_every_layout(tmp_path: Path) -> None:
     configs = {
         name: make_config(directory, **layout_flags(True, 70, **flags)) for name, flags in LAYOUTS.items()
     }
+    latent = write_config(tmp_path / "latent", latent_config())
+    configs |= {
+        f"latent-{name}": make_config(latent, **layout_flags(True, 70, **LAYOUTS[name]))
+        for name in ("tp2-sp", "pp2-full")
+    }
     ranks = run_ranks(all_layouts, configs, tmp_path / "work")
-    for name in LAYOUTS:
+    for name in configs:
         for found in (rank[name] for rank in ranks):
             assert found[0]["shared"] > 50 and found[1]["shared"] == 0, name
         for rank in ranks:

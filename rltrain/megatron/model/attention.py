@@ -358,7 +358,9 @@ def varlen_attention(
         before: Tokens before its own that a query sees; None: all.
         has_sinks: They are in the queries; without `before`.
     """
-    longest = int(packed.max_seqlen_kv)
+    longest, size = int(packed.max_seqlen_kv), value.shape[-1]
+    if size != query.shape[-1]:  # latent attention's: the kernel wants one size of all three
+        value = F.pad(value, (0, query.shape[-1] - size))
     of_queries, of_keys = packed.own_offsets or (packed.cu_seqlens_q, packed.cu_seqlens_kv)
     if has_sinks:
         key, value, of_keys = put_first_of_each(key, value, of_keys)
@@ -368,7 +370,7 @@ def varlen_attention(
         scale=scale, window_size=(-1 if before is None else before, 0), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     assert isinstance(output, Tensor)
-    return output
+    return output[..., :size]
 
 
 def attend_without_mask(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

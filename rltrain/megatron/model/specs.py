@@ -89,7 +89,7 @@ def decoder_spec(
     else:
         spec = _torch_block_spec(config, stage)
     layers = list(spec.layer_specs or [])
-    if use_transformer_engine() and not config.multi_latent_attention:
+    if use_transformer_engine():
         layers = [_with_shared_beginnings(each) for each in layers]
     if soft_cap is not None:
         layers = [_with_soft_cap(each, soft_cap) for each in layers]

@@ -249,7 +249,7 @@ def _unrouted(model: GPTModel, padding: Tensor) -> Tensor | None:
 @contextmanager
 def _at_positions(model: GPTModel, positions: Tensor | None) -> Iterator[None]:
     """While entered, rotary embeddings are those of these positions, [t], where they don't follow from the lengths."""
-    if positions is None:
+    if positions is None or model.config.multi_latent_attention:  # its layers look them up themselves
         yield
         return
     hook = model.rotary_pos_emb.register_forward_hook(lambda *call: call[-1].index_select(0, positions))

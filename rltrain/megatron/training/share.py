@@ -254,8 +254,6 @@ def kept_separate(config: Config, shape: ModelShape) -> str | None:
     """Why no sample shares its prompt with others, in words; None where they do."""
     if (reason := why_separate(config)) is not None:
         return reason
-    if shape.latent is not None:
-        return "latent attention does not know of it"
     if shape.linear is not None:
         return "what linear attention has seen of a prompt can't go on to several samples"
     return None

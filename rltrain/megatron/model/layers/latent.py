@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,10 +76,12 @@ class ScaledRotary(RotaryEmbedding):
         super().__init__(kv_channels, rotary_percent=1.0)
         self.inv_freq: Tensor = frequencies.to(device())
         self.factor = factor
+        self.positions: Tensor | None = None  # of the next tokens, where they don't follow from the lengths
 
     def forward(self, max_seq_len: int, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
         """Angles, [tokens, 1, 1, rotated], and the factor."""
-        return super().forward(max_seq_len, *args, **kwargs), self.factor
+        angles = super().forward(max_seq_len, *args, **kwargs)
+        return angles if self.positions is None else angles.index_select(0, self.positions), self.factor
 
 
 def complete_latent_attention(
@@ -89,8 +92,16 @@ def complete_latent_attention(
     for layer in layers:
         attention = layer.self_attention
         attention.rotary_pos_emb = rotary
+        attention.register_forward_pre_hook(partial(_note_positions, rotary), with_kwargs=True)
         for name in ("linear_q_up_proj", "linear_kv_up_proj"):
             projection = getattr(attention, name, None)  # TransformerEngine's calls it eps
             for each in ("layer_norm_eps", "eps"):
                 if hasattr(projection, each):
                     setattr(projection, each, NORM_EPS)
+
+
+def _note_positions(
+    rotary: ScaledRotary, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Also where a layer is computed again for its gradients: Megatron-core asks for angles in every layer."""
+    rotary.positions = getattr(kwargs.get("packed_seq_params"), "positions", None)
