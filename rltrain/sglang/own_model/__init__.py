@@ -1,6 +1,6 @@
 """Lets SGLang import the one architecture that an engine serves, in place of all that it knows.
 
-SGLang imports the files of all its models, some 250, when it looks up the class of one: in every rank, and an eighth of
+SGLang imports the files of all its models, some 250, when it looks up the class of one: in every rank, and a tenth of
 an engine's start on a CPU. A package named in `SGLANG_EXTERNAL_MODEL_PACKAGE` has precedence, and then the files of the
 others are imported only if an architecture is not in it. This is such a package: its one module, `entry`, offers what
 SGLang itself has for the architecture. So one that it does not know, or that is not looked for here (transformers' own,
