@@ -36,6 +36,8 @@ _LEAST_TIMEOUT, _SECONDS_OF_A_FAULT = 600.0, 60.0
 _TO_END = f"{TO_END_SECONDS / 60:.0f} minutes"
 _LEAST_SECONDS = 60.0  # left, for a storm to begin
 _IDLE_SECONDS = 120.0  # for the nodes of one storm to be there for the next
+# Files and bytes that a run directory may get a step, beside its results: lines of metrics and logs, W&B's records.
+_GROWTH, _GROWTH_OF_REAL = (0.0, 1000.0), (2.0, 20_000.0)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def soak(cluster: Sandbox, runs: Path, steps: int, args: Options) -> int:
     run = Storm(cluster, runs, "soak", steps, timeout, real=_files(runs, args), flags=WANDB_OFFLINE)
     with Watcher(run.run_dir) as watcher:
         outcome = run.run(())
-    lines, grown = judge(watcher.growth, files_per_step=2.0 if args.real else 0.0)
+    lines, grown = judge(watcher.growth, *(_GROWTH_OF_REAL if args.real else _GROWTH))
     print("\n".join(lines))
     problems = [*outcome.problems, *grown]
     print(f"{steps} steps in {outcome.seconds:.0f} s: {'ok' if not problems else 'FOUND'}")
@@ -132,7 +134,7 @@ def weather(cluster: Sandbox, runs: Path, args: Options) -> int:
         if outcomes and time.monotonic() > until - _LEAST_SECONDS:
             break
         wait_for_nodes(cluster, _IDLE_SECONDS)
-        faults = parse(args.repeat) if args.repeat else draw(seed, args.faults, args.steps)
+        faults = parse(args.repeat) if args.repeat else draw(seed, args.faults, args.steps, real=args.real)
         if args.real:
             bad += _run_undisturbed(cluster, runs, seed, args)
         outcome = _storm(cluster, runs, f"storm-{seed}", seed, args, len(faults)).run(faults, until)

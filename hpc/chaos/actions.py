@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,13 +16,34 @@ from hpc.chaos import clocks
 from hpc.chaos.faults import Fault, NobodyError
 from hpc.chaos.isolated import Stops
 from hpc.sandbox import Sandbox
+from hpc.sandbox.packages import find_program
 from rltrain.run.layout import RunLayout
-from rltrain.run.processes import parse_stat
+from rltrain.run.processes import descendants, parse_stat
 
 Undo = Callable[[], object]
 _SLOW_SECONDS = 0.4  # that a slow disk stops at a time
 _STALL_SECONDS = 60.0  # more than any fault lasts
+_LATE_SECONDS = 8
 _TORN = b'{"step": 3, "atte'  # of a line of metrics or events
+
+
+# Fakes, which only inject faults: these stand before Slurm's programs on the PATH of a storm and of its job.
+_LATE_SBATCH = """\
+#!/bin/sh
+said=$({program} "$@")
+code=$?
+if mv {mark} {mark}.seen 2>/dev/null; then sleep {seconds}; fi
+echo "$said"
+exit $code
+"""
+_REFUSED_SRUN = """\
+#!/bin/sh
+if [ -e {mark} ]; then
+    echo "srun: error: Unable to create step for job $SLURM_JOB_ID: Requested nodes are busy" >&2
+    exit 1
+fi
+exec {program} "$@"
+"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +68,39 @@ def processes_of(run_dir: Path) -> list[Process]:
     return found
 
 
+@dataclass(frozen=True)
+class Fakes:
+    """Where the fakes of Slurm's programs lie, and the marks that have them do their fault."""
+
+    directory: Path
+
+    @property
+    def late(self) -> Path:
+        """While it is there, the next sbatch is late."""
+        return self.directory / "late"
+
+    @property
+    def refused(self) -> Path:
+        """While it is there, no srun creates a step."""
+        return self.directory / "refused"
+
+    def make(self) -> None:
+        """Write them."""
+        self.directory.mkdir(exist_ok=True)
+        for name, text, mark in [("sbatch", _LATE_SBATCH, self.late), ("srun", _REFUSED_SRUN, self.refused)]:
+            program = shlex.quote(find_program(name))
+            words = text.format(program=program, mark=shlex.quote(str(mark)), seconds=_LATE_SECONDS)
+            made = self.directory / f".{name}"
+            made.write_text(words)
+            made.chmod(0o755)
+            made.replace(self.directory / name)
+
+
+def fakes_of(cluster: Sandbox) -> Fakes:
+    """Those of storms on a sandbox."""
+    return Fakes(cluster.directory / "fakes")
+
+
 class Weather:
     """Does faults to one run on a sandbox."""
 
@@ -65,9 +120,7 @@ class Weather:
         _signal(self._role(fault), signal.SIGKILL)
 
     def _freeze(self, fault: Fault, job: str) -> Undo:
-        pids = self._role(fault)
-        _signal(pids, signal.SIGSTOP)
-        return lambda: _signal(pids, signal.SIGCONT)
+        return _stopped(self._role(fault))
 
     def _end_step(self, fault: Fault, job: str) -> None:
         role, index = _role_and_index(fault)
@@ -181,6 +234,33 @@ class Weather:
             raise NobodyError("no supervisor that has started a role")
         return [pid for pid in found if pid]
 
+    def _freeze_supervisor(self, fault: Fault, job: str) -> Undo:
+        return _stopped(self._supervisor())
+
+    def _late_sbatch(self, fault: Fault, job: str) -> None:
+        fakes_of(self._cluster).late.touch()
+        self._slurm("scancel", job)
+
+    def _refuse_step(self, fault: Fault, job: str) -> Undo:
+        pids, mark = self._role(fault), fakes_of(self._cluster).refused
+        mark.touch()
+        _signal(pids, signal.SIGKILL)
+        return lambda: mark.unlink(missing_ok=True)
+
+    def _stall_engine(self, fault: Fault, job: str) -> Undo:
+        return _stopped(self._below(fault.target, "scheduler"))
+
+    def _hang_reward(self, fault: Fault, job: str) -> Undo:
+        return _stopped(self._below("rollout-0", "rltrain.rewards.worker"))
+
+    def _below(self, role: str | None, word: str) -> list[int]:
+        """Processes that a role has started and that have this word in their command."""
+        above = self._role(Fault("", 0, role))
+        found = [pid for root in above for pid in descendants(root) if word in _command(pid)]
+        if not found:
+            raise NobodyError(f"nothing of {role} is called {word}")
+        return found
+
     def _tear_metrics(self, fault: Fault, job: str) -> None:
         _append(self._layout.metrics, _TORN)
 
@@ -237,6 +317,17 @@ def _signal(pids: Iterable[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def _stopped(pids: Sequence[int]) -> Undo:
+    _signal(pids, signal.SIGSTOP)
+    return lambda: _signal(pids, signal.SIGCONT)
+
+
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+    return ""
 
 
 def _one(pids: list[int], index: int) -> list[int]:

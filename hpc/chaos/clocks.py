@@ -20,7 +20,8 @@ from hpc.chaos.faults import NobodyError
 from hpc.planning.slurm_tables import SlurmTables
 
 _VARIABLE = "SLURMLIME_CHAOS_CLOCK"  # names the file that has the seconds by which the clock is wrong
-_FILE = "/dev/shm/clock"  # each node has its own /dev/shm
+CLOCK = "clock"
+_FILE = f"/dev/shm/{CLOCK}"  # each node has its own /dev/shm
 _SOURCE = r"""
 #define _GNU_SOURCE
 #include <errno.h>

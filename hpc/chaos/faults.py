@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from rltrain.run.errors import UserError
 
 ROLES = ("router-0", "engine-0", "engine-1", "rollout-0", "trainer-0", "trainer-1")
+_REVIVED = ("router-0", "engine-0", "engine-1")
 NODES = ("node1", "node2", "node3", "node4")
 _CLOSE_SECONDS = 1.0
 _IN_CLOSE_PAIR = 0.25  # share of the faults that follow the one before within a second
@@ -34,6 +35,7 @@ class Kind:
         targets: whom it may meet; empty if it meets the job.
         seconds: bounds of how long it lasts; None for one that is over at once.
         needs_a_hand: the run may end, and a person resubmits it, once a fault that lasts is over.
+        is_real: stand-ins have nothing that it could meet.
         weight: how often it is drawn, against the others.
     """
 
@@ -41,6 +43,7 @@ class Kind:
     targets: tuple[str, ...] = ()
     seconds: tuple[float, float] | None = None
     needs_a_hand: bool = False
+    is_real: bool = False
     weight: int = 2
 
 
@@ -73,6 +76,25 @@ KINDS = {
     "silence": Kind("slurmctld does not answer for a while", seconds=(0.5, 8.0)),
     "restart-controller": Kind("slurmctld is killed and started again"),
     "cancel": Kind("scancel", needs_a_hand=True),
+    "late-sbatch": Kind(
+        "scancel, and the sbatch of who resubmits the run tells the job's id eight seconds late",
+        needs_a_hand=True,
+    ),
+    "refuse-step": Kind(
+        "SIGKILL for a role, and Slurm refuses for a while to start any", _REVIVED, (0.5, 10.0)
+    ),
+    "stall-engine": Kind(
+        "an engine answers, and makes no progress: SIGSTOP for its scheduler",
+        ("engine-0", "engine-1"),
+        (5.0, 70.0),
+        is_real=True,
+    ),
+    "hang-reward": Kind(
+        "no reward comes: SIGSTOP for the processes that grade", seconds=(1.0, 20.0), is_real=True
+    ),
+    "freeze-supervisor": Kind(
+        "SIGSTOP for the supervisor, for longer than the roles of stand-ins wait for it", seconds=(0.5, 15.0)
+    ),
     "kill-supervisor": Kind("SIGKILL for the supervisor"),
     "kill-batch": Kind("SIGKILL for the batch process, which ends the job", needs_a_hand=True),
     "tear-metrics": Kind("the last line of metrics.jsonl is a torn one, as a crash in the middle leaves it"),
@@ -105,16 +127,17 @@ class Fault:
         return f"{self.kind}{target}@{self.step}{delay}{seconds}"
 
 
-def draw(seed: int, count: int, steps: int) -> tuple[Fault, ...]:
+def draw(seed: int, count: int, steps: int, *, real: bool = False) -> tuple[Fault, ...]:
     """Draw the faults of a storm.
 
     Args:
         seed: the same seed gives the same storm.
         count: number of faults.
         steps: that the run trains; faults come between its first and its last.
+        real: whether the run has real roles, not stand-ins.
     """
     chance = random.Random(seed)
-    kinds = list(KINDS)
+    kinds = [name for name, kind in KINDS.items() if real or not kind.is_real]
     weights = [KINDS[name].weight for name in kinds]
     found: list[Fault] = []
     for _ in range(count):

@@ -13,12 +13,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from rltrain import arguments
 from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_REQUEUE, run_main
 from rltrain.run.files import replace_text, sync_directory
 from rltrain.run.lifeline import end_without_supervisor
 from rltrain.run.role import Registry, RoleContext
+from rltrain.sglang.leftovers import NodeDirectory
 from rltrain.tracking import Tracker
 
 STEP_SECONDS = 0.1
@@ -42,7 +44,16 @@ def curve(steps: int) -> list[float]:
 
 
 def serve(context: RoleContext, registry: Registry) -> int:
-    """Router, engine, rollout process: be ready until told to end."""
+    """Router, engine, rollout process: be ready until told to end. The first two have a directory on their node."""
+    directory = NodeDirectory() if context.role in ("router", "engine") else None
+    try:
+        _wait(registry)
+    finally:
+        if directory is not None:
+            directory.remove()
+
+
+def _wait(registry: Registry) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: sys.exit(0))
     registry.register("http://127.0.0.1:1")

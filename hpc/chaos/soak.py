@@ -23,6 +23,8 @@ _MIB = 1 << 20
 _MEMORY_BYTES = 6 * _MIB
 _FILES = 2
 _THREADS = 2
+# In a run directory: samples, checkpoints and weights, whose number and size flags say.
+RESULTS = ("rollouts", "rollouts_trainer", "checkpoints", "weights", "profile")
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,13 @@ def _last_step(metrics: Path) -> int | None:
     return None
 
 
-def judge(growth: Growth, files_per_step: float) -> tuple[list[str], list[str]]:
+def judge(growth: Growth, files_per_step: float, bytes_per_step: float) -> tuple[list[str], list[str]]:
     """A table of what was read, and what grows that should not, in words.
 
     Args:
         growth: of a run that has ended.
         files_per_step: that the run directory may get.
+        bytes_per_step: that it may get beside `RESULTS`, which a run is for.
     """
     lines = [f"{'role':14}{'memory, MiB':>20}{'open files':>16}{'threads':>14}   second quarter → last"]
     problems = []
@@ -150,7 +153,7 @@ def judge(growth: Growth, files_per_step: float) -> tuple[list[str], list[str]]:
         ]:
             if (more := getattr(late, what) - getattr(early, what)) > allowed:
                 problems.append(f"{role} has {more} more {what} at step {late.step} than at {early.step}")
-    disk_lines, disk_problems = _judge_disk(growth.disk, files_per_step)
+    disk_lines, disk_problems = _judge_disk(growth.disk, files_per_step, bytes_per_step)
     return lines + disk_lines, problems + disk_problems
 
 
@@ -169,7 +172,7 @@ def _median(readings: Sequence[Reading]) -> Reading:
 
 
 def _judge_disk(
-    disk: Sequence[tuple[int, dict[str, tuple[int, int]]]], files_per_step: float
+    disk: Sequence[tuple[int, dict[str, tuple[int, int]]]], files_per_step: float, bytes_per_step: float
 ) -> tuple[list[str], list[str]]:
     if len(disk) < 4:
         return [], []
@@ -180,7 +183,14 @@ def _judge_disk(
         before_size, before_count = early.get(name, (0, 0))
         lines.append(f"{name:26}{(size - before_size) / steps:14.0f}{(count - before_count) / steps:14.2f}"
                      f"{size / _MIB:16.2f}")  # fmt: skip
+    problems = []
     more = sum(count for _, count in late.values()) - sum(count for _, count in early.values())
     if more > files_per_step * steps + 5:
-        return lines, [f"the run directory got {more} files in {steps} steps"]
-    return lines, []
+        problems.append(f"the run directory got {more} files in {steps} steps")
+    grown = {
+        name: size - early.get(name, (0, 0))[0] for name, (size, _) in late.items() if name not in RESULTS
+    }
+    if (total := sum(grown.values())) > bytes_per_step * steps:
+        most = max(grown, key=lambda name: grown[name])
+        problems.append(f"the run directory got {total / steps:.0f} bytes a step, most of them in {most}")
+    return lines, problems

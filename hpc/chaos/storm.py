@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpc.chaos import clocks, records, roles, verdict
-from hpc.chaos.actions import Weather
+from hpc.chaos.actions import Weather, fakes_of
 from hpc.chaos.faults import KINDS, Fault
 from hpc.chaos.operator import Operator
 from hpc.chaos.records import Kept
@@ -130,6 +130,7 @@ class Storm:
         """
         faults = tuple(faults)
         begun = time.monotonic()
+        before = verdict.traces(self._cluster)
         with slurm_of(self._cluster):
             self._submit()
             with Script(
@@ -141,7 +142,11 @@ class Storm:
                 self._give_up()
                 return Outcome(faults, len(script.done), hands, ended - begun, (), (), unjudged=stuck[0])
             curve = roles.curve(self._steps) if self._real is None else None
-            problems = [*stuck, *verdict.judge(self._layout, self._steps, self._cluster, curve)]
+            may_fail = any(KINDS[fault.kind].needs_a_hand for fault in faults)
+            found = verdict.judge(
+                self._layout, self._steps, self._cluster, curve, before, may_fail=may_fail or bool(stuck)
+            )
+            problems = [*stuck, *found]
             if stuck:
                 self._give_up()
         kept = None
@@ -155,9 +160,9 @@ class Storm:
             )
         seconds = time.monotonic() - begun
         done = sorted(script.done, key=lambda each: each[1])
-        found = recoveries(done, self._rows.seen, self._events.seen)
+        after = recoveries(done, self._rows.seen, self._events.seen)
         events = tuple(map(_in_words, self._events.look()[-_LAST_EVENTS:])) if problems else ()
-        return Outcome(faults, len(done), hands, seconds, found, tuple(problems), kept, events=events)
+        return Outcome(faults, len(done), hands, seconds, after, tuple(problems), kept, events=events)
 
     def _judge_records(self) -> tuple[list[str], Kept | None]:
         try:
@@ -274,13 +279,25 @@ def with_stand_ins(plan: JobPlan) -> JobPlan:
 
 @contextmanager
 def slurm_of(cluster: Sandbox) -> Iterator[None]:
-    """Let this process's commands of Slurm go to a sandbox: submitit knows no other way."""
-    before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = cluster.variables["SLURM_CONF"]
+    """Let this process's commands of Slurm go to a sandbox, past the fakes that do faults: submitit knows no other way.
+
+    Jobs that are submitted meanwhile get the same variables.
+    """
+    fakes, place = fakes_of(cluster), verdict.temporary_directory(cluster)
+    fakes.make()
+    place.mkdir(exist_ok=True)
+    ours = {
+        "SLURM_CONF": cluster.variables["SLURM_CONF"],
+        "PATH": f"{fakes.directory}{os.pathsep}{os.environ['PATH']}",
+        "TMPDIR": str(place),
+    }
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["SLURM_CONF"]
-        else:
-            os.environ["SLURM_CONF"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

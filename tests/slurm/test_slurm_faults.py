@@ -43,10 +43,11 @@ def test_a_seed_is_a_storm_that_can_be_written_and_read(seed: int, count: int) -
 
 
 def test_a_thousand_faults_are_of_every_kind_and_some_come_within_a_second() -> None:
-    faults = draw(1, 1000, steps=60)
+    faults = draw(1, 1000, steps=60, real=True)
     assert {fault.kind for fault in faults} == set(KINDS)
-    others = draw(2, 1000, steps=60)
+    others = draw(2, 1000, steps=60, real=True)
     assert faults != others
+    assert not any(KINDS[fault.kind].is_real for fault in draw(1, 1000, steps=60))
 
 
 def test_each_kind_can_be_done() -> None:
@@ -268,16 +269,22 @@ def test_a_long_run_says_what_grows(tmp_path: Path) -> None:
         growth.roles["trainer-0"].append(
             Reading(50 * second, (10 + 2 * second) << 20, files=second, threads=4)
         )
-        growth.disk.append((50 * second, {"metrics.jsonl": (5000 * second, 1), "traces": (0, 50 * second)}))
-    lines, problems = judge(growth, files_per_step=0.0)
+        disk = {
+            "metrics.jsonl": (5000 * second, 1),
+            "traces": (0, 50 * second),
+            "rollouts": (9**9 * second, 1),
+        }
+        growth.disk.append((50 * second, disk))
+    lines, problems = judge(growth, files_per_step=0.0, bytes_per_step=99.0)
     assert [problem.split(" at step")[0] for problem in problems] == [
         "engine-0 has 20 more threads",
         f"trainer-0 has {40 << 20} more memory",
         "trainer-0 has 20 more files",
         "the run directory got 1450 files in 1450 steps",
+        "the run directory got 100 bytes a step, most of them in metrics.jsonl",
     ]
     assert "  ".join(lines).count("metrics.jsonl") == 1
-    assert judge(growth, files_per_step=1.0)[1] == problems[:3]
+    assert judge(growth, files_per_step=1.0, bytes_per_step=101.0)[1] == problems[:3]
 
 
 def test_a_role_and_what_it_started_are_read_together(tmp_path: Path) -> None:
