@@ -16,6 +16,8 @@ from helpers.slurm_fixture import need_slurm, open_directory
 from hpc.chaos.faults import draw, parse
 from hpc.chaos.storm import Storm
 from hpc.sandbox import ClusterSpec, Sandbox
+from rltrain.run.files import read_lines
+from rltrain.run.layout import RunLayout
 
 pytestmark = [pytest.mark.slurm, pytest.mark.chaos]
 STEPS = 40
@@ -37,10 +39,19 @@ def test_nothing_is_lost_in_a_storm(cluster: Sandbox, seed: int) -> None:
     assert outcome.problems == (), " ".join(map(str, outcome.faults))
 
 
-def test_a_controller_that_restarts_loses_no_job(cluster: Sandbox) -> None:
-    faults = parse(["restart-controller@5", "requeue@10", "restart-controller@10+0.3"])
-    outcome = Storm(cluster, cluster.directory / "runs", "restarts", STEPS).run(faults)
-    assert (outcome.problems, outcome.done, outcome.hands) == ((), 3, 0)
+def test_a_controller_that_restarts_and_a_supervisor_that_is_killed_lose_no_job(cluster: Sandbox) -> None:
+    """With its supervisor the job had failed, and stayed so until a person resubmitted the run."""
+    faults = parse(["restart-controller@5", "requeue@10", "restart-controller@10+0.3", "refuse-step:engine-0@15~2",
+                    "freeze-supervisor@20~1", "kill-supervisor@25"])  # fmt: skip
+    storm = Storm(cluster, cluster.directory / "runs", "restarts", STEPS)
+    outcome = storm.run(faults)
+    assert (outcome.problems, outcome.done, outcome.hands) == ((), 6, 0)
+    ends = [
+        line for line in read_lines(RunLayout(storm.run_dir).events) if line["kind"] == "attempt_finished"
+    ]
+    assert [line["cause"] for line in ends if line["reason"] == "the supervisor was killed by SIGKILL"] == [
+        "unknown"
+    ]
 
 
 def test_a_run_gets_over_faults_of_disk_network_names_and_clocks() -> None:

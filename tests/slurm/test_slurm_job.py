@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -13,7 +12,6 @@ from helpers.slurm_fixture import submit as submit_script
 from helpers.slurm_fixture import until, wait_for
 from helpers.slurm_job import FakeRun
 
-from hpc.chaos.actions import processes_of, supervisor_of
 from hpc.slurm import JobState
 from rltrain.run.layout import RunLayout
 
@@ -87,20 +85,6 @@ def test_engine_of_which_a_part_dies_is_started_again_as_a_whole(run: FakeRun) -
 def test_rank_that_dies_is_named(run: FakeRun) -> None:
     code, _, err = run.finish("--nodes=4", trainer=["train", "die"], steps=1000)
     assert code == 1 and "trainer-1 exited with code 3" in err and "trainer-1.log" in err
-
-
-def test_a_supervisor_that_is_killed_is_run_again(run: FakeRun) -> None:
-    """The job had failed, and stayed so until a person resubmitted the run."""
-    job = run.detach("--nodes=4", steps=120)
-    until(lambda: run.steps(), 120, "the first step")
-    (supervisor,) = {supervisor_of(process) for process in processes_of(run.layout.root)} - {None}
-    assert supervisor is not None
-    os.kill(supervisor, signal.SIGKILL)
-    until(lambda: len(run.events("attempt_started")) == 2, 120, "a second attempt")
-    assert run.events("attempt_finished")[0]["reason"] == "the supervisor was killed by SIGKILL"
-    assert len(run.events("requeued")) == 1
-    assert job.result()["state"] == "finished", run.output()
-    assert run.steps()[-1] == 119
 
 
 def test_ctrl_c_only_stops_looking(run: FakeRun) -> None:
