@@ -219,6 +219,10 @@ class Weather:
     def _restart_controller(self, fault: Fault, job: str) -> None:
         self._cluster.restart_controller()
 
+    def _fail_over(self, fault: Fault, job: str) -> Undo:
+        self._cluster.fail_over()
+        return self._cluster.restart_controller
+
     def _cancel(self, fault: Fault, job: str) -> None:
         self._slurm("scancel", job)
 

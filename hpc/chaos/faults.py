@@ -36,7 +36,7 @@ class Kind:
         seconds: bounds of how long it lasts; None for one that is over at once.
         needs_a_hand: the run may end, and a person resubmits it, once a fault that lasts is over.
         is_real: stand-ins have nothing that it could meet.
-        weight: how often it is drawn, against the others.
+        weight: how often it is drawn, against the others; 0 if only somebody who names it wants it.
     """
 
     what: str
@@ -75,6 +75,11 @@ KINDS = {
     "clock-behind": Kind("the clock of a node jumps back by an hour, and ahead later", NODES, (0.5, 8.0)),
     "silence": Kind("slurmctld does not answer for a while", seconds=(0.5, 8.0)),
     "restart-controller": Kind("slurmctld is killed and started again"),
+    "fail-over": Kind(
+        "slurmctld is killed, its backup takes over, and it comes back; takes a sandbox with a backup",
+        seconds=(0.5, 8.0),
+        weight=0,
+    ),
     "cancel": Kind("scancel", needs_a_hand=True),
     "late-sbatch": Kind(
         "scancel, and the sbatch of who resubmits the run tells the job's id eight seconds late",

@@ -64,7 +64,12 @@ def controller_command(layout: SandboxPaths, name: str, again: bool = False) -> 
     """Start slurmctld with an empty state, or `again` with its own, under the host name that slurm.conf knows it by."""
     hosts = shlex.quote(str(layout.etc / "hosts"))
     slurmctld = [find_program("slurmctld"), "-D", *([] if again else ["-c"]), "-f", str(layout.slurm_conf)]
-    script = f"hostname {name} && mount --bind {hosts} /etc/hosts && exec {shlex.join(slurmctld)}"
+    # It ends the process that its file names; on a machine of its own that would be none of another controller's.
+    named, own = (shlex.quote(f"{layout.run}/{file}") for file in ("slurmctld.pid", f"slurmctld-{name}.pid"))
+    script = (
+        f"hostname {name} && mount --bind {hosts} /etc/hosts && touch {named} {own} && mount --bind {own} {named}"
+        f" && exec {shlex.join(slurmctld)}"
+    )
     return unshare("--uts", "--mount", "--", find_program("bash"), "-c", script)
 
 

@@ -189,6 +189,22 @@ class Sandbox:
         """Have slurmctld go on after `silence`."""
         self._request("speak")
 
+    def fail_over(self, timeout: float = 60.0) -> None:
+        """Kill the first slurmctld and have the second take over; takes `ClusterSpec.backup`. Returns when it answers.
+
+        `restart_controller` brings the first one back, which takes over again.
+
+        Raises:
+            TimeoutError: it does not.
+        """
+        self._request("kill_controller")
+        deadline = time.monotonic() + timeout
+        for command in (["scontrol", "takeover"], ["squeue", "-h"]):
+            while subprocess.run(command, env=self.env, capture_output=True).returncode:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"the second slurmctld has not taken over after {timeout:.0f} s")
+                time.sleep(0.05)
+
     def restart_controller(self, timeout: float = 60.0) -> None:
         """Kill slurmctld and start it again: it knows its jobs from its files. Returns when it answers.
 

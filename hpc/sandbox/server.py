@@ -26,7 +26,7 @@ from hpc.sandbox.daemons import DaemonError, Daemons
 from hpc.sandbox.network import Network
 from hpc.sandbox.packages import find_program, search_path
 from hpc.sandbox.paths import SandboxPaths
-from hpc.sandbox.spec import Addresses, ClusterSpec, choose_addresses
+from hpc.sandbox.spec import BACKUP, Addresses, ClusterSpec, choose_addresses
 from hpc.slurm.client import without_slurm
 from rltrain.run.errors import UserError
 from rltrain.run.processes import become_subreaper, wait_readable
@@ -41,7 +41,7 @@ class SandboxServer:
         self._layout, self._spec = layout, spec
         self._user = pwd.getpwuid(os.geteuid()).pw_name
         self._stopping = False
-        self._addresses = choose_addresses(len(spec.node_names), spec.networks)
+        self._addresses = choose_addresses(len(spec.node_names), spec.networks, spec.backup)
         self._network: Network | None = None
         env = without_slurm(os.environ) | {"SLURM_CONF": str(layout.slurm_conf), "PATH": search_path()}
         self._daemons = Daemons(layout.log, env)
@@ -65,6 +65,9 @@ class SandboxServer:
             programs.start_slurmdbd(self._daemons, self._layout, self._addresses, self._user)
             self._log("slurmdbd answers")
         self._daemons.start("slurmctld", self._controller())
+        if self._spec.backup:  # one that starts before the first answers would take over
+            self._daemons.wait_until(self._answers, "slurmctld")
+            self._daemons.start(BACKUP, programs.controller_command(self._layout, BACKUP, again=True))
         for name in self._spec.node_names:
             self._start_node(name)
         self._daemons.wait_until(self._all_idle, "idle nodes")
@@ -78,7 +81,7 @@ class SandboxServer:
             self._daemons.reap()
             if owner in readable:
                 self._stop("the owner has ended")
-            elif not self._daemons.is_running("slurmctld"):
+            elif not any(map(self._daemons.is_running, ("slurmctld", BACKUP))):
                 self._stop("slurmctld has ended")
             elif readable:
                 control.answer(listener, self._handle)
@@ -113,8 +116,13 @@ class SandboxServer:
                 self._daemons.send_signal("slurmctld", signal.SIGSTOP)
             case "speak":
                 self._daemons.send_signal("slurmctld", signal.SIGCONT)
-            case "restart_controller":
+            case "kill_controller":
+                if not self._daemons.is_running(BACKUP):
+                    raise ValueError("this sandbox has no second slurmctld")
                 self._daemons.terminate("slurmctld")
+            case "restart_controller":
+                if self._daemons.is_running("slurmctld"):
+                    self._daemons.terminate("slurmctld")
                 self._daemons.start("slurmctld", self._controller(again=True))
             case other:
                 raise ValueError(f"unknown command {other!r}")
@@ -168,6 +176,13 @@ class SandboxServer:
             "munged", [find_program("munged"), "--foreground", "--force", "--num-threads=2", *files]
         )
         self._daemons.wait_until(layout.munge_socket.exists, "munged")
+
+    def _answers(self) -> bool:
+        try:
+            self._daemons.run([find_program("sinfo"), "-h"])
+        except DaemonError:
+            return False
+        return True
 
     def _all_idle(self) -> bool:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hpc.sandbox.paths import SandboxPaths
-from hpc.sandbox.spec import Addresses, ClusterSpec
+from hpc.sandbox.spec import BACKUP, Addresses, ClusterSpec
 
 CLUSTER_NAME = "sandbox"
 
@@ -36,7 +36,7 @@ PARTITIONS = (
 def slurm_conf(spec: ClusterSpec, addresses: Addresses, layout: SandboxPaths, user: str) -> str:
     """slurm.conf. `user` runs every daemon; if it is root, all users of the machine may submit."""
     sections = [
-        _identity(addresses, layout, user),
+        _identity(spec, addresses, layout, user),
         _RESOURCES,
         _accounting(spec, addresses, layout),
         _SCHEDULING,
@@ -62,6 +62,8 @@ def hosts_file(spec: ClusterSpec, addresses: Addresses, hostname: str) -> str:
     lines = ["127.0.0.1 localhost", f"{addresses.controller} {hostname}"]
     if addresses.controller_name != "localhost":
         lines.append(f"{addresses.controller} {addresses.controller_name}")
+    if spec.backup:
+        lines.append(f"{addresses.backup} {BACKUP}")
     lines += [f"{addresses.node(index)} {name}" for index, name in enumerate(spec.node_names)]
     return "\n".join(lines) + "\n"
 
@@ -86,14 +88,19 @@ CommitDelay=0
 """
 
 
-def _identity(addresses: Addresses, layout: SandboxPaths, user: str) -> str:
+def _identity(spec: ClusterSpec, addresses: Addresses, layout: SandboxPaths, user: str) -> str:
     # cred_expire: a requeued job waits that long before it may start again; Slurm's default is 120 s.
     # NoCtldInAddrAny: slurmctld on one address only. The same for slurmd (NoInAddrAny) breaks srun inside a node:
     # the kernel's source address for all of 127/8 is 127.0.0.1, where srun would then not listen.
+    # More than a busy machine makes it wait: the backup then takes over.
+    second = f"SlurmctldHost={BACKUP}({addresses.backup})\n" if spec.backup else ""
+    timeout = 10 if spec.backup else 5
     return f"""\
 ClusterName={CLUSTER_NAME}
 SlurmctldHost={addresses.controller_name}({addresses.controller})
+{second}\
 SlurmctldPort={addresses.slurmctld_port}
+SlurmctldTimeout={timeout}
 CommunicationParameters=NoCtldInAddrAny
 SlurmUser={user}
 SlurmdUser={user}
@@ -139,7 +146,6 @@ KillWait=2
 CompleteWait=0
 MinJobAge=600
 InactiveLimit=0
-SlurmctldTimeout=5
 SlurmdTimeout=5
 BatchStartTimeout=10
 MessageTimeout=10

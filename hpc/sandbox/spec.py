@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from rltrain.run.errors import UserError
 
 MAX_NODES = 200  # they are numbered from 10 in the last byte of their address
+BACKUP = "backup"  # host name of a second slurmctld
 # Below the kernel's usual range for outgoing connections, so that none of those takes a port we have chosen.
 _PORTS = range(10_000, 32_000)
 
@@ -30,6 +31,7 @@ class ClusterSpec:
         accounting: run slurmdbd and MariaDB, so that sacct answers.
         extra_conf: lines added to slurm.conf.
         networks: each node has a network of its own, so that it can be cut off. Takes root; without accounting.
+        backup: a second slurmctld takes over when the first is gone, after ten seconds; without networks.
     """
 
     nodes: int = 6
@@ -41,6 +43,7 @@ class ClusterSpec:
     accounting: bool = False
     extra_conf: str = ""
     networks: bool = False
+    backup: bool = False
 
     def __post_init__(self) -> None:
         """Refuse shapes that slurm.conf can't say."""
@@ -50,6 +53,8 @@ class ClusterSpec:
             raise UserError("a node has at least one CPU, some memory, and no fewer than 0 GPUs.")
         if self.networks and self.accounting:
             raise UserError("a sandbox whose nodes have networks of their own has no accounting.")
+        if self.networks and self.backup:
+            raise UserError("a sandbox whose nodes have networks of their own has one slurmctld.")
         if self.gpus and not all(re.fullmatch(r"[a-z][a-z0-9_]*", kind) for kind in self.gpu_types or ("",)):
             raise UserError(f"GPU types are words like h100, not {','.join(self.gpu_types) or 'nothing'}.")
 
@@ -87,10 +92,12 @@ class Addresses:
     Attributes:
         network: first three bytes of the nodes' addresses; every sandbox has its own.
         first_port: slurmctld's; slurmdbd's is the next one, then one for each node's slurmd.
+        has_backup: there are two slurmctlds, told apart by their host names.
     """
 
     network: str
     first_port: int
+    has_backup: bool = False
 
     @property
     def controller(self) -> str:
@@ -99,12 +106,17 @@ class Addresses:
 
     @property
     def controller_name(self) -> str:
-        """Host name of slurmctld, which it listens on: this machine's or, for nodes with networks, one that is ours."""
-        return "localhost" if self.controller == "127.0.0.1" else "controller"
+        """Host name of slurmctld, which it listens on: this machine's, or one that is ours where it must be another."""
+        return "localhost" if self.controller == "127.0.0.1" and not self.has_backup else "controller"
+
+    @property
+    def backup(self) -> str:
+        """IPv4 address of a second slurmctld."""
+        return f"{self.network}.2"
 
     @property
     def slurmctld_port(self) -> int:
-        """On `controller`."""
+        """On `controller`, and on `backup`."""
         return self.first_port
 
     @property
@@ -121,7 +133,7 @@ class Addresses:
         return f"{self.network}.{10 + index}"
 
 
-def choose_addresses(nodes: int, networks: bool = False) -> Addresses:
+def choose_addresses(nodes: int, networks: bool = False, backup: bool = False) -> Addresses:
     """A network and a run of free TCP ports for a cluster of `nodes` nodes.
 
     The network is below 127/8, which all share; with `networks` below 198.18/15, which is for tests (RFC 2544).
@@ -133,7 +145,7 @@ def choose_addresses(nodes: int, networks: bool = False) -> Addresses:
     for _ in range(200):
         first = chance.randrange(_PORTS.start, _PORTS.stop - nodes - 2)
         if all_free(range(first, first + nodes + 2)):
-            return Addresses(network, first)
+            return Addresses(network, first, backup)
     raise OSError(f"no {nodes + 2} consecutive free TCP ports between {_PORTS.start} and {_PORTS.stop}")
 
 

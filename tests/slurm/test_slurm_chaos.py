@@ -39,17 +39,19 @@ def test_nothing_is_lost_in_a_storm(cluster: Sandbox, seed: int) -> None:
     assert outcome.problems == (), " ".join(map(str, outcome.faults))
 
 
-def test_a_controller_that_restarts_and_a_supervisor_that_is_killed_lose_no_job(cluster: Sandbox) -> None:
+def test_a_controller_that_restarts_or_fails_over_and_a_supervisor_that_is_killed_lose_no_job() -> None:
     """With its supervisor the job had failed, and stayed so until a person resubmitted the run."""
+    need_slurm()
     faults = parse(["restart-controller@5", "requeue@10", "restart-controller@10+0.3", "refuse-step:engine-0@15~2",
-                    "freeze-supervisor@20~1", "kill-supervisor@25"])  # fmt: skip
-    storm = Storm(cluster, cluster.directory / "runs", "restarts", STEPS)
-    outcome = storm.run(faults)
-    assert (outcome.problems, outcome.done, outcome.hands) == ((), 6, 0)
-    ends = [
-        line for line in read_lines(RunLayout(storm.run_dir).events) if line["kind"] == "attempt_finished"
-    ]
-    assert [line["cause"] for line in ends if line["reason"] == "the supervisor was killed by SIGKILL"] == [
+                    "freeze-supervisor@20~1", "kill-supervisor@25", "fail-over@30~1"])  # fmt: skip
+    spec = ClusterSpec(nodes=4, cpu_nodes=0, gpus=1, backup=True)
+    with open_directory() as path, Sandbox(path, spec, owner_pid=os.getpid()) as own:
+        storm = Storm(own, path / "runs", "restarts", STEPS)
+        outcome = storm.run(faults)
+        events = read_lines(RunLayout(storm.run_dir).events)
+    assert (outcome.problems, outcome.done, outcome.hands) == ((), 7, 0)
+    ends = [event for event in events if event["kind"] == "attempt_finished"]
+    assert [each["cause"] for each in ends if each["reason"] == "the supervisor was killed by SIGKILL"] == [
         "unknown"
     ]
 
