@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 from rltrain.arguments.config import groups, places
 from rltrain.arguments.groups.evaluation import SETTINGS
 from rltrain.arguments.model_flags import megatron_shape
@@ -254,6 +256,7 @@ def read_by_name() -> set[str]:
     return {f"{places()[name]}.{name}" for name in (*SETTINGS.values(), *shape) if name in places()}
 
 
+@pytest.mark.slow
 def test_every_value_has_a_reader() -> None:
     paths = [path for room in ("hpc", "rltrain") for path in (ROOT / room).rglob("*.py")]
     read = values_read([ast.parse(path.read_text()) for path in paths])
