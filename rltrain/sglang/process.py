@@ -25,6 +25,9 @@ from rltrain.sglang.leftovers import NodeDirectory
 
 READY_TIMEOUT = 600.0  # seconds; imports alone take a minute on a busy machine
 _PROBE_INTERVAL = 0.1
+# Threads that wait for another would keep their cores busy, and where other processes work too, that one has none.
+# OpenMP reads it when it is loaded, so the process must begin with it.
+_WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 class ServerDiedError(RuntimeError):
@@ -48,7 +51,12 @@ class ServerProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", module],
             stdin=subprocess.PIPE,
-            env={**os.environ, **_home(self._directory.path), "TMPDIR": str(self._directory.path)},
+            env={
+                **_WAITING,
+                **os.environ,
+                **_home(self._directory.path),
+                "TMPDIR": str(self._directory.path),
+            },
             preexec_fn=partial(_prepare, dying_with_us(signal.SIGKILL)),
         )
         assert self._process.stdin is not None

@@ -267,6 +267,21 @@ def test_a_server_has_a_home_directory_that_can_be_written(
     assert (tmp_path / ".cache").exists() == (home == "here")
 
 
+@pytest.mark.parametrize("own", [None, "ACTIVE"])
+def test_threads_of_a_server_leave_the_cores_while_they_wait(
+    own: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import os\nraise SystemExit({'PASSIVE': 7, 'ACTIVE': 8}[os.environ['OMP_WAIT_POLICY']])"
+    (tmp_path / "waiting_server.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    ended = pytest.raises(ServerDiedError, match=f"exit code {8 if own else 7}")
+    with ServerProcess("waiting_server", {}, "http://127.0.0.1:9") as process, ended:
+        process.wait_until_ready(timeout=60)
+
+
 def has_ended(process: psutil.Process) -> bool:
     """Also as a zombie: pid 1 of a container may not reap orphans."""
     try:
