@@ -170,7 +170,7 @@ def _renamed(name: str) -> str:
 
 
 def remarks(config: Config) -> list[str]:
-    """One line for every flag that was given and changes nothing, or has another name now."""
+    """One line for every flag that was given and changes nothing, or less than it seems, or has another name now."""
     always = {
         "use-fault-tolerance": config.engines.use_fault_tolerance,
         "balance-data": config.training.balance_data,
@@ -184,4 +184,12 @@ def remarks(config: Config) -> list[str]:
             f"--save-debug-rollout-data writes Parquet, with one row a sample, and not torch's format: {saved}"
         )
     ignored += idle_profiling(config.profiling)
+    if (
+        config.mtp.enable_mtp_training
+        and config.engines.sglang.get("speculative_algorithm", "NGRAM") != "NGRAM"
+    ):
+        ignored.append(
+            "--enable-mtp-training: engines draft with the weights that they started with, as no push brings that layer"
+            " to the model that drafts; checkpoints and exports have it as it is trained"
+        )
     return ignored + [f"--{name} changes nothing: it is always on" for name, given in always.items() if given]

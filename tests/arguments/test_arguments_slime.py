@@ -72,6 +72,15 @@ def test_flags_of_slimes_memory_are_refused_with_the_reason_or_said_to_be_ignore
     assert "--recompute-loss-function is ignored: the loss keeps nothing of the logits' size" in line
 
 
+def test_engines_that_draft_are_said_to_keep_their_weights() -> None:
+    trained = [*LEAST, "--enable-mtp-training"]
+    drafts = ["--sglang-speculative-algorithm", "EAGLE"]
+    (line,) = arguments.remarks(arguments.parse([*trained, *drafts]))
+    assert line.startswith("--enable-mtp-training: engines draft with the weights that they started with")
+    for given in (trained, [*LEAST, *drafts], [*trained, *drafts[:1], "NGRAM"]):
+        assert arguments.remarks(arguments.parse(given)) == []
+
+
 @pytest.mark.parametrize("scheduler", ["opt_param-scheduler", "opt-param-scheduler"])
 def test_megatrons_spelling_of_the_flags_of_the_schedule(scheduler: str) -> None:
     """Megatron's own spelling has underscores inside: as in a launch script, and as in a recipe."""
