@@ -1,13 +1,8 @@
-"""A job whose machines reach each other by IPv6 addresses: here on `::1`."""
+"""What a job whose machines reach each other by IPv6 addresses needs, on `::1`; test_slime_examples.py runs one."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import socket
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,6 +10,7 @@ import aiohttp
 import psutil
 import pytest
 from fakes.agents import agent_config, make_agent_model, params
+from helpers.local_job import has_ipv6
 
 from hpc.doctor.machine import check_address
 from hpc.supervisor.registry import RegistryServer
@@ -24,41 +20,14 @@ from rltrain.agents.program import at
 from rltrain.arguments.external import parse_address
 from rltrain.data.tokenizer import load_tokenizer
 from rltrain.run.errors import UserError
-from rltrain.run.files import EventLog, StatusFile, read_lines
+from rltrain.run.files import EventLog, StatusFile
 from rltrain.run.http import HttpError, call, make_url
 from rltrain.run.processes import reserve_port
 from rltrain.run.role import Registry, RoleContext
 from rltrain.sample import Sample
 from rltrain.sglang.routers import RouterAddress
 
-TESTS, HOST = Path(__file__).parents[1], "::1"
-FLAGS = (
-    "--name run --label-key label --custom-rm-path fakes.reward.by_content --num-rollout 2 --rollout-batch-size 2"
-    " --n-samples-per-prompt 2 --rollout-max-response-len 8 --wandb-mode disabled"
-    " --update-weight-transport distributed"
-)
-# A class of this program, not of a module, is what the job's process gets by value.
-SUBMIT = """
-import sys
-from hpc import submit
-from hpc.supervisor import supervisor
-
-class OnIPv6(supervisor.Supervisor):
-    def _host(self):
-        return "::1"
-
-supervisor.Supervisor = OnIPv6
-sys.exit(submit.main())
-"""
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.create_server((HOST, 0), family=socket.AF_INET6):
-            return True
-    except OSError:
-        return False
-
+HOST = "::1"
 
 pytestmark = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
 
@@ -135,28 +104,3 @@ def test_gateway(tmp_path: Path) -> None:
             return answers
 
     assert asyncio.run(main()) == [200, 401]
-
-
-@pytest.mark.slow
-def test_a_run_of_real_parts(tiny_model: Path, tmp_path: Path) -> None:
-    rows = [{"input": f"{i}+1=", "label": str(i + 1)} for i in range(20)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = ["--hf-checkpoint", str(tiny_model), "--prompt-data", str(tmp_path / "prompts.jsonl")]
-    done = subprocess.run(
-        [sys.executable, "-c", SUBMIT, *FLAGS.split(), *files],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "runs/run"
-    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [0, 1]
-    ready = {
-        event["role"]: event["url"]
-        for event in read_lines(run / "events.jsonl")
-        if event["kind"] == "role_ready"
-    }
-    assert ready.keys() == {"router", "engine", "rollout", "trainer"}
-    assert all("://[::1]:" in url for url in ready.values()), ready

@@ -1,4 +1,7 @@
-"""Functions written as slime's search, retool and multi-agent examples train for two steps, with other import lines."""
+"""Functions written as slime's search, retool and multi-agent examples train for two steps, with other import lines.
+
+Their job's roles reach each other by IPv6 addresses, where this machine has any.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from fakes.slime_examples import agents, search, tools
+from helpers.local_job import SUBMIT_ON_IPV6, has_ipv6
 from helpers.tiny_model import make_tokenizer
 
 from analysis import Run, load_run
@@ -35,7 +39,9 @@ FLAGS = [
         "--wandb-mode",
         "disabled",
     ),
+    *("--update-weight-transport", "distributed"),
 ]
+PROGRAM = ["-c", SUBMIT_ON_IPV6] if has_ipv6() else ["-m", "hpc.submit"]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,7 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     where = ["--hf-checkpoint", str(tiny_model), "--prompt-data", str(directory / "prompts.jsonl")]
     done = subprocess.run(
-        [sys.executable, "-m", "hpc.submit", "--name", "tasks", "--runs-dir", str(directory), *where, *FLAGS],
+        [sys.executable, *PROGRAM, "--name", "tasks", "--runs-dir", str(directory), *where, *FLAGS],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
@@ -83,6 +89,13 @@ def test_both_steps_are_trained(run: Run) -> None:
     steps = run.steps[run.steps["step"] >= 0]
     assert steps["step"].tolist() == list(range(STEPS))
     assert steps["train/grad_norm"].notna().all()
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_every_role_has_an_ipv6_address(run: Run) -> None:
+    ready = run.events[run.events["kind"] == "role_ready"].set_index("role")["url"].to_dict()
+    assert ready.keys() == {"router", "engine", "rollout", "trainer"}
+    assert all("://[::1]:" in url for url in ready.values()), ready
 
 
 def test_a_search_answers_between_the_turns(run: Run) -> None:

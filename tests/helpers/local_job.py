@@ -27,6 +27,30 @@ FAKE_SUBMIT = Path(__file__).parents[1] / "fakes" / "submit.py"
 SERVICES = {"router": ["serve"], "engine": ["serve", "leak"], "rollout": ["serve"]}
 
 
+# `submit` of a job whose machines reach each other by IPv6 addresses. A class of this program, not of a module, is what
+# the job's process gets by value.
+SUBMIT_ON_IPV6 = """
+import sys
+from hpc import submit
+from hpc.supervisor import supervisor
+
+class OnIPv6(supervisor.Supervisor):
+    def _host(self):
+        return "::1"
+
+supervisor.Supervisor = OnIPv6
+sys.exit(submit.main())
+"""
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
 # What `submit` says of a run that leaves these flags out.
 ASSUMED = (
     "chosen, as the trainer has no GPU: --no-bf16 --no-use-distributed-optimizer\n"
