@@ -1,4 +1,4 @@
-"""Weights in buckets, and shared memory between two processes of one machine."""
+"""Weights in buckets, and how they come from a trainer's ranks to those of its engines."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import itertools
 import json
 import pickle
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Barrier
@@ -70,10 +68,8 @@ def test_buckets_keep_order_and_bound() -> None:
 
 
 def test_tensors_of_all_types_survive_the_flat_buffer() -> None:
-    odd = torch.arange(7, dtype=torch.int8)
-    bucket = parts(
-        [*tensors(3, torch.bfloat16), ("odd", odd), *tensors(2), ("sliced", torch.arange(9.0)[::2])]
-    )
+    odd, sliced = torch.arange(7, dtype=torch.int8), torch.arange(9.0)[::2]
+    bucket = parts([*tensors(3, torch.bfloat16), ("odd", odd), *tensors(2), ("sliced", sliced)])
     pieces, buffer = filled(bucket, start=512)
     described = Bucket(pieces, sample_digests(pieces, buffer), keep="name")
     ((again, source),) = from_message(message(to_json(described, {"path": "p"})))
@@ -85,12 +81,8 @@ def test_tensors_of_all_types_survive_the_flat_buffer() -> None:
 def test_a_digest_sees_another_tensor() -> None:
     pieces, buffer = filled(parts([*tensors(2), ("long", torch.arange(1000.0))]))
     before = sample_digests(pieces, buffer)
-    for place in (
-        pieces[1].start,
-        pieces[2].start,
-        pieces[2].end - 1,
-        (pieces[2].start + pieces[2].end) // 2 + 10,
-    ):
+    long = pieces[2]
+    for place in (pieces[1].start, long.start, long.end - 1, (long.start + long.end) // 2 + 10):
         buffer[place] ^= 1
         digests = sample_digests(pieces, buffer)
         assert digests == _gathered_digests(pieces, buffer)  # as on a GPU
@@ -112,21 +104,10 @@ def test_large_tensors_are_sent_from_where_they_are(monkeypatch: pytest.MonkeyPa
     for chunk in chunks:
         received[chunk.start : chunk.start + len(chunk.data)] = chunk.data
     assert torch.equal(received, copied)
-    apart = {chunk.data.data_ptr() for chunk in chunks} - {
-        buffer[chunk.start :].data_ptr() for chunk in chunks
-    }
+    places = {buffer[chunk.start :].data_ptr() for chunk in chunks}
+    apart = {chunk.data.data_ptr() for chunk in chunks} - places
     assert apart == {named[i][1].data_ptr() for i in (3, 8)}  # the others go together
     assert len(chunks) == 4
-
-
-def test_shared_memory_grows_and_is_seen_by_another_process() -> None:
-    memory = SharedMemory()
-    memory.grow(100)
-    memory.grow(10_000)
-    memory.buffer[9_999] = 42
-    read = f"print(open({memory.source.path!r}, 'rb').read()[-1])"
-    assert subprocess.run([sys.executable, "-c", read], capture_output=True, text=True).stdout == "42\n"
-    memory.close()
 
 
 class Model:

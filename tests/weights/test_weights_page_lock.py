@@ -1,7 +1,9 @@
-"""Shared memory is page-locked on both sides while it is mapped. CUDA's runtime is a stand-in."""
+"""Shared memory: another process sees it; it is page-locked while it is mapped. CUDA's runtime is a stand-in."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -45,6 +47,16 @@ def cudart(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCudart]:
     monkeypatch.setattr("rltrain.weights.page_lock._clear_error", lambda: None)
     yield fake
     _mapped.clear()
+
+
+def test_shared_memory_grows_and_is_seen_by_another_process() -> None:
+    memory = SharedMemory()
+    memory.grow(100)
+    memory.grow(10_000)
+    memory.buffer[9_999] = 42
+    read = f"print(open({memory.source.path!r}, 'rb').read()[-1])"
+    assert subprocess.run([sys.executable, "-c", read], capture_output=True, text=True).stdout == "42\n"
+    memory.close()
 
 
 def test_both_sides_lock_what_is_mapped_and_unlock_it_before_it_is_not(cudart: FakeCudart) -> None:
