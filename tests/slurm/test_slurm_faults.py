@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 from hypothesis import given
@@ -31,6 +31,7 @@ from hpc.chaos.soak import Growth, Reading, judge, read_disk, read_roles
 from hpc.chaos.storm import Outcome
 from hpc.planning.slurm_tables import SlurmTables
 from rltrain.run.errors import UserError
+from rltrain.run.layout import RunLayout
 from rltrain.run.processes import parse_stat, wait_readable
 
 
@@ -242,6 +243,49 @@ def test_a_disk_that_was_stopped_goes_on_when_its_storm_is_killed(tmp_path: Path
         finally:
             thaw_left_disks()
             shutil.rmtree(directory)
+
+
+FAKE_ROLE = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "input()", *sys.argv[1:]], stdin=subprocess.PIPE)
+print(child.pid, flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize(
+    ("role", "child", "fault"),
+    [
+        ("engine", "sglang::scheduler", Fault("stall-engine", 1, "engine-0")),
+        ("rollout", "rltrain.rewards.worker", Fault("hang-reward", 1)),
+    ],
+)
+def test_what_a_role_has_started_stands_still_for_a_while(
+    tmp_path: Path, role: str, child: str, fault: Fault
+) -> None:
+    (tmp_path / "fake_role.py").write_text(FAKE_ROLE)
+    own = {"SLURMLIME_RUN_DIR": str(tmp_path), "SLURMLIME_ROLE": role, "SLURMLIME_INDEX": "0"}
+    env = {**os.environ, **own, "PYTHONPATH": str(tmp_path)}
+    weather = Weather(cast(Any, None), RunLayout(tmp_path))
+    with pytest.raises(NobodyError, match=f"no {role}-0"):
+        weather.do(fault, "7")
+    command = [sys.executable, "-m", "fake_role", child]
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        undo = weather.do(fault, "7")
+        assert undo is not None
+        while state(pid) != "T":  # a signal takes a moment
+            assert process.poll() is None
+        assert state(process.pid) != "T"
+        undo()
+        while state(pid) == "T":
+            assert process.poll() is None
+        os.kill(pid, signal.SIGKILL)
+
+
+def state(pid: int) -> str:
+    return parse_stat(Path(f"/proc/{pid}/stat").read_text())[2]
 
 
 def test_gpus_that_slurm_takes_for_used_on_idle_nodes() -> None:
