@@ -31,10 +31,11 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return patterns(folder, names) | here
 
     shutil.copytree(ROOT, source, ignore=ignore)
-    subprocess.run([sys.executable, "-m", "venv", directory / "venv"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory / "venv"], check=True)
     python = directory / "venv" / "bin" / "python"
-    install = [python, "-m", "pip", "install", "-qq", "-c", ROOT / "requirements/constraints.txt", source]
-    subprocess.run(install, check=True)
+    # What is not imported need not be compiled.
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "-qq", "--no-compile"]
+    subprocess.run([*install, "-c", ROOT / "requirements/constraints.txt", source], check=True)
     return python
 
 
