@@ -36,19 +36,19 @@ def sampled(model: Path, **server_args: Any) -> TrainBatch:
     """A batch from an engine that computes in bf16."""
     args = {"model_path": str(model), "skip_tokenizer_init": True, "dtype": "bfloat16", **server_args}
     rng = np.random.default_rng(0)
-    samples = []
+    prompts = [rng.integers(1, 61, 8).tolist() for _ in range(PROMPTS)]
+    request = {
+        "input_ids": prompts,
+        "sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 1.0, "ignore_eos": True},
+        "return_logprob": True,
+        "return_routed_experts": "enable_return_routed_experts" in server_args,
+    }
     with HttpServerEngineAdapter.launch(args, TOKEN) as engine:
-        for i in range(PROMPTS):
-            sample = Sample(
-                index=i, group_index=i, prompt="p", tokens=rng.integers(1, 61, 8).tolist(), reward=0.0
-            )
-            request = {
-                "input_ids": sample.tokens,
-                "sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 1.0, "ignore_eos": True},
-                "return_logprob": True,
-                "return_routed_experts": "enable_return_routed_experts" in server_args,
-            }
-            samples.append(update_sample(sample, call("POST", f"{engine.url}/generate", TOKEN, request)))
+        answers = call("POST", f"{engine.url}/generate", TOKEN, request)
+    samples = [
+        update_sample(Sample(index=i, group_index=i, prompt="p", tokens=prompts[i], reward=0.0), answer)
+        for i, answer in enumerate(answers)
+    ]
     table = samples_to_table(
         samples, step=0, attempt=0, dataset="train", rewards=[0.0] * PROMPTS, train_rewards=[0.0] * PROMPTS
     )
