@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import TOKEN
 from helpers.engine import load_weights
+from helpers.local_job import OPEN_TO_ALL, documented_processes, look_at_run, own_addresses
 from helpers.tiny_model import make_model
 
 from rltrain.arguments.external import TOKEN_VARIABLE
@@ -84,6 +85,26 @@ def test_external_engines_come_go_and_have_the_current_weights(
     finally:
         load_weights(engine, tiny_model, "restored")
     assert events.kinds == ["external_engine_joined", "external_engine_left"] * 3
+
+
+def test_a_run_on_external_engines_listens_as_the_documentation_says(
+    engine, tiny_model: Path, tmp_path: Path
+) -> None:
+    """It has a router without engines of its own, and keeps the external token as it keeps its own."""
+    flags = "--num-rollout=2 --rollout-batch-size=2 --n-samples-per-prompt=2 --rollout-max-response-len=4"
+    flags += " --rm-type=exact --wandb-mode=disabled --update-weight-transport=disk"
+    flags += f" --rollout-external-engine-addrs={engine.url}"
+    try:
+        seen = look_at_run(tmp_path, tiny_model, *flags.split(), **{TOKEN_VARIABLE: TOKEN})
+    finally:
+        load_weights(engine, tiny_model, "restored")
+    assert set(seen.ports) == documented_processes() - {"srun", "engine", "engine's ranks"}
+    assert {address for found in seen.ports.values() for address, *_ in found} <= own_addresses()
+    assert seen.secret_shown == []
+    if seen.taken is not None:
+        assert (seen.taken["files"], seen.taken["sockets"]) == ([str(OPEN_TO_ALL)], [])
+        answered = {url.partition("//")[2].partition("/")[0] for url in seen.taken["urls"]}
+        assert answered == {f"{address}:{port}" for address, port in seen.ports["router"]}
 
 
 def test_an_engine_of_another_shape_or_vocabulary_is_refused(

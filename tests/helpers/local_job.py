@@ -22,8 +22,9 @@ import pytest
 
 from rltrain.run.layout import RunLayout
 
-NEIGHBOUR = Path(__file__).parents[1] / "fakes" / "neighbour.py"
-FAKE_SUBMIT = Path(__file__).parents[1] / "fakes" / "submit.py"
+TESTS = Path(__file__).parents[1]
+NEIGHBOUR = TESTS / "fakes" / "neighbour.py"
+FAKE_SUBMIT = TESTS / "fakes" / "submit.py"
 SERVICES = {"router": ["serve"], "engine": ["serve", "leak"], "rollout": ["serve"]}
 
 
@@ -212,7 +213,7 @@ class Seen:
 
     Attributes:
         ports: See `listening`.
-        secret_shown: Programs that have the job's token on their command line.
+        secret_shown: Programs that have the job's token, or another secret, on their command line.
         taken: What `fakes/neighbour.py` got, of what it tried; None where we can't become another user.
     """
 
@@ -221,7 +222,45 @@ class Seen:
     taken: dict[str, Any] | None
 
 
-def look_at(pid: int, run_dir: Path) -> Seen:
+def documented_processes() -> set[str]:
+    """What listens, according to docs/security.md."""
+    table = (TESTS.parent / "docs/security.md").read_text().partition("\n|---|---|---|---|\n")[2]
+    return {row.split("|")[1].strip() for row in table.partition("\n\n")[0].splitlines()}
+
+
+def look_at_run(work: Path, model: Path, *flags: str, **env: str) -> Seen:
+    """A run on its real parts is looked at after its first step, and ends well."""
+    prompts = [{"input": f"{i}+1=", "label": str(i + 1)} for i in range(20)]
+    (work / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    words = [
+        "--name=run",
+        "--label-key=label",
+        f"--hf-checkpoint={model}",
+        f"--prompt-data={work}/prompts.jsonl",
+    ]
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    with (work / "said").open("w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hpc.submit", *words, *flags],
+            cwd=work,
+            env={**os.environ, "PYTHONPATH": paths, **env},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            metrics, deadline = work / "runs/run/metrics.jsonl", time.monotonic() + 600
+            while not metrics.exists() or not metrics.read_text():
+                assert process.poll() is None and time.monotonic() < deadline, (work / "said").read_text()
+                time.sleep(0.05)
+            looked = look_at(process.pid, work / "runs/run", [*env.values()])
+            assert process.wait(600) == 0, (work / "said").read_text()
+        finally:
+            process.terminate()
+            process.wait(120)
+    return looked
+
+
+def look_at(pid: int, run_dir: Path, secrets: Iterable[str] = ()) -> Seen:
     """Look at the run that `pid` has submitted; its trainer is stopped meanwhile, so that it can't end."""
     trainers = [each for each in process_tree(pid) if "rltrain.train" in command_of(each)]
     for trainer in trainers:
@@ -232,7 +271,7 @@ def look_at(pid: int, run_dir: Path) -> Seen:
         (token,) = {token for each in trainers if (token := each.environ().get("SLURMLIME_TOKEN"))}
         shown = [command_of(each) for each in processes]
         taken = visit(processes, ports, run_dir) if os.getuid() == 0 and SYSTEM_PYTHON.exists() else None
-        return Seen(ports, [line for line in shown if token in line], taken)
+        return Seen(ports, [line for line in shown if any(word in line for word in (token, *secrets))], taken)
     finally:
         for trainer in trainers:
             trainer.resume()
@@ -260,7 +299,7 @@ def visit(
     urls = [
         f"http://{address}:{port}{path}"
         for name in ("supervisor", "router", "engine", "rollout process")
-        for address, port in ports[name]
+        for address, port in ports.get(name, ())
         for path in (
             *OPEN_PATHS,
             "/",
