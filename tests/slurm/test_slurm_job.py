@@ -142,12 +142,15 @@ def test_preempted_job_goes_on_without_gap_or_repeat(run: FakeRun, layout: str, 
 
 
 def test_time_limit(run: FakeRun) -> None:
-    job = run.detach("--nodes=4", "--time=5", steps=3000)
+    """The warning comes to the first attempt while it trains, and to the second before its supervisor is there."""
+    early = '--slurm.setup=[ "$SLURM_RESTART_COUNT" != 1 ] || kill -USR2 $$'
+    job = run.detach("--nodes=4", "--time=5", early, steps=3000)
     until(lambda: run.steps(), 120, "the first step")
     run.cluster.run("scancel", "--batch", "--signal=USR2", job.job_id)
-    until(lambda: len(run.events("attempt_started")) == 2, 120, "a second attempt")
-    assert run.events("requeued")[0]["reason"] == "the time limit is near"
-    until(lambda: run.steps()[-1] > 10, 120, "steps of the second attempt")
+    until(lambda: len(run.events("attempt_started")) == 3, 120, "a third attempt")
+    assert [each["reason"] for each in run.events("requeued")] == ["the time limit is near"] * 2
+    trained = len(run.steps())
+    until(lambda: len(run.steps()) > trained, 120, "steps of the third attempt")
     assert run.steps() == list(range(len(run.steps())))
     job.cancel()
 
