@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from helpers.megatron import (
+    by_sizes,
+    in_each_layout,
     init_single_process,
     make_actor,
     make_batch,
     make_config,
     run_ranks,
-    split_anew,
     tiny_config,
     tiny_experts_config,
     write_hf_model,
@@ -55,6 +56,7 @@ MOVES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("experts", SHARDED, EP2 | SHARDED),
     ("dense", TP2 | TORCH, TP2 | TORCH),
 ]
+BEFORE, AFTER = "before", "after"
 
 
 @pytest.fixture(scope="module")
@@ -74,28 +76,28 @@ def train_and_save(config: Config, work: Path) -> dict[str, float]:
     return actor.train(2, make_batch(8, seed=2))
 
 
-def go_on(config: Config, work: Path) -> dict[str, float]:
-    """The third rollout, from the checkpoint."""
-    actor = make_actor(config, work)
-    assert actor.start_rollout_id == 2
-    return actor.train(2, make_batch(8, seed=2))
+def go_on(config: Config, work: Path) -> dict[str, float] | str:
+    """The metrics of the third rollout, from the checkpoint, or why there are none."""
+    try:
+        actor = make_actor(config, work)
+        assert actor.start_rollout_id == 2
+        return actor.train(2, make_batch(8, seed=2))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def every_move(
     configs: dict[str, Config], work: Path
 ) -> list[tuple[dict[str, float], dict[str, float] | str]]:
-    """Each move, from one configuration to the next, in these processes: metrics without and with it, or why not."""
-    results: list[tuple[dict[str, float], dict[str, float] | str]] = []
-    each = iter(configs.values())
-    for before, after in zip(each, each, strict=True):
-        split_anew(before)
-        expected = train_and_save(before, work)
-        split_anew(after)
-        try:
-            results.append((expected, go_on(after, work)))
-        except Exception as error:
-            results.append((expected, f"{type(error).__name__}: {error}"))
-    return results
+    """Of each move, in these processes, the metrics without it and with it, or why there are none."""
+    parts = [
+        {name: each for name, each in configs.items() if name.endswith(when)} for when in (BEFORE, AFTER)
+    ]
+    saved, gone_on = (
+        in_each_layout(function, by_sizes(part), work)
+        for part, function in zip(parts, (train_and_save, go_on), strict=True)
+    )
+    return [(saved[f"{number} {BEFORE}"], gone_on[f"{number} {AFTER}"]) for number in range(len(MOVES))]
 
 
 def stable(metrics: dict[str, float]) -> dict[str, float]:
@@ -114,7 +116,7 @@ def moved(models: Path, saves: Path) -> list[tuple[dict[str, float], dict[str, f
     configs = {
         f"{number} {when}": make_config(models / model, **COMMON, **layout, save=str(saves / f"c{number}"))
         for number, (model, before, after) in enumerate(MOVES)
-        for when, layout in (("before", before), ("after", after))
+        for when, layout in ((BEFORE, before), (AFTER, after))
     }
     return run_ranks(every_move, configs, saves / "work")[0]
 

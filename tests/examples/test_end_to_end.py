@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers.local_job import OPEN_PATHS, OPEN_TO_ALL, Seen, look_at, own_addresses
 
 from analysis import Run, load_run
 from rltrain.demo.assets import write_assets
@@ -164,70 +165,107 @@ def small_run(short: Shown, runs_dir: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(short: Shown, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A small run that nothing has happened to."""
-    runs = tmp_path_factory.mktemp("whole")
-    finished = submit(*small_run(short, runs), "--num-rollout", "8", "--name", "whole")
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+def looked_at(short: Shown, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Seen]:
+    """A small run that nothing has happened to, and what others saw of it after its first step."""
+    runs, mark = tmp_path_factory.mktemp("whole"), uuid.uuid4().hex
+    with start(*small_run(short, runs), "--num-rollout", "8", "--name", "whole", mark=mark) as process:
+        wait_for_step(runs / "whole", process)
+        seen = look_at(process.pid, runs / "whole")
+        shown, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, shown
+    assert left_behind(mark) == []
     run = load_run(runs / "whole")
     assert (run.steps["train/logprob_abs_diff"] < 1e-4).all()
-    return run
+    return run, seen
+
+
+@pytest.fixture(scope="module")
+def whole(looked_at: tuple[Run, Seen]) -> Run:
+    return looked_at[0]
+
+
+@pytest.fixture(scope="module")
+def seen(looked_at: tuple[Run, Seen]) -> Seen:
+    return looked_at[1]
+
+
+def test_a_run_listens_as_the_documentation_says(seen: Seen) -> None:
+    table = (TESTS.parent / "docs/security.md").read_text().partition("\n|---|---|---|---|\n")[2]
+    documented = {row.split("|")[1].strip() for row in table.partition("\n\n")[0].splitlines()}
+    assert set(seen.ports) == documented - {"srun"}
+    assert {address for found in seen.ports.values() for address, *_ in found} <= own_addresses()
+
+
+def test_another_user_of_the_machine_gets_nothing_of_a_run(seen: Seen) -> None:
+    assert seen.secret_shown == []
+    if seen.taken is None:
+        pytest.skip("needs root, to become another user, and the system's Python")
+    assert seen.taken["user"] == 65534 and seen.taken["tried"] > 50
+    assert (seen.taken["files"], seen.taken["sockets"]) == ([str(OPEN_TO_ALL)], [])
+
+    answered: dict[tuple[str, int], set[str]] = {}
+    for url in seen.taken["urls"]:
+        where, _, path = url.removeprefix("http://").partition("/")
+        host, _, port = where.rpartition(":")
+        answered.setdefault((host, int(port)), set()).add("/" + path)
+    (counters,) = [each for each in seen.ports["router"] if "/metrics" in answered.get(each, ())]
+    del answered[counters]  # whatever is asked there is answered with counters
+    (router,), (engine,) = seen.ports["router"] - {counters}, seen.ports["engine"]
+    # The router asks the engine for some of them, which may be waiting for the trainer just now.
+    allowed = {engine: {"/health", "/metrics"}, router: OPEN_PATHS - {"/metrics"}}
+    assert set(answered) == set(allowed)
+    assert [found - allowed[each] for each, found in answered.items()] == [set(), set()]
+
+
+@pytest.fixture(scope="module")
+def parts(short: Shown, tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    """A small run that was stopped after its first step; in the second attempt its engine was killed after a step."""
+    runs, mark = tmp_path_factory.mktemp("parts"), uuid.uuid4().hex
+    interrupt_after_first_step(
+        runs / "parts", *small_run(short, runs), "--num-rollout", "8", "--name", "parts"
+    )
+    with start("--runs-dir", str(runs), "--name", "parts", mark=mark) as process:
+        wait_for_step(runs / "parts", process, attempt=1)
+        events = load_run(runs / "parts").events
+        engines = events[(events["kind"] == "role_ready") & (events["role"] == "engine")]
+        os.kill(int(engines[engines["attempt"] == 1].iloc[0]["pid"]), signal.SIGKILL)
+        shown, _ = process.communicate(timeout=480)
+    assert process.returncode == 0, shown
+    assert left_behind(mark) == []
+    return load_run(runs / "parts"), shown
 
 
 def test_an_engine_that_is_killed_is_replaced_by_one_with_the_current_weights(
-    short: Shown, whole: Run, tmp_path: Path
+    parts: Shown, whole: Run
 ) -> None:
-    mark = uuid.uuid4().hex
-    command = [sys.executable, "-m", "hpc.submit", *small_run(short, tmp_path), "--name", "killed"]
-    with subprocess.Popen(
-        [*command, "--num-rollout", "8"],
-        env=environment(mark),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        wait_for_first_step(tmp_path / "killed", process)
-        events = load_run(tmp_path / "killed").events
-        engine = events[(events["kind"] == "role_ready") & (events["role"] == "engine")].iloc[0]
-        os.kill(int(engine["pid"]), signal.SIGKILL)
-        shown, _ = process.communicate(timeout=480)
-    assert process.returncode == 0, shown
+    killed, shown = parts
     assert "engine-0 is started again" in shown
-    assert left_behind(mark) == []
-
-    killed = load_run(tmp_path / "killed")
-    assert set(killed.steps["attempt"]) == {0}
+    died = killed.events[killed.events["kind"] == "role_died"]
+    assert died[["attempt", "role"]].values.tolist() == [[1, "engine"]]
+    assert killed.steps["attempt"].max() == 1  # no attempt more
     assert_same_curve(killed, whole)  # what was asked of the dead engine was asked again
     samples = killed.read_samples(columns="all")
     versions = samples["weight_versions"].map(lambda spans: set(map(str, spans)))
     assert all(found == {str(step)} for step, found in zip(samples["step"], versions, strict=True))
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param([], id="one-rank"),
-        pytest.param(
-            ["--actor-num-gpus-per-node", "2", "--tensor-model-parallel-size", "2"],
-            id="tensor-parallel-2",
-            marks=pytest.mark.learning,
-        ),
-    ],
-)
-def test_a_stopped_run_continues_as_if_it_had_not_stopped(
-    short: Shown, whole: Run, tmp_path: Path, layout: list[str]
-) -> None:
+def test_a_stopped_run_continues_as_if_it_had_not_stopped(parts: Shown, whole: Run) -> None:
+    assert set(parts[0].steps["attempt"]) == {0, 1}
+    assert_same_curve(parts[0], whole)
+
+
+@pytest.mark.learning
+def test_two_tensor_parallel_ranks_continue_as_if_they_had_not_stopped(short: Shown, tmp_path: Path) -> None:
+    layout = ["--actor-num-gpus-per-node", "2", "--tensor-model-parallel-size", "2"]
     common = [*small_run(short, tmp_path), "--num-rollout", "8", *layout]
-    if layout:
-        assert submit(*common, "--name", "whole").returncode == 0
-        whole = load_run(tmp_path / "whole")
+    assert submit(*common, "--name", "whole").returncode == 0
     interrupt_after_first_step(tmp_path / "parts", *common, "--name", "parts")
     resumed = submit("--runs-dir", str(tmp_path), "--name", "parts")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
 
     parts = load_run(tmp_path / "parts")
     assert set(parts.steps["attempt"]) == {0, 1}
-    assert_same_curve(parts, whole)
+    assert_same_curve(parts, load_run(tmp_path / "whole"))
 
 
 def test_an_earlier_checkpoint_is_evaluated(short: Shown, whole: Run, tmp_path: Path) -> None:
@@ -299,19 +337,27 @@ def assert_same_curve(run: Run, whole: Run) -> None:
 
 def interrupt_after_first_step(run_dir: Path, *flags: str) -> None:
     """Submit, press Ctrl-C as soon as a step is done, and check that the run says it can be resumed."""
-    command = [sys.executable, "-m", "hpc.submit", *flags]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
-        wait_for_first_step(run_dir, process)
+    with start(*flags) as process:
+        wait_for_step(run_dir, process)
         process.send_signal(signal.SIGINT)
         shown, _ = process.communicate(timeout=480)
     assert process.returncode == 130, shown
     assert "resumes from" in shown
 
 
-def wait_for_first_step(run_dir: Path, process: subprocess.Popen[str]) -> None:
+def start(*flags: str, mark: str = "") -> subprocess.Popen[str]:
+    """`python -m hpc.submit`, with `mark` in its environment."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "hpc.submit", *flags],
+        env=environment(mark), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(run_dir: Path, process: subprocess.Popen[str], attempt: int = 0) -> None:
+    """Until the first step of an attempt is done."""
     deadline = time.monotonic() + 480
     metrics = run_dir / "metrics.jsonl"
-    while not metrics.exists() or not metrics.read_text():
+    while not metrics.exists() or f'"attempt": {attempt}' not in metrics.read_text():
         assert process.poll() is None, "it ended before its first step"
         assert time.monotonic() < deadline, "no step within eight minutes"
         time.sleep(0.02)

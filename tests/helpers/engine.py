@@ -1,4 +1,4 @@
-"""A real engine outside of a job: waiting for it, how busy it is, and tensors in the place of a trainer's model."""
+"""A real engine: waiting for it, how busy it is, what is left of it, and tensors in the place of a trainer's model."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from torch import Tensor
 
 from rltrain.run.http import call
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.weights.buckets import Part, in_buckets
 from rltrain.weights.transports.hf_directory import write_hf_directory
+
+
+def living(processes: list[psutil.Process], timeout: float) -> list[psutil.Process]:
+    """Those that have not ended in time. A zombie has: where pid 1 does not reap orphans, it stays one."""
+    _, rest = psutil.wait_procs(processes, timeout=timeout)
+    now = psutil.process_iter(["status"])
+    return [each for each in now if each in rest and each.info["status"] != psutil.STATUS_ZOMBIE]
 
 
 def load_weights(engine: HttpServerEngineAdapter, path: Path, version: str) -> None:

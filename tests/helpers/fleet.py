@@ -1,7 +1,7 @@
 """A running fleet of real parts under a real supervisor, seen by its trainer; for tests and benchmarks.
 
-Two models are served: the actor, by two engines, and a judge that the reward asks. In place of the trainer there is a
-process that waits; batches are asked for and weights sent with the trainer's own functions.
+Two models are served: the actor, by two engines, and, if wanted, a judge that the reward asks. In place of the trainer
+there is a process that waits; batches are asked for and weights sent with the trainer's own functions.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Supervisor(run_dir, dataclasses.replace(plan, processes=tuple(processes)), stop_
 """
 FLAGS = """
  --rollout-batch-size 4 --n-samples-per-prompt 4 --num-rollout 9 --rollout-max-response-len 200 --label-key label
- --custom-rm-path fakes.judged_reward.ask_judge --max-failed-fraction 0
+ --max-failed-fraction 0
  --rollout-health-check-interval 1 --rollout-health-check-timeout 10
 """
 
@@ -72,18 +72,19 @@ def check_batch(table: pa.Table, versions: set[str]) -> None:
 class Fleet:
     """The running job, seen by its trainer."""
 
-    def __init__(self, directory: Path, prompts: Path, flags: str = "") -> None:
+    def __init__(self, directory: Path, prompts: Path, flags: str = "", *, judged: bool = True) -> None:
         self.layout = RunLayout(directory / "run")
         self.layout.root.mkdir()
         self.models = [make_model(directory / f"model-{seed}", seed=seed) for seed in range(3)]
         group = {"worker_type": "regular", "num_gpus": 1}
-        served = [
-            {"name": "actor", "server_groups": [group, group]},
-            {"name": "judge", "model_path": str(self.models[2]), "server_groups": [group]},
-        ]
+        served: list[dict[str, Any]] = [{"name": "actor", "server_groups": [group, group]}]
+        if judged:
+            served.append({"name": "judge", "model_path": str(self.models[2]), "server_groups": [group]})
+        reward = "judged_reward.ask_judge" if judged else "reward.by_content"
+        self._engines = sum(len(model["server_groups"]) for model in served)
         (directory / "fleet.yaml").write_text(yaml.safe_dump({"sglang": served}))
         files = ["--hf-checkpoint", str(self.models[0]), "--prompt-data", str(prompts)]
-        files += ["--sglang-config", str(directory / "fleet.yaml")]
+        files += ["--sglang-config", str(directory / "fleet.yaml"), "--custom-rm-path", f"fakes.{reward}"]
         self.config = arguments.parse([*files, *FLAGS.split(), *flags.split()])
         self.layout.config.write_text(tomli_w.dumps({"train": arguments.dump(self.config)}))
         self._env_file = directory / "env.json"
@@ -101,7 +102,7 @@ class Fleet:
         self.url, self.token = (env[f"SLURMLIME_{name}"] for name in names)
         context = RoleContext(self.layout.root, 0, "trainer", 0, self.url, self.token)
         self.registry = Registry(context)
-        self.registry.wait_for("engine", 3, READY_TIMEOUT)
+        self.registry.wait_for("engine", self._engines, READY_TIMEOUT)
         self.rollout = RolloutClient(self.registry.wait_for("rollout")[0].url, context.token)
         self.rollout.load(0)
         init_single_process()
@@ -204,14 +205,14 @@ class Fleet:
 
 
 @contextmanager
-def running_fleet(directory: Path, flags: str = "") -> Iterator[Fleet]:
+def running_fleet(directory: Path, flags: str = "", *, judged: bool = True) -> Iterator[Fleet]:
     """One in `directory`, whose engines have the weights of version 1."""
     prompts = directory / "prompts.jsonl"
     # Long enough for something to happen meanwhile.
     params = {"sampling_params": {"ignore_eos": True}}
     rows = [{"input": f"{i}+{i}=", "label": "0", "metadata": params} for i in range(20)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fleet = Fleet(directory, prompts, flags)
+    fleet = Fleet(directory, prompts, flags, judged=judged)
     try:
         fleet.connect()
         fleet.push(1)

@@ -239,6 +239,18 @@ def in_each_layout(
     return results
 
 
+def by_sizes(configs: dict[str, Config]) -> dict[str, Config]:
+    """Those that split the ranks alike beside one another: to split them takes longer than most tests."""
+
+    def sizes(config: Config) -> tuple[int, ...]:  # what `rltrain.megatron.ranks.are_split` compares
+        of = config.parallel
+        tensor, experts = of.tensor_model_parallel_size, of.expert_model_parallel_size
+        inside = of.expert_tensor_parallel_size or tensor
+        return tensor, of.pipeline_model_parallel_size, of.context_parallel_size, experts, inside
+
+    return dict(sorted(configs.items(), key=lambda named: sizes(named[1])))
+
+
 def split_anew(config: Config) -> None:
     """Split the ranks of this process group, which were split for another test, for this one."""
     from rltrain.megatron.ranks import are_split, split_ranks

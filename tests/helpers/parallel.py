@@ -41,7 +41,6 @@ GROUPS = (
     ("test_example_smollm2",),
     ("test_example_asynchronous",),
     ("test_slime_examples",),
-    ("test_seen_by_others",),
     ("test_megatron_ppo_layouts",),
     ("test_example_coding_agent",),
     ("test_gateway_engine", "test_gateway_clients", "test_gateway_bad_input",

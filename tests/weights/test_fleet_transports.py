@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from helpers.engine import living
 from helpers.fleet import Fleet, check_batch, running_fleet
 
 from rltrain.weights.buckets import from_message, message, to_json
@@ -22,21 +23,27 @@ FLAGS = "--update-weight-buffer-size 20000 --update-weight-transport tensor"
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """One for both transports: its engines take what they are sent by either."""
-    with running_fleet(tmp_path_factory.mktemp("fleet"), FLAGS) as fleet:
+    with running_fleet(tmp_path_factory.mktemp("fleet"), FLAGS, judged=False) as fleet:
         yield fleet
 
 
 @pytest.mark.parametrize("transport", ["tensor", "distributed"])
 def test_engines_are_killed(fleet: Fleet, transport: str) -> None:
-    """One in the middle of a push, and the scheduler of the other while it generates."""
+    """One in the middle of a push, and the scheduler of the other while it generates: its role says so and ends."""
     before = len(fleet.events("role_died"))
     fleet.use_transport(transport)
     version = fleet.version + 1
     fleet.push(version, fault=fleet.server(1).kill)
     # From then on there is no engine with weights, until one comes back and the trainer gives it some.
+    parts = [fleet.server(0), *fleet.server(0).children(recursive=True)]
     check_batch(fleet.generate(version, fleet.scheduler(0).kill), {str(version)})
-    died = {(event["role"], event["index"]) for event in fleet.events("role_died")[before:]}
-    assert {("engine", 0), ("engine", 1)} <= died
+    codes = {
+        (event["role"], event["index"]): event["exit_code"] for event in fleet.events("role_died")[before:]
+    }
+    assert {("engine", 0), ("engine", 1)} <= codes.keys()
+    assert codes["engine", 0] == 1
+    assert "error: rltrain.sglang.server" in (fleet.layout.log_dir(0) / "engine-0.log").read_text()
+    assert living(parts, timeout=30) == []
     fleet.wait_until_whole(version)
 
 
