@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -62,7 +63,10 @@ def after_kill(pickled: Path, ended: ChildEnd) -> int:
 
     accept_moved_modules()
     job = DelayedSubmission.load(own_file(pickled)).function
-    is_done = hasattr(job, "after_kill") and job.after_kill(-ended.code, ended.for_memory)
+    # A person's SIGINT may come before the supervisor looks for it, or after its attempt: it still means no other.
+    interrupted = ended.interrupted or signal.SIGINT in signal.sigpending()
+    number = signal.SIGINT if interrupted else -ended.code
+    is_done = hasattr(job, "after_kill") and job.after_kill(number, ended.for_memory, ended.begun)
     return 0 if is_done else _BY_SIGNAL - ended.code
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import dataclass
 from types import FrameType
 
@@ -30,10 +31,14 @@ class ChildEnd:
     Attributes:
         code: its exit code, or minus the signal that ended it.
         for_memory: whether the out-of-memory killer sent that signal; None if nobody can tell.
+        begun: when it began, in Unix seconds.
+        interrupted: whether SIGINT came, with which a person stops a job.
     """
 
     code: int
     for_memory: bool | None
+    begun: float
+    interrupted: bool
 
     @property
     def was_killed(self) -> bool:
@@ -46,7 +51,7 @@ def keep() -> ChildEnd | None:
 
     In the parent the signals that it hands on stay blocked. Call it while the process has one thread.
     """
-    kills, parent = oom_kills(), os.getpid()
+    kills, parent, begun = oom_kills(), os.getpid(), time.time()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*_HANDED_ON, signal.SIGCHLD})
     child = os.fork()
     if child == 0:
@@ -55,8 +60,10 @@ def keep() -> ChildEnd | None:
         return None
     for number in _HANDED_ON:  # not every kernel keeps a signal that is ignored
         signal.signal(number, _nothing)
+    interrupted = False
     while True:
         came = signal.sigwaitinfo({*_HANDED_ON, signal.SIGCHLD}).si_signo
+        interrupted |= came == signal.SIGINT
         if came != signal.SIGCHLD:
             send_signal(child, signal.Signals(came))
             continue
@@ -64,7 +71,7 @@ def keep() -> ChildEnd | None:
         if ended:
             now = oom_kills()
             for_memory = None if now is None or kills is None else now > kills
-            return ChildEnd(os.waitstatus_to_exitcode(status), for_memory)
+            return ChildEnd(os.waitstatus_to_exitcode(status), for_memory, begun, interrupted)
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:

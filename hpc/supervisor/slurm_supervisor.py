@@ -21,6 +21,7 @@ from hpc.supervisor.causes import Cause
 from hpc.supervisor.launcher import Launcher
 from hpc.supervisor.restart import (
     Action,
+    Decision,
     Ending,
     JobView,
     Limits,
@@ -32,7 +33,7 @@ from hpc.supervisor.restart import (
     why_not_begin,
 )
 from hpc.supervisor.srun import Allocation, SrunLauncher, failed_nodes
-from hpc.supervisor.supervisor import JobFailedError, Supervisor
+from hpc.supervisor.supervisor import BALLAST, JobFailedError, Supervisor
 from rltrain import arguments
 from rltrain.run.errors import EXIT_REQUEUE, UserError
 from rltrain.run.files import StatusFile, append_event, read_json, read_lines
@@ -90,7 +91,7 @@ class SlurmSupervisor(Supervisor):
         self._after(job, layout, ending)
         return report
 
-    def after_kill(self, number: int, for_memory: bool | None) -> bool:
+    def after_kill(self, number: int, for_memory: bool | None, begun: float) -> bool:
         """What `__call__` could not do, as a signal ended its process: the batch process outlives it.
 
         Does not return if the job is requeued.
@@ -98,6 +99,7 @@ class SlurmSupervisor(Supervisor):
         Args:
             number: of the signal.
             for_memory: whether the out-of-memory killer sent it; None if nobody can tell.
+            begun: when the process began, in Unix seconds.
 
         Returns:
             Whether the run is finished, so that nothing is lost.
@@ -110,9 +112,15 @@ class SlurmSupervisor(Supervisor):
         if for_memory:
             reason += ": no memory left on the job's first node, give it more with `mem` in [slurm.sbatch]"
         print(reason, flush=True)
-        _end_attempt(layout, number, reason)
+        is_stop = number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        )  # of a person, or of Slurm before there was a supervisor
+        state = "stopped" if is_stop else "failed"
+        _end_attempt(layout, number, state, reason, begun)
         idle = idle_attempts(read_lines(layout.events))
-        self._after(job, layout, Ending("failed", cause=Cause.UNKNOWN, idle_attempts=idle))
+        sent = signal.Signals(number).name if is_stop else None
+        self._after(job, layout, Ending(state, sent, cause=Cause.UNKNOWN, idle_attempts=idle))
         return False
 
     def _after(self, job: CurrentJob, layout: RunLayout, ending: Ending) -> None:
@@ -120,6 +128,8 @@ class SlurmSupervisor(Supervisor):
         if ending.state == "failed":
             job.wait_until_it_ends(_SETTLE_SECONDS)
         decision = decide(ending, job.view(), job.restarts, self.limits)
+        if decision.action is Action.REQUEUE and signal.SIGINT in signal.sigpending():  # in the batch process
+            decision = Decision(Action.END, "stopped on request")
         if decision.action is Action.REQUEUE:
             self._requeue(job, layout, decision.reason)
         if decision.action is Action.WAIT:
@@ -270,18 +280,23 @@ def _say_finished(layout: RunLayout) -> None:
         StatusFile(layout.status, said.get("attempt", 0)).update({**said, "phase": "finished"})
 
 
-def _end_attempt(layout: RunLayout, number: int, reason: str) -> None:
+def _end_attempt(layout: RunLayout, number: int, state: str, reason: str, begun: float) -> None:
     """Write down the end of an attempt of which the supervisor was killed, or that it has not even begun."""
     marks = ("attempt_started", "attempt_finished", "never_begun")
     events = [event for event in read_lines(layout.events) if event.get("kind") in marks]
     if not events or events[-1]["kind"] != "attempt_started":
-        _note(layout, "never_begun", reason)
+        if not events or events[-1].get("time", 0.0) < begun:  # else its end is written down already
+            _note(layout, "never_begun", reason)
         return
     attempt = events[-1]["attempt"]
-    fields = {"state": "failed", "exit_code": -number, "reason": reason, "cause": Cause.UNKNOWN}
-    append_event(layout.events, attempt, "attempt_finished", fields)
+    (layout.log_dir(attempt) / BALLAST).unlink(missing_ok=True)
+    fields = {"state": state, "exit_code": -number, "reason": reason, "cause": Cause.UNKNOWN}
     said = read_json(layout.status) or {}
-    StatusFile(layout.status, attempt).update({**said, "phase": "failed"})
+    try:
+        append_event(layout.events, attempt, "attempt_finished", fields)
+        StatusFile(layout.status, attempt).update({**said, "phase": state})
+    except OSError as error:
+        print(f"the end of the attempt can't be written down: {error}", flush=True)
 
 
 def _failed_ending(layout: RunLayout, error: JobFailedError) -> Ending:

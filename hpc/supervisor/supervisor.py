@@ -31,10 +31,11 @@ from hpc.supervisor.watch import Outcome, Revival, Watch
 from rltrain.run.files import EventLog, StatusFile, replace_link, share_like
 from rltrain.run.layout import RunLayout
 
-__all__ = ["JobFailedError", "Supervisor"]
+__all__ = ["BALLAST", "JobFailedError", "Supervisor"]
 
 logger = logging.getLogger("slurmlime.supervisor")
 
+BALLAST = ".ballast"  # in the attempt's log directory: makes room for its end on a disk that is full by then
 _BALLAST_BYTES = 64 * 1024
 
 
@@ -67,7 +68,7 @@ class Supervisor:
             status = StatusFile(layout.status, attempt)
             with (
                 _log_file(layout.log_dir(attempt) / "supervisor.log"),
-                _report(events, status, attempt, layout.log_dir(attempt) / ".ballast", self.plan) as report,
+                _report(events, status, attempt, layout.log_dir(attempt) / BALLAST, self.plan) as report,
             ):
                 outcome = self._run(layout, attempt, events, status, signals)
                 report.update(vars(outcome))

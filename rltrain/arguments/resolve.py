@@ -43,7 +43,7 @@ _PATHS = (
 # Flags of Megatron with which what comes of a token depends on how many others there are.
 _DEPEND_ON_OTHERS = (
     "moe_z_loss_coeff", "moe_expert_capacity_factor", "moe_input_jitter_eps", "moe_router_force_load_balancing",
-    "moe_router_enable_expert_bias",
+    "moe_router_bias_update_rate",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ replaced by rename. So a reader never finds half a file, and at most one unfinis
 
 from __future__ import annotations
 
+import errno
 import grp
 import json
 import os
@@ -277,7 +278,11 @@ def put_in_place(temporary: Path, final: Path) -> None:
         OSError: it can't have the name; what was there still has it.
     """
     aside = final.with_name(f".{final.name}.old")
+    if aside.exists() and not final.exists():  # a power cut came between the two renames
+        aside.rename(final)
     shutil.rmtree(aside, ignore_errors=True)
+    for path in (each for each in temporary.rglob("*") if each.is_file()):
+        _sync(path)
     has_old = final.is_dir() and not final.is_symlink()
     if has_old:
         final.rename(aside)
@@ -292,8 +297,16 @@ def put_in_place(temporary: Path, final: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make renames in it durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    """Make renames in it durable, where the file system knows of that: some of objects or in user space do not."""
+    try:
+        _sync(directory)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -40,7 +40,7 @@ CPU_DEFAULTS = {
 }
 # A prompt of several requests that come together is computed once: what shares most with the cache goes first, and
 # a batch is so small that others with a prompt in it come after it.
-PROMPTS_ONCE = {"schedule_policy": "lpm", "chunked_prefill_size": 512}
+PROMPTS_ONCE: dict[str, Any] = {"schedule_policy": "lpm", "chunked_prefill_size": 512}
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # `cpu_threads` says where there are more
     "TORCHDYNAMO_DISABLE": "1",  # compiled code would be built for minutes
@@ -68,8 +68,14 @@ def main() -> None:
 def cpu_defaults(server_args: Mapping[str, Any]) -> dict[str, Any]:
     """What holds on a CPU where `server_args` say nothing else."""
     # Where a prompt is cut depends on what else is asked then; priorities are an order of their own.
-    others = ("enable_deterministic_inference", "disable_radix_cache", "enable_priority_scheduling")
-    shares = not any(server_args.get(name) for name in others)
+    others = (
+        "enable_deterministic_inference",
+        "disable_radix_cache",
+        "enable_priority_scheduling",
+        "enable_pdmux",
+    )
+    fits = PROMPTS_ONCE["chunked_prefill_size"] % int(server_args.get("page_size") or 1) == 0
+    shares = fits and not any(server_args.get(name) for name in others)
     return {**CPU_DEFAULTS, **(PROMPTS_ONCE if shares else {})}
 
 

@@ -32,7 +32,9 @@ LOADED = "loaded"  # the report of a rank that has loaded a round; any other rep
 _POLL_SECONDS = 0.2
 _MOST_SECONDS = 1800.0  # for a round; an engine that dies or hangs is noticed by its role, which ends it
 _LENGTH_BYTES = 8
-_HELLO_SECONDS = 10.0  # for a caller to say who it is
+_HELLO_SECONDS = (
+    120.0  # for a caller to say who it is: a rank may be stopped for a while, and nobody waits for others
+)
 _HELLO_BYTES = 1024
 
 

@@ -95,6 +95,7 @@ def test_what_others_may_have_written_is_not_unpickled(tmp_path: Path) -> None:
         Path(name).chmod(0o755)  # pytest's own directories are nobody else's
         release = convert_hf_to_torch_dist.main(["--hf-checkpoint", str(origin), "--save", f"{name}/dist"])
         (release / "common.pt").chmod(0o646)
+        (release.parent / "config.json").write_text("{}")  # what lies beside it makes it no safer
         flags = ["--origin-hf-dir", str(origin), "--output-dir", str(tmp_path / "back")]
         for named in (release, release.parent):
             with pytest.raises(

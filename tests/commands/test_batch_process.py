@@ -7,14 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from hpc.batch import after_kill
+from hpc.keeper import ChildEnd
 from hpc.runs.find import read_run
 from hpc.slurm.client import SlurmError, SlurmUnavailableError
 from hpc.slurm.states import JobState
@@ -39,20 +43,52 @@ def test_what_follows_when_the_supervisor_was_killed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(CurrentJob, "view", lambda job: NO_REQUEUE)
     monkeypatch.setattr(slurm_supervisor, "_SETTLE_SECONDS", 0.0)
     supervisor = SlurmSupervisor(tmp_path, plan)
-    assert supervisor.after_kill(signal.SIGKILL, for_memory=True) is False
-    assert supervisor.after_kill(signal.SIGTERM, for_memory=None) is False  # of the next, before its attempt
+    assert supervisor.after_kill(signal.SIGKILL, for_memory=True, begun=0.0) is False
+    assert (
+        supervisor.after_kill(signal.SIGKILL, for_memory=None, begun=0.0) is False
+    )  # its end is there already
+    assert (
+        supervisor.after_kill(signal.SIGTERM, for_memory=None, begun=time.time()) is False
+    )  # the next one's
     ends = [
         (each["kind"], each["reason"]) for each in map(json.loads, layout.events.read_text().splitlines()[1:])
     ]
-    assert [kind for kind, _ in ends] == ["attempt_finished", "not_requeued", "never_begun", "not_requeued"]
+    assert [kind for kind, _ in ends] == [
+        "attempt_finished", "not_requeued", "not_requeued", "never_begun", "not_requeued",
+    ]  # fmt: skip
     assert "by SIGKILL: no memory left" in ends[0][1] and "resubmit it" in ends[1][1]
-    assert ends[2][1] == "the supervisor was killed by SIGTERM"
+    assert ends[3][1] == "the supervisor was killed by SIGTERM"
+    assert ends[4][1] == "stopped by a signal that was not Slurm's"
     assert json.loads(layout.status.read_text())["phase"] == "failed"
     record = read_run(layout)
     assert record.state == "failed" and "`mem` in [slurm.sbatch]" in (record.reason or "")
     write_finish(layout, Finish(steps=3, attempt=1))
-    assert supervisor.after_kill(signal.SIGKILL, for_memory=False) is True
+    assert supervisor.after_kill(signal.SIGKILL, for_memory=False, begun=0.0) is True
     assert json.loads(layout.status.read_text())["phase"] == "finished"
+
+
+def test_a_person_who_stops_a_job_before_or_after_its_attempt_stops_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal meets a process that does not look for it, and ends by it."""
+    layout, plan = RunLayout(tmp_path), cast(Any, None)
+    layout.log_dir(1).mkdir(parents=True)
+    EventLog(layout.events, 1).append("attempt_started", {})
+    config = SimpleNamespace(rollout=SimpleNamespace(num_rollout=3))
+    monkeypatch.setattr("rltrain.arguments.load", lambda directory: config)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    may_requeue = replace(NO_REQUEUE, may_requeue=True)
+    monkeypatch.setattr(CurrentJob, "view", lambda job: may_requeue)
+    monkeypatch.setattr(slurm_supervisor, "_SETTLE_SECONDS", 0.0)
+    job = SimpleNamespace(function=SlurmSupervisor(tmp_path, plan))
+    monkeypatch.setattr("submitit.core.utils.DelayedSubmission.load", lambda path: job)
+    (tmp_path / "job.pkl").write_bytes(b"")
+    (tmp_path / "job.pkl").chmod(0o600)
+    interrupted = ChildEnd(-signal.SIGINT, for_memory=None, begun=0.0, interrupted=True)
+    assert after_kill(tmp_path / "job.pkl", interrupted) == 128 + signal.SIGINT
+    ends = [each["reason"] for each in map(json.loads, layout.events.read_text().splitlines()[1:])]
+    assert ends[-1] == "stopped on request"
+    assert json.loads(layout.status.read_text())["phase"] == "stopped"
 
 
 KEPT = """
@@ -63,12 +99,15 @@ if ended is None:
     signal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))
     print(__import__("os").getpid(), flush=True)
     while True: signal.pause()
-print(ended.code, ended.was_killed, flush=True)
+print(ended.code, ended.was_killed, ended.interrupted, flush=True)
 """
 
 
 @pytest.mark.parametrize("whom", ["child", "parent"])
-@pytest.mark.parametrize(("number", "said"), [(signal.SIGUSR2, "7 False"), (signal.SIGKILL, "-9 True")])
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGUSR2, "7 False False"), (signal.SIGKILL, "-9 True False"), (signal.SIGINT, "-2 True ")],
+)
 def test_a_batch_process_hands_signals_on_and_outlives_its_child(
     whom: str, number: signal.Signals, said: str
 ) -> None:
@@ -79,7 +118,8 @@ def test_a_batch_process_hands_signals_on_and_outlives_its_child(
             os.kill(child if whom == "child" else process.pid, number)
             assert wait_readable([pidfd], 60), "the child is still there"
         is_lost = (whom, number) == ("parent", signal.SIGKILL)
-        assert process.stdout.read().strip() == ("" if is_lost else said)
+        found = process.stdout.read().strip()
+        assert found == ("" if is_lost else said + str(whom == "parent") * said.endswith(" "))
 
 
 @contextmanager

@@ -207,6 +207,10 @@ def test_beside_kernels_for_whole_sequences(tmp_path: Path, monkeypatch: pytest.
     few = grouped_batch([(20, [90, 80, 90], 0), (9, [60], 0)])  # one tenth is shared
     assert not share.RankShare(unasked, shape, few).num_shared()
     assert share.RankShare(config, shape, few).num_shared() == 40
+    wanted = unasked.replace(megatron={"transformer": {"deterministic_mode": True}})
+    assert not share.RankShare(wanted, shape, batch).num_shared()
+    counting = unasked.replace(megatron={"transformer": {"moe_router_bias_update_rate": 1e-3}})
+    assert "--moe-router-bias-update-rate" in (share.kept_separate(counting, shape) or "")
 
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}

@@ -137,7 +137,7 @@ def check_trusted(config: Config) -> None:
 
 
 def check_directories(directories: Iterable[Path], *, trust: bool) -> None:
-    """The same for directories that are named to a tool; `trust` passes them.
+    """The same for these directories, whose checkpoints will be read whatever else is there; `trust` passes them.
 
     Raises:
         UserError: see `check_trusted`.
@@ -158,14 +158,13 @@ def _directories(config: Config) -> list[Path]:
     """Where this run may read checkpoints."""
     checkpoint, critic = config.checkpoint, config.critic
     own = [Path(checkpoint.save) / name for name in ("", "critic", "reference")] if checkpoint.save else []
-    named = [checkpoint.load, checkpoint.ref_load, config.algorithm.opd_teacher_load]
-    return own + [Path(each) for each in (*named, critic.critic_load, critic.critic_save) if each]
+    flags = [checkpoint.load, checkpoint.ref_load, config.algorithm.opd_teacher_load]
+    named = [Path(each) for each in (*flags, critic.critic_load, critic.critic_save) if each]
+    return own + [each for each in named if not (each / "config.json").exists()]  # safetensors hold no code
 
 
 def _foreign_file(directory: Path) -> str | None:
     """A file of a checkpoint in it that others may have written."""
-    if (directory / "config.json").exists():  # safetensors hold no code
-        return None
     places = [directory] if is_checkpoint(directory) else list(checkpoints(directory).values())
     files = (path for place in places for path in sorted(place.rglob("*")) if path.is_file())
     return next(filter(None, map(others_may_write, files)), None)

@@ -264,11 +264,17 @@ def _prefixes(config: Config, shape: ModelShape, batch: TrainBatch) -> Prefixes:
     if kept_separate(config, shape):
         return Prefixes.none(len(batch))
     prefixes = Prefixes.of([each[:-1] for each in batch.tokens])
-    asked = config.training.share_prompts is not None
-    least = _LEAST_SHARE * sum(map(len, batch.tokens))
-    if use_transformer_engine() and not asked and prefixes.shared(range(len(batch))) < least:
-        return Prefixes.none(len(batch))
+    if config.training.share_prompts is None and use_transformer_engine():
+        least = _LEAST_SHARE * sum(map(len, batch.tokens))
+        if _wants_kernels(config) or prefixes.shared(range(len(batch))) < least:
+            return Prefixes.none(len(batch))
     return prefixes
+
+
+def _wants_kernels(config: Config) -> bool:
+    """Whether flags ask for one of TransformerEngine's ways to compute attention, such as a deterministic one."""
+    given = config.model.megatron.get("transformer", {})
+    return bool(given.get("deterministic_mode") or given.get("attention_backend"))
 
 
 def describe_sharing(config: Config, shape: ModelShape) -> str:
@@ -277,6 +283,8 @@ def describe_sharing(config: Config, shape: ModelShape) -> str:
     if reason is None:
         once = "prompts: what samples of a micro-batch have in common at their beginnings is computed once"
         if use_transformer_engine() and config.training.share_prompts is None:
+            if _wants_kernels(config):
+                return "prompts: computed for every sample (flags ask for TransformerEngine's attention)"
             once += f", in rollouts where that is at least {_LEAST_SHARE:.0%} of all tokens"
         return once
     return f"prompts: computed for every sample ({reason})"
