@@ -32,7 +32,8 @@ class EngineGroups:
         """Engines join at this machine's address `host`; this is the trainer's `rank`."""
         self._name, self._store = f"weights-{uuid.uuid4().hex}", open_store(host, GROUP_TIMEOUT)
         self._host, self._backend, self._rank = host, backend, rank
-        self._groups: dict[str, dist.ProcessGroup] = {}  # by the engine's name
+        # By the engine's name. A group needs its store as long as it lives.
+        self._groups: dict[str, tuple[dist.ProcessGroup, dist.Store]] = {}
 
     def source(self, chunks: Sequence[Chunk]) -> Source:
         """What the ranks of every engine are told of broadcasts."""
@@ -43,8 +44,12 @@ class EngineGroups:
         """Send them to all ranks of an engine."""
         if engine.engine not in self._groups:
             name = group_name(self._name, engine.engine)
-            self._groups[engine.engine] = join_group(self._store, name, 0, 1 + engine.size, self._backend)
-        broadcast([chunk.data for chunk in chunks], self._groups[engine.engine])
+            # A connection of its own: one that waits for an engine holds up all who use it, and engines join the
+            # groups of several senders in different orders, so that all of them could wait for each other.
+            store = dist.TCPStore(self._host, self._store.port, is_master=False, timeout=GROUP_TIMEOUT)
+            group = join_group(store, name, 0, 1 + engine.size, self._backend)
+            self._groups[engine.engine] = group, store
+        broadcast([chunk.data for chunk in chunks], self._groups[engine.engine][0])
 
     def forget(self, engine: str) -> None:
         """Give up the group with an engine, if there is one."""
