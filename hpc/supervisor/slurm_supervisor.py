@@ -112,10 +112,8 @@ class SlurmSupervisor(Supervisor):
         if for_memory:
             reason += ": no memory left on the job's first node, give it more with `mem` in [slurm.sbatch]"
         print(reason, flush=True)
-        is_stop = number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        )  # of a person, or of Slurm before there was a supervisor
+        # Of a person, or of Slurm before there was a supervisor.
+        is_stop = number in (signal.SIGINT, signal.SIGTERM)
         state = "stopped" if is_stop else "failed"
         _end_attempt(layout, number, state, reason, begun)
         idle = idle_attempts(read_lines(layout.events))

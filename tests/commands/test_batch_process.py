@@ -33,23 +33,28 @@ from rltrain.run.processes import wait_readable
 NO_REQUEUE = JobView(JobState.RUNNING, restarts=0, may_requeue=False, is_preempted=False)
 
 
-def test_what_follows_when_the_supervisor_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout, plan = RunLayout(tmp_path), cast(Any, None)
+@pytest.fixture
+def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunLayout:
+    """Of a run of three steps whose first attempt has begun, in a job of Slurm."""
+    layout = RunLayout(tmp_path)
     layout.log_dir(1).mkdir(parents=True)
     EventLog(layout.events, 1).append("attempt_started", {})
     config = SimpleNamespace(rollout=SimpleNamespace(num_rollout=3))
     monkeypatch.setattr("rltrain.arguments.load", lambda directory: config)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(CurrentJob, "view", lambda job: NO_REQUEUE)
     monkeypatch.setattr(slurm_supervisor, "_SETTLE_SECONDS", 0.0)
-    supervisor = SlurmSupervisor(tmp_path, plan)
+    return layout
+
+
+def test_what_follows_when_the_supervisor_was_killed(
+    layout: RunLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CurrentJob, "view", lambda job: NO_REQUEUE)
+    supervisor = SlurmSupervisor(layout.root, cast(Any, None))
     assert supervisor.after_kill(signal.SIGKILL, for_memory=True, begun=0.0) is False
-    assert (
-        supervisor.after_kill(signal.SIGKILL, for_memory=None, begun=0.0) is False
-    )  # its end is there already
-    assert (
-        supervisor.after_kill(signal.SIGTERM, for_memory=None, begun=time.time()) is False
-    )  # the next one's
+    # Its end is there already, and then that of the next.
+    assert supervisor.after_kill(signal.SIGKILL, for_memory=None, begun=0.0) is False
+    assert supervisor.after_kill(signal.SIGTERM, for_memory=None, begun=time.time()) is False
     ends = [
         (each["kind"], each["reason"]) for each in map(json.loads, layout.events.read_text().splitlines()[1:])
     ]
@@ -68,19 +73,12 @@ def test_what_follows_when_the_supervisor_was_killed(tmp_path: Path, monkeypatch
 
 
 def test_a_person_who_stops_a_job_before_or_after_its_attempt_stops_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layout: RunLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The signal meets a process that does not look for it, and ends by it."""
-    layout, plan = RunLayout(tmp_path), cast(Any, None)
-    layout.log_dir(1).mkdir(parents=True)
-    EventLog(layout.events, 1).append("attempt_started", {})
-    config = SimpleNamespace(rollout=SimpleNamespace(num_rollout=3))
-    monkeypatch.setattr("rltrain.arguments.load", lambda directory: config)
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
     may_requeue = replace(NO_REQUEUE, may_requeue=True)
     monkeypatch.setattr(CurrentJob, "view", lambda job: may_requeue)
-    monkeypatch.setattr(slurm_supervisor, "_SETTLE_SECONDS", 0.0)
-    job = SimpleNamespace(function=SlurmSupervisor(tmp_path, plan))
+    job = SimpleNamespace(function=SlurmSupervisor(layout.root, cast(Any, None)))
     monkeypatch.setattr("submitit.core.utils.DelayedSubmission.load", lambda path: job)
     (tmp_path / "job.pkl").write_bytes(b"")
     (tmp_path / "job.pkl").chmod(0o600)
