@@ -20,6 +20,7 @@ _FLAGS = [
     "--disable-background-networking", "--disable-component-update", "--remote-debugging-port=0", "about:blank",
 ]  # fmt: skip
 _TIMEOUT = 60
+_PATIENCE = 50
 
 
 class Page:
@@ -52,9 +53,16 @@ class Page:
         return answer["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Until `condition` holds."""
-        poll = f"""new Promise((resolve) => {{
-            const look = () => ({condition}) ? resolve(true) : setTimeout(look, 15); look(); }})"""
+        """Until `condition` holds; one that throws does not hold yet: a frame that loads has no body."""
+        poll = f"""new Promise((resolve, reject) => {{
+            const end = performance.now() + {_PATIENCE * 1000};
+            const look = () => {{
+                let failure = "it is false";
+                try {{ if ({condition}) return resolve(true); }} catch (error) {{ failure = error; }}
+                if (performance.now() > end) return reject(new Error({json.dumps(condition)} + ": " + failure));
+                setTimeout(look, 15);
+            }};
+            look(); }})"""
         self.evaluate(poll)
 
     def type(self, element: str, text: str) -> None:
