@@ -3,10 +3,11 @@
 python benchmarks/weight_transports.py [MILLIONS_OF_PARAMETERS ...]
 
 Sender and receiver have a core each, where there are two, in the baselines too, which move the same bytes once: memcpy
-for `tensor`, a gloo broadcast between two processes for `distributed`, and a plain file write with fsync for `disk`. A
-push ends when the engine generates again, so it includes pause, load and flush; the ratio is that of the medians. Then
-how long an engine with requests under way stands still; and, in bf16, what `--update-weight-mode delta` sends after one
-step of AdamW with a learning rate of 1e-6, against everything.
+for `tensor`, a gloo broadcast between two processes for `distributed`, and a plain file write with fsync for `disk`.
+The most that a receiver with one core can do by `distributed` is that broadcast and, after it, a memcpy into its model.
+A push ends when the engine generates again, so it includes pause, load and flush; the ratio is that of the medians.
+Then how long an engine with requests under way stands still; and, in bf16, what `--update-weight-mode delta` sends
+after one step of AdamW with a learning rate of 1e-6, against everything.
 """
 
 from __future__ import annotations
@@ -42,7 +43,12 @@ ROUNDS = 5
 BUCKET_BYTES = 512 * 1024**2  # the default of --update-weight-buffer-size
 WIDTHS = {10: (256, 12), 135: (896, 14), 500: (1536, 18)}  # hidden size and layers, by millions of parameters
 TRANSPORTS = ("tensor", "distributed", "disk")
-IN_FLIGHT, NEW_TOKENS = 8, 400
+IN_FLIGHT = 8
+NEW_TOKENS = {
+    10: 400,
+    135: 60,
+    500: 30,
+}  # of each request, enough to be under way during a push, by millions of parameters
 CORES = sorted(os.sched_getaffinity(0))
 SENDER, RECEIVER = 0, 1  # of them
 
@@ -86,6 +92,7 @@ buffer = torch.empty(int(sys.argv[2]), dtype=torch.uint8)
 for _ in range(int(sys.argv[3])):
     dist.broadcast(buffer, src=0)
     dist.barrier()
+dist.destroy_process_group()
 """
 
 
@@ -160,9 +167,12 @@ def measure(millions: int, root: Path) -> None:
                 f"{name} {size / 4e6:.0f} M parameters: {baseline / ours:.2f} of bare;"
                 f" {size / ours / 1e9:.2f} GB/s ({size / max(times) / 1e9:.2f} to {size / min(times) / 1e9:.2f}),"
                 f" bare {size / baseline / 1e9:.2f} GB/s; a push {1000 * ours:.0f} ms,"
-                f" in flight {1000 * in_flight(engine, push):.0f} ms",
+                f" in flight {1000 * in_flight(engine, push, NEW_TOKENS[millions]):.0f} ms",
                 flush=True,
             )
+            if name == "distributed":  # a receiver with one core copies what it has received into its model
+                least = baseline + statistics.median(bare["tensor"][1:])
+                print(f"distributed: {least / ours:.2f} of a bare broadcast and a memcpy in turn", flush=True)
         measure_delta(weights, context, engine)
     dist.destroy_process_group()
 
@@ -205,11 +215,11 @@ def stepped(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
-def in_flight(engine: HttpServerEngineAdapter, push: Callable[[int], None]) -> float:
+def in_flight(engine: HttpServerEngineAdapter, push: Callable[[int], None], new_tokens: int) -> float:
     """Seconds of a push while requests run, which go on after it."""
     body = {
         "input_ids": [4, 5, 6],
-        "sampling_params": {"max_new_tokens": NEW_TOKENS, "ignore_eos": True},
+        "sampling_params": {"max_new_tokens": new_tokens, "ignore_eos": True},
     }
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
         answers = [
@@ -222,7 +232,7 @@ def in_flight(engine: HttpServerEngineAdapter, push: Callable[[int], None]) -> f
         result = seconds(lambda: push(2))
         for answer in answers:
             meta = answer.result()["meta_info"]
-            assert meta["completion_tokens"] == NEW_TOKENS, "an update lost tokens"
+            assert meta["completion_tokens"] == new_tokens, "an update lost tokens"
     return result
 
 
