@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from hpc.submitting.command_line import FOR_DEMO, full_parser, read_request
+from hpc.submitting.command_line import FOR_DEMO, full_parser, read_request, refuse_without_partition
 from hpc.submitting.start_run import submit_run
 from rltrain.run.errors import EXIT_INTERRUPTED, run_main
 
@@ -23,6 +23,7 @@ def submit(argv: list[str]) -> int:
         from hpc.submitting.sweep_jobs import submit_sweep
 
         return submit_sweep(argv, request)
+    refuse_without_partition(argv, request.options)
     if request.train.keys() <= set(FOR_DEMO) and not request.options.layout.root.exists():
         from hpc.submitting.demo import submit_demo
 

@@ -34,6 +34,13 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 FOR_DEMO = ("colocate",)
 
 
+# Options that act on a Slurm job and on nothing else.
+_OF_JOBS = (
+    *("nodes", "placement", "account", "qos", "time", "gpu-type", "after", "detach", "test-only", "template"),
+    *("max-restarts", "max-failures"),
+)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -144,6 +151,23 @@ def read_request(argv: list[str], last_word: Flags | None = None) -> Request:
         os.environ["WANDB_API_KEY"] = key[-1]
         del train["wandb-key"]
     return Request(options=SubmitOptions(**vars(parsed), slurm=slurm_tables.read(slurm)), train=train)
+
+
+def refuse_without_partition(argv: list[str], options: SubmitOptions) -> None:
+    """Refuse a command line that is meant for Slurm and lacks the partition: the run would start on this machine.
+
+    What recipes say of Slurm is left alone, because the same recipe runs on a laptop too.
+
+    Raises:
+        UserError: it has options of Slurm jobs, and no recipe names a partition either.
+    """
+    given = flag_data.split(argv)[1]
+    of_jobs = [f"--{name}" for name in given if name in _OF_JOBS or name.startswith(slurm_tables.PREFIX)]
+    if options.partition is None and of_jobs:
+        raise UserError(
+            f"{', '.join(of_jobs)}: only for a job on Slurm, but there is no --partition, so the run would start on this"
+            " machine. Give --partition NAME (`sinfo -s` lists them), or leave this out to run here."
+        )
 
 
 def stored_options(layout: RunLayout) -> SubmitOptions:

@@ -12,7 +12,7 @@ from hpc.planning.request import Request, SubmitOptions
 from hpc.runs.find import read_submissions
 from hpc.runs.slurm_jobs import ask_slurm, is_alive
 from hpc.submitting import run_dir
-from hpc.submitting.command_line import read_request
+from hpc.submitting.command_line import read_request, refuse_without_partition
 from hpc.submitting.start_run import submit_run
 from hpc.submitting.sweep import Variant, read_variants
 from rltrain import arguments, inputs
@@ -35,6 +35,8 @@ def submit_sweep(argv: list[str], whole: Request) -> int:
         raise UserError("--sweep needs a recipe, or training flags: the built-in demo is one run.")
     variants = read_variants(options.sweep, options.name)
     requests = [read_request(argv, _last_word(variant)) for variant in variants]
+    for request in requests:
+        refuse_without_partition(argv, request.options)
     if options.partition:
         code = _on_slurm(variants, requests, options.sweep_parallel or len(variants))
     else:

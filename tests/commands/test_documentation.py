@@ -276,6 +276,13 @@ def test_documented_analysis_runs_on_a_run(
     plt.close("all")
 
 
+def test_every_page_and_every_recipe_of_a_model_is_named() -> None:
+    readme, recipes = ((ROOT / name).read_text() for name in ("README.md", "docs/arguments.md"))
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} == {*re.findall(r"\]\(docs/([\w.]+)", readme)}
+    models = {f"@{file.stem}" for file in (ROOT / "rltrain/models").glob("*.toml")}
+    assert models == {*re.findall(r"`(@[\w.-]+)` ?[,|]", recipes.partition("## The model's shape")[2])}
+
+
 OF_SLIME = {"examples/fully_async"}  # named where our counterpart is told
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc import submit
 from hpc.doctor import examine
 from hpc.doctor.storage import check_storage
 from hpc.planning.request import SubmitOptions
@@ -94,6 +95,31 @@ def test_a_models_id_is_found_in_the_cache_or_told_how_to_get_there(
         with pytest.raises(UserError, match="there is no such directory"):
             check_inputs(parse(model=wrong))
     assert resuming._is_same([config.model.hf_checkpoint], ["Qwen/Qwen3-0.6B"])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--test-only"],
+        ["--nodes", "4", "--time=2:00:00", "--detach"],
+        ["--slurm.sbatch.constraint=ib"],
+        ["--account", "me", "--sweep", "lr=1e-5,1e-6"],
+    ],
+)
+def test_options_of_a_slurm_job_without_a_partition(
+    place: Path, monkeypatch: pytest.MonkeyPatch, given: list[str]
+) -> None:
+    """They must not start the run here, where a person expects a job, or just a check."""
+    monkeypatch.setattr(submit, "submit_run", lambda *_: pytest.fail("the run was started"))
+    with pytest.raises(UserError, match=rf"{given[0].partition('=')[0]}.*only for a job on Slurm.*--partition"):
+        submit.submit([*words(), "--runs-dir", "runs", *given])
+    assert not (place / "runs").exists()
+
+
+def test_a_recipe_for_slurm_runs_here_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "submit_run", lambda *_: 0)
+    (place / "cluster.toml").write_text('time = "2:00:00"\n[slurm.sbatch]\nconstraint = "ib"\n')
+    assert submit.submit(["@cluster.toml", *words(), "--runs-dir", "runs"]) == 0
 
 
 TABLE = '\ufeffinput,label,metadata\r\n1+1=,2,"{""a"": 1}"\r\n\r\n"two\nlines, and ""more""",042,\r\né,x,\r\n'
