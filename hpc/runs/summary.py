@@ -53,8 +53,10 @@ def next_commands(layout: RunLayout, finished: bool, num_rollout: int) -> list[t
     """Next things to do, each with its command."""
     python = python_command()
     run = shlex.quote(str(shown(layout.root)))
-    submit = f"{python} -m hpc.submit --name {layout.name} --runs-dir {shlex.quote(str(shown(layout.root.parent)))}"
-    more = ("train on", f"{submit} --num-rollout {2 * num_rollout}") if finished else ("resume", submit)
+    # `resubmit` and not `submit`: it goes on where the run was, and a job on Slurm must not begin anew on a login node.
+    more = ("resume", command("resubmit", layout))
+    if finished:
+        more = ("train on", command("resubmit", layout, "--num-rollout", str(2 * num_rollout)))
     lab = f"SLURMLIME_RUN={run} {python} -m jupyter lab {shlex.quote(str(shown(NOTEBOOK)))}"
     if importlib.util.find_spec("jupyterlab") is None:
         lab = f"{python} -m pip install -q jupyterlab && {lab}"

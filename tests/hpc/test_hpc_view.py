@@ -151,12 +151,15 @@ def test_summary_tells_first_and_last(tmp_path: Path) -> None:
 def test_next_commands_survive_the_shell(
     tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(summary, "python_command", lambda: "python")
+    for module in (cli, summary):
+        monkeypatch.setattr(module, "python_command", lambda: "python")
     layout = RunLayout(tmp_path / folder / "job")
     commands = dict(summary.next_commands(layout, finished=False, num_rollout=3))
     assert shlex.split(commands["resume"]) == [
-        "python", "-m", "hpc.submit", "--name", "job", "--runs-dir", str(layout.root.parent),
+        "python", "-m", "hpc.resubmit", "job", "--runs-dir", str(layout.root.parent),
     ]  # fmt: skip
+    more = shlex.split(dict(summary.next_commands(layout, finished=True, num_rollout=3))["train on"])
+    assert more[2:6] == ["hpc.resubmit", "job", "--num-rollout", "6"]
     assert shlex.split(commands["samples"]) == [
         "python",
         "-m",
