@@ -165,8 +165,8 @@ def refuse_without_partition(argv: list[str], options: SubmitOptions) -> None:
     of_jobs = [f"--{name}" for name in given if name in _OF_JOBS or name.startswith(slurm_tables.PREFIX)]
     if options.partition is None and of_jobs:
         raise UserError(
-            f"{', '.join(of_jobs)}: only for a job on Slurm, but there is no --partition, so the run would start on this"
-            " machine. Give --partition NAME (`sinfo -s` lists them), or leave this out to run here."
+            f"{', '.join(of_jobs)}: only for a job on Slurm, but there is no --partition, so the run would start on"
+            " this machine. Give --partition NAME (`sinfo -s` lists them), or leave this out to run here."
         )
 
 

@@ -111,7 +111,9 @@ def test_options_of_a_slurm_job_without_a_partition(
 ) -> None:
     """They must not start the run here, where a person expects a job, or just a check."""
     monkeypatch.setattr(submit, "submit_run", lambda *_: pytest.fail("the run was started"))
-    with pytest.raises(UserError, match=rf"{given[0].partition('=')[0]}.*only for a job on Slurm.*--partition"):
+    with pytest.raises(
+        UserError, match=rf"{given[0].partition('=')[0]}.*only for a job on Slurm.*--partition"
+    ):
         submit.submit([*words(), "--runs-dir", "runs", *given])
     assert not (place / "runs").exists()
 
