@@ -80,6 +80,19 @@ def _takes_warnings(pickled: Path) -> bool:
         return False
 
 
+def _release_warning_in_time() -> None:
+    """Let the warning of the time limit come when submitit has its handler for it: just before the function begins."""
+    from submitit.core.utils import DelayedSubmission
+
+    whole = DelayedSubmission.result
+
+    def result(submission: DelayedSubmission) -> Any:
+        release_warning()
+        return whole(submission)
+
+    setattr(DelayedSubmission, "result", result)  # noqa: B010 – mypy lets nobody assign to a method
+
+
 def main() -> NoReturn:
     """Run the job."""
     hold_warning()
@@ -100,7 +113,7 @@ def main() -> NoReturn:
     except UserError as error:
         sys.exit(f"error: {error}")
     if not _takes_warnings(paths.submitted_pickle):
-        release_warning()
+        _release_warning_in_time()
     process_job(sys.argv[1])
     outcome, result = pickle_load(own_file(paths.result_pickle))
     sys.exit(exit_code(result) if outcome == "success" else 1)

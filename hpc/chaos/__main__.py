@@ -28,13 +28,15 @@ from hpc.chaos.shrink import shrink
 from hpc.chaos.soak import Watcher, judge
 from hpc.chaos.storm import TO_END_SECONDS, WANDB_OFFLINE, Outcome, Storm
 from hpc.sandbox import ClusterSpec, Sandbox
+from rltrain.run.errors import EXIT_USAGE, UserError
 
 EXAMPLE = "python -m hpc.chaos --seed 1 --storms 10"
-EXIT_CODES = "exit codes: 0 nothing found, 1 something found, 2 bad input"
+EXIT_CODES = "exit codes: 0 nothing found, 1 something found, 2 bad input, or Slurm did not come up"
 # After which a run counts as stuck: most faults begin an attempt, which takes a busy machine half a minute.
 _LEAST_TIMEOUT, _SECONDS_OF_A_FAULT = 600.0, 60.0
 _TO_END = f"{TO_END_SECONDS / 60:.0f} minutes"
 _LEAST_SECONDS = 60.0  # left, for a storm to begin
+_MAX_BROKEN = 2  # storms that Slurm itself ended
 _IDLE_SECONDS = 120.0  # for the nodes of one storm to be there for the next
 # Files and bytes that a run directory may get a step, beside its results: lines of metrics and logs, W&B's records.
 _GROWTH, _GROWTH_OF_REAL = (0.0, 1000.0), (2.0, 20_000.0)
@@ -127,24 +129,28 @@ def _files(runs: Path, args: Options) -> Path | None:
 
 def weather(cluster: Sandbox, runs: Path, args: Options) -> int:
     """Run the storms that were asked for."""
-    bad = 0
+    bad, broken = 0, 0
     outcomes: list[Outcome] = []
     until = time.monotonic() + args.minutes * 60 if args.minutes else math.inf
     for seed in range(args.seed, args.seed + (1 if args.repeat else args.storms)):
-        if outcomes and time.monotonic() > until - _LEAST_SECONDS:
+        if broken == _MAX_BROKEN or (outcomes and time.monotonic() > until - _LEAST_SECONDS):
             break
-        wait_for_nodes(cluster, _IDLE_SECONDS)
         faults = parse(args.repeat) if args.repeat else draw(seed, args.faults, args.steps, real=args.real)
-        if args.real:
-            bad += _run_undisturbed(cluster, runs, seed, args)
-        outcome = _storm(cluster, runs, f"storm-{seed}", seed, args, len(faults)).run(faults, until)
-        outcomes.append(outcome)
-        _report(seed, outcome)
-        if outcome.problems:
-            bad += 1
-            _find_fewer(cluster, runs, seed, outcome, args, until)
+        try:
+            wait_for_nodes(cluster, _IDLE_SECONDS)
+            if args.real:
+                bad += _run_undisturbed(cluster, runs, seed, args)
+            outcome = _storm(cluster, runs, f"storm-{seed}", seed, args, len(faults)).run(faults, until)
+            outcomes.append(outcome)
+            _report(seed, outcome)
+            if outcome.problems:
+                bad += 1
+                _find_fewer(cluster, runs, seed, outcome, args, until)
+        except UserError as error:  # Slurm does not answer, or does not come up again
+            print(f"storm {seed} broke off: {error}", flush=True)
+            broken += 1
     _summary(outcomes, bad)
-    return 1 if bad else 0
+    return 1 if bad else EXIT_USAGE if broken else 0
 
 
 def _storm(cluster: Sandbox, runs: Path, name: str, seed: int, args: Options, faults: int) -> Storm:

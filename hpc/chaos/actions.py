@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from hpc.chaos.faults import Fault, NobodyError
 from hpc.chaos.isolated import Stops
 from hpc.sandbox import Sandbox
 from hpc.sandbox.packages import find_program
+from hpc.slurm.client import SlurmClient, SlurmError, SlurmUnavailableError
 from rltrain.run.layout import RunLayout
 from rltrain.run.processes import descendants, parse_stat
 
@@ -24,6 +26,7 @@ Undo = Callable[[], object]
 _SLOW_SECONDS = 0.4  # that a slow disk stops at a time
 _STALL_SECONDS = 60.0  # more than any fault lasts
 _LATE_SECONDS = 8
+_SILENCE_SECONDS = 60.0  # of a slurmctld that another fault has silenced
 _TORN = b'{"step": 3, "atte'  # of a line of metrics or events
 
 
@@ -139,7 +142,7 @@ class Weather:
         node = self._slurm("squeue", "-h", "-j", job, "-o", "%B").split()[:1]
         if node not in [[name] for name in self._cluster.spec.node_names]:
             raise NobodyError("the job runs nowhere")
-        self._cluster.power_off(node[0])
+        self._cut_power(node[0])
         return lambda: self._cluster.power_on(node[0])
 
     def _warn(self, fault: Fault, job: str) -> None:
@@ -155,8 +158,13 @@ class Weather:
     def _power_off(self, fault: Fault, job: str) -> Undo:
         assert fault.target is not None
         node = fault.target
-        self._cluster.power_off(node)
+        self._cut_power(node)
         return lambda: self._cluster.power_on(node)
+
+    def _cut_power(self, node: str) -> None:
+        self._cluster.power_off(node, notice=False)
+        with contextlib.suppress(NobodyError):  # slurmctld notices by itself, later
+            self._slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=power_off")
 
     def _cut_off(self, fault: Fault, job: str) -> Undo:
         if not self._cluster.spec.networks:
@@ -220,7 +228,11 @@ class Weather:
         self._cluster.restart_controller()
 
     def _fail_over(self, fault: Fault, job: str) -> Undo:
-        self._cluster.fail_over()
+        try:
+            self._cluster.fail_over()
+        except TimeoutError:
+            self._cluster.restart_controller()
+            raise
         return self._cluster.restart_controller
 
     def _cancel(self, fault: Fault, job: str) -> None:
@@ -286,10 +298,16 @@ class Weather:
         return found
 
     def _slurm(self, *command: str) -> str:
-        try:
-            return self._cluster.run(*command)
-        except subprocess.CalledProcessError as error:
-            raise NobodyError(error.stderr.strip()) from None
+        client, deadline = SlurmClient(self._cluster.env), time.monotonic() + _SILENCE_SECONDS
+        while True:
+            try:
+                return client.run(*command)
+            except SlurmUnavailableError as error:
+                if time.monotonic() > deadline:
+                    raise NobodyError(str(error)) from None
+                time.sleep(0.5)
+            except SlurmError as error:
+                raise NobodyError(str(error)) from None
 
 
 def _fill(file: BinaryIO) -> None:

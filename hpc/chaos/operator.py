@@ -13,11 +13,12 @@ from pathlib import Path
 from hpc.sandbox import Sandbox
 from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.records import JobRecord
+from hpc.slurm.states import JobState
 from rltrain.run.errors import UserError
 from rltrain.run.processes import parse_stat
 
 _LOOK_SECONDS = 2.0
-_QUEUE_SECONDS = 90.0  # more than a job waits on a cluster of its own
+_QUEUE_SECONDS = 90.0  # more than a job waits on a cluster of its own, or takes to end
 _ALL_IDLE = "all nodes are idle"
 _GPUS_OF_NODES = "NodeHost:64,StateLong:64,GresUsed:64"
 
@@ -36,6 +37,7 @@ class Operator:
         self._looked = 0.0
         self._lost_gpus: set[str] = set()
         self._waits_since: float | None = None
+        self._ends_since: float | None = None
 
     def look(self, job: str, *, was_suspended: bool, is_calm: bool) -> None:
         """Mend what is to be mended, if the last look is a while ago.
@@ -55,6 +57,7 @@ class Operator:
                 self._after_suspension(job, records)
             self._count_gpus(records)
             self._ask_why_it_waits(records, is_calm)
+            self._end_what_does_not_end(records, is_calm)
 
     def _ask_why_it_waits(self, records: list[JobRecord], is_calm: bool) -> None:
         """No job has to wait for long on a cluster where all is well; slurmctld may have lost sight of it."""
@@ -69,9 +72,28 @@ class Operator:
             nodes = states_of_nodes(self._client)
             print(f"the job waits ({reasons}; {nodes}): slurmctld is restarted", flush=True)
             for node in self._client.node_states():
-                if node.state.startswith("drain"):
+                if node.state.startswith("down"):
+                    self._cluster.power_on(node.name)
+                elif node.state.startswith("drain"):
                     self._cluster.run("scontrol", "update", f"nodename={node.name}", "state=resume")
             self._cluster.restart_controller()
+
+    def _end_what_does_not_end(self, records: list[JobRecord], is_calm: bool) -> None:
+        """Slurm may lose the word that a job's processes are gone; nodes that start anew have none."""
+        ending = [each for each in records if each.state is JobState.COMPLETING]
+        if not (is_calm and ending):
+            self._ends_since = None
+        elif self._ends_since is None:
+            self._ends_since = time.monotonic()
+        elif time.monotonic() > self._ends_since + _QUEUE_SECONDS:
+            self._ends_since = None
+            nodes = sorted({node for each in ending for node in each.nodes})
+            print(f"Slurm can't end the job on {', '.join(nodes)}: they are started anew", flush=True)
+            for node in nodes:
+                self._cluster.power_off(node)
+            for node in nodes:
+                with contextlib.suppress(TimeoutError):
+                    self._cluster.power_on(node)
 
     def _undrain(self) -> None:
         """Slurm drains a node where it could not end a step, as its slurmstepd was dead."""

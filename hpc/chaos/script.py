@@ -6,13 +6,13 @@ Each has a thread of its own: one may have to wait for a Slurm that another has 
 from __future__ import annotations
 
 import math
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from hpc.chaos.actions import Undo
 from hpc.chaos.faults import KINDS, Fault, NobodyError
-from hpc.slurm.client import SlurmError
 from rltrain.run.errors import UserError
 
 _POLL_SECONDS = 0.05
@@ -95,7 +95,7 @@ def _try(
 ) -> Callable[[], object] | None:
     try:
         undo = act()
-    except (NobodyError, TimeoutError, UserError, SlurmError, OSError) as error:
+    except (NobodyError, TimeoutError, UserError, subprocess.SubprocessError, OSError) as error:
         print(f"{fault}: {error}", flush=True)
         return None
     then()

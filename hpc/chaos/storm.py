@@ -28,6 +28,7 @@ from hpc.slurm.states import JobState
 from hpc.submitting import run_dir
 from hpc.submitting.command_line import read_request
 from hpc.submitting.slurm_job import plan_job, submit_job
+from hpc.supervisor.restart import Limits, idle_attempts
 from rltrain.arguments.flags import Flags
 from rltrain.run.errors import UserError
 from rltrain.run.files import Record
@@ -46,7 +47,7 @@ WITHOUT_WANDB, WANDB_OFFLINE = ("--wandb-mode=disabled",), ("--wandb-mode=offlin
 _POLL_SECONDS = 0.05
 _GIVE_UP_SECONDS = 60.0
 # For a run to end when the time is over, and in which it then must have shown a sign of life.
-TO_END_SECONDS, _SIGN_SECONDS = 240.0, 120.0
+TO_END_SECONDS, _SIGN_SECONDS = 240.0, 180.0
 _MAX_HANDS = 20
 _LAST_EVENTS = 20  # that are shown of a run with problems
 
@@ -115,6 +116,9 @@ class Storm:
         self._weather = Weather(cluster, self._layout)
         self._operator = Operator(cluster, self._layout.submitit)
         self._rows, self._events = SeenLines(self._layout.metrics), SeenLines(self._layout.events)
+        self._worn_out = (
+            0  # times that the run gave up, as it should: faults left it no time to save anything
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -153,11 +157,9 @@ class Storm:
         if self._real is not None and not stuck:
             more, kept = self._judge_records()
             problems += more
-        allowed = sum(KINDS[fault.kind].needs_a_hand for fault in faults)
+        allowed = sum(KINDS[fault.kind].needs_a_hand for fault in faults) + self._worn_out
         if hands > allowed:
-            problems.append(
-                f"{hands} times the run ended and had to be resubmitted; {allowed} faults end one"
-            )
+            problems.append(f"{hands} times the run ended and had to be resubmitted; {allowed} times it may")
         seconds = time.monotonic() - begun
         done = sorted(script.done, key=lambda each: each[1])
         after = recoveries(done, self._rows.seen, self._events.seen)
@@ -185,7 +187,10 @@ class Storm:
             if self._is_over() and not script.keeps_people_away:
                 if hands == _MAX_HANDS:
                     return hands, [f"not finished after {hands} times of resubmitting"]
-                hands += self._resubmit()
+                worn_out = self._is_worn_out(script)
+                if self._resubmit():
+                    hands += 1
+                    self._worn_out += worn_out
             time.sleep(_POLL_SECONDS)
         return hands, []
 
@@ -207,7 +212,14 @@ class Storm:
         request = read_request([*words, f"--num-rollout={self._steps}"])
         self._send(request.options, request.train)
 
-    def _resubmit(self) -> int:
+    def _is_worn_out(self, script: Script) -> bool:
+        """Whether so many attempts in a row saved nothing that the run ends, and faults are why: most had one."""
+        events = self._events.look()
+        saved = max((event["time"] for event in events if event["kind"] == "checkpoint_saved"), default=0.0)
+        most = Limits().max_idle
+        return idle_attempts(events) >= most and 2 * sum(begun > saved for _, begun in script.done) > most
+
+    def _resubmit(self) -> bool:
         """What a person does: `python -m hpc.resubmit`, and again when Slurm does not answer."""
         options, _ = merge_options(self._layout, [])
         try:
@@ -215,8 +227,8 @@ class Storm:
         except (SlurmError, UserError) as error:
             print(f"resubmit: {error}", flush=True)
             time.sleep(1.0)
-            return 0
-        return 1
+            return False
+        return True
 
     def _send(self, options: SubmitOptions, flags: Flags) -> None:
         tables = clocks.that_can_jump(options.slurm, self._cluster.directory)

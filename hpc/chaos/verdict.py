@@ -19,7 +19,8 @@ from hpc.runs.find import read_run, read_submissions
 from hpc.runs.slurm_jobs import ask_slurm
 from hpc.runs.state import to_status
 from hpc.sandbox import Sandbox
-from hpc.slurm.client import SlurmClient
+from hpc.slurm.client import SlurmClient, SlurmError, SlurmUnavailableError
+from hpc.slurm.records import JobDetail
 from hpc.slurm.states import JobState
 from rltrain.run.files import read_lines
 from rltrain.run.finished import finished_steps
@@ -28,6 +29,7 @@ from rltrain.sglang.leftovers import sweep
 
 _PATIENCE_SECONDS = 60.0  # Slurm takes its time to end the last steps of a job
 _SETTLE_SECONDS = 10.0
+_AT_WORK = "PENDING,RUNNING,SUSPENDED"
 _DONE = ("finished", "COMPLETING")
 _ROOT = Path(__file__).parents[2]
 
@@ -53,12 +55,14 @@ def judge(
             killed its batch process.
     """
     client = SlurmClient(cluster.env)
+    # One whose node failed at the very end is COMPLETING, waits, and runs once more, to see that all is done.
+    _until(lambda: not _jobs(client, f"{_AT_WORK},COMPLETING"))
     return [
         *_of_metrics(layout, steps, curve),
         *_of_state(layout, steps, client),
         *_of_exit_codes(layout, cluster, client, may_fail),
         *_of_attempts(layout),
-        *_of_what_is_left(layout.root, cluster),
+        *_of_what_is_left(layout.root, client),
         *_of_nodes(before, cluster),
     ]
 
@@ -103,7 +107,7 @@ def _status(layout: RunLayout, client: SlurmClient) -> str:
 def _of_exit_codes(layout: RunLayout, cluster: Sandbox, client: SlurmClient, may_fail: bool) -> list[str]:
     """The job of a finished run has ended well, and `hpc.status` can be asked."""
     problems = []
-    jobs = client.job_details(read_submissions(layout)[-1].job_id)[:1]
+    jobs = _last_job(layout, client)
     if not may_fail and (
         bad := [job for job in jobs if job.state.is_final and job.state != JobState.COMPLETED]
     ):
@@ -115,26 +119,54 @@ def _of_exit_codes(layout: RunLayout, cluster: Sandbox, client: SlurmClient, may
     return problems
 
 
+def _last_job(layout: RunLayout, client: SlurmClient) -> list[JobDetail]:
+    """As soon as Slurm answers: it may have been started again a moment ago.
+
+    Raises:
+        SlurmError: it does not.
+    """
+    job, deadline = read_submissions(layout)[-1].job_id, time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return client.job_details(job)[:1]
+        except SlurmUnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
 def _of_attempts(layout: RunLayout) -> list[str]:
-    """Attempts are numbered without a gap, and one at a time is at work."""
+    """Attempts are numbered without a gap, and one at a time is at work.
+
+    Of one that was killed, or met a full disk, in the moment before it says that it begins, there is only a directory.
+    """
     begun = [event["attempt"] for event in read_lines(layout.events) if event["kind"] == "attempt_started"]
-    if begun != list(range(len(begun))):
+    numbers = layout.attempts()
+    silent = {each for each in numbers if not any(layout.log_dir(each).glob("srun-*.log"))} - set(begun)
+    if begun != [each for each in range(max([*begun, *numbers], default=-1) + 1) if each not in silent]:
         return [f"attempts have the numbers {begun}"]
     return []
 
 
-def _of_what_is_left(run_dir: Path, cluster: Sandbox) -> list[str]:
+def _of_what_is_left(run_dir: Path, client: SlurmClient) -> list[str]:
     problems = []
     if not _until(lambda: not processes_of(run_dir)):
         left = [" ".join(process.command)[:80] for process in processes_of(run_dir)]
         problems.append(f"processes are left: {left}")
-    queue = ("squeue", "-h", "--states=PENDING,RUNNING,SUSPENDED", "-o", "%i %T %r")
-    if not _until(lambda: not cluster.run(*queue).strip()):
-        problems.append(f"jobs are left: {cluster.run(*queue).split()}")
+    if not _until(lambda: not _jobs(client, _AT_WORK)):
+        problems.append(f"jobs are left: {_jobs(client, _AT_WORK)}")
     names = [path.name for path in run_dir.rglob("*") if path.name.endswith((".tmp", ".partial"))]
     if names:
         problems.append(f"unfinished files are left: {names}")
     return problems
+
+
+def _jobs(client: SlurmClient, states: str) -> list[str]:
+    """Id, state and reason of the jobs in these states."""
+    try:
+        return client.run("squeue", "-h", f"--states={states}", "-o", "%i %T %r").splitlines()
+    except SlurmError as error:
+        return [str(error)]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ _DOES_NOT_ANSWER = (
     *("Unable to contact slurm", "Connection refused", "Socket timed out", "Zero Bytes were transmitted"),
     *("failed to open persistent connection", "Problem talking to the database", "Connection timed out"),
     *("Unable to connect to database", "Unexpected message received"),
+    *("Connection reset by peer", "backup controller in standby mode"),  # one that ends, or has just begun
 )
 _NO_SUCH_JOB = "Invalid job id specified"
 # Input options of sbatch, salloc, srun and sacct as variables; inside a job, also what that job is.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -87,24 +88,30 @@ def test_external_engines_come_go_and_have_the_current_weights(
     assert events.kinds == ["external_engine_joined", "external_engine_left"] * 3
 
 
+@pytest.mark.parametrize("has_own_router", [True, False])
 def test_a_run_on_external_engines_listens_as_the_documentation_says(
-    engine, tiny_model: Path, tmp_path: Path
+    engine, tiny_model: Path, tmp_path: Path, has_own_router: bool
 ) -> None:
-    """It has a router without engines of its own, and keeps the external token as it keeps its own."""
+    """It has a router without engines of its own, or none, and keeps the external token as it keeps its own."""
     flags = "--num-rollout=2 --rollout-batch-size=2 --n-samples-per-prompt=2 --rollout-max-response-len=4"
     flags += " --rm-type=exact --wandb-mode=disabled --update-weight-transport=disk"
     flags += f" --rollout-external-engine-addrs={engine.url}"
     try:
-        seen = look_at_run(tmp_path, tiny_model, *flags.split(), **{TOKEN_VARIABLE: TOKEN})
+        with nullcontext() if has_own_router else Router({}, TOKEN) as router:
+            if router is not None:
+                host, port = RouterAddress(router.url, TOKEN).host_and_port
+                flags += f" --sglang-router-ip={host} --sglang-router-port={port}"
+            seen = look_at_run(tmp_path, tiny_model, *flags.split(), **{TOKEN_VARIABLE: TOKEN})
     finally:
         load_weights(engine, tiny_model, "restored")
-    assert set(seen.ports) == documented_processes() - {"srun", "engine", "engine's ranks"}
+    others = {"srun", "engine", "engine's ranks", *([] if has_own_router else ["router"])}
+    assert set(seen.ports) == documented_processes() - others
     assert {address for found in seen.ports.values() for address, *_ in found} <= own_addresses()
     assert seen.secret_shown == []
     if seen.taken is not None:
         assert (seen.taken["files"], seen.taken["sockets"]) == ([str(OPEN_TO_ALL)], [])
         answered = {url.partition("//")[2].partition("/")[0] for url in seen.taken["urls"]}
-        assert answered == {f"{address}:{port}" for address, port in seen.ports["router"]}
+        assert answered == {f"{address}:{port}" for address, port in seen.ports.get("router", [])}
 
 
 def test_an_engine_of_another_shape_or_vocabulary_is_refused(

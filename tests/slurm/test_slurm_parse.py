@@ -228,6 +228,7 @@ class TestCluster:
             SlurmUnavailableError,
         ),
         ("sacct: error: Problem talking to the database: Connection refused", SlurmUnavailableError),
+        ("slurm_requeue error: Connection reset by peer", SlurmUnavailableError),
         ("sbatch: error: Batch job submission failed: Invalid account", SlurmError),
     ],
 )

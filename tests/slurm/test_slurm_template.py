@@ -183,11 +183,14 @@ def make_job(*, supervises: bool) -> Callable[[], tuple[list[str], str, bool]]:
     return Job()
 
 
+EARLY = ("in the script", "while Python starts")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["in the script", "while Python starts", "never"])
+@pytest.mark.parametrize("moment", ["in the script", "while Python starts", "never", "to another function"])
 def test_an_early_warning_reaches_the_supervisor(tmp_path: Path, moment: str) -> None:
     """It was lost, and Slurm ended the job at its time limit, for good."""
-    paths, job = JobPaths(tmp_path, job_id="7", task_id=0), make_job(supervises=moment != "never")
+    paths, job = JobPaths(tmp_path, job_id="7", task_id=0), make_job(supervises=moment in EARLY)
     DelayedSubmission(job).dump(paths.submitted_pickle)
     paths.submitted_pickle.chmod(0o600)
     begin = f"exec {sys.executable} -m hpc.batch {tmp_path}"
@@ -196,7 +199,7 @@ def test_an_early_warning_reaches_the_supervisor(tmp_path: Path, moment: str) ->
         if moment == "while Python starts"
         else begin.removeprefix("exec ")
     )
-    setup = ("kill -USR2 $$",) if moment == "in the script" else ()
+    setup = ("kill -USR2 $$",) if moment in ("in the script", "to another function") else ()
     if moment == "while Python starts" and not can_hold():
         pytest.skip("env of coreutils before 8.31")
     text = BatchScript(({"nodes": "1"},), command, {"SUBMITIT_EXECUTOR": "slurm"}, setup).text()
@@ -208,6 +211,10 @@ def test_an_early_warning_reaches_the_supervisor(tmp_path: Path, moment: str) ->
         "SLURM_NODEID": "0",
     }
     done = subprocess.run(["bash", "-c", text], env={**os.environ, **alone}, capture_output=True, text=True)
+    if moment == "to another function":  # which submitit can't requeue, and says so
+        outcome, said = pickle_load(paths.result_pickle)
+        assert (outcome, done.returncode) == ("error", 1) and "timed-out and not checkpointable" in said
+        return
     assert done.returncode == 0, done.stderr
     expected = ([], "checkpoint_and_try_requeue", False) if moment == "never" else (["SIGUSR2"], "", False)
     assert pickle_load(paths.result_pickle) == ("success", expected)
