@@ -213,7 +213,7 @@ def test_an_early_warning_reaches_the_supervisor(tmp_path: Path, moment: str) ->
     done = subprocess.run(["bash", "-c", text], env={**os.environ, **alone}, capture_output=True, text=True)
     if moment == "to another function":  # which submitit can't requeue, and says so
         outcome, said = pickle_load(paths.result_pickle)
-        assert (outcome, done.returncode) == ("error", 1) and "timed-out and not checkpointable" in said
+        assert (outcome, done.returncode) == ("error", 1) and "Job not requeued" in said
         return
     assert done.returncode == 0, done.stderr
     expected = ([], "checkpoint_and_try_requeue", False) if moment == "never" else (["SIGUSR2"], "", False)
