@@ -1,4 +1,4 @@
-"""A fleet of real parts under a real supervisor, whose parts are killed and stopped while it works."""
+"""A fleet of real parts under a real supervisor, whose parts are killed, hang, or refuse weights while it works."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import resource
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import pytest
 from fakes.judged_reward import question, verdict
-from helpers.engine import load_weights
+from helpers.engine import living, load_weights
 from helpers.fleet import Fleet, check_batch, running_fleet
 from helpers.local_job import wait_until
 
@@ -21,14 +23,20 @@ from rltrain.rollout.generate.http import HttpClient, session_headers
 from rltrain.run.http import HttpError, call
 from rltrain.sglang.router import Router
 from rltrain.sglang.routers import remove_worker
+from rltrain.weights.buckets import from_message, message, to_json
+from rltrain.weights.session import Session
 from rltrain.weights.transports.current import current_weights
 
 pytestmark = pytest.mark.slow
 
+SERVER_FAILED = "error: rltrain.sglang.server"  # what an engine's role says of it
+
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with running_fleet(tmp_path_factory.mktemp("fleet"), "--update-weight-transport disk") as fleet:
+    """One for every transport: what engines that are started again are told follows from the one in use."""
+    flags = "--update-weight-buffer-size 20000 --update-weight-transport disk"
+    with running_fleet(tmp_path_factory.mktemp("fleet"), flags) as fleet:
         yield fleet
 
 
@@ -140,3 +148,62 @@ def test_an_engine_with_other_weights_is_not_believed(fleet: Fleet) -> None:
     fleet.push(4)  # repairs it
     thread.join(timeout=120)
     check_batch(answers[0], {"4"})
+
+
+# From here on the engines get their weights straight from the trainer, and come back without any.
+
+
+@pytest.mark.parametrize("transport", ["tensor", "distributed"])
+def test_engines_are_killed(fleet: Fleet, transport: str) -> None:
+    """One in the middle of a push, and the scheduler of the other while it generates: its role says so and ends."""
+    before = len(fleet.events("role_died"))
+    fleet.use_transport(transport)
+    version = fleet.version + 1
+    log = fleet.layout.log_dir(0) / "engine-0.log"
+    failures = log.read_text().count(SERVER_FAILED)
+    fleet.push(version, fault=fleet.server(1).kill)
+    # From then on there is no engine with weights, until one comes back and the trainer gives it some.
+    parts = [fleet.server(0), *fleet.server(0).children(recursive=True)]
+    check_batch(fleet.generate(version, fleet.scheduler(0).kill), {str(version)})
+    codes = {
+        (event["role"], event["index"]): event["exit_code"] for event in fleet.events("role_died")[before:]
+    }
+    assert {("engine", 0), ("engine", 1)} <= codes.keys()
+    assert codes["engine", 0] == 1
+    assert log.read_text().count(SERVER_FAILED) == failures + 1
+    assert living(parts, timeout=30) == []
+    fleet.wait_until_whole(version)
+
+
+def test_an_engine_hangs(fleet: Fleet) -> None:
+    """In the middle of a push: it is left out, ended and started again."""
+    fleet.use_transport("distributed")
+    version = fleet.version + 1
+    fleet.push(version, fault=lambda: fleet.scheduler(0).send_signal(signal.SIGSTOP))
+    check_batch(fleet.generate(version), {str(version)})
+    fleet.wait_until_whole(version)
+    assert "has been stopped for" in (fleet.layout.log_dir(0) / "engine-0.log").read_text()
+
+
+def test_an_engine_refuses(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds a tensor that is not the trainer's, twice: it is left out, ended and started again."""
+    fleet.use_transport("tensor")
+    version = fleet.version + 1
+    wrong, told, really_send = fleet.find_engines()[1].url, [], Session.send
+
+    def send(self: Any, engine: Any, text: str) -> None:
+        if engine.url == wrong:
+            ((bucket, source),) = from_message(text)
+            told.append(bucket.pieces[0].name)
+            text = message(to_json(replace(bucket, digests=[each + 1 for each in bucket.digests]), source))
+        really_send(self, engine, text)
+
+    monkeypatch.setattr(Session, "send", send)
+    fleet.push(version)
+    assert told and told == told[: len(told) // 2] * 2  # everything was sent twice
+    failed = fleet.events("weights_not_taken")[-1]
+    assert failed["url"] == wrong
+    assert f"{told[0]} has another checksum than the trainer's" in failed["reason"]
+    check_batch(fleet.generate(version), {str(version)})
+    fleet.wait_until_whole(version)
+    assert f"expelled by the trainer: {wrong}" in (fleet.layout.log_dir(0) / "engine-1.log").read_text()

@@ -1,6 +1,6 @@
 """A running fleet of real parts under a real supervisor, seen by its trainer; for tests and benchmarks.
 
-Two models are served: the actor, by two engines, and, if wanted, a judge that the reward asks. In place of the trainer
+Two models are served: the actor, by two engines, and a judge that the reward asks. In place of the trainer
 there is a process that waits; batches are asked for and weights sent with the trainer's own functions.
 """
 
@@ -31,6 +31,7 @@ from helpers.tiny_model import make_model
 from rltrain import arguments
 from rltrain.megatron.push import WeightPush
 from rltrain.rollout.service.client import RolloutClient
+from rltrain.run.files import replace_text
 from rltrain.run.http import HttpError, call
 from rltrain.run.layout import RunLayout
 from rltrain.run.role import Registry, RoleContext
@@ -72,21 +73,23 @@ def check_batch(table: pa.Table, versions: set[str]) -> None:
 class Fleet:
     """The running job, seen by its trainer."""
 
-    def __init__(self, directory: Path, prompts: Path, flags: str = "", *, judged: bool = True) -> None:
+    def __init__(self, directory: Path, prompts: Path, flags: str = "") -> None:
         self.layout = RunLayout(directory / "run")
         self.layout.root.mkdir()
         self.models = [make_model(directory / f"model-{seed}", seed=seed) for seed in range(3)]
         group = {"worker_type": "regular", "num_gpus": 1}
-        served: list[dict[str, Any]] = [{"name": "actor", "server_groups": [group, group]}]
-        if judged:
-            served.append({"name": "judge", "model_path": str(self.models[2]), "server_groups": [group]})
-        reward = "judged_reward.ask_judge" if judged else "reward.by_content"
-        self._engines = sum(len(model["server_groups"]) for model in served)
-        (directory / "fleet.yaml").write_text(yaml.safe_dump({"sglang": served}))
+        actor = {"name": "actor", "server_groups": [group, group]}
+        judge = {"name": "judge", "model_path": str(self.models[2]), "server_groups": [group]}
+        (directory / "fleet.yaml").write_text(yaml.safe_dump({"sglang": [actor, judge]}))
         files = ["--hf-checkpoint", str(self.models[0]), "--prompt-data", str(prompts)]
-        files += ["--sglang-config", str(directory / "fleet.yaml"), "--custom-rm-path", f"fakes.{reward}"]
+        files += [
+            "--sglang-config",
+            str(directory / "fleet.yaml"),
+            "--custom-rm-path",
+            "fakes.judged_reward.ask_judge",
+        ]
         self.config = arguments.parse([*files, *FLAGS.split(), *flags.split()])
-        self.layout.config.write_text(tomli_w.dumps({"train": arguments.dump(self.config)}))
+        self._write_config()
         self._env_file = directory / "env.json"
         self.supervisor = subprocess.Popen(
             [sys.executable, "-c", SUPERVISOR, str(self.layout.root), str(self._env_file), TRAINER],
@@ -102,16 +105,20 @@ class Fleet:
         self.url, self.token = (env[f"SLURMLIME_{name}"] for name in names)
         context = RoleContext(self.layout.root, 0, "trainer", 0, self.url, self.token)
         self.registry = Registry(context)
-        self.registry.wait_for("engine", self._engines, READY_TIMEOUT)
+        self.registry.wait_for("engine", 3, READY_TIMEOUT)
         self.rollout = RolloutClient(self.registry.wait_for("rollout")[0].url, context.token)
         self.rollout.load(0)
         init_single_process()
         self._context = context
         self.use_transport(self.config.weights.update_weight_transport)
 
+    def _write_config(self) -> None:
+        replace_text(self.layout.config, tomli_w.dumps({"train": arguments.dump(self.config)}))
+
     def use_transport(self, name: str) -> None:
-        """Send weights by this transport from now on."""
+        """Send weights by this transport from now on; an engine that is started again is one of such a run."""
         self.config = self.config.replace(update_weight_transport=name)
+        self._write_config()
         weights = GivenWeights(lambda: self._tensors(), self.models[0])
         self.weight_push = WeightPush(self.config, self._context, weights, self.registry.event)
 
@@ -205,14 +212,14 @@ class Fleet:
 
 
 @contextmanager
-def running_fleet(directory: Path, flags: str = "", *, judged: bool = True) -> Iterator[Fleet]:
+def running_fleet(directory: Path, flags: str = "") -> Iterator[Fleet]:
     """One in `directory`, whose engines have the weights of version 1."""
     prompts = directory / "prompts.jsonl"
     # Long enough for something to happen meanwhile.
     params = {"sampling_params": {"ignore_eos": True}}
     rows = [{"input": f"{i}+{i}=", "label": "0", "metadata": params} for i in range(20)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fleet = Fleet(directory, prompts, flags, judged=judged)
+    fleet = Fleet(directory, prompts, flags)
     try:
         fleet.connect()
         fleet.push(1)

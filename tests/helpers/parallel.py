@@ -28,7 +28,6 @@ GROUPS = (
     ("test_slurm_cli", "test_slurm_container", "test_hpc_recorded_run"),  # a third one
     ("test_examples",),
     ("test_example_ppo",),
-    ("test_fleet_transports",),
     ("test_fleet_faults",),
     ("test_sglang_engine", "test_weights_in_flight", "test_fleet_external", "test_rollout_partial",
      "test_tools_replay"),  # `engine`
