@@ -105,7 +105,7 @@ def test_engine_and_router_are_killed_while_they_generate(fleet: Fleet) -> None:
 
     before = fleet.router().pid
     check_batch(fleet.generate(1, kill), {"1"})
-    wait_until(lambda: fleet.router().pid != before and fleet.is_whole(1))
+    fleet.wait_until(lambda: fleet.router().pid != before and fleet.is_whole(1))
     died = {(event["role"], event["index"]) for event in fleet.events("role_died")}
     assert {("engine", 0), ("router", 0)} <= died
 
@@ -115,7 +115,7 @@ def test_a_scheduler_that_is_stopped_during_an_update_is_ended(fleet: Fleet) -> 
     fleet.push(2)  # returns although one engine can't answer
     assert current_weights(fleet.layout.weights) == fleet.layout.weights / "v000002"
     check_batch(fleet.generate(2), {"2"})
-    wait_until(lambda: fleet.is_whole(2))
+    fleet.wait_until(lambda: fleet.is_whole(2))
     log = (fleet.layout.log_dir(0) / "engine-1.log").read_text()
     assert "has been stopped for" in log
 

@@ -196,6 +196,15 @@ class Fleet:
         engines = self.find_engines()
         return len(engines) == 2 and {each.get_weight_version() for each in engines} == {str(version)}
 
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Look seldom: each look asks several parts, on the cores on which an engine is just being started."""
+
+        def look() -> object:
+            time.sleep(0.3)
+            return condition()
+
+        wait_until(look)
+
     def wait_until_whole(self, version: int) -> None:
         """Go on as the trainer does while it waits, until both of the actor's engines are back."""
 
@@ -204,7 +213,7 @@ class Fleet:
                 self.push(version)
             return self.is_whole(version)
 
-        wait_until(look)
+        self.wait_until(look)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         found = [json.loads(line) for line in self.layout.events.read_text().splitlines()]
