@@ -10,10 +10,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -132,5 +132,16 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rltrain.demo.assets",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="left alone if it exists")
+    write_assets(parser.parse_args().directory)
+
+
 if __name__ == "__main__":
-    write_assets(Path(sys.argv[1]))
+    main()

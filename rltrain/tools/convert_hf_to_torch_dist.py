@@ -62,4 +62,7 @@ def _joined(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(__doc__, end="")
+        sys.exit(0)
     sys.exit(run_main(lambda: print(main(sys.argv[1:]))))

@@ -24,7 +24,7 @@ def test_finishes_and_says_what_next(job: Job) -> None:
     assert (code, err) == (0, ASSUMED)
     assert "no Slurm on this machine" in out.splitlines()[0]
     assert re.search(r"step 2/2 +reward 0\.500", out)
-    assert "--name job --runs-dir runs --num-rollout 4" in out  # from where it was submitted
+    assert "-m hpc.resubmit job --num-rollout 4\n" in out  # from where it was submitted
     assert job.living() == []
     assert job.steps() == [0, 1]
     assert [event["state"] for event in job.events("attempt_finished")] == ["finished"]
