@@ -58,14 +58,18 @@ def hurry(context: RoleContext, registry: Registry) -> int:
 
 
 def pause(context: RoleContext, registry: Registry) -> int:
-    """Train as `train` does; before step 5 wait for the file `go_on` in the run's directory."""
+    """Train as `train` does; from step 5 on wait for the file `go_on` in the run's directory, or a stop."""
+    go_on = context.run_dir / "go_on"
+    return train(
+        context, registry, lambda step: wait_from_5(step, lambda: go_on.exists() or registry.stop_requested())
+    )
 
-    def compute(step: int) -> None:
-        while step == 5 and not (context.run_dir / "go_on").exists():
-            time.sleep(0.02)
-        take_time(step)
 
-    return train(context, registry, compute)
+def wait_from_5(step: int, condition: Callable[[], object]) -> None:
+    """Take a step's time; from step 5 on at least until the condition holds."""
+    take_time(step)
+    while step >= 5 and not condition():
+        time.sleep(0.02)
 
 
 def _train_as_first(context: RoleContext, registry: Registry, compute: Callable[[int], None]) -> int:

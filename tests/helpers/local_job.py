@@ -59,7 +59,11 @@ ASSUMED = (
 )
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 240.0) -> None:
+# For what takes seconds on a quiet machine; whoever waits is woken when it happens.
+PATIENCE = 240.0
+
+
+def wait_until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -79,7 +83,7 @@ class Job:
         self,
         *flags: str,
         steps: int = 2,
-        grace: float = 60,
+        grace: float = 2 * PATIENCE,
         stdout: int = subprocess.PIPE,
         preexec: Callable[[], object] | None = None,
         **roles: list[str],
@@ -106,7 +110,7 @@ class Job:
 
     def finish(self, *flags: str, steps: int = 2, **roles: list[str]) -> tuple[int, str, str]:
         process = self.start(*flags, steps=steps, **roles)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=PATIENCE)
         return process.returncode, out, err
 
     def living(self) -> list[int]:

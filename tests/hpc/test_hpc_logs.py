@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.local_job import Job, wait_until
+from helpers.local_job import PATIENCE, Job, wait_until
 from helpers.run_files import make_run
 
 from hpc import logs
@@ -149,15 +149,15 @@ def test_follow_of_a_run_that_has_ended(layout: RunLayout) -> None:
 @pytest.mark.slow
 def test_follow_a_running_job(job: Job) -> None:
     process = job.start(steps=1000, engine=["serve", "leak"], trainer=["train"])
-    wait_until(lambda: job.steps(), 60)
+    wait_until(lambda: job.steps())
     command = [sys.executable, "-m", "hpc.logs", "job", "-f", "--role", "supervisor"]
     with subprocess.Popen(command, cwd=job.directory, stdout=subprocess.PIPE, text=True) as follower:
         assert follower.stdout
         assert "started router-0" in follower.stdout.readline()
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=45)
+        process.communicate(timeout=PATIENCE)
         rest = follower.stdout.read()
-        assert follower.wait(timeout=45) == 0
+        assert follower.wait(timeout=PATIENCE) == 0
     assert "got SIGINT" in rest and "trainer-0 ended with 75" in rest
     assert all(line.startswith("[supervisor] ") for line in rest.splitlines())
 

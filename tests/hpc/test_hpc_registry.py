@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.local_job import wait_until
 
 from hpc.supervisor.registry import MAX_BODY_BYTES, RegistryServer
 from rltrain.run.files import EventLog, StatusFile
@@ -34,7 +35,7 @@ def client(server: RegistryServer, role: str, index: int = 0) -> Registry:
 
 def call(server: RegistryServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
     """One request; `body` is bytes, or sent as JSON."""
-    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     connection.request(method, path, data, {"Authorization": f"Bearer {TOKEN}", **headers})
     response = connection.getresponse()
@@ -137,7 +138,7 @@ def test_closing_answers_those_who_wait(tmp_path: Path) -> None:
     answers: list[tuple[int, Any]] = []
     waiting = threading.Thread(target=lambda: answers.append(call(server, "GET", "/roles/engine?wait=30")))
     waiting.start()
-    time.sleep(0.2)
+    wait_until(lambda: server._waiters)  # the question is there
     begun = time.monotonic()
     server.close()
     waiting.join(timeout=60)

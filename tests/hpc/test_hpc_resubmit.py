@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.local_job import SERVICES, Job, wait_until
+from helpers.local_job import PATIENCE, SERVICES, Job, wait_until
 from helpers.run_files import make_run, submitted_to_slurm
 
 from hpc.resubmit import merge_options, refuse_active, resubmit
@@ -49,7 +49,7 @@ def run_again(job: Job, *words: str) -> subprocess.CompletedProcess[str]:
     fake = {"FAKE_PLAN": json.dumps({**SERVICES, "trainer": ["train"]}), "FAKE_ENGINES": "2", name: value}
     return subprocess.run(
         [sys.executable, str(FAKE_RESUBMIT), "job", *words], cwd=job.directory, capture_output=True, text=True,
-        env={**os.environ, "PATH": str(job.directory / "bin"), **fake}, timeout=240,
+        env={**os.environ, "PATH": str(job.directory / "bin"), **fake}, timeout=PATIENCE,
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_a_stopped_run_goes_on(job: Job) -> None:
     assert refused.returncode == 2
     assert "job is running on this machine" in refused.stderr and "hpc.cancel job" in refused.stderr
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=45)
+    process.communicate(timeout=PATIENCE)
     done = len(job.steps())
 
     again = run_again(job, f"--num-rollout={done + 3}")
