@@ -95,7 +95,7 @@ class MegatronTrainActor:
         config = customize.call_at_start(config)
         self.config, self._layout, self._registry = config, context.layout, registry
         self._profiler = profiler or Profiler(config, context)
-        self.shape = read_shape(config)
+        self.shape = read_shape(config, context.layout.standard_config)
         with megatron_scope():
             self.models = build_model(self.shape, config)
             first = first_weights(config, self.shape, self.models)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rltrain.models.families import FAMILIES
 from rltrain.run.errors import UserError
+from rltrain.run.files import read_json, replace_text
 
 # Of transformers 4, or of other tools; transformers 5 reads or ignores them.
 _OLD = {"torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor", "num_experts", "sliding_window",
@@ -48,6 +53,52 @@ def standard_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any
             )
     standard: dict[str, Any] = found.to_dict()
     return {**standard, "model_type": config["model_type"]} if own_code else standard
+
+
+def kept_standard_config(directory: Path, config: Mapping[str, Any], file: Path) -> dict[str, Any] | None:
+    """As `standard_config`, which is asked once a run: to import transformers is a third of what a rank imports.
+
+    Args:
+        file: Where the answer is kept for the attempts that follow. It holds for the bytes of `config.json` and the
+            versions of what made it; for others it is made anew.
+
+    Raises:
+        UserError: as `standard_config`, in every attempt.
+    """
+    origin = _origin(directory)
+    if origin is not None and (kept := _kept(file, origin)) is not None:
+        return kept
+    found = standard_config(directory, config)
+    if origin is not None and found is not None:
+        # On a full disk, or with values that JSON does not have, the next attempt asks again.
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            replace_text(file, json.dumps({"origin": origin, "config": found}))
+    return found
+
+
+def _origin(directory: Path) -> dict[str, str] | None:
+    """What `standard_config` depends on; None where that can't be told."""
+    try:
+        versions = {name: metadata.version(name) for name in ("slurmlime", "transformers")}
+        content = (directory / "config.json").read_bytes()
+    except (metadata.PackageNotFoundError, OSError):
+        return None
+    if "dev" in versions["transformers"]:  # a checkout, which changes under one version
+        return None
+    return {**versions, "config.json": hashlib.sha256(content).hexdigest()}
+
+
+def _kept(file: Path, origin: dict[str, str]) -> dict[str, Any] | None:
+    """What is kept in the file, if it was made of the same."""
+    with contextlib.suppress(OSError):  # what can't be read is made anew
+        known = read_json(file)
+        if (
+            isinstance(known, dict)
+            and known.get("origin") == origin
+            and isinstance(known.get("config"), dict)
+        ):
+            return dict(known["config"])
+    return None
 
 
 def _is_newer(written: str, installed: str) -> bool:

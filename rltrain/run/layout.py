@@ -65,6 +65,11 @@ class RunLayout:
         return self.root / "finished.json"
 
     @property
+    def standard_config(self) -> Path:
+        """The model's `config.json` as transformers reads it. See `rltrain.models.as_transformers`."""
+        return self.root / "config_of_transformers.json"
+
+    @property
     def events(self) -> Path:
         """One JSON object a line: what happened to the job."""
         return self.root / "events.jsonl"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from helpers.megatron import tiny_config, write_config
 
 from rltrain.arguments.groups.parallel import Parallel
 from rltrain.arguments.hf_config import check_hf_config, check_same_shape, read_model_shape
-from rltrain.models.as_transformers import standard_config
+from rltrain.models.as_transformers import kept_standard_config, standard_config
 from rltrain.models.lengths import check_engines_limit, check_sequences
 from rltrain.models.rope import Rope
 from rltrain.models.windows import check_engines
@@ -232,3 +234,36 @@ def test_what_transformers_refuses(changes: dict[str, Any], message: str, tmp_pa
 def test_a_newer_transformers_that_says_nothing_new_is_fine(tmp_path: Path) -> None:
     config = tiny_config(transformers_version="99.1")
     assert standard_config(write_config(tmp_path, config), config) is not None
+
+
+def test_what_transformers_says_is_kept_for_the_same_file_and_versions_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, kept = tiny_config(), tmp_path / "kept.json"
+    directory = write_config(tmp_path / "model", config)
+    first = kept_standard_config(directory, config, kept)
+    assert first is not None
+    content = kept.read_text()
+    monkeypatch.setitem(sys.modules, "transformers", None)  # who asks it now gets no answer
+    again = kept_standard_config(directory, config, kept)
+    assert again is not None and read_model_shape(again) == read_model_shape(first)
+    with pytest.raises(UserError, match="means different models"):  # the comparison itself is not kept
+        check_same_shape(config | {"rms_norm_eps": 0.1}, again, "/m")
+
+    kept.write_text(content[:-9])
+    assert kept_standard_config(directory, config, kept) is None
+    kept.write_text(content)
+    with monkeypatch.context() as patch:
+        patch.setattr(metadata, "version", lambda name: "99.1")
+        assert kept_standard_config(directory, config, kept) is None
+    write_config(directory, config | {"new_switch": 3})
+    assert kept_standard_config(directory, config, kept) is None
+    assert kept.read_text() == content
+
+
+def test_what_transformers_refuses_is_refused_every_time(tmp_path: Path) -> None:
+    config, kept = tiny_config(hidden_size="32"), tmp_path / "kept.json"
+    for _ in range(2):
+        with pytest.raises(UserError, match="hidden_size"):
+            kept_standard_config(write_config(tmp_path, config), config, kept)
+    assert not kept.exists()

@@ -41,15 +41,18 @@ from rltrain.megatron.model.layers.soft_cap import soft_capped_
 from rltrain.megatron.model.specs import decoder_spec, use_transformer_engine
 from rltrain.megatron.ranks import together
 from rltrain.megatron.versions import normalises_plain_queries
-from rltrain.models.as_transformers import standard_config
+from rltrain.models.as_transformers import kept_standard_config, standard_config
 from rltrain.models.directory import read_hf_config
 from rltrain.models.latent import LatentAttention
 from rltrain.run.errors import UserError
 
 
-def read_shape(config: Config) -> ModelShape:
+def read_shape(config: Config, kept: Path | None = None) -> ModelShape:
     """The model's shape, from the `config.json` of `--hf-checkpoint`, with its head for one token more if that is
     trained. All ranks call it together.
+
+    Args:
+        kept: File of a run for what transformers makes of that `config.json`, see `kept_standard_config`.
 
     Raises:
         UserError: there is no `config.json`, it describes a model that cannot be trained, or it means another one to
@@ -62,13 +65,16 @@ def read_shape(config: Config) -> ModelShape:
     check_quantised(hf_config, config)
     check_lora(hf_config, config.lora)
     check_mtp(hf_config, config)
-    together(lambda: _compare(hf_config, directory) if dist.get_rank() == 0 else None, UserError)
+    together(lambda: _compare(hf_config, directory, kept) if dist.get_rank() == 0 else None, UserError)
     shape = read_model_shape(hf_config)
     return replace(shape, head=shape.family.head) if config.mtp.enable_mtp_training else shape
 
 
-def _compare(hf_config: dict[str, Any], directory: str) -> None:
-    standard = standard_config(Path(directory), hf_config)
+def _compare(hf_config: dict[str, Any], directory: str, kept: Path | None) -> None:
+    if kept is None:
+        standard = standard_config(Path(directory), hf_config)
+    else:
+        standard = kept_standard_config(Path(directory), hf_config, kept)
     if standard is not None:
         check_same_shape(hf_config, standard, directory)
 
