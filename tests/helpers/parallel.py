@@ -17,59 +17,51 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 # The longest first, of those that wait and those that compute in turn, so that two of four processes compute from the
-# beginning. Each may hold engines or ranks of its own (2 to 5 GB), and each process has one at a time.
+# beginning. Each may hold engines or ranks of its own (2 to 5 GB), and each process has one at a time. Ranks are forked
+# from a process that has imported Megatron-core (helpers/megatron.py): two have one, and not all four.
 GROUPS = (
     ("test_slurm_job",),  # a cluster; they wait
     ("test_end_to_end",),
     ("test_slurm_real", "test_slurm_sandbox", "test_slurm_cli_verbs", "test_slurm_executor",
      "test_slurm_template", "test_analysis_slurm"),  # another cluster
-    ("test_megatron_layouts",),
+    ("test_megatron_layouts", "test_megatron_parallel", "test_megatron_reshard", "test_megatron_policies",
+     "test_megatron_vocab_padding", "test_mtp", "test_megatron_distributed", "test_megatron_rank_death"),  # ranks
     ("test_config_sweep",),
+    ("test_families", "test_weights_of_ranks", "test_megatron_ppo_layouts", "test_lora", "test_routing_replay",
+     "test_megatron_shared_prompts", "test_gpu_trainer"),  # more of them
     ("test_slurm_cli", "test_slurm_container", "test_hpc_recorded_run"),  # a third one
     ("test_examples",),
     ("test_example_ppo",),
     ("test_fleet_faults",),
     ("test_sglang_engine", "test_weights_in_flight", "test_fleet_external", "test_rollout_partial",
      "test_tools_replay"),  # `engine`
-    ("test_weights_of_ranks",),
     ("test_slurm_chaos",),  # a fourth one; it waits, too
-    ("test_families",),
     ("test_submit_local",),
     ("test_analysis_live", "test_analysis_report"),
     ("test_rollout_roles",),
     ("test_example_smollm2",),
     ("test_example_asynchronous",),
     ("test_slime_examples",),
-    ("test_megatron_ppo_layouts",),
     ("test_example_coding_agent",),
     ("test_gateway_engine", "test_gateway_clients", "test_gateway_bad_input",
      "test_gateway_fields", "test_ipv6"),  # they import SGLang
-    ("test_lora",),
     ("test_light_install",),
-    ("test_megatron_reshard",),
     ("test_routed_experts",),
     ("test_megatron_ppo",),
     ("test_environments",),
     ("test_megatron_algorithms",),
     ("test_agent_rollout",),
-    ("test_routing_replay",),
     ("test_tracking",),
-    ("test_megatron_parallel",),
-    ("test_megatron_shared_prompts",),
     ("test_gpu_engines",),
     ("test_gpu_machine",),
     ("test_threads",),
     ("test_analysis_notebook",),
-    ("test_megatron_policies",),
     ("test_megatron_train",),
     ("test_sglang_experts",),
-    ("test_megatron_vocab_padding",),
     ("test_sandbox",),
     ("test_hpc_cancel",),
     ("test_hpc_resubmit",),
-    ("test_mtp",),
     ("test_gateway_newest",),
-    ("test_megatron_rank_death",),
     ("test_rewards_pool",),
 )  # fmt: skip
 _ORDER = {name: index for index, group in enumerate(GROUPS) for name in group}
