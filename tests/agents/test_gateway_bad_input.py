@@ -18,6 +18,7 @@ from fakes.agents import (
     params,
     serve,
 )
+from helpers.local_job import wait_until_async
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -189,11 +190,9 @@ def test_a_client_that_leaves_is_not_trained_on(gateway_config: Config, parsers:
             session.record.events.clear()
             body = {"messages": [USER], "stream": stream}
             asking = asyncio.ensure_future(post(PATHS["chat"], body))
-            while len(engine.requests) < 1 + stream:
-                await asyncio.sleep(0.005)
+            await wait_until_async(lambda asked=1 + stream: len(engine.requests) >= asked)
             asking.cancel()
-            while not session.record.events:
-                await asyncio.sleep(0.005)
+            await wait_until_async(lambda: session.record.events)
         engine.open.set()
         assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200
         assert [event.kind for event in session.record.events] == ["disconnected"]
@@ -213,8 +212,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream(
             response = await client.post(f"{session.base_url}/chat/completions", json=body)
             assert (response.status, await response.content.readline()) == (200, b": ping\n")
             response.close()
-            while not session.record.events:
-                await asyncio.sleep(0.005)
+            await wait_until_async(lambda: session.record.events)
         engine.open.set()
         assert [event.kind for event in session.record.events] == ["disconnected"] and not session.turns
         assert (await post(PATHS["chat"], {"messages": [USER]}))[0] == 200

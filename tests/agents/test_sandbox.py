@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers.local_job import wait_until
+from helpers.local_job import wait_until, wait_until_async
 
 from rltrain.agents.sandbox import kinds
 from rltrain.agents.sandbox.commands import apptainer, bubblewrap, outermost, pyxis
@@ -239,10 +239,9 @@ def test_nothing_is_left_of_a_sandbox(
                 stop = "import os, signal, time\nos.kill(os.getppid(), signal.SIGSTOP)\ntime.sleep(600)"
                 command = ["python3", "-c", stop, marker]
             running = asyncio.create_task(sandbox.run(command, seconds=600))
-            while not left_behind(marker):
-                await asyncio.sleep(0.02)
-            while end == "first program stopped" and not parent_is_stopped(marker):
-                await asyncio.sleep(0.02)
+            await wait_until_async(lambda: left_behind(marker), pause=0.02)
+            if end == "first program stopped":
+                await wait_until_async(lambda: parent_is_stopped(marker), pause=0.02)
             if end == "cancelled":
                 running.cancel()
                 with pytest.raises(asyncio.CancelledError):

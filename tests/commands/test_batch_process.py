@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from helpers.run_files import lines_of
 
 from hpc.batch import after_kill
 from hpc.keeper import ChildEnd
@@ -55,9 +56,7 @@ def test_what_follows_when_the_supervisor_was_killed(
     # Its end is there already, and then that of the next.
     assert supervisor.after_kill(signal.SIGKILL, for_memory=None, begun=0.0) is False
     assert supervisor.after_kill(signal.SIGTERM, for_memory=None, begun=time.time()) is False
-    ends = [
-        (each["kind"], each["reason"]) for each in map(json.loads, layout.events.read_text().splitlines()[1:])
-    ]
+    ends = [(each["kind"], each["reason"]) for each in lines_of(layout.events)[1:]]
     assert [kind for kind, _ in ends] == [
         "attempt_finished", "not_requeued", "not_requeued", "never_begun", "not_requeued",
     ]  # fmt: skip
@@ -84,7 +83,7 @@ def test_a_person_who_stops_a_job_before_or_after_its_attempt_stops_it(
     (tmp_path / "job.pkl").chmod(0o600)
     interrupted = ChildEnd(-signal.SIGINT, for_memory=None, begun=0.0, interrupted=True)
     assert after_kill(tmp_path / "job.pkl", interrupted) == 128 + signal.SIGINT
-    ends = [each["reason"] for each in map(json.loads, layout.events.read_text().splitlines()[1:])]
+    ends = [each["reason"] for each in lines_of(layout.events)[1:]]
     assert ends[-1] == "stopped on request"
     assert json.loads(layout.status.read_text())["phase"] == "stopped"
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from helpers.local_job import wait_until_async
 
 from rltrain.arguments.config import Config
 from rltrain.rewards.pool import RewardPool
@@ -157,9 +158,8 @@ def test_a_job_that_ends_all_its_processes_at_once_leaves_no_error_behind(name: 
         pool = await RewardPool.start(make_config(reward_num_workers=3), f"reward_functions.{name}")
         before = await pool.grade(sample("pid"))
         psutil.Process(int(before.reward)).parent().kill()
-        async with asyncio.timeout(60):
-            while any(worker._process for worker in pool._workers):  # the pool has not seen it yet
-                await asyncio.sleep(0.01)
+        # The pool has not seen it yet.
+        await wait_until_async(lambda: not any(worker._process for worker in pool._workers))
         await pool.close()
 
     asyncio.run(main())

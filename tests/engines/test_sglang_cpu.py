@@ -12,13 +12,13 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import psutil
 import pytest
+from helpers.local_job import wait_until
 
 from rltrain.models.families import FAMILIES
 from rltrain.run.errors import UserError
@@ -304,10 +304,7 @@ def test_a_server_dies_with_its_role_before_its_own_program_has_begun(tmp_path: 
         assert started.stdout is not None
         server = psutil.Process(int(started.stdout.readline()))
         started.kill()
-    deadline = time.monotonic() + 60
-    while not has_ended(server):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: has_ended(server))
 
 
 class OldRouter(http.server.BaseHTTPRequestHandler):

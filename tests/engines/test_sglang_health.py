@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from helpers.local_job import wait_until
 
 from rltrain.run.http import call
 from rltrain.sglang import health
@@ -84,8 +85,7 @@ def test_weights_give_more_time(server: subprocess.Popen[bytes], clock: Clock) -
 def test_a_stopped_process_gets_no_more_time(server: subprocess.Popen[bytes]) -> None:
     child = int(subprocess.check_output(["pgrep", "-P", str(server.pid)]))
     os.kill(child, signal.SIGSTOP)
-    while stopped_process(server.pid) is None:
-        time.sleep(0.001)
+    wait_until(lambda: stopped_process(server.pid))
     with pytest.raises(HungError, match=f"sleep .pid {child}. has been stopped"):
         watch(server.pid, lambda _: True, lambda: True, LIMITS, lambda: False)
     os.kill(child, signal.SIGCONT)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from helpers.local_job import wait_until
+from helpers.run_files import lines_of
 
 from analysis import load_run
 from rltrain.demo.assets import write_assets
@@ -30,11 +31,11 @@ def submit(runs: Path, *flags: str) -> subprocess.Popen[str]:
 
 
 def stop_after_steps(process: subprocess.Popen[str], metrics: Path, steps: int) -> None:
-    deadline = time.monotonic() + 300
-    while not metrics.exists() or metrics.read_text().count("\n") < steps:
+    def are_done() -> bool:
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "no step within five minutes"
-        time.sleep(0.02)
+        return len(lines_of(metrics)) >= steps
+
+    wait_until(are_done, 300, f"{steps} steps")
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == 130, shown

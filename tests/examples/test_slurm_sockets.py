@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,8 +24,9 @@ TESTS = Path(__file__).parents[1]
 if __name__ == "__main__":
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-from helpers.local_job import NEIGHBOUR, OPEN_PATHS, SYSTEM_PYTHON, name_of  # noqa: E402
-from helpers.slurm_fixture import need_slurm  # noqa: E402
+from helpers.local_job import NEIGHBOUR, OPEN_PATHS, SYSTEM_PYTHON, name_of, wait_until  # noqa: E402
+from helpers.run_files import lines_of  # noqa: E402
+from helpers.slurm_fixture import need_slurm, until  # noqa: E402
 
 from hpc.chaos.actions import processes_of  # noqa: E402
 from hpc.chaos.isolated import disk_for_runs, is_isolated, isolate  # noqa: E402
@@ -164,10 +164,8 @@ def run_one(cluster: Sandbox, runs: Path, layout: str, model: Path, prompts: Pat
     subprocess.run(
         [sys.executable, "-m", "hpc.submit", *words], env=env, check=True, stdout=subprocess.DEVNULL
     )
-    metrics, deadline = runs / layout / "metrics.jsonl", time.monotonic() + 300
-    while not metrics.exists() or not metrics.read_text():
-        assert time.monotonic() < deadline, cluster.run("squeue")
-        time.sleep(0.1)
+    metrics = runs / layout / "metrics.jsonl"
+    wait_until(lambda: lines_of(metrics), 300, lambda: "the first step:\n" + cluster.run("squeue"), pause=0.1)
     trainers = [
         each.pid for each in processes_of(runs / layout) if each.env.get("SLURMLIME_ROLE") == "trainer"
     ]
@@ -180,8 +178,7 @@ def run_one(cluster: Sandbox, runs: Path, layout: str, model: Path, prompts: Pat
             os.kill(pid, signal.SIGCONT)
         cluster.run("scancel", "--full", "--signal=KILL", f"--name={layout}")
         cluster.run("scancel", f"--name={layout}")
-        while cluster.run("squeue", "-h"):
-            time.sleep(0.1)
+        until(lambda: not cluster.run("squeue", "-h"), 240, "the jobs to end")
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from helpers.engine import GivenWeights, running_requests
 from helpers.local_job import wait_until
 from helpers.megatron import init_single_process
+from helpers.run_files import events_of
 from helpers.tiny_model import make_model
 from rltrain import arguments
 from rltrain.megatron.push import WeightPush
@@ -216,8 +217,7 @@ class Fleet:
         self.wait_until(look)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        found = [json.loads(line) for line in self.layout.events.read_text().splitlines()]
-        return [event for event in found if event["kind"] == kind]
+        return events_of(self.layout, kind)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
+from helpers.run_files import events_of, lines_of
 from rltrain.run.layout import RunLayout
 
 TESTS = Path(__file__).parents[1]
@@ -63,11 +65,27 @@ ASSUMED = (
 PATIENCE = 240.0
 
 
-def wait_until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+def wait_until(
+    condition: Callable[[], object],
+    seconds: float = PATIENCE,
+    what: str | Callable[[], str] = "what did not happen",
+    pause: float = 0.02,
+) -> None:
+    """Probe until the condition holds; fails the test when time is up, and says what it has waited for."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {seconds:.0f} s for {what if isinstance(what, str) else what()}")
+        time.sleep(pause)
+
+
+async def wait_until_async(
+    condition: Callable[[], object], seconds: float = PATIENCE, pause: float = 0.005
+) -> None:
+    """The same, while other tasks go on."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(pause)
 
 
 class Job:
@@ -125,13 +143,10 @@ class Job:
         return found
 
     def events(self, kind: str) -> list[dict]:
-        lines = self.layout.events.read_text().splitlines()
-        return [event for event in map(json.loads, lines) if event["kind"] == kind]
+        return events_of(self.layout, kind)
 
     def steps(self) -> list[int]:
-        if not self.layout.metrics.exists():
-            return []
-        return [json.loads(line)["step"] for line in self.layout.metrics.read_text().splitlines()]
+        return [row["step"] for row in lines_of(self.layout.metrics)]
 
     def supervisor_pid(self) -> int:
         return json.loads(self.layout.lock.read_text())["pid"]
@@ -252,10 +267,12 @@ def look_at_run(work: Path, model: Path, *flags: str, **env: str) -> Seen:
             stderr=subprocess.STDOUT,
         )
         try:
-            metrics, deadline = work / "runs/run/metrics.jsonl", time.monotonic() + 600
-            while not metrics.exists() or not metrics.read_text():
-                assert process.poll() is None and time.monotonic() < deadline, (work / "said").read_text()
-                time.sleep(0.05)
+
+            def has_begun() -> bool:
+                assert process.poll() is None, (work / "said").read_text()
+                return bool(lines_of(work / "runs/run/metrics.jsonl"))
+
+            wait_until(has_begun, 600, (work / "said").read_text)
             looked = look_at(process.pid, work / "runs/run", [*env.values()])
             assert process.wait(600) == 0, (work / "said").read_text()
         finally:

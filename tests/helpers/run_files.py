@@ -9,7 +9,7 @@ from typing import Any
 
 from hpc.slurm.client import SlurmClient
 from hpc.slurm.parse import SACCT_COLUMNS, SQUEUE_COLUMNS
-from rltrain.run.files import append_event
+from rltrain.run.files import append_event, finished_lines
 from rltrain.run.layout import RunLayout
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -25,6 +25,16 @@ LEAST = [
     "--num-rollout",
     "3",
 ]
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, which may be being written; none without a file."""
+    return [json.loads(line) for line in finished_lines(path).splitlines()]
+
+
+def events_of(layout: RunLayout, kind: str) -> list[dict[str, Any]]:
+    """A run's events of this kind, in order."""
+    return [event for event in lines_of(layout.events) if event["kind"] == kind]
 
 
 def sacct_row(job: str, state: str, **fields: Any) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from helpers.local_job import wait_until
 from hpc.sandbox import ClusterSpec, MissingPackagesError, Sandbox, require_packages
 from hpc.slurm import JobState, JobStatus, SlurmClient
 from hpc.slurm.client import status_of
@@ -57,14 +57,10 @@ def idle_cluster(slurm_cluster: Sandbox) -> Iterator[Sandbox]:
     """`slurm_cluster` with no jobs, every node on; afterwards too."""
     yield slurm_cluster
     slurm_cluster.run("scancel", "--signal=KILL", "--full", "--state=RUNNING")
-    deadline = (
-        time.monotonic() + 120
-    )  # on a busy machine a node may miss the word to end a job; it is repeated
-    while not _make_quiet(slurm_cluster):
-        assert time.monotonic() < deadline, "the cluster does not become idle:\n" + slurm_cluster.run(
-            "squeue"
-        )
-        time.sleep(0.2)
+    # On a busy machine a node may miss the word to end a job; it is repeated.
+    wait_until(
+        lambda: _make_quiet(slurm_cluster), 120, lambda: "no jobs:\n" + slurm_cluster.run("squeue"), 0.2
+    )
 
 
 def submit(cluster: Sandbox, script: str, *options: str, user: str | None = None) -> str:
@@ -92,12 +88,9 @@ def wait_for(cluster: Sandbox, job: str, *states: JobState, timeout: float = 120
     return status()
 
 
-def until(condition: Callable[[], bool], timeout: float, what: str) -> None:
-    """Probe until the condition holds; fails the test when time is up."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout:.0f} s for {what}"
-        time.sleep(0.1)
+def until(condition: Callable[[], object], timeout: float, what: str) -> None:
+    """`wait_until`, with pauses for conditions that ask Slurm."""
+    wait_until(condition, timeout, what, pause=0.1)
 
 
 def _make_quiet(cluster: Sandbox) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.run_files import events_of, lines_of
 from helpers.slurm_fixture import until
 from hpc.sandbox import Sandbox
 from hpc.submitting.executor import Job
@@ -71,12 +72,10 @@ class FakeRun:
         return json.loads(self.layout.job.read_text())
 
     def events(self, kind: str) -> list[dict]:
-        lines = self.layout.events.read_text().splitlines() if self.layout.events.exists() else []
-        return [event for event in map(json.loads, lines) if event["kind"] == kind]
+        return events_of(self.layout, kind)
 
     def steps(self) -> list[int]:
-        lines = self.layout.metrics.read_text().splitlines() if self.layout.metrics.exists() else []
-        return [json.loads(line)["step"] for line in lines]
+        return [row["step"] for row in lines_of(self.layout.metrics)]
 
     def output(self) -> str:
         return "".join(path.read_text() for path in sorted(self.layout.submitit.glob("*log.*")))

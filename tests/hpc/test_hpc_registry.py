@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from helpers.local_job import wait_until
+from helpers.run_files import lines_of
 
 from hpc.supervisor.registry import MAX_BODY_BYTES, RegistryServer
 from rltrain.run.files import EventLog, StatusFile
@@ -42,10 +43,6 @@ def call(server: RegistryServer, method: str, path: str, body: Any = None, **hea
     answer = response.read()
     connection.close()
     return response.status, json.loads(answer)
-
-
-def events(tmp_path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
 
 
 def test_roles_find_each_other_in_order_of_index(server: RegistryServer) -> None:
@@ -85,7 +82,7 @@ def test_stop_events_and_status(server: RegistryServer, tmp_path: Path) -> None:
     trainer.event("checkpoint_saved", step=7, path="x")
     trainer.status("training", 7)
     trainer.status("saving")
-    (event,) = events(tmp_path)
+    (event,) = lines_of(tmp_path / "events.jsonl")
     assert {**event, "time": 0, "elapsed_s": 0} == {
         "time": 0, "elapsed_s": 0, "attempt": 4, "kind": "checkpoint_saved", "role": "trainer", "step": 7, "path": "x",
     }  # fmt: skip
@@ -128,7 +125,7 @@ def test_nobody_writes_another_time_or_attempt(server: RegistryServer, tmp_path:
         call(server, "POST", "/status", {"phase": "training", "time": 1, "attempt": 9, "self": 2})[0] == 200
     )
     status = json.loads((tmp_path / "status.json").read_text())
-    for written in (events(tmp_path)[0], status):
+    for written in (lines_of(tmp_path / "events.jsonl")[0], status):
         assert (written["attempt"], written["self"]) == (4, 2)
         assert written["time"] > 1e9
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 from helpers.local_job import ASSUMED, Job
+from helpers.run_files import lines_of
 
 from hpc.runs.find import choose_runs
 from hpc.submit import main
@@ -15,7 +15,6 @@ from hpc.submitting import start_run
 from hpc.submitting.sweep import read_variants
 from rltrain import inputs
 from rltrain.run.errors import UserError
-from rltrain.run.layout import RunLayout
 
 
 def test_every_combination_has_a_name_that_tells() -> None:
@@ -129,7 +128,7 @@ def test_on_this_machine_one_after_the_other(job: Job) -> None:
     for layout in layouts:
         assert len(layout.metrics.read_text().splitlines()) == 2
     begun, ended = (
-        [json.loads(line)["time"] for line in RunLayout(layout.root).events.read_text().splitlines()]
+        [event["time"] for event in lines_of(layout.events)]
         for layout in sorted(layouts, key=lambda layout: layout.name)
     )
     assert max(begun) <= min(ended)

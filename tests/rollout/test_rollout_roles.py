@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import tomli_w
 from conftest import TOKEN
 from helpers.engine import living, load_weights
+from helpers.local_job import wait_until
 
 from hpc.supervisor.registry import RegistryServer
 from rltrain import arguments
@@ -136,10 +136,8 @@ def test_an_engine_role_that_is_killed_takes_its_server_with_it(
 ) -> None:
     write_config(job, tiny_model, prompt_file)
     engine = job.start("engine")
-    deadline = time.monotonic() + 240
-    while not (children := descendants(engine)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: descendants(engine))
+    children = descendants(engine)
     engine.kill()
     engine.wait()
     assert living(children, timeout=30) == []

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from fakes.engine_server import FakeEngine, answer
+from helpers.local_job import wait_until_async
 from helpers.rollout import layout, manager, running
 
 from rltrain.data.batch import TrainBatch
@@ -264,8 +265,7 @@ async def train(
 
 
 async def until_on_disk(config: Any, rollout_id: int) -> None:
-    while layout(config).find_step(rollout_id) is None:
-        await asyncio.sleep(0.01)
+    await wait_until_async(lambda: layout(config).find_step(rollout_id))
 
 
 @pytest.mark.parametrize("flags", [(), ("--over-sampling-batch-size", "6")], ids=["at-once", "one-by-one"])
@@ -323,8 +323,7 @@ def test_evaluation_and_early_rollouts_do_not_mix(make_args: Any, prompt_file: P
             await ahead.restart(0)
             await ahead.weights(0)
             evaluation = asyncio.ensure_future(rollouts.evaluate(0))
-            while len(engine.requests) < 2 * 8 + 5:
-                await asyncio.sleep(0.001)
+            await wait_until_async(lambda: len(engine.requests) >= 2 * 8 + 5)
             assert abort_lock().locked()  # a rollout that aborts has to wait
             engine.open.set()
             await evaluation

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.run_files import lines_of
 
 from hpc.runs.lock import hold_lock
 from hpc.signals import SignalPipe
@@ -122,7 +123,7 @@ def test_events_from_many_threads_stay_whole(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    events = lines_of(tmp_path / "events.jsonl")
     assert {(event["i"], event["j"]) for event in events} == {(i, j) for i in range(8) for j in range(50)}
 
 

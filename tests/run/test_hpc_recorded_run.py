@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.run_files import lines_of
 from helpers.slurm_fixture import until
 
 from analysis import load_run
@@ -190,8 +191,7 @@ def test_waiting_job_starts_the_roles(layout: RunLayout, tiny_model: Path, idle_
     idle_cluster.run("scontrol", "release", job)
 
     def steps() -> list[tuple[int, int]]:
-        records = map(json.loads, layout.metrics.read_text().splitlines())
-        return [(record["attempt"], record["step"]) for record in records]
+        return [(row["attempt"], row["step"]) for row in lines_of(layout.metrics)]
 
     until(lambda: (1, 1) in steps(), 240, "two steps of the second attempt")
     idle_cluster.run("scontrol", "requeue", job)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+from helpers.run_files import lines_of
 
 from rltrain.arguments.config import Config
 from rltrain.run import waiting
@@ -301,10 +302,7 @@ def test_metrics_are_kept_when_wandb_has_died(tmp_path: Path, capsys: pytest.Cap
     tracker.log(0, {"a": 1.0})
     tracker.log(1, {"a": 2.0})
     tracker.finish()
-    assert [json.loads(line)["a"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
-        1.0,
-        2.0,
-    ]
+    assert [row["a"] for row in lines_of(tmp_path / "metrics.jsonl")] == [1.0, 2.0]
     assert capsys.readouterr().out.count("W&B takes no more metrics") == 1
 
 

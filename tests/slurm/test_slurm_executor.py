@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import submitit
-from helpers.slurm_fixture import wait_for
+from helpers.slurm_fixture import until, wait_for
 
 from hpc.planning.script import BatchScript
 from hpc.sandbox import Sandbox
@@ -48,8 +48,8 @@ def test_result_state_and_output(
     job = SlurmlimeExecutor(tmp_path / "with space", script).submit(make_task(), "here")
     word, node, het_size = job.result()
     assert (word, node.startswith("node"), het_size) == ("here", True, "2" if len(components) > 1 else "0")
-    while not job.watcher.is_done(job.job_id, mode="force"):  # there is a result before the job has ended
-        time.sleep(0.1)
+    # There is a result before the job has ended.
+    until(lambda: job.watcher.is_done(job.job_id, mode="force"), 240, "the job to end")
     assert job.state == "COMPLETED"
     assert "hello from here" in (job.stdout() or "")
 
@@ -61,8 +61,7 @@ def test_error_and_cancel(cluster: Sandbox, tmp_path: Path) -> None:
     job = executor.submit(time.sleep, 600)
     job.cancel()
     job.cancel()  # once more is no error
-    while not job.done(force_check=True):
-        time.sleep(0.1)
+    until(lambda: job.done(force_check=True), 240, "the job to end")
     assert job.state == "CANCELLED"
     with pytest.raises(submitit.core.utils.UncompletedJobError):
         Job._results_timeout_s = 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import pytest
+from helpers.local_job import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -230,14 +231,12 @@ def test_a_disk_that_was_stopped_goes_on_when_its_storm_is_killed(tmp_path: Path
             pytest.skip("namespaces and disks of one's own take root")
         directory, stopper, writer = json.loads(said)
         try:
-            while state_of(writer) != "D":  # it waits for the disk
-                time.sleep(0.02)
+            wait_until(lambda: state_of(writer) == "D")  # it waits for the disk
             if not alone:
                 os.kill(stopper, signal.SIGKILL)
             storm.kill()
             if not alone:
-                while state_of(stopper) not in "ZX":
-                    time.sleep(0.02)
+                wait_until(lambda: state_of(stopper) in "ZX")
                 thaw_left_disks()
             assert wait_readable([storm.stdout], 60.0) and storm.stdout.readline() == "written\n"
         finally:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.run_files import lines_of
 from helpers.slurm_fixture import submit as submit_script
 from helpers.slurm_fixture import until, wait_for
 from helpers.slurm_job import FakeRun
@@ -135,7 +136,7 @@ def test_preempted_job_goes_on_without_gap_or_repeat(run: FakeRun, layout: str, 
     until(lambda: run.events("requeued") or len(run.events("attempt_started")) > 1, 120, "a second attempt")
     assert job.result()["state"] == "finished", run.output()
     assert run.steps() == list(range(240))
-    attempts = [json.loads(line)["attempt"] for line in run.layout.metrics.read_text().splitlines()]
+    attempts = [row["attempt"] for row in lines_of(run.layout.metrics)]
     assert attempts[0] == 0 and attempts[-1] == 1
     assert len(run.events("stop_requested")) == 1
     wait_for(run.cluster, rival)

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from helpers.run_files import events_of, lines_of
 from helpers.slurm_fixture import submit as submit_script
 from helpers.slurm_fixture import until
 
@@ -62,14 +62,9 @@ def end(process: subprocess.Popen[str], layout: RunLayout) -> None:
     assert process.returncode == 0, f"{out}\n{err}"
 
 
-def metrics(layout: RunLayout) -> list[dict[str, Any]]:
-    lines = layout.metrics.read_text().splitlines() if layout.metrics.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def curve(layout: RunLayout) -> list[tuple]:
     names = ("step", "rollout/reward", "rollout/response_length", "train/pg_loss", "train/grad_norm")
-    return [tuple(record[name] for name in names) for record in metrics(layout)]
+    return [tuple(record[name] for name in names) for record in lines_of(layout.metrics)]
 
 
 @pytest.fixture
@@ -96,8 +91,8 @@ def whole(
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = Runs(directory, slurm_cluster, tiny_model, prompts)
     layout = runs.finish("whole", "--partition=gpu", *LAYOUTS["het"], f"--num-rollout={STEPS}")
-    assert [record["step"] for record in metrics(layout)] == list(range(STEPS))
-    assert all(record["train/logprob_abs_diff"] < 1e-4 for record in metrics(layout))
+    assert [record["step"] for record in lines_of(layout.metrics)] == list(range(STEPS))
+    assert all(record["train/logprob_abs_diff"] < 1e-4 for record in lines_of(layout.metrics))
     return curve(layout), prompts
 
 
@@ -112,14 +107,13 @@ def test_preempted_run_equals_an_uninterrupted_one(
     runs = Runs(tmp_path, idle_cluster, tiny_model, prompts)
     flags = ("--partition=lowgrace", *LAYOUTS[kind], f"--num-rollout={STEPS}")
     process, layout = runs.start("preempted", *flags)
-    until(lambda: len(metrics(layout)) >= 2, 180, "two steps")
-    events = [json.loads(line) for line in layout.events.read_text().splitlines()]
-    hosts = {f"{e['role']}-{e['index']}": e["host"] for e in events if e["kind"] == "role_ready"}
+    until(lambda: len(lines_of(layout.metrics)) >= 2, 180, "two steps")
+    hosts = {f"{e['role']}-{e['index']}": e["host"] for e in events_of(layout, "role_ready")}
     assert (hosts["trainer-0"] in (hosts["engine-0"], hosts["engine-1"])) == (kind == "colocated")
     submit_script(runs.cluster, "sleep 1", "-p", "high", "-w", hosts["engine-0"], "--exclusive")
     end(process, layout)
 
-    attempts = [record["attempt"] for record in metrics(layout)]
+    attempts = [record["attempt"] for record in lines_of(layout.metrics)]
     assert attempts[0] == 0 and attempts[-1] == 1 and attempts == sorted(attempts)
     assert curve(layout) == expected
 
@@ -127,8 +121,8 @@ def test_preempted_run_equals_an_uninterrupted_one(
 def test_engine_that_spans_two_nodes(runs: Runs) -> None:
     size = ("--rollout-num-gpus-per-engine=2", "--nodes=3", "--num-rollout=2")
     layout = runs.finish("spanning", "--partition=gpu", *size)
-    assert [record["step"] for record in metrics(layout)] == [0, 1]
-    assert all(record["train/logprob_abs_diff"] < 1e-4 for record in metrics(layout))
+    assert [record["step"] for record in lines_of(layout.metrics)] == [0, 1]
+    assert all(record["train/logprob_abs_diff"] < 1e-4 for record in lines_of(layout.metrics))
     logs = [layout.log_dir(0) / name for name in ("engine-0.log", "engine-0.node1.log")]
     assert ["TP0]" in log.read_text() for log in logs] == [True, False]
     assert ["TP1]" in log.read_text() for log in logs] == [False, True]
