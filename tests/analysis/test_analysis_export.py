@@ -18,14 +18,16 @@ from analysis import export, load_runs, trace
 # It has no agents, and nobody has noted anything.
 @pytest.mark.parametrize("frame", [name for name in export.FRAMES if name not in ("sessions", "notes")])
 def test_every_frame(
-    frame: str, short_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    frame: str, recorded_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = getattr(load_runs(short_runs), frame)
-    assert export.main([str(short_runs), "--frame", frame, "--json"]) == 0
+    expected = getattr(load_runs(recorded_runs), frame)
+    assert export.main([str(recorded_runs), "--frame", frame, "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == len(expected) > 0
     assert list(rows[0]) == list(expected)
-    assert export.main([str(short_runs), "--frame", frame, "--parquet", str(tmp_path / "frame.parquet")]) == 0
+    assert (
+        export.main([str(recorded_runs), "--frame", frame, "--parquet", str(tmp_path / "frame.parquet")]) == 0
+    )
     table = pq.read_table(tmp_path / "frame.parquet")
     assert table.column_names == list(expected)
     assert len(table) == len(expected)
@@ -35,10 +37,10 @@ def test_no_such_run(tmp_path: Path) -> None:
     assert export.main([str(tmp_path / "nothing"), "--json"]) == 2
 
 
-def test_csv(short_runs: Path, tmp_path: Path) -> None:
+def test_csv(recorded_runs: Path, tmp_path: Path) -> None:
     file = tmp_path / "steps.csv"
-    assert export.main([str(short_runs / "fast"), "--frame", "steps", "--csv", str(file)]) == 0
-    frame, expected = pd.read_csv(file), load_runs(short_runs / "fast").steps
+    assert export.main([str(recorded_runs / "fast"), "--frame", "steps", "--csv", str(file)]) == 0
+    frame, expected = pd.read_csv(file), load_runs(recorded_runs / "fast").steps
     assert frame["rollout/reward"].tolist() == expected["rollout/reward"].tolist()
     assert pd.to_datetime(frame["time"]).tolist() == expected["time"].tolist()
 
@@ -55,11 +57,11 @@ def test_the_commands_are_listed() -> None:
         assert f"  {name} " in listed
 
 
-def test_a_trace_has_every_phase_and_sample_in_its_step(short_runs: Path, tmp_path: Path) -> None:
+def test_a_trace_has_every_phase_and_sample_in_its_step(recorded_runs: Path, tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
-    assert trace.main([str(short_runs / "fast"), "-o", str(file), "--steps", "2", "3"]) == 0
+    assert trace.main([str(recorded_runs / "fast"), "-o", str(file), "--steps", "2", "3"]) == 0
     events = [each for each in json.loads(file.read_text())["traceEvents"] if each["ph"] == "X"]
-    run = load_runs(short_runs / "fast")[0]
+    run = load_runs(recorded_runs / "fast")[0]
     phases = {"step 2", "step 3", "rollout", "train", "update_weights"}
     assert {each["name"] for each in events if each["pid"] == 1} >= phases
     steps = {each["args"]["step"]: each for each in events if each["name"] in ("step 2", "step 3")}
@@ -69,4 +71,4 @@ def test_a_trace_has_every_phase_and_sample_in_its_step(short_runs: Path, tmp_pa
     for each in samples:
         step = steps[each["args"]["step"]]
         assert step["ts"] <= each["ts"] <= step["ts"] + step["dur"]
-    assert trace.main([str(short_runs / "fast"), "--steps", "99"]) == 2
+    assert trace.main([str(recorded_runs / "fast"), "--steps", "99"]) == 2

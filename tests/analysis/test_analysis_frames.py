@@ -24,8 +24,8 @@ SAMPLE_KEYS = ["step", "attempt", "dataset", "group_index", "index"]
 
 
 @pytest.fixture(scope="module")
-def runs(short_runs: Path) -> Runs:
-    return load_runs(short_runs)
+def runs(recorded_runs: Path) -> Runs:
+    return load_runs(recorded_runs)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,8 @@ def test_attempts_have_the_columns_of_the_accounting() -> None:
     assert hpc.accounting.COLUMNS == ATTEMPT_COLUMNS
 
 
-def test_an_attempt_that_goes_on_is_running(short_runs: Path, tmp_path: Path) -> None:
-    shutil.copytree(short_runs / "fast", tmp_path / "live")
+def test_an_attempt_that_goes_on_is_running(recorded_runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(recorded_runs / "fast", tmp_path / "live")
     layout = RunLayout(tmp_path / "live")
     lines = layout.events.read_text().splitlines(keepends=True)[:-1]
     layout.events.write_text("".join(lines))
@@ -138,8 +138,8 @@ def test_messages_split_where_a_tool_spoke(baseline: Run) -> None:
     assert evaluation["dataset"].unique().tolist() == ["sums"]
 
 
-def test_without_a_tokenizer_texts_are_missing_and_nothing_else(short_runs: Path, tmp_path: Path) -> None:
-    shutil.copytree(short_runs / "fast", tmp_path / "run")
+def test_without_a_tokenizer_texts_are_missing_and_nothing_else(recorded_runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(recorded_runs / "fast", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "tokenizer")
     run = load_run(tmp_path / "run")
     tokens = run.tokens(5)
@@ -192,11 +192,11 @@ def test_runs_carry_their_name_in_every_frame(runs: Runs) -> None:
         runs["nothing"]
 
 
-def test_load_runs_takes_patterns_and_lists(short_runs: Path) -> None:
-    assert repr(load_runs(str(short_runs / "*a*"))) == "Runs(baseline, crashed, fast, hacked)"
-    assert len(load_runs([short_runs / "fast", short_runs / "f*"])) == 1
+def test_load_runs_takes_patterns_and_lists(recorded_runs: Path) -> None:
+    assert repr(load_runs(str(recorded_runs / "*a*"))) == "Runs(baseline, crashed, fast, hacked)"
+    assert len(load_runs([recorded_runs / "fast", recorded_runs / "f*"])) == 1
     with pytest.raises(RunNotFoundError, match="baseline"):
-        load_runs(short_runs / "nothing-*")
+        load_runs(recorded_runs / "nothing-*")
 
 
 def test_compare_finds_where_runs_part(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ README = (Path(__file__).parents[2] / "analysis" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
-def expected(short_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pd.Series]:
+def expected(recorded_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pd.Series]:
     """Mean reward by step of runs/demo below the working directory, one step of which two attempts generated."""
     root = tmp_path_factory.mktemp("work")
     (root / "runs").mkdir()
-    (root / "runs" / "demo").symlink_to(short_runs / "baseline")
+    (root / "runs" / "demo").symlink_to(recorded_runs / "baseline")
     run = load_run(root / "runs" / "demo")
     assert len(run.read_steps(every_attempt=True)) > len(run.steps)
     with pytest.MonkeyPatch.context() as patch:

@@ -19,9 +19,9 @@ LISTS = ["trainer_log_probs", "trainer_entropies", "advantages"]
 
 
 @pytest.fixture
-def layout(short_runs: Path, tmp_path: Path) -> RunLayout:
+def layout(recorded_runs: Path, tmp_path: Path) -> RunLayout:
     """A recorded run, to be changed."""
-    shutil.copytree(short_runs / "fast", tmp_path / "run")
+    shutil.copytree(recorded_runs / "fast", tmp_path / "run")
     return RunLayout(tmp_path / "run")
 
 

@@ -84,9 +84,9 @@ def test_events_of_the_wrong_type(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("column", ["response", "tokens.list.element", "metadata"])
-def test_a_damaged_column_costs_its_texts_only(short_runs: Path, tmp_path: Path, column: str) -> None:
+def test_a_damaged_column_costs_its_texts_only(recorded_runs: Path, tmp_path: Path, column: str) -> None:
     root = tmp_path / "fast"
-    shutil.copytree(short_runs / "fast", root)
+    shutil.copytree(recorded_runs / "fast", root)
     damaged_column(RunLayout(root).sample_files()[3][0], column)
     run = load_run(root)
     with pytest.warns(DamagedFileWarning, match="step=000003"):

@@ -102,9 +102,3 @@ def test_a_run_that_exists_is_checked_with_its_flags(tmp_path: Path) -> None:
 def test_nodes_without_a_partition(tmp_path: Path) -> None:
     found = {check.name: check for check in doctor([f"--runs-dir={tmp_path}"], probe_nodes=True)}
     assert found["nodes"].level == "warn"
-
-
-def test_it_is_light() -> None:
-    heavy = "{'pandas', 'torch', 'submitit', 'wandb'}"
-    code = f"import sys, hpc.doctor.__main__; sys.exit(bool({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

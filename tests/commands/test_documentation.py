@@ -19,6 +19,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,12 +83,15 @@ class Block:
         return f"{self.page}:{self.line}"
 
 
-def blocks() -> Iterator[Block]:
+@cache
+def blocks() -> list[Block]:
+    found = []
     for page in PAGES:
         text = page.read_text()
         for match in re.finditer(r"^( *)```(\w*)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
             line = text[: match.start()].count("\n") + 1
-            yield Block(str(page.relative_to(ROOT)), line, match[2], textwrap.dedent(match[3]))
+            found.append(Block(str(page.relative_to(ROOT)), line, match[2], textwrap.dedent(match[3])))
+    return found
 
 
 def commands() -> Iterator[tuple[str, str]]:
@@ -122,7 +126,7 @@ class _Parsed(Exception):  # noqa: N818 – no error
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the recipes that pages show, under the names that their commands use."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    shown = {block.page: block.text for block in reversed([*blocks()]) if block.language == "toml"}
+    shown = {block.page: block.text for block in reversed(blocks()) if block.language == "toml"}
     (tmp_path / "recipe.toml").write_text(shown["README.md"])
     (tmp_path / "container.toml").write_text(shown["docs/containers.md"])
     (tmp_path / "my-cluster.toml").write_text(shown["docs/slurm.md"])
@@ -256,10 +260,10 @@ NEEDS_MORE = {"load_wandb(": "W&B's files: tests/analysis/test_analysis_wandb.py
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "analysis/README.md"])
 def test_documented_analysis_runs_on_a_run(
-    page: str, short_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, recorded_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, source in [("demo", "fast"), ("lr-1", "fast"), ("lr-2", "baseline")]:
-        shutil.copytree(short_runs / source, tmp_path / "runs" / name)
+        shutil.copytree(recorded_runs / source, tmp_path / "runs" / name)
     monkeypatch.chdir(tmp_path)
     found = [
         block

@@ -167,9 +167,9 @@ def test_a_set_that_is_missing_and_the_script_of_a_job(
     assert not layout.evaluations.exists()
 
 
-def test_a_runs_evals_have_what_was_evaluated_later(short_runs: Path, tmp_path: Path) -> None:
+def test_a_runs_evals_have_what_was_evaluated_later(recorded_runs: Path, tmp_path: Path) -> None:
     root = tmp_path / "fast"
-    shutil.copytree(short_runs / "fast", root)
+    shutil.copytree(recorded_runs / "fast", root)
     layout, before = RunLayout(root), load_run(root)
     (step, *_) = steps = sorted(before.evals["step"].unique().tolist())
     with LiveServer(tmp_path) as server:

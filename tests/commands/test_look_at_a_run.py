@@ -165,7 +165,9 @@ def test_shared_machines_have_no_idle_gpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_lines_of_the_readme(short_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lines_of_the_readme(
+    recorded_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each does what it says, as it stands there; `serve` and `hpc.evaluate` only get their words."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     section = readme.partition("## Look at a run")[2].partition("\n## ")[0]
@@ -174,7 +176,7 @@ def test_the_lines_of_the_readme(short_runs: Path, tmp_path: Path, monkeypatch: 
     asked: list[object] = []
     monkeypatch.setattr("analysis.serve.serve", lambda *words: asked.append(words))
     monkeypatch.setattr("hpc.evaluate.evaluate", lambda *words: asked.append(words) or 0)
-    shutil.copytree(short_runs / "fast", tmp_path / "runs" / "demo")
+    shutil.copytree(recorded_runs / "fast", tmp_path / "runs" / "demo")
     monkeypatch.chdir(tmp_path)
     for module, words in lines:
         assert importlib.import_module(module).main(words.split()) in (0, None), module
@@ -186,8 +188,8 @@ def test_the_lines_of_the_readme(short_runs: Path, tmp_path: Path, monkeypatch: 
     assert names["run"].notes["text"].tolist() == ["right by luck"] and len(names["run"].evals)
 
 
-def test_notes_on_samples(short_runs: Path, tmp_path: Path) -> None:
-    shutil.copytree(short_runs / "fast", tmp_path / "fast")
+def test_notes_on_samples(recorded_runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(recorded_runs / "fast", tmp_path / "fast")
     run = load_run(tmp_path / "fast")
     assert run.notes.empty
     run.note(5, "counts words \ud800", tags=["hack"])

@@ -184,6 +184,7 @@ def test_the_class_that_the_files_name_is_the_one_that_transformers_would_take(
     assert named_class(write_tokenizer(tmp_path / "third", "LlamaTokenizer", "llama")) is None
 
 
+@pytest.mark.slow
 def test_a_tokenizer_is_loaded_and_used_without_torch(tiny_model: Path) -> None:
     code = f"""
 import sys

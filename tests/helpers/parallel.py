@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 
 import pytest
 from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
+from xdist.scheduler import EachScheduling, LoadScopeScheduling
 
 # The longest first, of those that wait and those that compute in turn, so that two of four processes compute from the
 # beginning. Each may hold engines or ranks of its own (2 to 5 GB), and each process has one at a time. Ranks are forked
@@ -66,14 +66,17 @@ GROUPS = (
 )  # fmt: skip
 _ORDER = {name: index for index, group in enumerate(GROUPS) for name in group}
 
-# Where only quick tests run, one process alone imports what those of these folders and files need, and makes what they
-# share: that takes longer than most of them. All others are for whoever is free.
-QUICK_GROUPS = (
-    ("agents", "rollout", "engines", "data", "model", "test_doctor_command", "test_hpc_doctor_memory",
-     "test_hpc_recorded_run", "test_demo_task"),  # transformers, SGLang, megatron-core
-    ("analysis", "pages", "commands"),  # matplotlib, plotly, the demo's runs
+# Where only quick tests run, every process imports what its own share of the files needs, and no more: importing torch,
+# SGLang and megatron-core, or what draws, takes longer than most of these tests. Folders, and files of other folders;
+# the shares take the same time on two processes.
+QUICK_SHARES = (
+    ("agents", "algorithms", "data", "engines", "gpu", "model", "rollout", "training", "weights",
+     "test_arguments_fleet", "test_demo_task", "test_doctor_command", "test_hpc_doctor", "test_hpc_doctor_memory",
+     "test_hpc_recorded_run", "test_tracking", "test_train_stop"),
+    ("analysis", "arguments", "checkpoint", "commands", "examples", "hpc", "pages", "run", "slurm",
+     "test_agent_sessions"),
 )  # fmt: skip
-_QUICK_ORDER = {name: index for index, group in enumerate(QUICK_GROUPS) for name in group}
+_QUICK_SHARE = {name: index for index, share in enumerate(QUICK_SHARES) for name in share}
 
 
 _OF_MODULE = re.compile(r"^pytestmark = .*", re.MULTILINE)
@@ -90,7 +93,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     unwanted = {word.removeprefix("not ") for word in words if word.startswith("not ")}
     # Other marks than this one come from helpers, too, as `needs_gpu` does.
     no_slow_ones = "slow" in words and "mark.slow" not in text
-    return True if no_slow_ones or unwanted & of_module else None
+    others = _only_quick(config) and not _is_ours(collection_path, config)
+    return True if others or no_slow_ones or unwanted & of_module else None
 
 
 def pytest_collection(session: pytest.Session) -> None:
@@ -108,8 +112,12 @@ def _only_quick(config: pytest.Config) -> bool:
     return "not slow" in config.option.markexpr
 
 
-def _quick_group(file: PurePath) -> int | None:
-    return _QUICK_ORDER.get(file.stem, _QUICK_ORDER.get(file.parent.name))
+def _is_ours(file: PurePath, config: pytest.Config) -> bool:
+    """Whether this process runs the quick tests of a file: where there is one process, it runs all."""
+    if (ours := getattr(config, "workerinput", None)) is None:
+        return True
+    share = _QUICK_SHARE.get(file.stem, _QUICK_SHARE.get(file.parent.name, 0))
+    return share % ours["workercount"] == int(ours["workerid"].removeprefix("gw"))
 
 
 class ByGroup(LoadScopeScheduling):
@@ -117,19 +125,27 @@ class ByGroup(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = PurePath(nodeid.partition("::")[0])
-        if _only_quick(self.config):
-            quick = _quick_group(file)
-            return str(file) if quick is None else QUICK_GROUPS[quick][0]
         index = _ORDER.get(file.stem)
         return str(file) if index is None else GROUPS[index][0]
+
+
+class ByShare(EachScheduling):
+    """Every process runs what it has collected, which is its share."""
+
+    def schedule(self) -> None:
+        session = self.config.pluginmanager.get_plugin("session")
+        assert session is not None
+        session.testscollected = sum(map(len, self.node2collection.values()))  # xdist knows of one process's
+        super().schedule()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Every group together, the longest first."""
     if _only_quick(config):
-        group = {path: _quick_group(path) for path in {item.path for item in items}}
-        items.sort(key=lambda item: len(QUICK_GROUPS) if group[item.path] is None else group[item.path])
+        items[:] = [
+            item for item in items if _is_ours(item.path, config)
+        ]  # files that were named are not ignored
         return
     slow = {
         item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("slurm")
@@ -137,8 +153,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: _ORDER.get(item.path.stem, len(GROUPS) + (item.path not in slow)))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """A process in another's place would have another share."""
+    if _only_quick(config) and config.pluginmanager.has_plugin("xdist"):
+        config.option.maxworkerrestart = "0"
+
+
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByGroup:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByGroup | ByShare:
     """Called with `-n` only."""
+    if _only_quick(config):
+        return ByShare(config, log)
     config.option.loadscopereorder = False
     return ByGroup(config, log)

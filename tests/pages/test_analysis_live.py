@@ -29,10 +29,10 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: see r
 
 
 @pytest.fixture
-def server(short_runs: Path, tmp_path: Path) -> Iterator[LiveServer]:
+def server(recorded_runs: Path, tmp_path: Path) -> Iterator[LiveServer]:
     """Serves copies of the demo's runs, so that a test may let them grow."""
     runs = tmp_path / "runs"
-    shutil.copytree(short_runs, runs)
+    shutil.copytree(recorded_runs, runs)
     with LiveServer(runs) as started:
         thread = threading.Thread(target=started.serve_forever)
         thread.start()

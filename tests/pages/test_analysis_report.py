@@ -71,8 +71,8 @@ def unpacked(content: str, block: str) -> Any:
     return json.loads(gzip.decompress(base64.b64decode(match[1])))
 
 
-def test_the_page_holds_what_the_frames_hold(short_runs: Path) -> None:
-    run = load_run(short_runs / "baseline")
+def test_the_page_holds_what_the_frames_hold(recorded_runs: Path) -> None:
+    run = load_run(recorded_runs / "baseline")
     content = browse(run).content
     index = unpacked(content, "index")
     assert len(index["step"]) == len(run.samples) + len(run.evals)
@@ -96,8 +96,8 @@ def test_lone_surrogates_survive_packing() -> None:
     assert json.loads(gzip.decompress(base64.b64decode(packed))) == {"text": "\ud800 \udfff"}
 
 
-def test_too_many_samples_are_thinned_by_whole_groups(short_runs: Path) -> None:
-    samples = load_run(short_runs / "fast").samples
+def test_too_many_samples_are_thinned_by_whole_groups(recorded_runs: Path) -> None:
+    samples = load_run(recorded_runs / "fast").samples
     chosen = choose(samples, 100)
     assert 80 <= len(chosen) <= 100
     assert (chosen.groupby("group_index").size() == 8).all()
@@ -107,10 +107,10 @@ def test_too_many_samples_are_thinned_by_whole_groups(short_runs: Path) -> None:
 
 
 @pytest.mark.slow
-def test_command_line(short_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main([str(short_runs / "fast"), "-o", str(tmp_path / "page.html")]) == 0
+def test_command_line(recorded_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(recorded_runs / "fast"), "-o", str(tmp_path / "page.html")]) == 0
     assert "data:image/png;base64," in (tmp_path / "page.html").read_text()
-    assert report.main([str(short_runs / "nothing")]) == 2
+    assert report.main([str(recorded_runs / "nothing")]) == 2
     assert "Runs nearby" in capsys.readouterr().err
 
 
@@ -121,8 +121,8 @@ def test_runs_without_samples_have_a_page(tmp_path: Path) -> None:
 
 @needs_chromium
 @pytest.mark.slow
-def test_a_browser_opens_filters_and_sorts(short_runs: Path, tmp_path: Path, page: Page) -> None:
-    run = load_run(short_runs / "baseline")
+def test_a_browser_opens_filters_and_sorts(recorded_runs: Path, tmp_path: Path, page: Page) -> None:
+    run = load_run(recorded_runs / "baseline")
     page.open(browse(run).save(tmp_path / "page.html").as_uri())
     total = len(run.samples) + len(run.evals)
     count = "document.getElementById('count').textContent"
@@ -144,7 +144,7 @@ def test_a_browser_opens_filters_and_sorts(short_runs: Path, tmp_path: Path, pag
     page.evaluate(SHOW_TAB.format("tokens"))
     page.wait("document.querySelector('.tokens .masked')")
     shown = page.evaluate("index.index[selected]"), page.evaluate("index.dataset[selected]")
-    row = load_run(short_runs / "baseline").samples.set_index(["index", "dataset"]).loc[shown]
+    row = load_run(recorded_runs / "baseline").samples.set_index(["index", "dataset"]).loc[shown]
     values = run.tokens(int(shown[0])).query("mask == 1")
     facts = page.evaluate("[...document.querySelectorAll('.legend + .kv span')].map((e) => e.textContent)")
     means = {text.rpartition(" ")[0]: float(text.rpartition(" ")[2].replace("−", "-")) for text in facts}
@@ -206,8 +206,8 @@ def test_hostile_texts_stay_text(hostile: Path, tmp_path: Path, page: Page) -> N
 
 @needs_chromium
 @pytest.mark.slow
-def test_ten_thousand_samples_are_filtered(short_runs: Path, tmp_path: Path, page: Page) -> None:
-    run = load_run(short_runs / "baseline")
+def test_ten_thousand_samples_are_filtered(recorded_runs: Path, tmp_path: Path, page: Page) -> None:
+    run = load_run(recorded_runs / "baseline")
     rows = run.read_samples("all", steps=0).drop(columns=["step"])
     layout = RunLayout(tmp_path / "large")
     for step in range(210):
@@ -222,13 +222,13 @@ def test_ten_thousand_samples_are_filtered(short_runs: Path, tmp_path: Path, pag
     assert page.errors == []
 
 
-def test_a_page_of_long_samples_is_cut(short_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_of_long_samples_is_cut(recorded_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of whole groups from the whole run, and the beginning and end of long texts; all samples are listed."""
     monkeypatch.setattr(data, "_MOST_TOKENS", 5000)
     monkeypatch.setattr(data, "_MOST_CHARACTERS", 20_000)
     monkeypatch.setattr(data, "_LEAST_TEXT", 20)
     monkeypatch.setattr(data, "_PART", 50)
-    run = load_run(short_runs / "baseline")
+    run = load_run(recorded_runs / "baseline")
     content = browse(run).content
     index = unpacked(content, "index")
     assert index["reward"][: len(run.samples)] == run.samples["reward"].tolist()
