@@ -23,9 +23,9 @@ with suppress(ImportError):  # a GPU node's environment may lack it
 
 pytest_plugins = [
     "helpers.parallel",
+    "helpers.local_job",
     "helpers.slurm_fixture",
     "helpers.slurm_job",
-    "helpers.local_job",
     "helpers.recorded_runs",
 ]
 

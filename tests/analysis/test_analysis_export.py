@@ -45,9 +45,13 @@ def test_csv(recorded_runs: Path, tmp_path: Path) -> None:
     assert pd.to_datetime(frame["time"]).tolist() == expected["time"].tolist()
 
 
-def test_the_commands_are_listed() -> None:
-    command = [sys.executable, "-m", "analysis"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_the_commands_are_listed_and_importing_is_light() -> None:
+    heavy = "torch sglang megatron transformers matplotlib wandb submitit"
+    code = "import runpy, sys; runpy.run_module('analysis', run_name='__main__')\n"
+    code += f"print([name for name in {heavy.split()} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    listed, _, imported = done.stdout.rstrip().rpartition("\n")
+    assert imported == "[]"
     with_main = [
         path.stem
         for path in Path(analysis.__file__).parent.glob("[a-z]*.py")

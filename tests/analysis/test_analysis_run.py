@@ -1,8 +1,6 @@
 """load_run: steps, events and configuration of a run directory, live, finished or damaged."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -188,10 +186,3 @@ def test_phase_seconds_add_up_to_the_step(synthetic_run: RunLayout) -> None:
     recorded = steps.set_index("step").loc[0:, "perf/step_s"]
     pd.testing.assert_series_equal(seconds.sum(axis=1), recorded, check_names=False)
     assert seconds["other"].to_numpy() == pytest.approx(0.2)
-
-
-def test_import_is_light() -> None:
-    heavy = "torch sglang megatron transformers matplotlib wandb submitit"
-    code = f"import sys, analysis; print([name for name in {heavy.split()} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

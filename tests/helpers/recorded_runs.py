@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from helpers.synthetic_run import write_run
 from rltrain.run.layout import RunLayout
 
 
 @pytest.fixture(scope="session")
 def recorded_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of the four runs of `analysis.demo_data`, 12 steps each."""
-    from analysis import demo_data  # late: most tests need no pandas
+    from analysis import demo_data  # late, as most tests need no pandas
 
     directory = tmp_path_factory.mktemp("recorded_runs")
     demo_data.write_demo(directory, steps=12)
@@ -24,6 +23,8 @@ def recorded_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def synthetic_run(tmp_path_factory: pytest.TempPathFactory) -> RunLayout:
     """The run of `helpers.synthetic_run` with 20 steps."""
+    from helpers.synthetic_run import write_run
+
     return write_run(tmp_path_factory.mktemp("synthetic_run") / "demo", steps=20)
 
 

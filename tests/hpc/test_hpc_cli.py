@@ -105,8 +105,10 @@ def test_starting_up_is_light() -> None:
     modules = [
         f"hpc.{verb}.__main__" if verb == "doctor" else f"hpc.{verb}" for verb in VERBS if verb != "sandbox"
     ]
-    done = python("-c", f"{IMPORT}    print(name, *({HEAVY} & set(sys.modules)))", *modules)
-    assert (done.stdout.split("\n"), done.returncode) == ([*modules, ""], 0), done.stderr
+    code = f"{IMPORT}    print(name, *({HEAVY} & set(sys.modules)))\n"
+    code += "import hpc.sandbox\nprint(*{'pandas', 'torch'} & set(sys.modules))"
+    done = python("-c", code, *modules)
+    assert (done.stdout.split("\n"), done.returncode) == ([*modules, "", ""], 0), done.stderr
 
 
 def test_commands_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from helpers.local_job import PATIENCE, Job, wait_until
 from helpers.run_files import make_run
 
 from hpc import logs
+from hpc.cli import run_main
 from hpc.runs.lock import hold_lock
 from hpc.runs.log_files import LogFile
 from rltrain.run.errors import UserError
@@ -190,11 +191,15 @@ def test_raw_to_a_file_harmless_on_a_terminal(layout: RunLayout) -> None:
     os.close(ours)
 
 
-def test_command_line_errors(layout: RunLayout) -> None:
-    for words, message in [(["--role=trianer"], "invalid choice"), (["-n", "-1"], "negative")]:
-        command = [sys.executable, "-m", "hpc.logs", str(layout.root), *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 2 and message in done.stderr
+def test_command_line_errors(
+    layout: RunLayout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["logs", str(layout.root), "-n", "-1"])
+    assert run_main(logs.main) == 2 and "negative" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["logs", str(layout.root), "--role=trianer"])
+    with pytest.raises(SystemExit, match="2"):
+        run_main(logs.main)
+    assert "invalid choice" in capsys.readouterr().err
 
 
 def test_head_closes_the_pipe_without_a_traceback(layout: RunLayout) -> None:

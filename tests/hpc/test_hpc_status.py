@@ -155,7 +155,10 @@ def status_cli(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env={"PATH": "/nowhere"})
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
     submitted_to_slurm(make_run(tmp_path, "x", phase="stopped", steps=3, attempts=2), "28")
     done = status_cli("--runs-dir", tmp_path)
     assert done.returncode == 0
@@ -165,12 +168,14 @@ def test_command_line(tmp_path: Path) -> None:
     ]
     assert "Slurm could not be asked" in done.stderr and "not on PATH" in done.stderr
 
-    [run] = json.loads(status_cli("x", "--json", "--runs-dir", tmp_path).stdout)
-    assert (run["name"], run["step"], run["is_active"]) == ("x", 3, False)
     missing = status_cli("y", "--runs-dir", tmp_path)
     assert (missing.returncode, missing.stdout) == (2, "")
     assert missing.stderr.startswith("error: there is no run 'y'")
-    assert "python -m hpc.submit" in status_cli("--runs-dir", tmp_path / "empty").stdout
+    assert status.main(["x", "--json", "--runs-dir", str(tmp_path)]) == 0
+    [run] = json.loads(capsys.readouterr().out)
+    assert (run["name"], run["step"], run["is_active"]) == ("x", 3, False)
+    assert status.main(["--runs-dir", str(tmp_path / "empty")]) == 0
+    assert "python -m hpc.submit" in capsys.readouterr().out
 
 
 def test_a_notebook_gets_a_table(tmp_path: Path) -> None:
