@@ -71,10 +71,10 @@ _ORDER = {name: index for index, group in enumerate(GROUPS) for name in group}
 # the shares take the same time on two processes.
 QUICK_SHARES = (
     ("agents", "algorithms", "data", "engines", "gpu", "model", "rollout", "training", "weights",
-     "test_arguments_fleet", "test_demo_task", "test_doctor_command", "test_hpc_doctor", "test_hpc_doctor_memory",
-     "test_hpc_recorded_run", "test_tracking", "test_train_stop"),
+     "test_arguments_fleet", "test_demo_task", "test_doctor_command", "test_functions", "test_hpc_doctor",
+     "test_hpc_doctor_memory", "test_hpc_recorded_run", "test_tracking", "test_train_stop"),
     ("analysis", "arguments", "checkpoint", "commands", "examples", "hpc", "pages", "run", "slurm",
-     "test_agent_sessions"),
+     "test_agent_sessions", "test_lifeline", "test_rewards_hub", "test_sandbox"),
 )  # fmt: skip
 _QUICK_SHARE = {name: index for index, share in enumerate(QUICK_SHARES) for name in share}
 
