@@ -44,6 +44,12 @@ FLAGS = (
 )
 NOWHERE = ("--hf-checkpoint=/nowhere", "--prompt-data=/nowhere")
 WITHOUT_WANDB, WANDB_OFFLINE = ("--wandb-mode=disabled",), ("--wandb-mode=offline",)
+# A port where nobody listens: W&B tries it again until it gives up, as with a server that is silent.
+WANDB_SILENT = ("--wandb-mode=online", "--wandb-host=http://127.0.0.1:9")
+_OF_WANDB = {
+    "WANDB_INIT_TIMEOUT": "2",
+    "WANDB_API_KEY": "0" * 40,
+}  # else each attempt waits a minute and a half
 _POLL_SECONDS = 0.05
 _GIVE_UP_SECONDS = 60.0
 # For a run to end when the time is over, and in which it then must have shown a sign of life.
@@ -302,6 +308,7 @@ def slurm_of(cluster: Sandbox) -> Iterator[None]:
         "SLURM_CONF": cluster.variables["SLURM_CONF"],
         "PATH": f"{fakes.directory}{os.pathsep}{os.environ['PATH']}",
         "TMPDIR": str(place),
+        **_OF_WANDB,
     }
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
