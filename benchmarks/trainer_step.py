@@ -153,7 +153,7 @@ def make_actor(options: argparse.Namespace, directory: Path) -> Any:
         + ["--bf16"] * options.bf16
     )
     device.set_up()
-    distributed.join(args, dist.HashStore(), 0, 1)
+    distributed.join(args.parallel, args.optimizer.seed, dist.HashStore(), 0, 1)
     from rltrain.megatron.actor import MegatronTrainActor
 
     context = RoleContext(directory, 0, "trainer", 0, "", "")

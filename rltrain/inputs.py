@@ -165,7 +165,7 @@ def _check_model(config: Config, to_come: Mapping[str, str]) -> Path:
     check_model_flags(config.shape, hf_config, hf_checkpoint)
     check_quantised(hf_config, config)
     check_lora(hf_config, config.lora)
-    check_mtp(hf_config, config)
+    check_mtp(hf_config, config.mtp, hf_checkpoint)
     shape = read_model_shape(hf_config)
     if config.mtp.enable_mtp_training and not without_weights and not starts_elsewhere(config.checkpoint):
         assert shape.family.head is not None

@@ -131,17 +131,17 @@ def main() -> int:
     end_without_supervisor(context)
     registry = Registry(context)
     config = load(context.run_dir)
-    init_process_group(context, registry, config)
+    init_process_group(context, registry, config.parallel, config.optimizer.seed)
     if context.index == 0:
         print(describe_layers(), flush=True)
-    profiler = Profiler(config, context)
+    profiler = Profiler(config.profiling, config.tracking, context)
     with profiler.memory():
         return run(config, context, registry, profiler)
 
 
 def run(config: Config, context: RoleContext, registry: Registry, profiler: Profiler) -> int:
     """Build the model and train it; returns the exit code."""
-    engine_memory = EngineMemory(config)
+    engine_memory = EngineMemory(config.engines, config.debug)
     make_room(config, context, registry, engine_memory)
     actor = MegatronTrainActor(config, context, registry, engine_memory, profiler)
     if context.index == 0:

@@ -17,6 +17,9 @@ from rltrain import arguments
 from rltrain.arguments import flags as flag_data
 from rltrain.arguments.config import Config
 from rltrain.arguments.flags import Flags
+from rltrain.arguments.groups.engines import Engines
+from rltrain.arguments.groups.model import Model
+from rltrain.arguments.groups.parallel import Parallel
 from rltrain.arguments.hf_config import check_hf_config
 from rltrain.arguments.megatron_names import flags_used
 from rltrain.arguments.model_flags import (
@@ -73,11 +76,13 @@ def configuration(argv: Sequence[str], not_ours: Collection[str] = ()) -> Config
         check_hf_config(hf_config, config.parallel, config.model.hf_checkpoint)
         check_quantised(hf_config, config)
         check_lora(hf_config, config.lora)
-        check_mtp(hf_config, config)
+        check_mtp(hf_config, config.mtp, config.model.hf_checkpoint)
     values = [
         value for action in _actions(parser) for value in _values(action, config, given, sources, hf_config)
     ]
-    return Configuration(config, values, [*remarks(config), *notes, *_left_to_submit(config)])
+    return Configuration(
+        config, values, [*remarks(config), *notes, *_left_to_submit(config.model, config.parallel)]
+    )
 
 
 def to_toml(found: Configuration) -> str:
@@ -106,12 +111,9 @@ def _read(argv: Sequence[str], not_ours: Collection[str]) -> tuple[Flags, dict[s
     return merged, {name: source for name, source in sources.items() if merged[name] is not None}
 
 
-def _left_to_submit(config: Config) -> list[str]:
+def _left_to_submit(model: Model, parallel: Parallel) -> list[str]:
     """What is decided where the job's GPUs are known (`hpc.submitting.precision`)."""
-    given = {
-        "bf16": config.model.bf16,
-        "use-distributed-optimizer": config.parallel.use_distributed_optimizer,
-    }
+    given = {"bf16": model.bf16, "use-distributed-optimizer": parallel.use_distributed_optimizer}
     words = "not given: true where the trainer has GPUs, false on a CPU; submit says which, and stores it"
     return [f"{name} is {words}" for name, value in given.items() if value is None]
 
@@ -146,7 +148,7 @@ def _values(
     if (
         action.default is argparse.SUPPRESS
     ):  # handed on to the engine, the router or megatron-core, or ignored
-        return [Value(name, _handed_on(action, name, config), source)] if source else []
+        return [Value(name, _handed_on(action, name, config.engines, config.model), source)] if source else []
     value = config.values()[action.dest]
     if (
         source is None
@@ -163,14 +165,14 @@ def _values(
     return [Value(name, value, source)]
 
 
-def _handed_on(action: argparse.Action, name: str, config: Config) -> Any:
+def _handed_on(action: argparse.Action, name: str, engines: Engines, model: Model) -> Any:
     if action.nargs == 0:
         return True
-    for prefix, handed in (("sglang_", config.engines.sglang), ("router_", config.engines.router)):
+    for prefix, handed in (("sglang_", engines.sglang), ("router_", engines.router)):
         if action.dest.startswith(prefix):
             return handed[action.dest.removeprefix(prefix)]
     kind, _, field = action.dest.partition(".")
-    return config.model.megatron[kind][field] if field else None
+    return model.megatron[kind][field] if field else None
 
 
 def _toml(each: Value) -> str:

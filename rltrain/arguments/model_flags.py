@@ -11,7 +11,7 @@ from typing import Any
 
 from rltrain.arguments.config import Config
 from rltrain.arguments.groups.model import Shape
-from rltrain.arguments.groups.training import Lora
+from rltrain.arguments.groups.training import Lora, Mtp
 from rltrain.arguments.hf_config import ModelShape, read_model_shape
 from rltrain.models.families import FAMILIES
 from rltrain.models.quantised import fp8_block
@@ -244,13 +244,13 @@ def check_lora(hf_config: Mapping[str, Any], lora: Lora) -> None:
         )
 
 
-def check_mtp(hf_config: Mapping[str, Any], config: Config) -> None:
+def check_mtp(hf_config: Mapping[str, Any], mtp: Mtp, hf_checkpoint: str) -> None:
     """Refuse --enable-mtp-training for a model without a layer for one token more, or with one that is not built here.
 
     Raises:
         UserError: says of which models it can be trained.
     """
-    if not config.mtp.enable_mtp_training:
+    if not mtp.enable_mtp_training:
         return
     shape = read_model_shape(hf_config)
     if shape.family.head is None:
@@ -262,7 +262,7 @@ def check_mtp(hf_config: Mapping[str, Any], config: Config) -> None:
         )
     if (count := hf_config.get("num_nextn_predict_layers", 1)) != 1:
         raise UserError(
-            f"--enable-mtp-training: {config.model.hf_checkpoint}/config.json has num_nextn_predict_layers {count}, and"
+            f"--enable-mtp-training: {hf_checkpoint}/config.json has num_nextn_predict_layers {count}, and"
             " one such layer can be trained. Leave the flag out."
         )
     if shape.window is not None:

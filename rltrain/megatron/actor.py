@@ -94,11 +94,11 @@ class MegatronTrainActor:
         check_trusted(config)
         config = customize.call_at_start(config)
         self.config, self._layout, self._registry = config, context.layout, registry
-        self._profiler = profiler or Profiler(config, context)
+        self._profiler = profiler or Profiler(config.profiling, config.tracking, context)
         self.shape = read_shape(config, context.layout.standard_config)
         with megatron_scope():
             self.models = build_model(self.shape, config)
-            first = first_weights(config, self.shape, self.models)
+            first = first_weights(config.checkpoint, config.model, self.shape, self.models)
             self.others = OtherPolicies(config, self.shape, self.models)
             first()
         if config.algorithm.use_routing_replay or config.algorithm.use_rollout_routing_replay:
@@ -122,7 +122,11 @@ class MegatronTrainActor:
         self._tokens = TokenWriter(
             context, lambda reason: self._event("trainer_tokens_not_saved", reason=reason)
         )
-        self.offload = Offload(config.engines, self._trained_models(), engine_memory or EngineMemory(config))
+        self.offload = Offload(
+            config.engines,
+            self._trained_models(),
+            engine_memory or EngineMemory(config.engines, config.debug),
+        )
 
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
         """Train on one rollout: --num-steps-per-rollout optimizer steps over its samples, in order.
@@ -276,7 +280,11 @@ class MegatronTrainActor:
         self.others.resume(iteration, self.models)
         if self.critic is not None:
             self.critic.resume(iteration)
-        source = WeightSource(checkpoint=own, flag="--save") if own else initial_source(self.config)
+        source = (
+            WeightSource(checkpoint=own, flag="--save")
+            if own
+            else initial_source(self.config.checkpoint, self.config.model)
+        )
         if dist.get_rank() == 0:
             print(f"the policy's weights are those of {source}", flush=True)
         checkpoint = continued_checkpoint(self.config.checkpoint, source)

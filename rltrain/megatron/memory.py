@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from rltrain.arguments.config import Config
+from rltrain.arguments.groups.debug import Debug
 from rltrain.arguments.groups.engines import Engines
 from rltrain.megatron.device import HostSwap, used_memory
 from rltrain.megatron.ranks import control_group
@@ -50,8 +50,8 @@ class EngineMemory:
         moves: whether they give up anything (--offload-rollout).
     """
 
-    def __init__(self, config: Config) -> None:
-        self.moves = config.engines.offload_rollout and not config.debug.debug_train_only
+    def __init__(self, engines: Engines, debug: Debug) -> None:
+        self.moves = engines.offload_rollout and not debug.debug_train_only
         self.find_engines: Callable[[], Sequence[MemoryEngine]] = tuple
         self._released: dict[str, set[str]] = {WEIGHTS: set(), CACHE: set()}  # URLs
 

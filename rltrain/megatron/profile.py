@@ -11,8 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from rltrain.arguments.config import Config
-from rltrain.arguments.groups.debug import Profiling
+from rltrain.arguments.groups.debug import Profiling, Tracking
 from rltrain.megatron.device import use_cuda
 from rltrain.run.errors import UserError
 from rltrain.run.role import RoleContext
@@ -24,11 +23,11 @@ _HISTORY_ENTRIES = 1_000_000
 class Profiler:
     """Writes what --use-pytorch-profiler and --record-memory-history ask for, of this rank."""
 
-    def __init__(self, config: Config, context: RoleContext) -> None:
+    def __init__(self, profiling: Profiling, tracking: Tracking, context: RoleContext) -> None:
         """Nothing is recorded yet."""
-        self._profiling, self._context = config.profiling, context
-        self._traces = Path(config.tracking.tensorboard_dir or context.layout.profile)
-        ranks = config.profiling.profile_ranks
+        self._profiling, self._context = profiling, context
+        self._traces = Path(tracking.tensorboard_dir or context.layout.profile)
+        ranks = profiling.profile_ranks
         self._is_asked = ranks is None or context.index in ranks
         self._seen = 0  # rollouts of this attempt
         self._rollout_id: int | None = None  # that is being trained on, if it is profiled

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from rltrain.arguments.config import Config
 from rltrain.arguments.groups.parallel import Parallel
 from rltrain.megatron import device
 from rltrain.run.errors import UserError
@@ -46,7 +45,7 @@ class RegistryClient(Protocol):
         """Addresses of a role."""
 
 
-def init_process_group(context: RoleContext, registry: RegistryClient, config: Config) -> None:
+def init_process_group(context: RoleContext, registry: RegistryClient, parallel: Parallel, seed: int) -> None:
     """Bring the ranks together; `RANK` and `WORLD_SIZE` say who and how many.
 
     Rank 0 opens the rendezvous on a port that the system chooses and registers it; the others look it up.
@@ -56,7 +55,7 @@ def init_process_group(context: RoleContext, registry: RegistryClient, config: C
     host = local_address(context.registry_url)
     if name := interface_of(host):  # gloo would take what the host's name means to the host itself
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     if rank == 0:
         store = open_store(host, timeout, world_size)
         registry.register(make_url(host, store.port, "tcp"))
@@ -68,29 +67,29 @@ def init_process_group(context: RoleContext, registry: RegistryClient, config: C
         store = dist.TCPStore(url.hostname, url.port, world_size, is_master=False, timeout=timeout)
     # For code of the user's that looks there, as under torchrun.
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = master[0], str(master[1])
-    join(config, store, rank, world_size)
+    join(parallel, seed, store, rank, world_size)
 
 
-def join(config: Config, store: dist.Store, rank: int, world_size: int) -> None:
+def join(parallel: Parallel, seed: int, store: dist.Store, rank: int, world_size: int) -> None:
     """Form the process group and Megatron-core's groups over an open store, and seed everything."""
     dist.init_process_group(
-        device.backend(config.parallel.distributed_backend),
+        device.backend(parallel.distributed_backend),
         store=store,
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
+        timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
     )
-    split_ranks(config)
+    split_ranks(parallel, seed)
 
 
-def split_ranks(config: Config) -> None:
+def split_ranks(parallel: Parallel, seed: int) -> None:
     """Form Megatron-core's groups of all ranks, in place of earlier ones, and seed everything.
 
     Groups of the same sizes stay: each has threads, which do not end when another takes its place.
     """
-    if not are_split(config.parallel):
-        _form_groups(config.parallel)
-    set_seeds(config.optimizer.seed)
+    if not are_split(parallel):
+        _form_groups(parallel)
+    set_seeds(seed)
 
 
 def are_split(parallel: Parallel) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rltrain import arguments
 from rltrain.arguments.config import Config
+from rltrain.arguments.groups.parallel import Parallel
 from rltrain.run.errors import UserError
 from rltrain.run.files import read_object
 
@@ -37,7 +38,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
-def start(config: Config) -> None:
+def start(parallel: Parallel, seed: int) -> None:
     """Form the process group, unless there is one already, on the CPU: no GPU is seen from here on."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from rltrain.megatron import device
@@ -50,9 +51,10 @@ def start(config: Config) -> None:
     from rltrain.megatron import ranks as distributed
 
     if dist.is_initialized():
-        distributed.split_ranks(config)
+        distributed.split_ranks(parallel, seed)
     elif world_size() == 1:
-        distributed.join(config, dist.HashStore(), 0, 1)
+        distributed.join(parallel, seed, dist.HashStore(), 0, 1)
     else:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        distributed.join(config, dist.TCPStore(address, port, world_size(), rank == 0), rank, world_size())
+        store = dist.TCPStore(address, port, world_size(), rank == 0)
+        distributed.join(parallel, seed, store, rank, world_size())

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> Path:
     config = model_args(words, Path(source).expanduser().absolute())
     if config.checkpoint.save is None:
         raise UserError("--save: give the directory for the checkpoint.")
-    start(config)
+    start(config.parallel, config.optimizer.seed)
     import torch.distributed as dist
 
     from rltrain.megatron.checkpoint.directory import RELEASE

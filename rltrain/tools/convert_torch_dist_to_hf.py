@@ -28,7 +28,7 @@ def main(argv: list[str]) -> Path:
     if output.exists() and not given.force:
         raise UserError(f"--output-dir {output} exists already: give --force to replace it.")
     config = model_args([], origin)
-    start(config)
+    start(config.parallel, config.optimizer.seed)
     from megatron.core import dist_checkpointing
 
     from rltrain.megatron.checkpoint.legacy import is_legacy

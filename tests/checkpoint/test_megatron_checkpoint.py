@@ -7,6 +7,7 @@ import logging
 import shutil
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from helpers.megatron import (
     write_hf_model,
 )
 
-from rltrain.megatron.checkpoint.resume import initial_source
+from rltrain.megatron.checkpoint.resume import WeightSource, initial_source
 from rltrain.run.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -173,10 +174,15 @@ def test_the_policy_starts_from_the_reference_where_load_has_nothing(
     resumed = make_actor(config, tmp_path)
     assert f"the policy's weights are those of --save {same}/iter_0000001" in capsys.readouterr().out
     assert torch.equal(weights_of(resumed), weights_of(started)) and resumed.start_rollout_id == 1
-    assert initial_source(config.replace(load=str(tmp_path / "nowhere"))).flag == "--ref-load"
-    assert initial_source(config.replace(load=str(other))).flag == "--load"
-    assert initial_source(config.replace(random_init=True)).flag == "--random-init"
-    assert initial_source(config.replace(ref_load=None)).flag == "--hf-checkpoint"
+
+    def source(**changes: Any) -> WeightSource:
+        changed = config.replace(**changes)
+        return initial_source(changed.checkpoint, changed.model)
+
+    assert source(load=str(tmp_path / "nowhere")).flag == "--ref-load"
+    assert source(load=str(other)).flag == "--load"
+    assert source(random_init=True).flag == "--random-init"
+    assert source(ref_load=None).flag == "--hf-checkpoint"
 
 
 def test_resuming_without_the_optimizer(model_dir: Path, tmp_path: Path) -> None:

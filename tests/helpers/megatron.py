@@ -19,6 +19,7 @@ import numpy as np
 
 from helpers.rank import run_in_process
 from rltrain.arguments.config import Config
+from rltrain.arguments.groups.parallel import Parallel
 from rltrain.data.batch import TrainBatch
 from rltrain.models.families import FAMILIES
 from rltrain.run.role import RoleContext
@@ -224,7 +225,7 @@ def init_single_process() -> None:
 
     device.set_up()
     if not dist.is_initialized():
-        distributed.join(Config().replace(distributed_timeout_minutes=1), dist.HashStore(), 0, 1)
+        distributed.join(Parallel(distributed_timeout_minutes=1), 1234, dist.HashStore(), 0, 1)
     distributed.set_seeds(1234)
 
 
@@ -257,7 +258,7 @@ def split_anew(config: Config) -> None:
 
     if not are_split(config.parallel):
         leave_groups()
-    split_ranks(config)
+    split_ranks(config.parallel, config.optimizer.seed)
 
 
 def leave_groups() -> None:

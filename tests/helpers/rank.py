@@ -45,7 +45,7 @@ def main(work: Path, registry_url: str) -> None:
     # A test of several layouts has the configuration of each; the ranks are split anew for all but the first.
     first = next(iter(config.values())) if isinstance(config, dict) else config
     registry = FileRegistry(work)
-    init_process_group(context, registry, first)
+    init_process_group(context, registry, first.parallel, first.optimizer.seed)
     # Code of the user's finds them as under torchrun.
     assert registry.read() == f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     function = getattr(importlib.import_module(module), name)

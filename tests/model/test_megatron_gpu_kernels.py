@@ -348,7 +348,7 @@ def test_windows_with_context_parallelism_where_attention_is_not_transformer_eng
     shape = read_model_shape(tiny_config(architecture, sliding_window=7, **SOME_OF.get(architecture, {})))
     config = make_config(Path("model"), context_parallel_size=2)
     with nullcontext() if own else pytest.raises(UserError, match="which TransformerEngine's context"):
-        assert build._window_config(shape, config)["window_size"] == (6, 0)
+        assert build._window_config(shape, config.parallel, config.model)["window_size"] == (6, 0)
 
 
 def test_each_ranks_biases_of_experts_count_in_the_norm_of_gradients() -> None:

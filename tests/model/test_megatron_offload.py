@@ -65,7 +65,7 @@ class Fleet:
             weights_swap=NotedSwap("weights", self.notes), state_swap=NotedSwap("state", self.notes)
         )
         config = Config().replace(**({"offload_train": True, "offload_rollout": True} | flags))
-        self.memory = EngineMemory(config)
+        self.memory = EngineMemory(config.engines, config.debug)
         self.offload = Offload(config.engines, [model], self.memory)
 
     def find(self) -> Sequence[NotedEngine]:

@@ -100,7 +100,7 @@ def built(config: Config) -> tuple[list[Any], Any]:
 
     shape = read_shape(config)
     with megatron_scope():
-        return wrap_data_parallel(build_model(shape, config), config), shape
+        return wrap_data_parallel(build_model(shape, config), config.parallel, config.model), shape
 
 
 def assert_equal(shared: dict[str, Any], separate: dict[str, Any]) -> None:

@@ -99,7 +99,8 @@ class FakeMemray:
 
 def make_profiler(run_dir: Path, rank: int = 0, **flags: Any) -> Profiler:
     config = Config().replace(record_memory_history=True, **flags)
-    return Profiler(config, RoleContext(run_dir, 2, "trainer", rank, "http://127.0.0.1:9", ""))
+    context = RoleContext(run_dir, 2, "trainer", rank, "http://127.0.0.1:9", "")
+    return Profiler(config.profiling, config.tracking, context)
 
 
 def test_memory_is_written_after_so_many_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

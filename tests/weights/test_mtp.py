@@ -363,13 +363,14 @@ def test_what_would_do_nothing_is_refused(given: list[str], words: str, models: 
 def test_models_that_have_none_are_named(models: dict[str, Path], tmp_path: Path) -> None:
     from rltrain.arguments.model_flags import check_mtp
 
-    config = config_of(models["MiMoForCausalLM"])
-    check_mtp(json.loads((models["MiMoForCausalLM"] / "config.json").read_text()), config)
+    model = models["MiMoForCausalLM"]
+    mtp = config_of(model).mtp
+    check_mtp(json.loads((model / "config.json").read_text()), mtp, str(model))
     with pytest.raises(UserError, match=r"it is not there for Qwen3ForCausalLM, but for .*MiMoForCausalLM"):
-        check_mtp(tiny_config(), config)
+        check_mtp(tiny_config(), mtp, str(model))
     two = tiny_config("MiMoForCausalLM", num_nextn_predict_layers=2)
     with pytest.raises(UserError, match="num_nextn_predict_layers 2"):
-        check_mtp(two, config)
+        check_mtp(two, mtp, str(model))
 
 
 def test_weights_that_lack_the_layer_are_refused_before_the_start(

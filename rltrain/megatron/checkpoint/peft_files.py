@@ -30,7 +30,7 @@ def write_adapters(directory: Path, models: list[GPTModel], shape: ModelShape, c
         OSError: it can't be written, on every rank; what was there is untouched.
     """
     tensors = {_PREFIX + name: tensor.cpu().contiguous() for name, tensor in export_adapters(models, shape)}
-    base = initial_source(config).hf_directory  # all ranks look
+    base = initial_source(config.checkpoint, config.model).hf_directory  # all ranks look
     settings = _settings(config.lora, shape, base)
     together(lambda: _write(directory, tensors, settings) if dist.get_rank() == 0 else None, OSError)
 

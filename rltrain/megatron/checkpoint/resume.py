@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from rltrain.arguments.config import Config
 from rltrain.arguments.groups.algorithm import Algorithm
 from rltrain.arguments.groups.checkpoint import Checkpoint
+from rltrain.arguments.groups.model import Model
 from rltrain.arguments.hf_config import ModelShape
 from rltrain.megatron.checkpoint.directory import (
     checkpoints,
@@ -50,7 +51,7 @@ class WeightSource:
         return f"{self.flag} {place}" if place else self.flag
 
 
-def initial_source(config: Config) -> WeightSource:
+def initial_source(checkpoint: Checkpoint, model: Model) -> WeightSource:
     """Where the run's first weights are from: --load, random ones if asked for, --ref-load, or --hf-checkpoint.
 
     As in slime, --ref-load counts where --load is not given, is where the run itself saves, or is missing or empty.
@@ -58,13 +59,13 @@ def initial_source(config: Config) -> WeightSource:
     Raises:
         UserError: the directory is neither a model directory nor one with checkpoints.
     """
-    load, model, reference = _foreign_load(config.checkpoint), config.model, config.checkpoint.ref_load
+    load, reference = _foreign_load(checkpoint), checkpoint.ref_load
     if load is not None and (reference is None or (load.is_dir() and any(load.iterdir()))):
-        return weight_source(load, "--load", config.checkpoint.ckpt_step)
+        return weight_source(load, "--load", checkpoint.ckpt_step)
     if model.random_init:
         return WeightSource()
     if reference is not None:
-        return weight_source(Path(reference), "--ref-load", config.checkpoint.ref_ckpt_step)
+        return weight_source(Path(reference), "--ref-load", checkpoint.ref_ckpt_step)
     return WeightSource(hf_directory=Path(model.hf_checkpoint), flag="--hf-checkpoint")
 
 
@@ -74,11 +75,11 @@ def _foreign_load(checkpoint: Checkpoint) -> Path | None:
     return None if load is None or (save is not None and Path(load) == Path(save)) else Path(load)
 
 
-def reference_source(config: Config) -> WeightSource:
+def reference_source(checkpoint: Checkpoint, model: Model) -> WeightSource:
     """The reference policy: --ref-load, else what the run started from."""
-    if config.checkpoint.ref_load is None:
-        return initial_source(config)
-    return weight_source(Path(config.checkpoint.ref_load), "--ref-load", config.checkpoint.ref_ckpt_step)
+    if checkpoint.ref_load is None:
+        return initial_source(checkpoint, model)
+    return weight_source(Path(checkpoint.ref_load), "--ref-load", checkpoint.ref_ckpt_step)
 
 
 def teacher_source(algorithm: Algorithm) -> WeightSource:
@@ -185,12 +186,14 @@ def load_source(
             load_checkpoint(source.checkpoint, TrainState(models), is_trained=is_trained)
 
 
-def first_weights(config: Config, shape: ModelShape, models: list[GPTModel]) -> Callable[[], None]:
+def first_weights(
+    checkpoint: Checkpoint, model: Model, shape: ModelShape, models: list[GPTModel]
+) -> Callable[[], None]:
     """What gives a model the weights that the run starts with, whatever is loaded into it before.
 
     Called when the model is new: the random weights that it has then are nowhere else.
     """
-    source = initial_source(config)
+    source = initial_source(checkpoint, model)
     if source == WeightSource():
         return partial(SavedWeights(models).give, models)
     return partial(load_source, models, shape, source)

@@ -20,8 +20,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from rltrain.arguments.config import Config
+from rltrain.arguments.groups.functions import Functions
 from rltrain.arguments.groups.model import Model
-from rltrain.arguments.groups.parallel import virtual_stages
+from rltrain.arguments.groups.parallel import Parallel, virtual_stages
 from rltrain.arguments.hf_config import (
     ModelShape,
     check_hf_config,
@@ -64,7 +65,7 @@ def read_shape(config: Config, kept: Path | None = None) -> ModelShape:
     check_model_flags(config.shape, hf_config, directory)
     check_quantised(hf_config, config)
     check_lora(hf_config, config.lora)
-    check_mtp(hf_config, config)
+    check_mtp(hf_config, config.mtp, directory)
     together(lambda: _compare(hf_config, directory, kept) if dist.get_rank() == 0 else None, UserError)
     shape = read_model_shape(hf_config)
     return replace(shape, head=shape.family.head) if config.mtp.enable_mtp_training else shape
@@ -84,9 +85,9 @@ def params_dtype(model: Model) -> torch.dtype:
     return torch.bfloat16 if model.bf16 else torch.float32
 
 
-def padded_vocab_size(shape: ModelShape, config: Config) -> int:
+def padded_vocab_size(shape: ModelShape, parallel: Parallel, model: Model) -> int:
     """The vocabulary with as many unused rows as it takes to divide it over tensor parallel ranks."""
-    size = config.parallel.tensor_model_parallel_size * config.model.make_vocab_size_divisible_by
+    size = parallel.tensor_model_parallel_size * model.make_vocab_size_divisible_by
     return -(-shape.vocab_size // size) * size
 
 
@@ -119,10 +120,10 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         recompute_method=config.model.recompute_method,
         recompute_num_layers=config.model.recompute_num_layers,
         **_attention_config(shape),
-        **_window_config(shape, config),
-        **_parallel_config(shape, config),
-        **_fusions(shape, config),
-        **_experts_config(shape, config),
+        **_window_config(shape, config.parallel, config.model),
+        **_parallel_config(shape, config.parallel, config.model),
+        **_fusions(shape, config.functions),
+        **_experts_config(shape, config.parallel, config.model),
     )
 
 
@@ -146,8 +147,7 @@ def _attention_config(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _parallel_config(shape: ModelShape, config: Config) -> dict[str, Any]:
-    parallel = config.parallel
+def _parallel_config(shape: ModelShape, parallel: Parallel, model: Model) -> dict[str, Any]:
     stages = virtual_stages(parallel, shape.num_layers)
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
@@ -157,22 +157,22 @@ def _parallel_config(shape: ModelShape, config: Config) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": stages,
         "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,
         "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
-        "pipeline_dtype": params_dtype(config.model),
+        "pipeline_dtype": params_dtype(model),
         # Micro-batches of different length tell the next stage their shape, which Megatron-core cannot do where
         # both neighbours are one rank, so with virtual stages all are padded to one length.
         "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1
-        and not uniform_micro_batches(config),
+        and not uniform_micro_batches(parallel, model),
         # Two stages with virtual ones exchange two messages at a time, which only this keeps apart.
         "overlap_p2p_comm": stages is not None,
         "batch_p2p_comm": stages is None,
     }
 
 
-def _fusions(shape: ModelShape, config: Config) -> dict[str, Any]:
+def _fusions(shape: ModelShape, functions: Functions) -> dict[str, Any]:
     """Fused kernels: TransformerEngine has them; without it they cost a torch.compile in the first step."""
     family, fused = shape.family, use_transformer_engine()
     # Not for a user's model, which may tie its weights, or have another activation.
-    fuses_on_cpu = not use_cuda() and config.functions.custom_model_provider_path is None
+    fuses_on_cpu = not use_cuda() and functions.custom_model_provider_path is None
     return {
         # On a CPU `rltrain.megatron.cpu` has one, though not of experts.
         "bias_activation_fusion": (fused or (fuses_on_cpu and not shape.experts))
@@ -187,14 +187,14 @@ def _fusions(shape: ModelShape, config: Config) -> dict[str, Any]:
     }
 
 
-def _window_config(shape: ModelShape, config: Config) -> dict[str, Any]:
+def _window_config(shape: ModelShape, parallel: Parallel, model: Model) -> dict[str, Any]:
     window = shape.window
     if window is None:
         return {}
     own_attention = not use_transformer_engine() or shape.family.sinks or shape.soft_caps.scores is not None
-    if not own_attention and config.parallel.context_parallel_size > 1:
+    if not own_attention and parallel.context_parallel_size > 1:
         raise UserError(
-            f"--context-parallel-size {config.parallel.context_parallel_size}: {config.model.hf_checkpoint} has"
+            f"--context-parallel-size {parallel.context_parallel_size}: {model.hf_checkpoint} has"
             f" attention with a sliding window of {window.size} tokens, which TransformerEngine's context parallelism"
             " does not have. Use --context-parallel-size 1, with more --tensor-model-parallel-size."
         )
@@ -249,16 +249,13 @@ def _activation(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def uniform_micro_batches(config: Config) -> bool:
+def uniform_micro_batches(parallel: Parallel, model: Model) -> bool:
     """Whether all micro-batches of a step must have the same number of tokens, on all ranks."""
-    virtual = (
-        config.parallel.num_virtual_stages_per_pipeline_rank
-        or config.parallel.num_layers_per_virtual_pipeline_stage
-    )
-    return bool(virtual or config.model.moe_token_dispatcher_type == "allgather")
+    virtual = parallel.num_virtual_stages_per_pipeline_rank or parallel.num_layers_per_virtual_pipeline_stage
+    return bool(virtual or model.moe_token_dispatcher_type == "allgather")
 
 
-def _experts_config(shape: ModelShape, config: Config) -> dict[str, Any]:
+def _experts_config(shape: ModelShape, parallel: Parallel, model: Model) -> dict[str, Any]:
     experts = shape.experts
     if experts is None:
         return {}
@@ -279,11 +276,11 @@ def _experts_config(shape: ModelShape, config: Config) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": experts.shared_size or None,
         "moe_shared_expert_gate": experts.shared_gate,
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": config.model.moe_router_load_balancing_type,
-        "moe_aux_loss_coeff": config.model.moe_aux_loss_coeff,
+        "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "moe_grouped_gemm": True,
-        "expert_model_parallel_size": config.parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": config.parallel.expert_tensor_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
     }
 
 
@@ -325,7 +322,7 @@ def _build_chunk(
             residual=shape.multipliers.residual,
             soft_cap=shape.soft_caps.scores,
         ),
-        vocab_size=padded_vocab_size(shape, run_config),
+        vocab_size=padded_vocab_size(shape, run_config.parallel, run_config.model),
         max_sequence_length=shape.max_positions,
         pre_process=first,
         post_process=last,
@@ -380,15 +377,17 @@ def _embedding_factor(shape: ModelShape, dtype: torch.dtype) -> float:
     return shape.multipliers.embedding
 
 
-def wrap_data_parallel(models: list[GPTModel], run_config: Config) -> list[DistributedDataParallel]:
+def wrap_data_parallel(
+    chunks: list[GPTModel], parallel: Parallel, model: Model
+) -> list[DistributedDataParallel]:
     """The chunks with Megatron-core's gradient buffers and reduction over data parallel ranks."""
     config = build_config(
         DistributedDataParallelConfig,
-        run_config.model,
+        model,
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=bool(run_config.parallel.use_distributed_optimizer),
+        use_distributed_optimizer=bool(parallel.use_distributed_optimizer),
         check_for_nan_in_grad=False,  # `TrainedModel.update` checks, and skips the step on all ranks
     )
-    wrapped = [DistributedDataParallel(model.config, config, model) for model in models]
-    models[0].config.finalize_model_grads_func = finalize_model_grads
+    wrapped = [DistributedDataParallel(each.config, config, each) for each in chunks]
+    chunks[0].config.finalize_model_grads_func = finalize_model_grads
     return wrapped

@@ -19,6 +19,7 @@ from rltrain.algorithms.losses import (
 from rltrain.algorithms.mismatch import tis
 from rltrain.arguments.config import Config
 from rltrain.arguments.groups.algorithm import Algorithm
+from rltrain.arguments.groups.functions import Functions
 from rltrain.functions import load_function
 from rltrain.megatron.training.micro_batch import LossInputs, Responses
 
@@ -62,7 +63,7 @@ def micro_batch_loss(
     sums = metric_sums(result.metrics, log_probs.detach() if generated is None else generated, inputs)
     loss = result.loss @ inputs.weights
     if result.pg_loss is not None:
-        pg_loss = _custom_reduction(config, result, inputs, responses)
+        pg_loss = _custom_reduction(config.algorithm, config.functions, result, inputs, responses)
         loss = loss + pg_loss
         sums["pg_loss"] = pg_loss.detach()
         sums["loss"] = loss.detach()
@@ -176,17 +177,21 @@ def _correct_mismatch(
 
 
 def _custom_reduction(
-    config: Config, result: TokenLoss, inputs: LossInputs[Tensor], responses: Responses
+    algorithm: Algorithm,
+    functions: Functions,
+    result: TokenLoss,
+    inputs: LossInputs[Tensor],
+    responses: Responses,
 ) -> Tensor:
     """What --custom-pg-loss-reducer-function-path makes of the policy loss, over the step's samples or tokens."""
     assert result.pg_loss is not None and result.kept is not None and inputs.normalizer is not None
     if not len(result.pg_loss):
         return result.pg_loss.sum()
-    path = config.functions.custom_pg_loss_reducer_function_path
+    path = functions.custom_pg_loss_reducer_function_path
     make_reducer = load_function(path, flag="--custom-pg-loss-reducer-function-path")
     masks = responses.split(responses.expand(result.kept))
     reduce = make_reducer(
-        responses.total_lengths, responses.response_lengths, masks, config.algorithm.calculate_per_token_loss
+        responses.total_lengths, responses.response_lengths, masks, algorithm.calculate_per_token_loss
     )
     reduced = reduce(responses.expand(result.pg_loss))
     if not isinstance(reduced, Tensor) or reduced.ndim:

@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 
 from rltrain.arguments.config import Config
 from rltrain.arguments.groups.algorithm import Algorithm
+from rltrain.arguments.groups.functions import Functions
 from rltrain.arguments.hf_config import ModelShape
 from rltrain.data.batch import Flat
 from rltrain.megatron.checkpoint.load import load_checkpoint
@@ -45,7 +46,7 @@ class OtherPolicies:
         if config.algorithm.loss_type == "sft_loss":
             return
         if config.algorithm.use_kl_loss or config.algorithm.kl_coef:
-            load_source(models, shape, reference_source(config), is_trained=False)
+            load_source(models, shape, reference_source(config.checkpoint, config.model), is_trained=False)
             self.reference = SavedWeights(models)
         if config.algorithm.opd_teacher_load:
             load_source(models, shape, teacher_source(config.algorithm), is_trained=False)
@@ -137,7 +138,7 @@ def with_log_probs(
     if past is not None and not config.algorithm.use_rollout_logprobs:
         with timers("log_probs"), past.in_place_of(models):
             old, entropy = log_probs(share, "")
-    elif _needs_own_log_probs(config, share.num_steps):
+    elif _needs_own_log_probs(config.algorithm, config.functions, share.num_steps):
         with timers("log_probs"):
             old, entropy = log_probs(share, "")
     return replace(
@@ -150,16 +151,16 @@ def with_log_probs(
     )
 
 
-def _needs_own_log_probs(config: Config, num_steps: int) -> bool:
+def _needs_own_log_probs(algorithm: Algorithm, functions: Functions, num_steps: int) -> bool:
     """Whether something asks for the policy's log-probs, or entropy, before the first optimizer step."""
-    if config.algorithm.use_rollout_logprobs:
-        return config.algorithm.use_rollout_entropy
+    if algorithm.use_rollout_logprobs:
+        return algorithm.use_rollout_entropy
     return bool(
         num_steps > 1
-        or config.algorithm.use_rollout_entropy
-        or config.algorithm.kl_coef
-        or config.functions.custom_advantage_function_path
-        or config.algorithm.use_opd
-        or config.algorithm.loss_type == "custom_loss"
-        or post_processes(config.functions)
+        or algorithm.use_rollout_entropy
+        or algorithm.kl_coef
+        or functions.custom_advantage_function_path
+        or algorithm.use_opd
+        or algorithm.loss_type == "custom_loss"
+        or post_processes(functions)
     )

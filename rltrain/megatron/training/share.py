@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rltrain.algorithms.reduce import token_weights
 from rltrain.arguments.config import Config
+from rltrain.arguments.groups.model import Model
 from rltrain.arguments.hf_config import ModelShape
 from rltrain.arguments.resolve import why_separate
 from rltrain.data.batch import Flat, TrainableTokens, TrainBatch, split_rows
@@ -230,7 +231,7 @@ class RankShare:
         trains: bool = False,
     ) -> list[MicroBatch]:
         split = self._split
-        if uniform_micro_batches(self._config):
+        if uniform_micro_batches(self._config.parallel, self._config.model):
             most = max(self._computed(each) for rank in plan for each in rank)
             split = replace(split, min_tokens=most)
         own = plan[parallel_state.get_data_parallel_rank()]
@@ -266,14 +267,14 @@ def _prefixes(config: Config, shape: ModelShape, batch: TrainBatch) -> Prefixes:
     prefixes = Prefixes.of([each[:-1] for each in batch.tokens])
     if config.training.share_prompts is None and use_transformer_engine():
         least = _LEAST_SHARE * sum(map(len, batch.tokens))
-        if _wants_kernels(config) or prefixes.shared(range(len(batch))) < least:
+        if _wants_kernels(config.model) or prefixes.shared(range(len(batch))) < least:
             return Prefixes.none(len(batch))
     return prefixes
 
 
-def _wants_kernels(config: Config) -> bool:
+def _wants_kernels(model: Model) -> bool:
     """Whether flags ask for one of TransformerEngine's ways to compute attention, such as a deterministic one."""
-    given = config.model.megatron.get("transformer", {})
+    given = model.megatron.get("transformer", {})
     return bool(given.get("deterministic_mode") or given.get("attention_backend"))
 
 
@@ -283,7 +284,7 @@ def describe_sharing(config: Config, shape: ModelShape) -> str:
     if reason is None:
         once = "prompts: what samples of a micro-batch have in common at their beginnings is computed once"
         if use_transformer_engine() and config.training.share_prompts is None:
-            if _wants_kernels(config):
+            if _wants_kernels(config.model):
                 return "prompts: computed for every sample (flags ask for TransformerEngine's attention)"
             once += f", in rollouts where that is at least {_LEAST_SHARE:.0%} of all tokens"
         return once

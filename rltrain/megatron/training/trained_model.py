@@ -45,7 +45,7 @@ class TrainedModel:
         self.models, self.config = models, config
         freeze(models, config.training)
         with megatron_scope():
-            self.wrapped = wrap_data_parallel(models, config)
+            self.wrapped = wrap_data_parallel(models, config.parallel, config.model)
             self.optimizer = build_optimizer(self.wrapped, config)
             self.scheduler = build_scheduler(self.optimizer, config)
         self.swap = HostSwap(self._tensors)
