@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from hpc.planning.slurm_tables import Value
 from hpc.signals import hold_warning
@@ -45,6 +45,8 @@ _ENDED_BY_US = 60.0  # seconds that Slurm has to end this process after it took 
 _SILENCE_SECONDS = 600.0  # of slurmctld, before a requeue is given up
 _ASK_AGAIN_SECONDS = 5.0
 _SETTLE_SECONDS = 3.0  # a dead node, or a cancelled job, is first seen in the roles that die of it
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,8 @@ def _address_of(node: str, client: SlurmClient | None) -> str:
     try:
         return _look_up(node)
     except OSError as error:
-        said = (client or SlurmClient()).run("scontrol", "--oneliner", "show", "node", node)
+        asked = client or SlurmClient()
+        said = _ask_until_answered(lambda: asked.run("scontrol", "--oneliner", "show", "node", node))
         address = re.search(r"\bNodeAddr=(\S+)", said)
         try:
             return _look_up(address[1] if address else node)
@@ -329,7 +332,7 @@ def _note(layout: RunLayout, kind: str, reason: str) -> None:
     append_event(layout.events, max(layout.attempts(), default=0), kind, {"reason": reason})
 
 
-def _ask_until_answered(ask: Callable[[], None]) -> None:
+def _ask_until_answered(ask: Callable[[], Answer]) -> Answer:
     """A controller that restarts or is overloaded must not cost the run its next attempt.
 
     Raises:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from hpc.planning.job_plan import make_slurm_plan
 from hpc.planning.nodes import Ask, Split, read_ask, split_nodes
-from hpc.slurm.client import SlurmClient
+from hpc.slurm.client import SlurmClient, SlurmUnavailableError
+from hpc.supervisor import slurm_supervisor
 from hpc.supervisor.slurm_supervisor import choose_address
 from hpc.supervisor.srun import Allocation, srun_env
 from hpc.supervisor.task import task_env
@@ -251,11 +252,17 @@ def test_address_of_a_node_that_dns_does_not_know(monkeypatch: pytest.MonkeyPatc
         return look_up(name, *more, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    monkeypatch.setattr(slurm_supervisor, "_ASK_AGAIN_SECONDS", 0.0)
 
     class Slurm(SlurmClient):
         address = "NodeAddr=192.0.2.7 "
 
+        silences = 2
+
         def run(self, *command: str, stdin: str | None = None) -> str:
+            self.silences -= 1
+            if self.silences >= 0:  # that of names and slurmctld may be gone at the same time
+                raise SlurmUnavailableError("it does not answer")
             return f"NodeName={command[-1]} {self.address}NodeHostName=x"
 
     nodes, env = (
