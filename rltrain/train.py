@@ -12,6 +12,8 @@ from collections.abc import Callable
 if __name__ == "__main__":
     gc.disable()  # what is imported stays: looking for garbage in it took a fifth of the time
 
+import pyarrow as pa
+
 from rltrain.arguments import load
 from rltrain.arguments.config import Config
 from rltrain.data.batch import TrainBatch
@@ -146,6 +148,8 @@ def run(config: Config, context: RoleContext, registry: Registry, profiler: Prof
     actor = MegatronTrainActor(config, context, registry, engine_memory, profiler)
     if context.index == 0:
         print(describe_sharing(actor.config, actor.shape), flush=True)
+    # Its first conversion imports pandas, which the first batch would wait for: now the engines are waited for anyway.
+    pa.array([0])
     job = Job(actor.config, context, registry)
     try:
         job.connect()

@@ -22,6 +22,9 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
+if __name__ == "__main__":
+    gc.disable()  # what is imported stays, torch to begin with, see `run_cpu_server`
+
 from rltrain.run.http import HttpError, call
 from rltrain.run.processes import family_of
 from rltrain.sglang import cpu, own_model
@@ -60,6 +63,7 @@ def main() -> None:
     os.environ.update(allocator_settings(os.environ, uses_memory_saver="enable_memory_saver" in server_args))
     os.environ.update(own_model.settings(os.environ, server_args))
     if cpu.has_accelerator():
+        gc.enable()
         run_server(server_args)
     else:
         run_cpu_server({**cpu_defaults(server_args), **server_args}, threads)

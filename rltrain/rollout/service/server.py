@@ -126,6 +126,8 @@ async def serve(context: RoleContext) -> None:
     config = prepare(arguments.load(context.run_dir), context.layout)
     registry = Registry(context)
     manager = RolloutManager(config, context.layout, context.attempt)
+    # Its first conversion imports pandas, which the first batch would wait for: now the engines are waited for anyway.
+    pa.array([0])
     collect_garbage_rarely()
     client = HttpClient(context.token)
     set_client(client)
