@@ -20,7 +20,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rltrain.run.errors import UserError
 from rltrain.sample import Message
@@ -38,6 +38,15 @@ class Prompt:
     tools: list[dict[str, Any]] | None = None
 
 
+class Keys(NamedTuple):
+    """The keys of a row, or a table's columns: those of label, metadata and tools may be missing."""
+
+    input: str
+    label: str | None
+    metadata: str
+    tools: str
+
+
 def split_slice(path: str) -> tuple[Path, slice]:
     """`file@[a:b]` → the file and slice(a, b); without it, everything."""
     match = _SLICE.fullmatch(path)
@@ -47,14 +56,7 @@ def split_slice(path: str) -> tuple[Path, slice]:
     return Path(match["path"]), slice(start, stop)
 
 
-def parse_line(
-    line: str,
-    where: str,
-    input_key: str,
-    label_key: str | None = None,
-    metadata_key: str = "metadata",
-    tool_key: str = "tools",
-) -> Prompt:
+def parse_line(line: str, where: str, keys: Keys) -> Prompt:
     """One line of a prompt file; `where` (file:line) is for the message.
 
     Raises:
@@ -70,7 +72,7 @@ def parse_line(
         _check_characters(row, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {type(row).__name__}; expected an object with the prompt.")
-    return parse_row(row, where, input_key, label_key, metadata_key, tool_key)
+    return parse_row(row, where, keys)
 
 
 def _check_characters(row: Any, where: str) -> None:
@@ -85,30 +87,23 @@ def _check_characters(row: Any, where: str) -> None:
         ) from None
 
 
-def parse_row(
-    row: dict[str, Any],
-    where: str,
-    input_key: str,
-    label_key: str | None = None,
-    metadata_key: str = "metadata",
-    tool_key: str = "tools",
-) -> Prompt:
+def parse_row(row: dict[str, Any], where: str, keys: Keys) -> Prompt:
     """A prompt from its keys and values; `where` is for the message.
 
     Raises:
         UserError: a key is missing, or its value has the wrong type.
     """
-    prompt = _require(row, input_key, "--input-key", where)
+    prompt = _require(row, keys.input, "--input-key", where)
     if not isinstance(prompt, str) and not _is_conversation(prompt):
         raise UserError(
-            f"{where}: {input_key!r} holds a {type(prompt).__name__}; expected a text or a list of messages, each"
+            f"{where}: {keys.input!r} holds a {type(prompt).__name__}; expected a text or a list of messages, each"
             " with 'role' and 'content'."
         )
     return Prompt(
         prompt=prompt,
-        label=None if label_key is None else _require(row, label_key, "--label-key", where),
-        metadata=_metadata(row.get(metadata_key), metadata_key, where),
-        tools=row.get(tool_key),
+        label=None if keys.label is None else _require(row, keys.label, "--label-key", where),
+        metadata=_metadata(row.get(keys.metadata), keys.metadata, where),
+        tools=row.get(keys.tools),
     )
 
 
@@ -162,14 +157,14 @@ class PromptFile:
         Raises:
             UserError: no such file, or nothing in it or in the slice.
         """
-        self._keys = (input_key, label_key, metadata_key, tool_key)
+        keys = Keys(input_key, label_key, metadata_key, tool_key)
         file, window = split_slice(path)
         if not file.is_file():
             what = "it is a directory" if file.is_dir() else "there is no such file"
             raise UserError(f"prompt file {file}: {what}. Give a JSONL file: one JSON object a line.")
         kinds: dict[str, type[_ParquetRows | _CsvRows]] = {".parquet": _ParquetRows, ".csv": _CsvRows}
         self._rows: _JsonLines | _ParquetRows | _CsvRows
-        self._rows = kinds.get(file.suffix.lower(), _JsonLines)(file, window, self._keys)
+        self._rows = kinds.get(file.suffix.lower(), _JsonLines)(file, window, keys)
         if not len(self._rows):
             where = f"{path}: no prompts in that slice" if path != str(file) else f"{file}: no prompts in it"
             raise UserError(f"prompt file {where}. Give a JSONL file with one JSON object a line.")
@@ -205,7 +200,7 @@ def check_prompt_file(
 class _JsonLines:
     """The lines that are not blank."""
 
-    def __init__(self, file: Path, window: slice, keys: tuple[str, str | None, str, str]) -> None:
+    def __init__(self, file: Path, window: slice, keys: Keys) -> None:
         self._file, self._keys = file, keys
         self._descriptor = os.open(file, os.O_RDONLY)
         stop = (
@@ -228,13 +223,13 @@ class _JsonLines:
         begin, end = self._starts[line], self._starts[line + 1]
         content = os.pread(self._descriptor, end - begin, begin)
         try:
-            return parse_line(content.decode(), str(self._file), *self._keys)
+            return parse_line(content.decode(), str(self._file), self._keys)
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{self._file}:{self._number(begin)}: not UTF-8 ({error}). Prompt files are UTF-8."
             ) from None
         except UserError:  # counting lines takes a while: only where somebody wants to know
-            return parse_line(content.decode(), f"{self._file}:{self._number(begin)}", *self._keys)
+            return parse_line(content.decode(), f"{self._file}:{self._number(begin)}", self._keys)
 
     def _number(self, begin: int) -> int:
         """Number of the line that begins there, counted from 1."""
@@ -264,7 +259,7 @@ def _line_starts(descriptor: int, stop: int | None) -> array[int]:
 class _CsvRows:
     """The rows of a CSV file, whose first row names the columns. Every value is text, as CSV knows nothing else."""
 
-    def __init__(self, file: Path, window: slice, keys: tuple[str, str | None, str, str]) -> None:
+    def __init__(self, file: Path, window: slice, keys: Keys) -> None:
         self._file, self._keys = file, keys
         self._starts = array("q")
         self._header: list[str] = []
@@ -289,7 +284,7 @@ class _CsvRows:
             raise UserError(
                 f"{where}: it has {len(row)} values, and the first row names {len(self._header)} columns."
             )
-        return parse_row(dict(zip(self._header, row, strict=True)), where, *self._keys)
+        return parse_row(dict(zip(self._header, row, strict=True)), where, self._keys)
 
     def _records(self, start: int = 0) -> Iterator[tuple[int, list[str]]]:
         """Where each row begins that is not blank, and its values; a value in quotes may have several lines."""
@@ -320,7 +315,7 @@ class _CsvRows:
 class _ParquetRows:
     """The rows of a Parquet file, only the columns that have a key."""
 
-    def __init__(self, file: Path, window: slice, keys: tuple[str, str | None, str, str]) -> None:
+    def __init__(self, file: Path, window: slice, keys: Keys) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -351,7 +346,7 @@ class _ParquetRows:
         return self._parse(row, number)
 
     def _parse(self, row: dict[str, Any], number: int) -> Prompt:
-        return parse_row(row, f"{self._file}, row {number}", *self._keys)
+        return parse_row(row, f"{self._file}, row {number}", self._keys)
 
     def _read(self) -> Iterator[tuple[int, Any]]:
         names = self._parquet.schema_arrow.names

@@ -114,31 +114,23 @@ def first_or_listed_experts(config: Mapping[str, Any]) -> Experts:
 
 def minimax_experts(config: Mapping[str, Any]) -> Experts:
     """MiniMax-M2's: sigmoid and a bias where experts are chosen; `intermediate_size` is theirs, in every layer."""
-    return _checked(
-        Experts(
-            count=_experts_in(config, "num_experts"),
-            top_k=whole_number(config, "num_experts_per_tok"),
-            ffn_hidden_size=whole_number(config, "intermediate_size"),
-            normalized=True,
-            layers=tuple(range(config["num_hidden_layers"])),
-            score="sigmoid",
-            correction_bias=True,
-        )
-    )
+    return _checked(replace(_experts_everywhere(config), score="sigmoid", correction_bias=True))
 
 
 def gpt_oss_experts(config: Mapping[str, Any]) -> Experts:
     """gpt-oss's: softmax over the chosen ones, biases, a limit; `intermediate_size` is theirs, in every layer."""
-    return _checked(
-        Experts(
-            count=_experts_in(config, "num_experts"),
-            top_k=whole_number(config, "num_experts_per_tok"),
-            ffn_hidden_size=whole_number(config, "intermediate_size"),
-            normalized=True,
-            layers=tuple(range(config["num_hidden_layers"])),
-            limit=number(config["swiglu_limit"], "swiglu_limit"),
-            biases=True,
-        )
+    found = _experts_everywhere(config)
+    return _checked(replace(found, limit=number(config["swiglu_limit"], "swiglu_limit"), biases=True))
+
+
+def _experts_everywhere(config: Mapping[str, Any]) -> Experts:
+    """Experts in every layer, in place of MLPs of their size."""
+    return Experts(
+        count=_experts_in(config, "num_experts"),
+        top_k=whole_number(config, "num_experts_per_tok"),
+        ffn_hidden_size=whole_number(config, "intermediate_size"),
+        normalized=True,
+        layers=tuple(range(config["num_hidden_layers"])),
     )
 
 

@@ -4,40 +4,23 @@ from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import os
 import pickle
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from helpers.rank import run_in_process
+from helpers.rank import Rank, start_rank
 from rltrain.arguments.config import Config
 from rltrain.arguments.groups.parallel import Parallel
 from rltrain.data.batch import TrainBatch
 from rltrain.models.families import FAMILIES
 from rltrain.run.role import RoleContext
 
-# Ranks are forked from a process that has imported what they need: that takes longer than most of them run.
-# transformers imports much of itself only when rank 0 reads the model's configuration, and the others wait for it.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    [
-        "rltrain.megatron.actor",
-        "transformers.models.auto.configuration_auto",
-        "transformers.models.auto.modeling_auto",
-        "transformers.models.auto.tokenization_auto",
-        "transformers.integrations.accelerate",
-    ]
-)
-_SPAWNS = multiprocessing.get_context("spawn")
-_LIMIT = 570  # seconds of a process group; pytest's own limit is 600
 VOCAB_SIZE = 61  # a prime, so that tensor parallelism has to pad it
 
 # Entries of `tiny_config` for families that have these parts.
@@ -324,24 +307,6 @@ def adamw_step(weights: dict[str, Any], gradients: dict[str, Any], config: Confi
     return {name: copy.detach().bfloat16() for name, copy in copies.items()}
 
 
-@dataclass(frozen=True)
-class Rank:
-    """A process of `running_ranks`."""
-
-    process: BaseProcess
-    output: Path
-
-    def wait(self, seconds: float = _LIMIT) -> int:
-        """Its exit code, negative for a signal."""
-        self.process.join(seconds)
-        assert self.process.exitcode is not None, f"it did not end in {seconds:.0f} s:\n{self.said()}"
-        return self.process.exitcode
-
-    def said(self) -> str:
-        """The end of what it printed."""
-        return self.output.read_text(errors="replace")[-5000:]
-
-
 @contextmanager
 def running_ranks(
     function: Callable[..., Any], config: Any, work: Path, *, world_size: int = 2
@@ -351,7 +316,7 @@ def running_ranks(
     (work / "job.pickle").write_bytes(pickle.dumps((function.__module__, function.__qualname__, config)))
     with socket.create_server(("127.0.0.1", 0)) as supervisor:  # ranks look which address leads here
         url = "http://{}:{}".format(*supervisor.getsockname())
-        ranks = [_start_rank(work, url, rank, world_size) for rank in range(world_size)]
+        ranks = [start_rank(work, url, rank, world_size) for rank in range(world_size)]
         try:
             yield ranks
         finally:
@@ -381,23 +346,3 @@ def run_ranks(
         for index, rank in enumerate(ranks):
             assert rank.wait() == 0, f"rank {index}:\n{rank.said()}"
     return [pickle.loads((work / f"result-{rank}.pickle").read_bytes()) for rank in range(world_size)]
-
-
-def _new_processes() -> Any:
-    """CUDA does not survive a fork, and what is imported may have asked it for the number of GPUs."""
-    import torch
-
-    return _SPAWNS if torch.cuda.is_available() else _FORKS
-
-
-def _start_rank(work: Path, url: str, rank: int, world_size: int) -> Rank:
-    env = os.environ | {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "OMP_NUM_THREADS": "1",
-    }
-    output = work / f"output-{rank}.txt"
-    process = _new_processes().Process(target=run_in_process, args=(work, url, env, output))
-    process.start()
-    return Rank(process, output)

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import gc
 import importlib
+import multiprocessing
 import os
 import pickle
 import time
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from rltrain.run.role import RoleAddress, RoleContext
+
+# Ranks are forked from a process that has imported what they need: that takes longer than most of them run.
+# transformers imports much of itself only when rank 0 reads the model's configuration, and the others wait for it.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    [
+        "rltrain.megatron.actor",
+        "transformers.models.auto.configuration_auto",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.integrations.accelerate",
+    ]
+)
+_SPAWNS = multiprocessing.get_context("spawn")
+_LIMIT = 570  # seconds of a process group; pytest's own limit is 600
 
 
 class FileRegistry:
@@ -63,3 +82,42 @@ def run_in_process(work: Path, registry_url: str, env: dict[str, str], output: P
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     main(work, registry_url)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A process of a group, as `helpers.megatron.running_ranks` starts them."""
+
+    process: BaseProcess
+    output: Path
+
+    def wait(self, seconds: float = _LIMIT) -> int:
+        """Its exit code, negative for a signal."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"it did not end in {seconds:.0f} s:\n{self.said()}"
+        return self.process.exitcode
+
+    def said(self) -> str:
+        """The end of what it printed."""
+        return self.output.read_text(errors="replace")[-5000:]
+
+
+def _new_processes() -> Any:
+    """CUDA does not survive a fork, and what is imported may have asked it for the number of GPUs."""
+    import torch
+
+    return _SPAWNS if torch.cuda.is_available() else _FORKS
+
+
+def start_rank(work: Path, url: str, rank: int, world_size: int) -> Rank:
+    """A new process that is this rank of a group."""
+    env = os.environ | {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "OMP_NUM_THREADS": "1",
+    }
+    output = work / f"output-{rank}.txt"
+    process = _new_processes().Process(target=run_in_process, args=(work, url, env, output))
+    process.start()
+    return Rank(process, output)
