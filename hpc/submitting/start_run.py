@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -200,12 +202,16 @@ def _run_here(options: SubmitOptions, rollout: Rollout, plan: JobPlan) -> int:
     view = make_view(layout, rollout.num_rollout)
     begun = time.monotonic()
 
+    def refresh() -> None:
+        _unless_unseen(view.refresh)
+
     def on_stop(again: bool) -> None:
-        view.say("stopping now" if again else "stopping: saving first (press Ctrl-C again to stop at once)")
+        text = "stopping now" if again else "stopping: saving first (press Ctrl-C again to stop at once)"
+        _unless_unseen(lambda: view.say(text))
 
     supervisor = Supervisor(layout.root, plan, max_engine_restarts=options.max_engine_restarts)
     with view.shown():
-        result = local_job.run(supervisor, layout.submitit, view.refresh, on_stop)
+        result = local_job.run(supervisor, layout.submitit, refresh, on_stop)
     if result.error:
         print(f"error: {layout.name} failed: {safe_text(result.error)}", file=sys.stderr)
     elif _exit_code(result) == EXIT_INTERRUPTED:
@@ -216,6 +222,23 @@ def _run_here(options: SubmitOptions, rollout: Rollout, plan: JobPlan) -> int:
         print(f"{layout.name} was stopped; it {goes_on}.")
     print_summary(layout, rollout.num_rollout, time.monotonic() - begun)
     return _exit_code(result)
+
+
+def _unless_unseen(show: Callable[[], None]) -> None:
+    """Show something. If nobody is left to see it, show nothing from now on.
+
+    A run must not die, unsaved, of a terminal that was closed or of a Ctrl-C that ended the `tee` behind it first.
+    """
+    try:
+        show()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        both = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr) if both else (sys.stdout,):
+            os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _exit_code(result: LocalResult) -> int:

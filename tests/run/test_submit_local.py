@@ -151,6 +151,23 @@ def test_ctrl_c_saves_and_the_next_start_resumes(job: Job) -> None:
     assert f"step {done}/" not in out  # what the earlier attempt did is not news
 
 
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_a_reader_that_goes_away_does_not_end_the_run(job: Job, kind: str) -> None:
+    """Ctrl-C ends the `tee` behind it, too, and a terminal may be closed: the run saves all the same."""
+    ours, theirs = os.pipe() if kind == "pipe" else pty.openpty()
+    process = job.start(steps=100_000, stdout=theirs)
+    os.close(theirs)
+    wait_until(lambda: len(job.steps()) > 2)
+    os.close(ours)
+    done = len(job.steps())
+    wait_until(lambda: len(job.steps()) > done + 20)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=45)
+    assert (process.returncode, err) == (130, ASSUMED)
+    assert job.events("attempt_finished")[-1]["state"] == "stopped"
+    assert (job.layout.checkpoints / "latest_checkpointed_iteration.txt").exists()
+
+
 def test_nohup_is_respected(job: Job) -> None:
     process = job.start(steps=10, preexec=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     wait_until(lambda: job.steps())
