@@ -42,7 +42,7 @@ def stored_flags(layout: RunLayout) -> Flags:
     """The flags that an existing run was last submitted with; none if there is no such run.
 
     Raises:
-        UserError: the directory is there, but it is not a run.
+        UserError: the directory is there, but it is not a run, or its configuration is damaged.
     """
     if not layout.root.exists():
         return {}
@@ -50,7 +50,13 @@ def stored_flags(layout: RunLayout) -> Flags:
         raise UserError(
             f"{layout.root} exists but is not a run (it has no config.toml). Give another --name."
         )
-    return flag_data.from_table(tomllib.loads(layout.config.read_text())["flags"], str(layout.config))
+    try:
+        table = tomllib.loads(layout.config.read_text())["flags"]
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise UserError(
+            f"{layout.config} is damaged ({error}), so there is no telling what the run was given. Give another --name."
+        ) from None
+    return flag_data.from_table(table, str(layout.config))
 
 
 def prepare(

@@ -85,7 +85,7 @@ def plan_job(
     Args:
         options: what was asked of `submit`.
         flags: training flags.
-        check: looks at the input files, in place of `rltrain.inputs.check_inputs`.
+        check: looks at the input files, in place of `rltrain.inputs.check_inputs`, and returns what that returns.
         after_any: ids of jobs that must have ended, however they did.
         facts: the cluster, if it has been asked already.
 
@@ -95,8 +95,7 @@ def plan_job(
     facts = facts or ask_cluster(options)
     split = _split(options, flags, facts)
     components = make_components(split, options, facts)
-    config = arguments.parse(flag_data.to_argv(flags | split.flags()))
-    (check or inputs.check_inputs)(config)
+    config = (check or inputs.check_inputs)(arguments.parse(flag_data.to_argv(flags | split.flags())))
     config, chosen = precision.decide(
         config, options.layout, gpus=precision.has_gpus(components[0], options.slurm)
     )

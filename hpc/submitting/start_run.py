@@ -68,8 +68,7 @@ def submit_run(
     if options.partition:
         return _run_in_slurm(options, flags, check, after_any, facts)
     layout = options.layout
-    config = arguments.parse(flag_data.to_argv(flags))
-    inputs.check_inputs(config)
+    config = inputs.check_inputs(arguments.parse(flag_data.to_argv(flags)))
     inputs.check_imports(config)
     gpus = usable_gpus()
     config, chosen = precision.decide(config, layout, gpus=bool(gpus))

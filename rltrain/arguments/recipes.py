@@ -39,7 +39,7 @@ def read_recipe(name: str, known: Collection[str]) -> Flags:
     """
     path = Path(name).expanduser()
     if path.is_file():
-        return flag_data.from_toml(path.read_text(), str(path), known)
+        return flag_data.from_toml(_read_utf8(path), str(path), known)
     builtin = _builtin()
     found = builtin.get(name.removesuffix(".toml"))
     if found is not None:
@@ -48,9 +48,23 @@ def read_recipe(name: str, known: Collection[str]) -> Flags:
         raise UserError(
             f"@{name}: it is a directory; give the recipe in it, such as @{path / 'recipe.toml'}."
         )
-    near = nearest_few(name.removesuffix(".toml"), builtin, 3) or sorted(builtin)
-    raise UserError(f"@{name}: there is no such file, and no such built-in recipe; near are"
-                    f" {', '.join(f'@{recipe}' for recipe in near)}.")  # fmt: skip
+    beside = [str(file) for file in path.parent.glob("*.toml")]
+    near = nearest_few(str(path), beside, 2) + nearest_few(name.removesuffix(".toml"), builtin, 3)
+    hint = f"near are {', '.join(f'@{recipe}' for recipe in near)}" if near else "--help lists those"
+    raise UserError(f"@{name}: there is no such file, and no such built-in recipe; {hint}.")
+
+
+def _read_utf8(path: Path) -> str:
+    """The text of a file that a person wrote, perhaps with a byte order mark.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: it is not text in UTF-8. Save it as UTF-8.") from None
 
 
 def _builtin() -> dict[str, Traversable]:
@@ -74,7 +88,7 @@ def read_config_file(path: str, flag: str) -> dict[str, object]:
         what = "it is a directory; give the file in it" if file.is_dir() else "there is no such file"
         raise UserError(f"{flag} {path}: {what}.")
     try:
-        text = file.read_text()
+        text = _read_utf8(file)
         if file.suffix == ".toml":
             settings = tomllib.loads(text)
         elif file.suffix == ".json":
@@ -83,6 +97,8 @@ def read_config_file(path: str, flag: str) -> dict[str, object]:
             import yaml  # type: ignore[import-untyped]
 
             settings = yaml.safe_load(text)
+    except UserError:
+        raise
     except ImportError:
         raise UserError(f"{flag} {path}: YAML needs PyYAML; write it as TOML or JSON.") from None
     except Exception as error:

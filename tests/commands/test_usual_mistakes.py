@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hpc import submit
 from hpc.doctor import examine
 from hpc.doctor.storage import check_storage
 from hpc.planning.request import SubmitOptions
-from hpc.submitting import resuming, start_run
+from hpc.submitting import resuming, slurm_job, start_run
 from hpc.submitting.command_line import read_request
 from rltrain import arguments
 from rltrain.arguments import flags
@@ -21,6 +22,7 @@ from rltrain.arguments.recipes import read_recipe
 from rltrain.data.prompt_file import Prompt, PromptFile
 from rltrain.inputs import check_imports, check_inputs
 from rltrain.run.errors import UserError
+from rltrain.run.finished import asked_steps
 
 
 @pytest.fixture
@@ -122,6 +124,49 @@ def test_a_recipe_for_slurm_runs_here_too(place: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(submit, "submit_run", lambda *_: 0)
     (place / "cluster.toml").write_text('time = "2:00:00"\n[slurm.sbatch]\nconstraint = "ib"\n')
     assert submit.submit(["@cluster.toml", *words(), "--runs-dir", "runs"]) == 0
+
+
+def test_epochs_are_rollouts_wherever_the_run_starts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = flags.split(words("--num-epoch", "2", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "512"))[
+        1
+    ]
+    del given["num-rollout"]
+    seen = []
+    monkeypatch.setattr(
+        start_run, "_run_here", lambda _, rollout, plan: seen.append(rollout.num_rollout) or 0
+    )
+    options = SubmitOptions(runs_dir=place / "runs", name="x")
+    assert start_run.submit_run(options, given) == 0
+    monkeypatch.setattr(slurm_job.shutil, "which", lambda _: None)
+    job = slurm_job.plan_job(replace(options, partition="gpu", nodes=2, dry_run=True), given)
+    assert [*seen, job.config.rollout.num_rollout, asked_steps(options.layout)] == [2 * 4600 // 4] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("latin.toml", b"lr = 1e-3\n# caf\xe9\n", r"latin.toml, line 2: it is not text in UTF-8"),
+        ("recpie.toml", None, r"@recpie.toml: there is no such file.*; near are @recipe.toml"),
+        ("xyz", None, r"@xyz: there is no such file, and no such built-in recipe; --help lists those"),
+        ("qwen3-4b", None, r"near are @qwen3-4B"),
+    ],
+)
+def test_a_recipe_that_is_not_there_or_not_text(
+    place: Path, name: str, content: bytes | None, said: str
+) -> None:
+    (place / "recipe.toml").write_bytes(b"\xef\xbb\xbflr = 1e-3\n")
+    if content is not None:
+        (place / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_recipe(name, [])
+    assert read_recipe("recipe.toml", []) == {"lr": ["0.001"]}  # a byte order mark, as some editors write it
+
+
+def test_a_run_whose_configuration_is_damaged(place: Path) -> None:
+    (place / "runs" / "x").mkdir(parents=True)
+    (place / "runs" / "x" / "config.toml").write_text('[flags]\nlr = "1e')
+    with pytest.raises(UserError, match=r"x/config.toml is damaged .*another --name"):
+        submit.submit([*words(), "--name", "x", "--runs-dir", "runs"])
 
 
 TABLE = '\ufeffinput,label,metadata\r\n1+1=,2,"{""a"": 1}"\r\n\r\n"two\nlines, and ""more""",042,\r\né,x,\r\n'

@@ -35,7 +35,7 @@ def fake_argv(role: str, python: str) -> tuple[str, ...]:
 if __name__ == "__main__":
     start_run.make_plan = lambda args, **_: fake_plan(json.loads(os.environ["FAKE_PLAN"]))
     job_plan._argv = fake_argv
-    inputs.check_inputs = lambda args, to_come=None: None
+    inputs.check_inputs = lambda args, to_come=None: args
     grace = float(os.environ.get("FAKE_GRACE", "120"))
     if not any(word.startswith("--partition") for word in sys.argv):  # the batch job has not imported this
         supervisor.Supervisor = functools.partial(supervisor.Supervisor, stop_grace=grace, kill_grace=1.0)

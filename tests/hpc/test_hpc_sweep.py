@@ -79,7 +79,7 @@ FLAGS = [
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(inputs, "check_inputs", lambda args, to_come=None: None)
+    monkeypatch.setattr(inputs, "check_inputs", lambda args, to_come=None: args)
     monkeypatch.setattr(start_run.shutil, "which", lambda name: None)
     monkeypatch.chdir(tmp_path)
 

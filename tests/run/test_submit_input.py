@@ -28,7 +28,7 @@ HEAVY = {"torch", "pandas", "pyarrow", "wandb", "submitit", "rich", "numpy", "tr
 @pytest.fixture(autouse=True)
 def _unchecked_inputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The files that flags name are checked elsewhere; here they need not exist."""
-    monkeypatch.setattr(inputs, "check_inputs", lambda args, to_come=None: None)
+    monkeypatch.setattr(inputs, "check_inputs", lambda args, to_come=None: args)
     monkeypatch.setattr(start_run.shutil, "which", lambda name: None)
     monkeypatch.chdir(tmp_path)
 

@@ -97,7 +97,7 @@ def test_submit_says_what_it_chose(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("hpc.gpus.torch_is_for_cpus", lambda: False)
-    monkeypatch.setattr(inputs, "check_inputs", lambda args, to_come=None: None)
+    monkeypatch.setattr(inputs, "check_inputs", lambda args, to_come=None: args)
     monkeypatch.setattr(sys, "argv", ["submit", "--dry-run", f"--runs-dir={tmp_path}", *FLAGS])
     assert main() == 0
     out, err = capsys.readouterr()

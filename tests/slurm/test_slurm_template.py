@@ -84,7 +84,7 @@ FACTS = ClusterFacts(
 @pytest.fixture(autouse=True)
 def cluster_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm_job, "read_facts", lambda client: FACTS)
-    monkeypatch.setattr(inputs, "check_inputs", lambda args, to_come=None: None)
+    monkeypatch.setattr(inputs, "check_inputs", lambda args, to_come=None: args)
 
 
 def script(*flags: str) -> str:
