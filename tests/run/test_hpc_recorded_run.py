@@ -94,7 +94,7 @@ def test_payload_is_the_supervisor_of_the_same_processes(
     supervisor = payload(layout, job)
     monkeypatch.setenv("PATH", _without_slurm(os.environ["PATH"]))
     options = dataclasses.replace(stored_options(layout), dry_run=True)
-    planned = plan_job(options, stored_flags(layout), check=lambda args: None)
+    planned = plan_job(options, stored_flags(layout), check=lambda args: args)
     assert supervisor == SlurmSupervisor(
         layout.root, planned.plan, stop_grace=planned.lead - 10.0, python="python3", limits=Limits(100, 1)
     )
