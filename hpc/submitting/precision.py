@@ -18,13 +18,14 @@ from rltrain.run.layout import RunLayout
 _NO_GPU = ("", "-1")  # in CUDA_VISIBLE_DEVICES
 
 
-def decide(config: Config, layout: RunLayout, *, gpus: bool) -> tuple[Config, str]:
+def decide(config: Config, layout: RunLayout, *, gpus: bool, idle: bool = False) -> tuple[Config, str]:
     """Fill in `bf16` and `use_distributed_optimizer` where they are None.
 
     Args:
         config: resolved.
         layout: of the run, which may exist already.
-        gpus: whether the trainer has GPUs.
+        gpus: whether the trainer has GPUs, which its torch can use.
+        idle: whether it has GPUs that its torch can't use.
 
     Returns:
         The configuration, and what was chosen and why in one line; empty if there was nothing to choose.
@@ -37,7 +38,10 @@ def decide(config: Config, layout: RunLayout, *, gpus: bool) -> tuple[Config, st
     if not open_names:
         return config, ""
     began = _begun_with(layout)
-    why = "the run began so" if began else "the trainer has GPUs" if gpus else "the trainer has no GPU"
+    none = "the trainer can't use the job's GPUs (torch for CPUs, or CUDA_VISIBLE_DEVICES)" if idle else ""
+    why = (
+        "the run began so" if began else "the trainer has GPUs" if gpus else none or "the trainer has no GPU"
+    )
     taken = {name: bool(began.get(name)) if began else gpus for name in open_names}
     options = [f"--{'' if on else 'no-'}{name.replace('_', '-')}" for name, on in taken.items()]
     return config.replace(**taken), f"chosen, as {why}: {' '.join(options)}"

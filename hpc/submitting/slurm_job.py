@@ -96,9 +96,9 @@ def plan_job(
     split = _split(options, flags, facts)
     components = make_components(split, options, facts)
     config = (check or inputs.check_inputs)(arguments.parse(flag_data.to_argv(flags | split.flags())))
-    config, chosen = precision.decide(
-        config, options.layout, gpus=precision.has_gpus(components[0], options.slurm)
-    )
+    gpus = precision.has_gpus(components[0], options.slurm)
+    idle = components[0].gpus > 0 and not gpus
+    config, chosen = precision.decide(config, options.layout, gpus=gpus, idle=idle)
     lead = save_lead(read_lines(options.layout.metrics))
     if facts is not None:
         needed = step_seconds(read_lines(options.layout.events), read_lines(options.layout.metrics))

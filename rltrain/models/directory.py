@@ -116,7 +116,9 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
 
 def _download(directory: Path) -> str:
     """How to get a model whose id on the Hugging Face Hub was given in place of a directory, if it looks like one."""
-    if directory.parent.exists() or not directory.parent.parent.is_dir():
+    if (
+        directory.parent.exists() or directory.parent.parent != Path.cwd()
+    ):  # given as OWNER/MODEL, no other path
         return ""
     owner, model = directory.parts[-2:]
     return (

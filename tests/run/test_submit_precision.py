@@ -76,6 +76,8 @@ def test_gpus_of_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpc.submitting.precision.torch_is_for_cpus", lambda: True)
     assert not found(8)
     assert found(8, SlurmTables(python="python3"))  # of a container, with a torch of its own
+    _, chosen = precision.decide(Config(), RunLayout(Path("/nowhere")), gpus=False, idle=True)
+    assert "can't use the job's GPUs (torch for CPUs" in chosen and "--no-bf16" in chosen
 
 
 def test_a_recipe_may_say_no(tmp_path: Path) -> None:
