@@ -149,7 +149,7 @@ def select_files(
     missing = [step for step in wanted if step not in files]
     if missing:
         files = find(None)
-        there = f"steps {min(files)} to {max(files)} have" if files else "the run has none yet"
+        there = f"steps {min(files)} to {max(files)} have some" if files else "the run has none yet"
         raise NotInRunError(f"no samples of step {', '.join(map(str, missing))}: {there}")
     return {step: files[step] for step in wanted}
 

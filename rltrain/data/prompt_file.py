@@ -15,6 +15,7 @@ import json
 import os
 import re
 import tempfile
+import weakref
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -203,14 +204,12 @@ class _JsonLines:
     def __init__(self, file: Path, window: slice, keys: Keys) -> None:
         self._file, self._keys = file, keys
         self._descriptor = os.open(file, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
         stop = (
             window.stop if window.stop is not None and window.stop >= 0 and (window.start or 0) >= 0 else None
         )
         self._starts = _line_starts(self._descriptor, stop)
         self._window = range(len(self._starts) - 1)[window]
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
 
     def __len__(self) -> int:
         return len(self._window)

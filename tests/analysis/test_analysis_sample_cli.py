@@ -50,7 +50,7 @@ def test_errors_are_one_line_and_exit_2(
     layout: RunLayout, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(layout.root), "--step", "77"]) == 2
-    assert capsys.readouterr().err == "error: no samples of step 77: steps 0 to 5 have\n"
+    assert capsys.readouterr().err == "error: no samples of step 77: steps 0 to 5 have some\n"
     RunLayout(tmp_path).metrics.touch()
     assert main([str(tmp_path)]) == 2
     assert "no samples yet" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -21,7 +22,7 @@ from rltrain.arguments.config import Config
 from rltrain.arguments.recipes import read_recipe
 from rltrain.data.prompt_file import Prompt, PromptFile
 from rltrain.inputs import check_imports, check_inputs
-from rltrain.run.errors import UserError
+from rltrain.run.errors import UserError, run_main
 from rltrain.run.finished import asked_steps
 
 
@@ -195,6 +196,26 @@ def test_a_table_that_is_wrong(place: Path, text: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         list(PromptFile("p.csv", "input", "label"))
     assert said in str(caught.value)
+
+
+def test_prompts_that_one_may_not_read(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, and no second error of a file that was never opened."""
+    unheard: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", unheard.append)
+    monkeypatch.setattr(os, "open", lambda path, *_: _raise(PermissionError(13, "no", str(path))))
+    assert run_main(lambda: _nothing(check_inputs(parse()))) == 2
+    assert capsys.readouterr().err.startswith(f"error: {place}/demo/train.jsonl: you may not read")
+    assert unheard == []
+
+
+def _raise(error: Exception) -> int:
+    raise error
+
+
+def _nothing(_: object) -> None:
+    return None
 
 
 REWARD = """import json
