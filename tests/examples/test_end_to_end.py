@@ -229,7 +229,7 @@ def parts(short: Shown, tmp_path_factory: pytest.TempPathFactory) -> Shown:
         events = load_run(runs / "parts").events
         engines = events[(events["kind"] == "role_ready") & (events["role"] == "engine")]
         os.kill(int(engines[engines["attempt"] == 1].iloc[0]["pid"]), signal.SIGKILL)
-        shown, _ = process.communicate(timeout=480)
+        shown, _ = process.communicate(timeout=900)
     assert process.returncode == 0, shown
     assert left_behind(mark) == []
     return load_run(runs / "parts"), shown
@@ -340,7 +340,7 @@ def interrupt_after_first_step(run_dir: Path, *flags: str) -> None:
     with start(*flags) as process:
         wait_for_step(run_dir, process)
         process.send_signal(signal.SIGINT)
-        shown, _ = process.communicate(timeout=480)
+        shown, _ = process.communicate(timeout=900)
     assert process.returncode == 130, shown
     assert "resumes from" in shown
 

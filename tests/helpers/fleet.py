@@ -25,7 +25,7 @@ import yaml
 from safetensors.torch import load_file
 
 from helpers.engine import GivenWeights, running_requests
-from helpers.local_job import wait_until
+from helpers.local_job import PATIENCE, wait_until
 from helpers.megatron import init_single_process
 from helpers.run_files import events_of
 from helpers.tiny_model import make_model
@@ -236,6 +236,6 @@ def running_fleet(directory: Path, flags: str = "") -> Iterator[Fleet]:
     finally:
         fleet.supervisor.send_signal(signal.SIGTERM)
         try:
-            fleet.supervisor.wait(timeout=60)
+            fleet.supervisor.wait(timeout=PATIENCE)
         finally:
             fleet.supervisor.kill()

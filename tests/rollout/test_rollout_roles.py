@@ -126,7 +126,7 @@ def test_a_batch_and_an_evaluation_through_router_and_engine(
     assert any(path.exists() for path in shared)
     for process in job.roles.values():
         process.terminate()
-    assert [process.wait(timeout=120) for process in job.roles.values()] == [0, 0, 0]
+    assert [process.wait(timeout=400) for process in job.roles.values()] == [0, 0, 0]
     assert living(children, timeout=30) == []
     assert not any(path.exists() for path in shared)
 
@@ -147,5 +147,5 @@ def test_a_rollout_process_that_cannot_work_says_why_and_asks_not_to_be_restarte
     job: Job, tiny_tokenizer: Path, prompt_file: Path
 ) -> None:
     write_config(job, tiny_tokenizer, prompt_file, "--custom-rm-path", "no_such_module.reward")
-    assert job.start("rollout").wait(timeout=120) == EXIT_NEVER_RESTART
+    assert job.start("rollout").wait(timeout=400) == EXIT_NEVER_RESTART
     assert "error: --custom-rm-path no_such_module.reward" in job.log("rollout").read_text()

@@ -199,4 +199,4 @@ def test_waiting_job_starts_the_roles(layout: RunLayout, tiny_model: Path, idle_
     own = [step for attempt, step in steps() if attempt]
     assert own == list(range(len(own)))  # it went on from what the second attempt had saved
     idle_cluster.run("scancel", "--batch", "--signal=INT", job)
-    until(lambda: json.loads(layout.status.read_text())["phase"] == "stopped", 60, "the stop")
+    until(lambda: json.loads(layout.status.read_text())["phase"] == "stopped", 240, "the stop")

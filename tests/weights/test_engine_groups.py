@@ -44,7 +44,7 @@ def test_a_group_that_waits_for_its_engine_holds_up_no_other() -> None:
             source = trainer.stdout.readline()
             assert json.loads(source)["kind"] == "group"
             engine = [sys.executable, "-c", ENGINE, source]
-            done = subprocess.run(engine, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(engine, capture_output=True, text=True, timeout=240)
         finally:
             trainer.kill()
     assert done.stdout.strip() == str([*range(8)]), done.stderr

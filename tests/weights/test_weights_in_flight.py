@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TOKEN
 from helpers.engine import GivenEngine, GivenWeights, load_weights, running_requests
-from helpers.local_job import wait_until
+from helpers.local_job import PATIENCE, wait_until
 from helpers.megatron import init_single_process, log_probs_of, make_actor, make_batch, make_config
 from helpers.tiny_model import make_model
 from safetensors.torch import load_file
@@ -76,7 +76,7 @@ def generate(url: str, prompt: list[int], seed: int) -> Sample:
     params = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True, "temperature": 1.0, "sampling_seed": seed}
     body = {"input_ids": prompt, "return_logprob": True, "sampling_params": params}
     return update_sample(
-        Sample(tokens=list(prompt)), call("POST", f"{url}/generate", TOKEN, body, timeout=120)
+        Sample(tokens=list(prompt)), call("POST", f"{url}/generate", TOKEN, body, timeout=PATIENCE)
     )
 
 
@@ -102,7 +102,7 @@ def test_every_token_was_sampled_by_the_version_that_its_span_names(
         wait_until(lambda: running_requests(engine.url, TOKEN) == len(PROMPTS))
         weights = load_file(other_model / "model.safetensors").items()
         assert pushing(transport, tiny_model, tmp_path).push(2, weights, lambda: [engine]) == {}
-        samples = [answer.result(timeout=120) for answer in answers]
+        samples = [answer.result(timeout=PATIENCE) for answer in answers]
     for sample in samples:
         assert sample.response_length == NEW_TOKENS
         first, second = sample.weight_version_spans
