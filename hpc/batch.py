@@ -26,7 +26,7 @@ _BY_SIGNAL = 128  # plus its number: as shells say it
 # Modules that the pickled supervisor of an earlier version names, and where their classes are now. Slurm may requeue a
 # job long after it was submitted, and `--chain` has jobs that wait. The oldest version that is listed: 0.1.
 MOVED_MODULES = {
-    "hpc.plan": "hpc.planning.job_plan",
+    "hpc.plan": "hpc.planning.processes",
     "hpc.restart": "hpc.supervisor.restart",
     "hpc.slurm_supervisor": "hpc.supervisor.slurm_supervisor",
 }

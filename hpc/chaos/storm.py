@@ -18,7 +18,7 @@ from hpc.chaos.operator import Operator
 from hpc.chaos.records import Kept
 from hpc.chaos.recovery import Recovery, SeenLines, recoveries
 from hpc.chaos.script import Script
-from hpc.planning.job_plan import JobPlan
+from hpc.planning.processes import JobPlan
 from hpc.planning.request import SubmitOptions
 from hpc.resubmit import merge_options
 from hpc.runs.find import read_submissions

@@ -22,9 +22,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from rltrain.arguments.flags import Flags
 from rltrain.run.errors import UserError, nearest
+
+if TYPE_CHECKING:  # the supervisor needs this module, and none of all flags
+    from rltrain.arguments.flags import Flags
 
 PREFIX = "slurm."
 

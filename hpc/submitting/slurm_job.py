@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from hpc.planning.job_plan import JobPlan, make_slurm_plan
+from hpc.planning.job_plan import make_slurm_plan
 from hpc.planning.nodes import Ask, Split, read_ask, split_nodes
+from hpc.planning.processes import JobPlan
 from hpc.planning.request import SubmitOptions, to_table
 from hpc.planning.sbatch_flags import check_time_for_a_step, make_components, node_gpus
 from hpc.planning.script import BatchScript

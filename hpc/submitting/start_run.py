@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from hpc.gpus import usable_gpus
-from hpc.planning.job_plan import JobPlan, make_plan
+from hpc.planning.job_plan import make_plan
+from hpc.planning.processes import JobPlan
 from hpc.planning.request import SubmitOptions, to_table
 from hpc.submitting import precision, resuming, run_dir
 from rltrain import arguments, inputs

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from hpc.planning.job_plan import RoleProcess
+from hpc.planning.processes import RoleProcess
 from hpc.supervisor.causes import End, end_of_process
 from rltrain.run import processes
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc.planning.job_plan import MAIN_ROLE, RoleProcess
+from hpc.planning.processes import MAIN_ROLE, RoleProcess
 from hpc.runs.log_files import disk_is_full, last_lines
 from hpc.supervisor.causes import Cause
 from hpc.supervisor.launcher import Handle

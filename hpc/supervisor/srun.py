@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpc.planning.job_plan import MAIN_ROLE, RoleProcess
+from hpc.planning.processes import MAIN_ROLE, RoleProcess
 from hpc.planning.slurm_tables import Value
 from hpc.slurm.nodelist import expand
 from hpc.supervisor.causes import End, TaskExit, end_of_step, failed_nodes_in, parse_exits

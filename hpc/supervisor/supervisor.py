@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc.planning.job_plan import JobPlan, RoleProcess
+from hpc.planning.processes import JobPlan, RoleProcess
 from hpc.runs.lock import hold_lock
 from hpc.signals import SignalPipe
 from hpc.supervisor.causes import Cause

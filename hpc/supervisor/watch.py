@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from hpc.planning.job_plan import MAIN_ROLE, RoleProcess
+from hpc.planning.processes import MAIN_ROLE, RoleProcess
 from hpc.signals import SignalPipe
 from hpc.supervisor.causes import Cause
 from hpc.supervisor.launcher import Handle

@@ -16,7 +16,7 @@ from helpers.recorded_runs import steps_run
 from helpers.run_files import make_run
 
 from analysis import export, load_run, load_runs, metrics, plots
-from hpc.planning.job_plan import JobPlan, RoleProcess
+from hpc.planning.processes import JobPlan, RoleProcess
 from hpc.runs.live_view import describe_step, panel
 from hpc.runs.progress import RunState
 from hpc.runs.summary import next_commands, summary_rows

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpc import submit
 from hpc.planning import job_plan
-from hpc.planning.job_plan import JobPlan, RoleProcess
+from hpc.planning.processes import JobPlan, RoleProcess
 from hpc.submitting import start_run
 from hpc.supervisor import supervisor
 from rltrain import inputs

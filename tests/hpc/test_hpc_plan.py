@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from hpc.planning.job_plan import JobPlan, make_plan
+from hpc.planning.job_plan import make_plan
+from hpc.planning.processes import JobPlan
 from rltrain.arguments.config import Config
 
 

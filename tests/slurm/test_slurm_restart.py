@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hpc.planning.job_plan import RoleProcess
+from hpc.planning.processes import RoleProcess
 from hpc.slurm.states import JobState
 from hpc.supervisor import watch
 from hpc.supervisor.causes import Cause, TaskExit, end_of_process, end_of_step, parse_exits
