@@ -176,6 +176,7 @@ class MegatronTrainActor:
             The checkpoint, or None without --save.
         """
         config, checkpoint = self.config, None
+        self.offload.for_saving()
         if config.checkpoint.save:
             # The policy's last: a run goes on from the newest of these, and then finds the others.
             checkpoint = self._checkpoints.save(rollout_id + 1, self.policy.state(), self._save_companions)
@@ -214,11 +215,13 @@ class MegatronTrainActor:
 
     def update_weights(self, find_engines: Callable[[], Sequence[Engine]], version: int) -> None:
         """Have every engine load the present weights; only rank 0 asks `find_engines` for them."""
-        if self.others.past is not None:
+        pushes = not self.config.debug.debug_train_only
+        if pushes:
+            self.offload.for_push(find_engines)
+        if self.others.past is not None:  # which reads the weights, so not while they are away
             self.others.past.remember(version, self.models)
-        if self.config.debug.debug_train_only:
+        if not pushes:
             return
-        self.offload.for_push(find_engines)
         self._weight_push.push(find_engines, version)
         self.offload.for_generating()
         self._event("weights_updated", version=version)

@@ -29,6 +29,9 @@ class MemoryEngine(Protocol):
     url: str
     is_ours: bool  # started by the job
 
+    def pause_generation(self) -> object:
+        """Compute nothing more, and keep the requests that there are."""
+
     def release_memory(self, tag: str) -> object:
         """Give the memory of `weights` or `kv_cache` back."""
 
@@ -54,6 +57,13 @@ class EngineMemory:
         self.moves = engines.offload_rollout and not debug.debug_train_only
         self.find_engines: Callable[[], Sequence[MemoryEngine]] = tuple
         self._released: dict[str, set[str]] = {WEIGHTS: set(), CACHE: set()}  # URLs
+
+    def pause(self) -> bool:
+        """Have all that may be computing stop, as only idle ones give up memory; returns whether there were any."""
+        todo = [each for each in self._engines() if each.url not in self._released[CACHE]]
+        for engine in todo:
+            engine.pause_generation()
+        return bool(todo)
 
     def release(self, tag: str) -> bool:
         """Have all give up `weights` or `kv_cache`; returns whether one still had it."""
@@ -93,6 +103,12 @@ class Offload:
         self._step("engines gave up their weights", lambda: self._engines.release(WEIGHTS))
         self._swap("trainer took its weights", self._weights, back=True)
         self._swap("trainer took gradients and optimizer", self._state, back=True)
+
+    def for_saving(self) -> None:
+        """The trainer has all, also if it is asked to stop while engines generate: they don't go on afterwards."""
+        if any(swap.is_out for swap in (*self._weights, *self._state)):
+            self._step("engines stopped generating", self._engines.pause)
+            self.for_training()
 
     def for_push(self, find_engines: Callable[[], Sequence[MemoryEngine]]) -> None:
         """Both have their weights; `find_engines` is asked on rank 0 for the engines that there are, now and later."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TOKEN
-from helpers.engine import load_weights
+from helpers.engine import running_requests
 from helpers.tiny_model import make_model
 from on_gpu import EVERYWHERE, needs_gpu, report, seconds
 
@@ -107,19 +108,28 @@ def test_memory_of_another_process_can_be_read(where: str) -> None:
 
 @pytest.mark.parametrize("where", EVERYWHERE)
 def test_a_colocated_engine_gives_up_its_memory(where: str, tmp_path: Path) -> None:
-    """As round a training step: cache and weights go, weights come back and are loaded anew, then the cache."""
+    """Also amid a request: cache and weights go, weights come back and are loaded anew, then the cache."""
     model = make_model(tmp_path / "model")
     server = {"model_path": str(model), "enable_memory_saver": True}
     if where == "cuda":
         server |= {"mem_fraction_static": 0.3, "attention_backend": "triton", "disable_cuda_graph": True}
     with HttpServerEngineAdapter.launch(server, TOKEN) as engine:
         before, answer = used_memory(), _greedy(engine)
-        for tag in ("kv_cache", "weights"):
-            engine.release_memory(tag)
-        without = used_memory()
-        engine.resume_memory("weights")
-        load_weights(engine, model, "1")
-        engine.resume_memory("kv_cache")
+        with ThreadPoolExecutor(1) as asking:
+            # As when the trainer is asked to stop, and saves: SGLang refuses to give up memory while it computes.
+            held = asking.submit(_greedy, engine, 400)
+            while not running_requests(engine.url, TOKEN):
+                assert not held.done()
+            engine.pause_generation()
+            for tag in ("kv_cache", "weights"):
+                engine.release_memory(tag)
+            without = used_memory()
+            engine.resume_memory("weights")
+            engine.update_weights_from_disk(model, "1")
+            engine.resume_memory("kv_cache")
+            assert not held.done()
+            engine.continue_generation()
+            assert len(held.result(60)) == 400
         assert _greedy(engine) == answer
         after = used_memory()
     report({"before": before / MIB, "given up": without / MIB, "taken again": after / MIB}, "MiB in use")
@@ -128,6 +138,7 @@ def test_a_colocated_engine_gives_up_its_memory(where: str, tmp_path: Path) -> N
         assert before - without > 0.2 * total and after - without > 0.2 * total
 
 
-def _greedy(engine: HttpServerEngineAdapter) -> list[int]:
-    body = {"input_ids": [4, 13, 5, 16], "sampling_params": {"temperature": 0, "max_new_tokens": 8}}
+def _greedy(engine: HttpServerEngineAdapter, tokens: int = 8) -> list[int]:
+    how = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+    body = {"input_ids": [4, 13, 5, 16], "sampling_params": how}
     return call("POST", f"{engine.url}/generate", TOKEN, body)["output_ids"]

@@ -19,8 +19,10 @@ from helpers.megatron import (
 
 from rltrain.arguments.config import Config
 from rltrain.job import make_room
+from rltrain.megatron.checkpoint.save import CheckpointWriter
 from rltrain.megatron.device import own_device, restore, store
 from rltrain.megatron.memory import EngineMemory, Offload
+from rltrain.megatron.model.host_copy import PastPolicies
 from rltrain.run.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -46,6 +48,9 @@ class NotedEngine:
 
     def __init__(self, url: str, notes: list[str], is_ours: bool = True) -> None:
         self.url, self.notes, self.is_ours = url, notes, is_ours
+
+    def pause_generation(self) -> None:
+        self.notes.append(f"{self.url} pauses")
 
     def release_memory(self, tag: str) -> None:
         self.notes.append(f"{self.url} releases {tag}")
@@ -120,6 +125,40 @@ def test_generating_without_a_push_gives_the_engines_all() -> None:
     fleet.taken()
     fleet.offload.for_generating()
     assert fleet.taken() == ["state out", "weights out", "a resumes weights", "a resumes kv_cache"]
+
+
+def test_who_saves_while_engines_generate_has_all() -> None:
+    fleet = Fleet()
+    fleet.offload.for_push(fleet.find)
+    fleet.offload.for_training()
+    fleet.taken()
+    fleet.offload.for_saving()  # has it already
+    assert fleet.taken() == []
+    fleet.offload.for_generating()
+    fleet.taken()
+    fleet.offload.for_saving()
+    assert fleet.taken() == [
+        "a pauses", "a releases kv_cache", "a releases weights", "weights back", "state back",
+    ]  # fmt: skip
+
+
+def test_weights_are_there_when_a_checkpoint_or_the_past_policies_are_made_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both may be asked for while engines generate: by a stop, and by an engine that was started again."""
+    init_single_process()
+    model, seen = write_hf_model(tmp_path / "model", tiny_config()), []
+    flags = {"offload_train": True, "keep_old_actor": True, "save": str(tmp_path / "saved")}
+    actor = make_actor(make_config(model, **flags), tmp_path)
+    weights, state = actor.policy.weights_swap, actor.policy.state_swap
+    for owner, name in ((CheckpointWriter, "save"), (PastPolicies, "remember")):
+        monkeypatch.setattr(owner, name, lambda *_: seen.append((weights.is_out, state.is_out)))
+    monkeypatch.setattr(actor._weight_push, "push", lambda *_: None)
+    actor.offload.for_generating()
+    actor.update_weights(list, 0)
+    assert weights.is_out and state.is_out
+    actor.save(0)
+    assert seen == [(False, True), (False, False)]
 
 
 def test_an_engine_that_was_started_again_has_nothing_to_resume() -> None:
