@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 from hpc.doctor.check import Check, fail, ok, warn
 from rltrain import packages
@@ -60,7 +64,25 @@ def check_gpu_software(gpus: int) -> list[Check]:
         checks = [fail("driver", "torch is built for CPUs", f"in a checkout: {packages.install_command()}")]
     elif problem := packages.driver_problem(built_for, driver):
         checks = [fail("driver", problem)]
-    return [*checks, check_transformer_engine(packages.installed_version("transformer-engine-torch"))]
+    return [
+        *checks,
+        check_compiler(os.environ),
+        check_transformer_engine(packages.installed_version("transformer-engine-torch")),
+    ]
+
+
+def check_compiler(env: Mapping[str, str]) -> Check:
+    """Whether engines find nvcc, where SGLang looks for it: it compiles kernels when they are first used."""
+    home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
+    on_path = shutil.which("nvcc", path=env.get("PATH"))
+    place = Path(home, "bin/nvcc") if home else Path(on_path or "/usr/local/cuda/bin/nvcc")
+    if place.is_file():
+        return ok("nvcc", str(place))
+    return warn(
+        "nvcc",
+        f"{place} is not there: engines compile kernels of SGLang with it",
+        "load the site's module of CUDA 13.0, or set CUDA_HOME (docs/gpu.md); fine if only nodes have it",
+    )
 
 
 def check_transformer_engine(version: str | None) -> Check:

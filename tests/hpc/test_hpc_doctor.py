@@ -12,7 +12,13 @@ from hpc.doctor.check import Check
 from hpc.doctor.machine import check_address, check_open_files, check_ports, check_threads
 from hpc.doctor.partition import check_interruptions, check_partition, gpu_memory_gib, partition_memory
 from hpc.doctor.probe import judge, read_answers
-from hpc.doctor.requirements import check_gpu_software, check_packages, check_python, check_transformer_engine
+from hpc.doctor.requirements import (
+    check_compiler,
+    check_gpu_software,
+    check_packages,
+    check_python,
+    check_transformer_engine,
+)
 from hpc.doctor.storage import check_shared, check_storage, check_tracking
 from hpc.slurm.cluster import ClusterFacts
 from hpc.slurm.partitions import parse_nodes, parse_partitions
@@ -112,7 +118,7 @@ def test_software_of_a_gpu_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_gpu_software(0) == []
     monkeypatch.setattr("rltrain.packages.torch_cuda", lambda: (13, 0))
     monkeypatch.setattr("rltrain.packages.driver_cuda", lambda: (13, 1))
-    driver, engine = check_gpu_software(1)
+    driver, _, engine = check_gpu_software(1)
     assert (driver.level, driver.message) == ("ok", "of CUDA 13.1; torch is built for 13.0")
     assert engine.level == "warn" and "attention, norms and experts are slower" in engine.message
     assert check_transformer_engine("2.20.2").level == "ok"
@@ -120,6 +126,18 @@ def test_software_of_a_gpu_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_gpu_software(1)[0].level == "fail"
     monkeypatch.setattr("rltrain.packages.torch_cuda", lambda: None)
     assert check_gpu_software(1)[0].message == "torch is built for CPUs"
+
+
+def test_nvcc_is_looked_for_where_engines_do(tmp_path: Path) -> None:
+    for name in ("home", "path"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "bin/nvcc").touch(mode=0o755)
+    env = {"PATH": str(tmp_path / "path/bin")}
+    assert check_compiler(env) == Check("nvcc", "ok", str(tmp_path / "path/bin/nvcc"))
+    assert check_compiler(env | {"CUDA_HOME": str(tmp_path / "home")}).message == str(
+        tmp_path / "home/bin/nvcc"
+    )
+    assert check_compiler(env | {"CUDA_PATH": str(tmp_path / "none")}).level == "warn"
 
 
 def test_what_torch_is_built_for_is_read_without_importing_it() -> None:
