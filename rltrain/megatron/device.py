@@ -144,16 +144,24 @@ class HostSwap:
     On the CPU there is nothing to move, and both calls only keep track.
     """
 
-    def __init__(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
-        """`tensors` is asked for them at every `out`, because an optimizer makes its state late."""
-        self._tensors = tensors
+    def __init__(
+        self, tensors: Callable[[], Iterable[Tensor]], zeros: Callable[[], Iterable[Tensor]] = tuple
+    ) -> None:
+        """Both are asked for at every `out`, because an optimizer makes its state late.
+
+        Args:
+            zeros: Those in which there are only zeros by then: no host memory is taken for them.
+        """
+        self._tensors, self._zeros = tensors, zeros
         self._stored: list[tuple[torch.UntypedStorage, Tensor]] = []
+        self._released: list[tuple[torch.UntypedStorage, int]] = []
         self._pinned: dict[int, list[Tensor]] = {}  # by size: kept, as pinning costs more than the copy
         self.is_out = False
 
     def out(self) -> None:
         """To the host; no tensor may be used until `back`."""
         if not self.is_out and use_cuda():
+            self._released = release(self._zeros())
             self._stored = store(self._tensors(), self._pinned)
             torch.cuda.empty_cache()
         self.is_out = True
@@ -161,9 +169,10 @@ class HostSwap:
     def back(self) -> None:
         """To the GPU again."""
         restore(self._stored)
+        refill(self._released)
         for _, held in self._stored:
             self._pinned.setdefault(held.numel(), []).append(held)
-        self._stored, self.is_out = [], False
+        self._stored, self._released, self.is_out = [], [], False
 
 
 def store(
@@ -195,6 +204,26 @@ def restore(stored: list[tuple[torch.UntypedStorage, Tensor]]) -> None:
     for storage, held in stored:
         storage.resize_(held.numel())
         _bytes(storage).copy_(held)
+
+
+def release(zeros: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, int]]:
+    """Release the memory of tensors that are zero. For `refill`; `store` then passes them over.
+
+    Returns:
+        Each storage, once however many tensors share it, with its size in bytes.
+    """
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in zeros}
+    released = [(storage, storage.nbytes()) for storage in storages.values() if storage.nbytes()]
+    for storage, _ in released:
+        storage.resize_(0)
+    return released
+
+
+def refill(released: list[tuple[torch.UntypedStorage, int]]) -> None:
+    """Give storages their memory back, and zeros in it."""
+    for storage, size in released:
+        storage.resize_(size)
+        _bytes(storage).zero_()
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -98,9 +98,9 @@ def change(name: str, before: Tensor, after: Tensor) -> Part | None:
 
 
 def apply(piece: Piece, buffer: Tensor, target: Tensor) -> None:
-    """Make the changes that lie in `buffer` to a contiguous tensor."""
+    """Make the changes that lie in `buffer`, on whichever device, to a contiguous tensor in host memory."""
     assert piece.changed is not None, "it is a whole tensor"
-    data = piece.bytes_of(buffer)
+    data = piece.bytes_of(buffer).cpu()
     values = data[: piece.changed * target.element_size()].view(target.dtype)
     places = data[-piece.changed :].long().cumsum(0) - 1
     target.view(-1)[places] = values

@@ -140,5 +140,5 @@ def _tensor(model: Any, piece: Piece, buffer: Tensor) -> Tensor | None:
         return piece.of(buffer)
     if kept is None:
         raise LookupError(f"only changes of {piece.name} came, and what they were made to is not known here")
-    apply(piece, buffer.cpu(), kept)
+    apply(piece, buffer, kept)
     return kept

@@ -16,7 +16,7 @@ import torch
 from on_gpu import EVERYWHERE, report, seconds
 
 from hpc.supervisor.task import make_spec, task_env
-from rltrain.megatron.device import HostSwap, restore, store
+from rltrain.megatron.device import HostSwap, refill, release, restore, store
 from rltrain.weights.buckets import Part, lay_out, write
 from rltrain.weights.cuda_threads import Mark, finish_work, thread_pool
 from rltrain.weights.sources import Reader
@@ -88,19 +88,22 @@ def test_offload_and_back(where: str) -> None:
     size = (512 if where == "cuda" else 1) * MIB  # bytes of each of two tensors
     weights = [torch.randn(size // 4, device=where) for _ in range(2)]
     expected = [weight.sum().item() for weight in weights]
+    zeros = torch.zeros(size // 4, device=where)
+    everything = [*weights, zeros]
     if where == "cpu":  # `HostSwap` moves nothing there
-        stored = store(weights)
-        assert all(not weight.untyped_storage().nbytes() for weight in weights)
+        released, stored = release([zeros]), store(weights)
+        assert all(not each.untyped_storage().nbytes() for each in everything)
         restore(stored)
-        assert [weight.sum().item() for weight in weights] == expected
+        refill(released)
+        assert [weight.sum().item() for weight in weights] == expected and not zeros.any()
         return
-    swap = HostSwap(lambda: weights)
+    swap = HostSwap(lambda: everything, zeros=lambda: [zeros])
     before = torch.cuda.memory_allocated()
     swap.out()
-    assert torch.cuda.memory_allocated() <= before - 2 * size
+    assert torch.cuda.memory_allocated() <= before - 3 * size
     swap.back()
     out, back = seconds(swap.out), seconds(swap.back)
-    assert [weight.sum().item() for weight in weights] == expected
+    assert [weight.sum().item() for weight in weights] == expected and not zeros.any()
     report(_rates(2 * size, {"offload, out": out, "offload, back": back}), "GB/s")
     report(_pinned_rate(2 * size), "GB/s")
 

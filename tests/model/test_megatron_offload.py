@@ -20,7 +20,7 @@ from helpers.megatron import (
 from rltrain.arguments.config import Config
 from rltrain.job import make_room
 from rltrain.megatron.checkpoint.save import CheckpointWriter
-from rltrain.megatron.device import own_device, restore, store
+from rltrain.megatron.device import own_device, refill, release, restore, store
 from rltrain.megatron.memory import EngineMemory, Offload
 from rltrain.megatron.model.host_copy import PastPolicies
 from rltrain.run.errors import UserError
@@ -202,10 +202,14 @@ def test_weights_and_the_rest_are_all_and_share_no_memory(tmp_path: Path, distri
     } <= weights
 
     before = [tensor.clone() for tensor in policy._tensors()]
+    assert not any(tensor.any() for tensor in policy._gradients())
+    released = release(policy._gradients())
     stored = [store(policy._state()), store(policy._weights())]
+    assert len(released) == len(list(policy._gradients())) and len(stored[0]) > 0
     assert all(not tensor.untyped_storage().nbytes() for tensor in policy._weights())
     for each in reversed(stored):
         restore(each)
+    refill(released)
     assert all(torch.equal(old, new) for old, new in zip(before, policy._tensors(), strict=True))
     assert actor.train(1, make_batch(8, seed=1))["train/grad_norm"] > 0
 

@@ -48,9 +48,10 @@ class TrainedModel:
             self.wrapped = wrap_data_parallel(models, config.parallel, config.model)
             self.optimizer = build_optimizer(self.wrapped, config)
             self.scheduler = build_scheduler(self.optimizer, config)
-        self.swap = HostSwap(self._tensors)
+        # Moved before the first step, or after one that has cleared the gradients.
+        self.swap = HostSwap(self._tensors, zeros=self._gradients)
         self.weights_swap = HostSwap(self._weights)
-        self.state_swap = HostSwap(self._state)
+        self.state_swap = HostSwap(self._state, zeros=self._gradients)
 
     def state(self) -> TrainState:
         """What a checkpoint of it holds."""
@@ -100,7 +101,7 @@ class TrainedModel:
     def _not_finite(self, sums: Sums) -> str | None:
         """What is infinite or no number on any rank, or None."""
         losses = [value for name, value in sums.items() if name.endswith("loss")]
-        gradients = [buffer.grad_data for buffer in self._buffers()]
+        gradients = list(self._gradients())
         # One pass over memory: a sum is finite only if everything in it is.
         flags = torch.stack([_any_not_finite(losses), _any_not_finite(gradients)])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -123,10 +124,14 @@ class TrainedModel:
         weights = {tensor.untyped_storage().data_ptr() for tensor in self._weights()}
         return (each for each in self._tensors() if each.untyped_storage().data_ptr() not in weights)
 
+    def _gradients(self) -> Iterator[Tensor]:
+        """Megatron-core's buffers of them, one number a parameter whatever ranks share the optimizer."""
+        return (buffer.grad_data for buffer in self._buffers())
+
     def _tensors(self) -> Iterator[Tensor]:
         """Everything of it that takes memory on the device."""
         yield from self._weights()
-        yield from (buffer.grad_data for buffer in self._buffers())
+        yield from self._gradients()
         for each in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             yield from (parameter.data for group in each.param_groups for parameter in group["params"])
             for state in each.optimizer.state.values():
