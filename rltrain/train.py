@@ -6,6 +6,7 @@ Started once a trainer rank by the job's supervisor (`hpc/supervisor/supervisor.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ import pyarrow as pa
 
 from rltrain.arguments import load
 from rltrain.arguments.config import Config
+from rltrain.arguments.fleet import nccl_settings
 from rltrain.data.batch import TrainBatch
 from rltrain.evaluation import Evaluation, is_due
 from rltrain.job import Job, Newcomers, make_room
@@ -133,6 +135,7 @@ def main() -> int:
     end_without_supervisor(context)
     registry = Registry(context)
     config = load(context.run_dir)
+    os.environ.update(nccl_settings(config, os.environ))  # NCCL reads them once, when it is first used
     init_process_group(context, registry, config.parallel, config.optimizer.seed)
     if context.index == 0:
         print(describe_layers(), flush=True)

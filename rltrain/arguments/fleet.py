@@ -15,6 +15,7 @@ file is slime's:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,21 @@ def trained_engines(config: Config) -> list[int]:
     """Indices of the engines that get the trainer's weights."""
     served = models(config)
     return [i for i, spec in enumerate(engine_specs(config)) if served[spec.model]["update_weights"]]
+
+
+def nccl_settings(config: Config, env: Mapping[str, str]) -> dict[str, str]:
+    """Variables for a trainer that sends weights over NCCL: those that SGLang sets in engines where `env` does not.
+
+    NCCL has two ways to share a GPU's memory, cuMem and CUDA's older IPC, and can't connect a process of the one to one
+    of the other on a machine. It takes cuMem by default; SGLang (`_set_envs_and_config`) the older one without these
+    flags. Whoever sets the variable for the job decides for both.
+    """
+    name = "NCCL_CUMEM_ENABLE"
+    if name in env or config.engines.colocate or config.debug.debug_train_only:
+        return {}
+    of_engines = [config.engines.sglang, *(spec.overrides for spec in engine_specs(config))]
+    flags = ("enable_symm_mem", "enable_kv_cache_sharding")
+    return {name: str(int(any(each.get(flag) for each in of_engines for flag in flags)))}
 
 
 def engines_load_alone(weights: Weights) -> bool:

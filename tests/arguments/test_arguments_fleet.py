@@ -14,7 +14,14 @@ from helpers.run_files import LEAST
 from hpc.planning.job_plan import make_plan
 from rltrain import arguments
 from rltrain.arguments.external import TOKEN_VARIABLE, external_token, external_urls
-from rltrain.arguments.fleet import engine_specs, is_disaggregated, models, trained_engines, trained_model
+from rltrain.arguments.fleet import (
+    engine_specs,
+    is_disaggregated,
+    models,
+    nccl_settings,
+    trained_engines,
+    trained_model,
+)
 from rltrain.rollout.generate.group import slot_count
 from rltrain.run.errors import UserError
 from rltrain.sglang.engine import engine_server_args
@@ -223,6 +230,13 @@ def test_the_transport_of_weights_is_what_the_layout_allows(
     flags: list[str], are_here: list[bool], transport: str
 ) -> None:
     assert choose(parse(*flags), are_here) == transport
+
+
+def test_the_trainers_nccl_shares_memory_as_that_of_the_engines() -> None:
+    assert nccl_settings(parse(), {}) == {"NCCL_CUMEM_ENABLE": "0"}
+    assert nccl_settings(parse("--sglang-enable-symm-mem"), {}) == {"NCCL_CUMEM_ENABLE": "1"}
+    assert nccl_settings(parse(), {"NCCL_CUMEM_ENABLE": "1"}) == {}  # engines have it, too
+    assert nccl_settings(parse("--colocate"), {}) == {}  # nothing goes from one to the other by NCCL
 
 
 def test_engines_with_several_servers_are_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -21,6 +22,8 @@ from helpers.engine import running_requests
 from helpers.tiny_model import make_model
 from on_gpu import EVERYWHERE, needs_gpu, report, seconds
 
+from rltrain.arguments.config import Config
+from rltrain.arguments.fleet import nccl_settings
 from rltrain.megatron.device import used_memory
 from rltrain.run.http import call
 from rltrain.sglang.adapter import HttpServerEngineAdapter
@@ -67,10 +70,12 @@ def receive_broadcast(described: dict[str, Any], answer: Connection) -> None:
 @pytest.mark.parametrize(
     ("backend", "size"), [("gloo", MIB), pytest.param("nccl", 512 * MIB, marks=needs_gpu)]
 )
-def test_broadcast_to_an_engine(backend: str, size: int) -> None:
+def test_broadcast_to_an_engine(backend: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--update-weight-transport distributed`: with gloo as with --colocate, with NCCL between two GPUs."""
     if backend == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip("NCCL refuses two processes on one GPU, and torch sees only one")
+    for name, value in nccl_settings(Config(), os.environ).items():
+        monkeypatch.setenv(name, value)
     groups = EngineGroups("127.0.0.1", backend, 0)
     buffer = kept_buffer({}, 0, size, backend)
     buffer.copy_(torch.arange(size, dtype=torch.int64).remainder(251).to(torch.uint8))
