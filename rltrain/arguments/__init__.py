@@ -1,7 +1,7 @@
 """Training flags: parse, resolve, check, store. Needs neither torch, megatron-core nor sglang.
 
 `parse` turns flags into a `Config`, `dump` and `load` carry it through the run directory's `config.toml` to every
-process of the job.
+process of the job. What only `parse` needs is imported late: each of a job's processes imports this to `load`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,7 @@ from typing import Any, NoReturn
 
 from rltrain.arguments.config import Config, groups
 from rltrain.arguments.declare import add_group
-from rltrain.arguments.engine_names import RESERVED, add_passthrough_flags
 from rltrain.arguments.groups.critic import read_overrides, use_critic
-from rltrain.arguments.megatron_names import add_config_flags, find_megatron_lm, handed_on, refusal
-from rltrain.arguments.recipes import read_custom_config
-from rltrain.arguments.resolve import resolve
 from rltrain.arguments.slime_names import REFUSED, add_ignored_flags, remarks
 from rltrain.run.errors import UserError, nearest
 from rltrain.run.layout import RunLayout
@@ -47,6 +43,9 @@ class _Parser(argparse.ArgumentParser):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add every training flag to a parser."""
+    from rltrain.arguments.engine_names import add_passthrough_flags
+    from rltrain.arguments.megatron_names import add_config_flags, find_megatron_lm, handed_on
+
     megatron = find_megatron_lm()
     for group in groups().values():
         add_group(parser, group)
@@ -61,6 +60,9 @@ def parse(argv: list[str]) -> Config:
     Raises:
         UserError: an unknown flag (the message names the nearest), or values that contradict each other.
     """
+    from rltrain.arguments.recipes import read_custom_config
+    from rltrain.arguments.resolve import resolve
+
     parser = make_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -73,6 +75,8 @@ def parse(argv: list[str]) -> Config:
 
 def make_parser() -> argparse.ArgumentParser:
     """A parser of every training flag, which raises `UserError`. It is made once, which takes longer than to parse."""
+    from rltrain.arguments.megatron_names import find_megatron_lm
+
     megatron = find_megatron_lm()
     return _parser_with(megatron.root if megatron else None)
 
@@ -112,6 +116,9 @@ def _apply_role_overrides(config: Config, parser: argparse.ArgumentParser) -> Co
 
 def explain_unknown(flag: str, known: list[str]) -> str:
     """The reason why `flag` is refused, with the nearest known flag."""
+    from rltrain.arguments.engine_names import RESERVED
+    from rltrain.arguments.megatron_names import refusal
+
     name = flag.partition("=")[0]
     if name.lstrip("-") in REFUSED:
         return f"{name} is not supported: {REFUSED[name.lstrip('-')]}."

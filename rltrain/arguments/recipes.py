@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Collection
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rltrain.arguments import flags as flag_data
 from rltrain.arguments.flags import Flags
 from rltrain.run.errors import UserError, nearest_few
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 _FOLDERS = ("demo", "models")
 
@@ -68,6 +70,8 @@ def _read_utf8(path: Path) -> str:
 
 
 def _builtin() -> dict[str, Traversable]:
+    from importlib import resources  # late, as every process of a job imports this module
+
     package = resources.files("rltrain")
     return {
         entry.name.removesuffix(".toml"): entry

@@ -9,7 +9,7 @@ import dataclasses
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rltrain.arguments.config import Config
@@ -17,11 +17,13 @@ from rltrain.arguments.external import external_token, external_urls
 from rltrain.arguments.fleet import trained_engines
 from rltrain.arguments.groups.engines import Engines
 from rltrain.arguments.groups.model import Model
-from rltrain.arguments.hf_config import ModelShape, read_model_shape
 from rltrain.run.errors import UserError
 from rltrain.run.files import read_object
 from rltrain.run.role import Registry, RoleAddress
 from rltrain.sglang.adapter import HttpServerEngineAdapter
+
+if TYPE_CHECKING:
+    from rltrain.arguments.hf_config import ModelShape
 
 # The supervisor sees a dead process within a second or two.
 _DEATH_SECONDS = 30.0
@@ -105,6 +107,9 @@ def check_engine(model: Model, engine: HttpServerEngineAdapter) -> list[str]:
     Raises:
         UserError: the model has another shape or vocabulary; says what differs.
     """
+    # Late, as engines and the rollout process, which import this module, look at no shapes.
+    from rltrain.arguments.hf_config import read_model_shape
+
     info = engine.get_model_info()
     ours, path = _config(Path(model.hf_checkpoint)), Path(info["model_path"])
     if ours is None:
@@ -131,7 +136,7 @@ def check_engine(model: Model, engine: HttpServerEngineAdapter) -> list[str]:
 def shape_differences(ours: ModelShape, theirs: ModelShape) -> list[str]:
     """What is different, with both values; a padded vocabulary is explained."""
     differences = []
-    for field in dataclasses.fields(ModelShape):
+    for field in dataclasses.fields(ours):
         mine, other = getattr(ours, field.name), getattr(theirs, field.name)
         if mine != other and field.name not in _UNIMPORTANT:
             padded = " (it is padded differently)" if field.name == "vocab_size" else ""
