@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,11 @@ from typing import Any, cast
 
 import pytest
 
+from hpc.chaos import __main__ as chaos
 from hpc.chaos import actions, verdict
 from hpc.chaos import operator as operators
 from hpc.chaos.actions import Weather
-from hpc.chaos.faults import Fault, NobodyError
+from hpc.chaos.faults import KINDS, Fault, NobodyError, draw
 from hpc.chaos.operator import Operator
 from hpc.chaos.storm import Storm
 from hpc.slurm.states import JobState
@@ -125,3 +127,14 @@ def test_a_run_may_give_up_when_faults_leave_it_no_time_to_save(tmp_path: Path) 
     assert storm._is_worn_out(cast(Any, SimpleNamespace(done=many)))
     assert not storm._is_worn_out(cast(Any, SimpleNamespace(done=few)))  # then faults are not why
     assert not storm._is_worn_out(cast(Any, SimpleNamespace(done=[(fault, -math.inf) for fault, _ in many])))
+
+
+def test_the_first_storms_of_ci_have_every_kind_of_fault() -> None:
+    """And their seeds are fixed: a change finds what it finds."""
+    words = (Path(__file__).parents[2] / ".ci/run").read_text()
+    match = re.search(r"python -m hpc\.chaos --seed (\d+) --storms (\d+) ", words)
+    assert match is not None and int(match[2]) >= 6
+    args = chaos._parser().parse_args([])
+    storms = [draw(int(match[1]) + i, args.faults, args.steps) for i in range(6)]
+    drawn = {fault.kind for faults in storms for fault in faults}
+    assert drawn == {name for name, kind in KINDS.items() if kind.weight and not kind.is_real}
