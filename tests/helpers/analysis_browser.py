@@ -92,6 +92,17 @@ class Page:
             self.errors.append(content)
 
 
+async def _first_page(session: aiohttp.ClientSession, port: str) -> str:
+    """Where it is spoken to. The browser says its port before it has made a page."""
+    while True:
+        async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+            targets = await answer.json()
+        for target in targets:
+            if target["type"] == "page":
+                return target["webSocketDebuggerUrl"]
+        await asyncio.sleep(0.02)
+
+
 @contextmanager
 def browser() -> Iterator[Page]:
     """A page of a Chromium that is ended afterwards."""
@@ -110,12 +121,9 @@ def browser() -> Iterator[Page]:
 
         async def connect() -> tuple[aiohttp.ClientSession, aiohttp.ClientWebSocketResponse]:
             session = aiohttp.ClientSession()
-            async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-                targets = await answer.json()
-            url = next(target["webSocketDebuggerUrl"] for target in targets if target["type"] == "page")
-            return session, await session.ws_connect(url, max_msg_size=0)
+            return session, await session.ws_connect(await _first_page(session, port), max_msg_size=0)
 
-        session, socket = loop.run_until_complete(connect())
+        session, socket = loop.run_until_complete(asyncio.wait_for(connect(), _TIMEOUT))
         yield Page(loop, socket)
     finally:
         if session is not None:

@@ -74,18 +74,16 @@ def submit(cluster: Sandbox, script: str, *options: str, user: str | None = None
 
 
 def wait_for(cluster: Sandbox, job: str, *states: JobState, timeout: float = 120.0) -> JobStatus:
-    """Poll until a job is in one of these states (by default, in any final one)."""
-    client = SlurmClient(cluster.env)
-
-    def status() -> JobStatus:
-        return status_of(job, client.squeue([job]))  # the controller itself: sacct lags by a second
+    """Poll until a job is in one of these states (by default, in any final one); how it was then."""
+    client, seen = SlurmClient(cluster.env), list[JobStatus]()
 
     def reached() -> bool:
-        state = status().state
+        seen.append(status_of(job, client.squeue([job])))  # the controller itself: sacct lags by a second
+        state = seen[-1].state
         return state in states if states else state.is_final
 
     until(reached, timeout, f"job {job} to be {' or '.join(states) or 'over'}")
-    return status()
+    return seen[-1]
 
 
 def until(condition: Callable[[], object], timeout: float, what: str) -> None:

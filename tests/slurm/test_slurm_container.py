@@ -48,10 +48,11 @@ def test_roles_start_in_the_container_and_the_supervisor_does_not(run: FakeRun, 
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             words = [word.decode(errors="replace") for word in path.read_bytes().split(b"\0") if b"=" in word]
+            name = (path.parent / "comm").read_text().strip()
         except OSError:
             continue
         variables = dict(word.split("=", 1) for word in words)
-        is_task = "SLURMLIME_ROLE" in variables and (path.parent / "comm").read_text().strip() != "srun"
+        is_task = "SLURMLIME_ROLE" in variables and name != "srun"
         if is_task and variables.get("SLURMLIME_RUN_DIR") == str(run.layout.root):
             found[variables["SLURMLIME_ROLE"]] = variables
     assert set(found) == {"router", "engine", "rollout", "trainer"}

@@ -40,7 +40,7 @@ def directory() -> Iterator[Path]:
 
 def sandbox(*words: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hpc.sandbox", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 def processes_of(directory: Path) -> list[str]:
@@ -48,11 +48,11 @@ def processes_of(directory: Path) -> list[str]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            text = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            command, environment = ((process / name).read_bytes() for name in ("cmdline", "environ"))
         except OSError:
             continue
-        if bytes(directory) in text and int(process.name) != os.getpid():
-            found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        if bytes(directory) in command + environment and int(process.name) != os.getpid():
+            found.append(command.replace(b"\0", b" ").decode())
     return found
 
 
@@ -364,7 +364,7 @@ class TestJobs:
                 wait_for(idle_cluster, job, JobState.RUNNING)
             until(
                 lambda: (shared / "user").exists() and (shared / "user").read_text() == "games\n",
-                10,
+                120,
                 "the job",
             )
             with pytest.raises(subprocess.CalledProcessError) as refused:
