@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -59,6 +60,7 @@ class Flag:
         append: the flag may be given more than once.
         empty: a list may be given without a value.
         at_least: the smallest number that is accepted.
+        at_most: the largest one.
         call: for a flag that names a function.
     """
 
@@ -69,7 +71,8 @@ class Flag:
     metavar: str | None = None
     append: bool = False
     empty: bool = False
-    at_least: int | None = None
+    at_least: float | None = None
+    at_most: float | None = None
     call: Call | None = None
 
 
@@ -191,13 +194,17 @@ def _without_none(hint: Any) -> Any:
 
 
 def check_ranges(groups: Iterable[Any]) -> None:
-    """Check that every number is at least its declared minimum.
+    """Check that every number is one, and within the limits that are declared.
 
     Raises:
         UserError: names the flag and its value.
     """
     for group in groups:
         for each in declared(type(group)):
-            value, least = getattr(group, each.name), each.flag.at_least
+            value, least, most = getattr(group, each.name), each.flag.at_least, each.flag.at_most
+            if isinstance(value, float) and math.isnan(value):
+                raise UserError(f"{each.option} is {value}: a number is needed.")
             if least is not None and value is not None and value < least:
                 raise UserError(f"{each.option} is {value}: it must be at least {least}.")
+            if most is not None and value is not None and value > most:
+                raise UserError(f"{each.option} is {value}: it must be at most {most}.")

@@ -63,6 +63,7 @@ def resolve(config: Config) -> Config:
     _check_required(config)
     check_ranges([getattr(config, name) for name in ("rollout", "training", "checkpoint", "evaluation")])
     check_ranges([config.parallel, config.weights, config.algorithm, config.profiling, config.lora])
+    check_ranges([config.optimizer, config.critic, config.rewards])
     check_profiling(config.profiling, config.debug)
     config = replace(config, training=resolve_training(config.training, config.rollout))
     config = _resolve_parallel(config)

@@ -81,11 +81,19 @@ def test_a_name_that_no_group_has_cannot_be_replaced() -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [each.option for kind in groups().values() for each in declared(kind) if each.flag.at_least]
+    "option",
+    [each.option for kind in groups().values() for each in declared(kind) if each.flag.at_least is not None],
 )
 def test_numbers_that_are_too_small_are_refused(option: str) -> None:
-    with pytest.raises(arguments.UserError, match=f"{option} is -1: it must be at least 1"):
-        arguments.parse([*BASE, f"{option}=-1"])
+    with pytest.raises(arguments.UserError, match=rf"{option} is -9(\.0)?: it must be at least "):
+        arguments.parse([*BASE, f"{option}=-9"])
+
+
+def test_numbers_that_are_too_large_or_none_are_refused() -> None:
+    with pytest.raises(arguments.UserError, match=r"--rollout-top-p is 2\.0: it must be at most 1\."):
+        arguments.parse([*BASE, "--rollout-top-p=2"])
+    with pytest.raises(arguments.UserError, match=r"--lr is nan: a number is needed\."):
+        arguments.parse([*BASE, "--lr=nan"])
 
 
 def test_flags_that_are_always_on_say_so() -> None:

@@ -18,8 +18,8 @@ class Algorithm:
     """Algorithm."""
 
     loss_type: Literal["policy_loss", "sft_loss", "custom_loss"] = flag("default: policy_loss", "policy_loss")
-    eps_clip: float = flag("PPO clip range (default: 0.2)", 0.2, metavar="E")
-    eps_clip_high: float = flag("upper clip range (default: --eps-clip)", metavar="E")
+    eps_clip: float = flag("PPO clip range (default: 0.2)", 0.2, metavar="E", at_least=0)
+    eps_clip_high: float = flag("upper clip range (default: --eps-clip)", metavar="E", at_least=0)
     eps_clip_c: float | None = flag("dual clip for negative advantages, > 1", metavar="C")
     entropy_coef: float = flag("entropy bonus (default: 0)", 0.0, metavar="C")
     use_rollout_entropy: bool = flag(

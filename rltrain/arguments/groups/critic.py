@@ -36,7 +36,7 @@ class Critic:
     critic_save: str | None = flag(
         "where the critic's checkpoints go (default: critic/ inside --save)", metavar="DIR"
     )
-    critic_lr: float | None = flag("learning rate of the critic (default: --lr)", metavar="LR")
+    critic_lr: float | None = flag("learning rate of the critic (default: --lr)", metavar="LR", at_least=0)
     critic_lr_warmup_iters: int = flag(
         "warm-up of the critic, in optimizer steps (default: 0)", 0, metavar="N"
     )

@@ -36,8 +36,8 @@ class Evaluation:
         "entry of a dict reward that counts in evaluation (default: --reward-key)", metavar="KEY"
     )
     n_samples_per_eval_prompt: int = flag("default: 1", 1, metavar="N")
-    eval_temperature: float = flag("default: --rollout-temperature", metavar="T")
-    eval_top_p: float = flag("default: --rollout-top-p", metavar="P")
+    eval_temperature: float = flag("default: --rollout-temperature", metavar="T", at_least=0)
+    eval_top_p: float = flag("default: --rollout-top-p", metavar="P", at_least=1e-6, at_most=1)
     eval_top_k: int = flag("default: --rollout-top-k", metavar="K")
     eval_max_response_len: int = flag("default: --rollout-max-response-len", metavar="N")
     eval_max_prompt_len: int | None = flag("default: --rollout-max-prompt-len", metavar="N")

@@ -22,10 +22,16 @@ class Rollout:
     rollout_batch_size: int = flag("prompts per rollout", metavar="N", at_least=1)
     n_samples_per_prompt: int = flag("responses per prompt (default: 1)", 1, metavar="N", at_least=1)
     rollout_temperature: float = flag("default: 1.0", 1.0, metavar="T")
-    rollout_top_p: float = flag("default: 1.0", 1.0, metavar="P")
-    rollout_top_k: int = flag("sample from the k likeliest tokens; -1: off (default)", -1, metavar="K")
-    rollout_max_context_len: int | None = flag("prompt and response together, in tokens", metavar="N")
-    rollout_max_prompt_len: int | None = flag("longer prompts are left out and counted", metavar="N")
+    rollout_top_p: float = flag("default: 1.0", 1.0, metavar="P", at_least=1e-6, at_most=1)
+    rollout_top_k: int = flag(
+        "sample from the k likeliest tokens; -1: off (default)", -1, metavar="K", at_least=-1
+    )
+    rollout_max_context_len: int | None = flag(
+        "prompt and response together, in tokens", metavar="N", at_least=1
+    )
+    rollout_max_prompt_len: int | None = flag(
+        "longer prompts are left out and counted", metavar="N", at_least=1
+    )
     rollout_max_response_len: int = flag(
         "longest response, in tokens (default: 1024)", 1024, metavar="N", at_least=1
     )
@@ -65,9 +71,11 @@ class Rewards:
     rm_url: str | None = flag("URL of the server of --rm-type remote_rm", metavar="URL")
     reward_key: str | None = flag("entry of a dict reward that is trained on", metavar="KEY")
     reward_timeout: float = flag(
-        "a reward slower than this fails its sample", 30.0, metavar="S", owner="slurmlime"
+        "a reward slower than this fails its sample", 30.0, metavar="S", at_least=0, owner="slurmlime"
     )
-    reward_num_workers: int = flag("reward processes (default: 1)", 1, metavar="N", owner="slurmlime")
+    reward_num_workers: int = flag(
+        "reward processes (default: 1)", 1, metavar="N", at_least=1, owner="slurmlime"
+    )
     group_rm: bool = flag("grade the samples of a prompt together", False)
 
 

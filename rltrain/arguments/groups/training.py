@@ -147,8 +147,10 @@ class Optimizer:
     owner: ClassVar[Owner] = "Megatron"
 
     optimizer: Literal["adam", "sgd"] = flag("default: adam (with decoupled weight decay)", "adam")
-    lr: float = flag("learning rate (default: 1e-6, as in slime)", 1e-06, metavar="LR", owner="slime")
-    min_lr: float = flag("learning rate at the end of the decay (default: 0)", 0.0, metavar="LR")
+    lr: float = flag(
+        "learning rate (default: 1e-6, as in slime)", 1e-06, metavar="LR", at_least=0, owner="slime"
+    )
+    min_lr: float = flag("learning rate at the end of the decay (default: 0)", 0.0, metavar="LR", at_least=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = flag(
         "default: constant", "constant"
     )
@@ -160,16 +162,18 @@ class Optimizer:
     )
     lr_wsd_decay_iters: int | None = flag("length of WSD's last part, in optimizer steps", metavar="N")
     lr_decay_iters: int | None = flag("length of the decay, in optimizer steps (default: all)", metavar="N")
-    weight_decay: float = flag("default: 0.01", 0.01, metavar="W")
+    weight_decay: float = flag("default: 0.01", 0.01, metavar="W", at_least=0)
     start_weight_decay: float | None = flag("of a weight decay that changes", metavar="W")
     end_weight_decay: float | None = flag("of a weight decay that changes", metavar="W")
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = flag(
         "how the weight decay changes (default: constant)", "constant"
     )
-    adam_beta1: float = flag("default: 0.9", 0.9, metavar="B")
-    adam_beta2: float = flag("default: 0.999", 0.999, metavar="B")
+    adam_beta1: float = flag("default: 0.9", 0.9, metavar="B", at_least=0, at_most=1)
+    adam_beta2: float = flag("default: 0.999", 0.999, metavar="B", at_least=0, at_most=1)
     adam_eps: float = flag("default: 1e-8", 1e-08, metavar="E")
-    clip_grad: float = flag("largest gradient norm (default: 1.0)", 1.0, metavar="NORM", owner="slime")
+    clip_grad: float = flag(
+        "largest gradient norm (default: 1.0)", 1.0, metavar="NORM", at_least=0, owner="slime"
+    )
     seed: int = flag("default: 1234", 1234, metavar="SEED", owner="slime")
 
 
