@@ -75,7 +75,7 @@ def check_flags(request: Request, facts: ClusterFacts | None = None) -> tuple[Co
     except UserError as error:
         return None, [fail("flags", str(error))]
     try:
-        inputs.check_inputs(config)
+        config = inputs.check_inputs(config)
     except UserError as error:
         return None, [_describe_batch(config), fail("input files", str(error))]
     found = [*_describe_precision(chosen), *_describe_inputs(config), *_check_imports(config, here=True)]
