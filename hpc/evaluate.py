@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import stat
 import sys
-import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -115,7 +114,7 @@ def evaluation_flags(stored: Flags, given: Flags, checkpoints: Path, step: int) 
 def _read_flags(layout: RunLayout) -> Flags:
     try:
         return run_dir.stored_flags(layout)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError) as error:
+    except OSError as error:
         raise UserError(
             f"{layout.config} can't be read, so there is no telling what the run was given: {error}."
         ) from None

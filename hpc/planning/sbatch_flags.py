@@ -135,8 +135,10 @@ def _check(components: tuple[Component, ...], options: SubmitOptions, facts: Clu
     for component in components:
         _check_gpu_type(component, facts)
         _check_time(component, options, facts)
-    # Nodes are not shared between components, but their partitions may overlap.
-    for chosen in [*((each,) for each in components), components]:
+    # Nodes are not shared between components, but their partitions may overlap. In one partition the sum says it all.
+    alone = [(each,) for each in components]
+    one_partition = len({each.partition for each in components}) == 1
+    for chosen in [components, *alone] if one_partition else [*alone, components]:
         _check_nodes(chosen, facts)
 
 

@@ -54,7 +54,8 @@ def stored_flags(layout: RunLayout) -> Flags:
         table = tomllib.loads(layout.config.read_text())["flags"]
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError) as error:
         raise UserError(
-            f"{layout.config} is damaged ({error}), so there is no telling what the run was given. Give another --name."
+            f"{layout.config} can't be read, so there is no telling what the run was given: {error}. A new run needs"
+            " another --name."
         ) from None
     return flag_data.from_table(table, str(layout.config))
 

@@ -16,6 +16,7 @@ from hpc.gpus import usable_gpus
 from hpc.planning.job_plan import make_plan
 from hpc.planning.processes import JobPlan
 from hpc.planning.request import SubmitOptions, to_table
+from hpc.runs.find import LOCAL, read_submissions
 from hpc.submitting import precision, resuming, run_dir
 from rltrain import arguments, inputs
 from rltrain.arguments import flags as flag_data
@@ -80,6 +81,10 @@ def submit_run(
         return EXIT_FINISHED
     if _has_finished(layout, config.rollout):
         return EXIT_FINISHED
+    if any(each.layout != LOCAL for each in read_submissions(layout)):
+        from hpc.submitting.slurm_job import refuse_second_job
+
+        refuse_second_job(layout)  # it would meet this run in its directory
     verb = "resuming" if layout.root.exists() else "starting"
     run_dir.prepare(layout, config, flags, to_table(options), shared=options.share)
     now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -14,7 +14,9 @@ from hpc import submit
 from hpc.doctor import examine
 from hpc.doctor.storage import check_storage
 from hpc.planning.request import SubmitOptions
-from hpc.submitting import resuming, slurm_job, start_run
+from hpc.slurm.client import JobStatus
+from hpc.slurm.states import JobState
+from hpc.submitting import resuming, run_dir, slurm_job, start_run
 from hpc.submitting.command_line import read_request
 from rltrain import arguments
 from rltrain.arguments import flags
@@ -166,8 +168,26 @@ def test_a_recipe_that_is_not_there_or_not_text(
 def test_a_run_whose_configuration_is_damaged(place: Path) -> None:
     (place / "runs" / "x").mkdir(parents=True)
     (place / "runs" / "x" / "config.toml").write_text('[flags]\nlr = "1e')
-    with pytest.raises(UserError, match=r"x/config.toml is damaged .*another --name"):
+    with pytest.raises(UserError, match=r"x/config.toml can't be read.*another --name"):
         submit.submit([*words(), "--name", "x", "--runs-dir", "runs"])
+
+
+def test_a_run_whose_job_waits_does_not_begin_here_as_well(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FakeSlurm:
+        def squeue(self, jobs: list[str]) -> list[JobStatus]:
+            return [JobStatus(job, JobState.PENDING, ()) for job in jobs]
+
+    monkeypatch.setattr(start_run, "_run_here", lambda *_: 0)
+    given = flags.split(words())[1]
+    options = SubmitOptions(runs_dir=place / "runs", name="x")
+    assert start_run.submit_run(options, given) == 0
+    run_dir.append_submission(options.layout, {"job_id": "8", "layout": "het"})
+    monkeypatch.setattr(slurm_job, "SlurmClient", FakeSlurm)
+    monkeypatch.setattr("hpc.submitting.executor.end_lost_jobs", lambda _: [])
+    with pytest.raises(UserError, match=r"the run x has job 8, which is PENDING\. .*hpc\.cancel x"):
+        start_run.submit_run(options, given)
 
 
 TABLE = '\ufeffinput,label,metadata\r\n1+1=,2,"{""a"": 1}"\r\n\r\n"two\nlines, and ""more""",042,\r\né,x,\r\n'

@@ -129,6 +129,7 @@ def test_slurm_takes_the_golden_scripts(
     [
         (["--partition=gpuu"], "Did you mean gpu"),
         (["--partition=gpu", "--nodes=8"], r"8 nodes.*4 trainer \+ 4 rollout.*At most --nodes 6"),
+        (["--partition=gpu", "--nodes=13"], r"13 nodes.*6 trainer \+ 7 rollout.*At most --nodes 6"),
         (["--partition=gpu", "--nodes=6", "--slurm.rollout.gpu-type=h100", "--slurm.trainer.gpu-type=h100"],
          "has 3 usable nodes"),
         (["--partition=gpu", "--nodes=8", "--slurm.rollout.partition=low"], "At most --nodes 6"),
