@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 from rltrain.arguments.config import Config
 from rltrain.arguments.fleet import engine_specs
+from rltrain.arguments.groups.debug import Debug
+from rltrain.arguments.groups.engines import Engines
 from rltrain.megatron.device import use_cuda
 from rltrain.megatron.memory import CACHE, WEIGHTS, EngineMemory
 from rltrain.megatron.ranks import first_problem, on_rank_0, table_of_rank_0
@@ -49,7 +51,9 @@ class Newcomers:
     give_weights: Callable[[], object]
 
 
-def make_room(config: Config, context: RoleContext, registry: Registry, memory: EngineMemory) -> None:
+def make_room(
+    engines: Engines, debug: Debug, context: RoleContext, registry: Registry, memory: EngineMemory
+) -> None:
     """Where trainer and engines take turns on GPUs: wait for the engines, and have them give up their memory.
 
     An engine takes its share of what is free when it starts, so it comes first, and the trainer's model is built in the
@@ -57,10 +61,10 @@ def make_room(config: Config, context: RoleContext, registry: Registry, memory: 
     """
     if not (memory.moves and use_cuda()):
         return
-    memory.find_engines = lambda: find_engines(config, registry, context.token)
+    memory.find_engines = lambda: find_engines(engines, debug, registry, context.token)
 
     def release() -> None:
-        registry.wait_for("engine", len(engine_specs(config)))
+        registry.wait_for("engine", len(engine_specs(engines, debug)))
         memory.release(CACHE)
         memory.release(WEIGHTS)
 
@@ -87,14 +91,15 @@ class Job:
         self._registry.status("loading")
         self._rollout = RolloutClient(self._registry.wait_for("rollout")[0].url, self._context.token)
         if not self._config.debug.debug_train_only:
-            self._registry.wait_for("engine", len(engine_specs(self._config)))
+            self._registry.wait_for("engine", len(engine_specs(self._config.engines, self._config.debug)))
             for engine in self.find_engines():
                 for note in check_engine(self._config.model, engine):
                     print(note, flush=True)
 
     def find_engines(self) -> list[JobEngine | ExternalEngine]:
         """The engines that are ready now and take the trainer's weights; for rank 0."""
-        return find_engines(self._config, self._registry, self._context.token)
+        config, token = self._config, self._context.token
+        return find_engines(config.engines, config.debug, self._registry, token)
 
     def rollout(self, call: Callable[[RolloutClient], T]) -> T:
         """The result of one call to the rollout process."""

@@ -60,7 +60,7 @@ def main() -> int:
     registry = Registry(context)
     config = load(context.run_dir)
     registry.status("loading")
-    registry.wait_for("engine", len(engine_specs(config)))
+    registry.wait_for("engine", len(engine_specs(config.engines, config.debug)))
     client = RolloutClient(registry.wait_for("rollout")[0].url, context.token)
     tracker = Tracker(config, context.layout, context.attempt)
     try:

@@ -135,7 +135,8 @@ def main() -> int:
     end_without_supervisor(context)
     registry = Registry(context)
     config = load(context.run_dir)
-    os.environ.update(nccl_settings(config, os.environ))  # NCCL reads them once, when it is first used
+    # NCCL reads them once, when it is first used.
+    os.environ.update(nccl_settings(config.engines, config.debug, os.environ))
     init_process_group(context, registry, config.parallel, config.optimizer.seed)
     if context.index == 0:
         print(describe_layers(), flush=True)
@@ -147,7 +148,7 @@ def main() -> int:
 def run(config: Config, context: RoleContext, registry: Registry, profiler: Profiler) -> int:
     """Build the model and train it; returns the exit code."""
     engine_memory = EngineMemory(config.engines, config.debug)
-    make_room(config, context, registry, engine_memory)
+    make_room(config.engines, config.debug, context, registry, engine_memory)
     actor = MegatronTrainActor(config, context, registry, engine_memory, profiler)
     if context.index == 0:
         print(describe_sharing(actor.config, actor.shape), flush=True)

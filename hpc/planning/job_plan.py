@@ -9,7 +9,7 @@ from dataclasses import replace
 from hpc.planning.nodes import Split
 from hpc.planning.processes import MAIN_ROLE, JobPlan, Placement, RoleProcess
 from rltrain.arguments.config import Config
-from rltrain.arguments.fleet import EngineSpec, engine_specs, models
+from rltrain.arguments.fleet import EngineSpec, count_models, engine_specs
 from rltrain.run.errors import UserError
 
 _PROGRAMS = {
@@ -53,7 +53,7 @@ def _share_gpus(processes: Sequence[RoleProcess], config: Config, gpus: Sequence
             " --actor-num-gpus-per-node or --rollout-num-gpus, or let both share the GPUs with --colocate."
             " CUDA_VISIBLE_DEVICES= (empty) runs it on the CPU."
         )
-    specs = engine_specs(config)
+    specs = engine_specs(config.engines, config.debug)
 
     def seen(process: RoleProcess) -> Sequence[str]:
         if process.role == "engine":
@@ -72,7 +72,7 @@ def make_slurm_plan(config: Config, split: Split, python: str = sys.executable) 
     component, first_node = (1, 0) if split.layout == "het" else (0, split.first_rollout_node)
     service = Placement(component, (first_node,))
     processes = [_place("router", index, python, service) for index in range(count_routers(config))]
-    for index, spec in enumerate(engine_specs(config)):
+    for index, spec in enumerate(engine_specs(config.engines, config.debug)):
         nodes, gpus = engine_place(spec, split)
         where = Placement(component, tuple(first_node + node for node in nodes), gpus=gpus)
         argv, count = _argv("engine", python), len(nodes)
@@ -107,12 +107,13 @@ def engine_place(spec: EngineSpec, split: Split) -> tuple[range, tuple[int, int]
 
 def count_engines(config: Config) -> int:
     """Number of engines that the flags ask for."""
-    return len(engine_specs(config))
+    return len(engine_specs(config.engines, config.debug))
 
 
 def count_routers(config: Config) -> int:
     """Number of routers that the job starts: one a model, unless somebody else has started one."""
-    return 0 if config.debug.debug_train_only or config.engines.sglang_router_ip else len(models(config))
+    engines = config.engines
+    return 0 if config.debug.debug_train_only or engines.sglang_router_ip else count_models(engines)
 
 
 def rank_env(rank: int, world_size: int, local_rank: int, local_world_size: int) -> dict[str, str]:

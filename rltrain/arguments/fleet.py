@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rltrain.arguments.config import Config
 from rltrain.arguments.engine_names import RESERVED
+from rltrain.arguments.groups.debug import Debug
+from rltrain.arguments.groups.engines import Engines
 from rltrain.arguments.groups.weights import Weights
 from rltrain.arguments.recipes import read_config_file
 from rltrain.run.errors import UserError, nearest
@@ -58,33 +59,22 @@ class EngineSpec:
     overrides: dict[str, Any]
 
 
-def models(config: Config) -> list[dict[str, Any]]:
+def models(engines: Engines, hf_checkpoint: str) -> list[dict[str, Any]]:
     """Every model: `name`, `model_path`, `update_weights` and `groups`, with all defaults filled in."""
-    if config.engines.sglang_models:
-        return config.engines.sglang_models
-    group = {
-        "worker_type": "regular",
-        "num_gpus": config.engines.rollout_num_gpus,
-        "num_gpus_per_engine": config.engines.rollout_num_gpus_per_engine,
-        "overrides": {},
-    }
-    groups = [group] if config.engines.rollout_num_gpus else []
-    return [
-        {
-            "name": _DEFAULT_MODEL,
-            "model_path": config.model.hf_checkpoint,
-            "update_weights": True,
-            "groups": groups,
-        }
-    ]
+    return [{"model_path": hf_checkpoint, **each} for each in _served(engines)]
 
 
-def engine_specs(config: Config) -> list[EngineSpec]:
+def count_models(engines: Engines) -> int:
+    """How many models the engines serve; each has a router."""
+    return len(_served(engines))
+
+
+def engine_specs(engines: Engines, debug: Debug) -> list[EngineSpec]:
     """The engines that the job starts, by index."""
-    if config.debug.debug_train_only:
+    if debug.debug_train_only:
         return []
     specs, first_gpu = [], 0
-    for position, model in enumerate(models(config)):
+    for position, model in enumerate(_served(engines)):
         for group in model["groups"]:
             size = group["num_gpus_per_engine"]
             for start in range(first_gpu, first_gpu + group["num_gpus"], size):
@@ -94,18 +84,18 @@ def engine_specs(config: Config) -> list[EngineSpec]:
     return specs
 
 
-def trained_model(config: Config) -> int:
+def trained_model(engines: Engines) -> int:
     """Position of the model that samples come from: the first one with the trainer's weights."""
-    return next(i for i, model in enumerate(models(config)) if model["update_weights"])
+    return next(i for i, model in enumerate(_served(engines)) if model["update_weights"])
 
 
-def trained_engines(config: Config) -> list[int]:
+def trained_engines(engines: Engines, debug: Debug) -> list[int]:
     """Indices of the engines that get the trainer's weights."""
-    served = models(config)
-    return [i for i, spec in enumerate(engine_specs(config)) if served[spec.model]["update_weights"]]
+    served = _served(engines)
+    return [i for i, spec in enumerate(engine_specs(engines, debug)) if served[spec.model]["update_weights"]]
 
 
-def nccl_settings(config: Config, env: Mapping[str, str]) -> dict[str, str]:
+def nccl_settings(engines: Engines, debug: Debug, env: Mapping[str, str]) -> dict[str, str]:
     """Variables for a trainer that sends weights over NCCL: those that SGLang sets in engines where `env` does not.
 
     NCCL has two ways to share a GPU's memory, cuMem and CUDA's older IPC, and can't connect a process of the one to one
@@ -113,9 +103,9 @@ def nccl_settings(config: Config, env: Mapping[str, str]) -> dict[str, str]:
     flags. Whoever sets the variable for the job decides for both.
     """
     name = "NCCL_CUMEM_ENABLE"
-    if name in env or config.engines.colocate or config.debug.debug_train_only:
+    if name in env or engines.colocate or debug.debug_train_only:
         return {}
-    of_engines = [config.engines.sglang, *(spec.overrides for spec in engine_specs(config))]
+    of_engines = [engines.sglang, *(spec.overrides for spec in engine_specs(engines, debug))]
     flags = ("enable_symm_mem", "enable_kv_cache_sharding")
     return {name: str(int(any(each.get(flag) for each in of_engines for flag in flags)))}
 
@@ -125,9 +115,23 @@ def engines_load_alone(weights: Weights) -> bool:
     return weights.update_weight_transport == "disk" and weights.update_weight_mode == "full"
 
 
-def is_disaggregated(config: Config, model: int) -> bool:
+def is_disaggregated(engines: Engines, debug: Debug, model: int) -> bool:
     """True if different engines compute the prompts and the responses of a model."""
-    return any(spec.worker_type == "prefill" for spec in engine_specs(config) if spec.model == model)
+    return any(spec.worker_type == "prefill" for spec in engine_specs(engines, debug) if spec.model == model)
+
+
+def _served(engines: Engines) -> list[dict[str, Any]]:
+    """The models; the only one of a run without `--sglang-config` has no `model_path` yet."""
+    if engines.sglang_models:
+        return engines.sglang_models
+    group = {
+        "worker_type": "regular",
+        "num_gpus": engines.rollout_num_gpus,
+        "num_gpus_per_engine": engines.rollout_num_gpus_per_engine,
+        "overrides": {},
+    }
+    groups = [group] if engines.rollout_num_gpus else []
+    return [{"name": _DEFAULT_MODEL, "update_weights": True, "groups": groups}]
 
 
 def read_models(path: str, hf_checkpoint: str, engine_size: int) -> list[dict[str, Any]]:

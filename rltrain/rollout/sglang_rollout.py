@@ -10,6 +10,8 @@ import argparse
 import asyncio
 
 from rltrain.arguments.config import Config, group_of
+from rltrain.arguments.groups.debug import Debug
+from rltrain.arguments.groups.engines import Engines
 from rltrain.arguments.groups.rollout import Rollout
 from rltrain.data.source import RolloutDataSource
 from rltrain.data.tokenizer import load_tokenizer
@@ -45,7 +47,7 @@ class GenerateState:
     @property
     def semaphore(self) -> asyncio.Semaphore:
         """A place for each request that may be in flight; generation functions are called with one already."""
-        return training_slots(Config.of(self.args))
+        return training_slots(group_of(self.args, Engines), group_of(self.args, Debug))
 
 
 async def generate_rollout(

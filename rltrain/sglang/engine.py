@@ -15,7 +15,9 @@ from typing import Any
 
 from rltrain import arguments
 from rltrain.arguments.config import Config
-from rltrain.arguments.fleet import engine_specs, engines_load_alone, models
+from rltrain.arguments.fleet import engine_specs, engines_load_alone, models, trained_engines
+from rltrain.arguments.groups.debug import Debug
+from rltrain.arguments.groups.engines import Engines
 from rltrain.run.errors import UserError
 from rltrain.run.files import read_object
 from rltrain.run.http import HttpError, host_and_port
@@ -38,8 +40,8 @@ def engine_server_args(config: Config, index: int, weights: Path | None = None) 
 
     `weights` is a directory that the trainer has written; it replaces the model that the run began with.
     """
-    spec = engine_specs(config)[index]
-    model = models(config)[spec.model]
+    spec = engine_specs(config.engines, config.debug)[index]
+    model = models(config.engines, config.model.hf_checkpoint)[spec.model]
     decided = {
         "model_path": model["model_path"],
         "tp_size": spec.num_gpus,
@@ -76,7 +78,7 @@ def cpu_threads(config: Config, server_args: Mapping[str, Any]) -> int:
     hidden = hf_config.get("hidden_size") or hf_config.get("text_config", {}).get("hidden_size") or 0
     if config.rollout.max_staleness or hidden < _SIZE_FOR_THREADS:
         return 1
-    ranks = sum(spec.num_gpus for spec in engine_specs(config))
+    ranks = sum(spec.num_gpus for spec in engine_specs(config.engines, config.debug))
     return max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
 
 
@@ -116,17 +118,18 @@ def main(context: RoleContext) -> None:
     with ExitStack() as held:
         if context.nnodes > 1:
             server_args |= _meet(context, registry, held)
-        place = Place.of(config, context, held)
+        place = Place.of(config.engines, config.debug, context, held)
         if context.replaces:
-            router = wait_for_router(config, registry, context.token, place.model)
+            router = wait_for_router(config.engines, registry, context.token, place.model)
             remove_worker(router.url, router.token, context.replaces)
         engine = held.enter_context(
             HttpServerEngineAdapter.launch(server_args | place.server_args, context.token, host=context.host)
         )
         if context.node_rank:
             engine.wait()
-        membership = Membership(engine, config, registry, place)
-        if context.restarts and _is_trained(config, context) and not engines_load_alone(config.weights):
+        membership = Membership(engine, config.engines, registry, place)
+        is_trained = context.index in trained_engines(config.engines, config.debug)
+        if context.restarts and is_trained and not engines_load_alone(config.weights):
             membership.join_after(engine.get_weight_version())
             registry.register(engine.url)
         elif context.restarts:
@@ -147,12 +150,9 @@ def _newest_weights(config: Config, context: RoleContext) -> Path | None:
     Only for an engine that is started again. Weights of an earlier attempt do not count: the trainer sends those that
     it has resumed from.
     """
-    is_there = _is_trained(config, context) and engines_load_alone(config.weights)
+    is_trained = context.index in trained_engines(config.engines, config.debug)
+    is_there = is_trained and engines_load_alone(config.weights)
     return current_weights(context.layout.weights) if is_there else None
-
-
-def _is_trained(config: Config, context: RoleContext) -> bool:
-    return models(config)[engine_specs(config)[context.index].model]["update_weights"]
 
 
 def _meet(context: RoleContext, registry: Registry, held: ExitStack) -> dict[str, Any]:
@@ -204,9 +204,9 @@ class Place:
     server_args: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: Config, context: RoleContext, held: ExitStack) -> Place:
+    def of(cls, engines: Engines, debug: Debug, context: RoleContext, held: ExitStack) -> Place:
         """The place of this engine role; a port that it needs is kept in `held`."""
-        spec = engine_specs(config)[context.index]
+        spec = engine_specs(engines, debug)[context.index]
         if spec.worker_type == "regular":
             return cls(spec.model, context.token)
         role: dict[str, Any] = {"worker_type": spec.worker_type}
@@ -225,9 +225,9 @@ class Membership:
     """The engine's place behind the router of its model, kept when that router dies and another takes its place."""
 
     def __init__(
-        self, engine: HttpServerEngineAdapter, config: Config, registry: Registry, place: Place
+        self, engine: HttpServerEngineAdapter, flags: Engines, registry: Registry, place: Place
     ) -> None:
-        self._engine, self._config, self._registry, self._place = engine, config, registry, place
+        self._engine, self._flags, self._registry, self._place = engine, flags, registry, place
         self._router: RouterAddress | None = None
         self._outdated: str | None = None
 
@@ -238,7 +238,7 @@ class Membership:
     def join(self) -> None:
         """Join the router as soon as there is one."""
         place = self._place
-        self._join(wait_for_router(self._config, self._registry, place.token, place.model))
+        self._join(wait_for_router(self._flags, self._registry, place.token, place.model))
 
     def look(self) -> None:
         """Join the router that has replaced the one that we joined, if there is one; call once a second.
@@ -253,7 +253,7 @@ class Membership:
             if self._outdated is not None and engine.get_weight_version() == self._outdated:
                 return
             self._outdated = None
-            router = find_router(self._config.engines, self._registry, place.token, place.model)
+            router = find_router(self._flags, self._registry, place.token, place.model)
             if router not in (None, self._router):
                 self._join(router)
                 print(f"joined the router {router.url}", flush=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from rltrain.arguments.config import Config
 from rltrain.arguments.external import external_token, external_urls
 from rltrain.arguments.fleet import trained_engines
+from rltrain.arguments.groups.debug import Debug
 from rltrain.arguments.groups.engines import Engines
 from rltrain.arguments.groups.model import Model
 from rltrain.run.errors import UserError
@@ -81,13 +81,15 @@ class ExternalEngine(HttpServerEngineAdapter):
         """Nothing: without the current weights `rltrain.sglang.external` takes it off the router."""
 
 
-def find_engines(config: Config, registry: Registry, token: str) -> list[JobEngine | ExternalEngine]:
+def find_engines(
+    engines: Engines, debug: Debug, registry: Registry, token: str
+) -> list[JobEngine | ExternalEngine]:
     """The engines that are ready now and take the trainer's weights: the job's by index, then external ones."""
-    trained = trained_engines(config)
+    trained = trained_engines(engines, debug)
     own = [
         JobEngine(address, token, registry) for address in registry.find("engine") if address.index in trained
     ]
-    return [*own, *(engine for engine in external_engines(config.engines) if engine.makes_progress())]
+    return [*own, *(engine for engine in external_engines(engines) if engine.makes_progress())]
 
 
 def external_engines(engines: Engines) -> list[ExternalEngine]:

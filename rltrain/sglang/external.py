@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from rltrain.arguments.config import Config
+from rltrain.arguments.groups.engines import Engines
+from rltrain.arguments.groups.model import Model
 from rltrain.run.errors import UserError
 from rltrain.run.http import HttpError
 from rltrain.run.layout import RunLayout
@@ -28,8 +29,8 @@ class EventSink(Protocol):
 class ExternalFleet:
     """Keeps the router's list of external engines as it should be; call `look` every few seconds."""
 
-    def __init__(self, config: Config, layout: RunLayout, events: EventSink) -> None:
-        self._config, self._layout, self._events = config, layout, events
+    def __init__(self, flags: Engines, model: Model, layout: RunLayout, events: EventSink) -> None:
+        self._flags, self._model, self._layout, self._events = flags, model, layout, events
         self._joined: dict[str, ExternalEngine] = {}
         self._last_words: dict[str, str] = {}
 
@@ -41,7 +42,7 @@ class ExternalFleet:
         if is_loading(self._layout):
             return
         try:
-            named = {engine.url: engine for engine in external_engines(self._config.engines)}
+            named = {engine.url: engine for engine in external_engines(self._flags)}
         except (OSError, UserError) as error:  # a file that is being edited: engines that are there stay
             self._say("", str(error))
             return
@@ -62,7 +63,7 @@ class ExternalFleet:
             raise TimeoutError("it does not answer, or hangs")
         if engine.get_weight_version() != str(weight_version(newest)):
             self._leave(router, engine.url, "it has other weights than the trainer sent")
-            check_engine(self._config.model, engine)
+            check_engine(self._model, engine)
             load_from_disk(engine, newest)
         if find_worker(router.url, router.token, engine.url) is None:
             engine.register(router.url, _REGISTER_SECONDS, router.token)

@@ -8,8 +8,9 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from rltrain import arguments
-from rltrain.arguments.config import Config
 from rltrain.arguments.fleet import is_disaggregated
+from rltrain.arguments.groups.debug import Debug
+from rltrain.arguments.groups.engines import Engines
 from rltrain.run.errors import UserError
 from rltrain.run.http import in_brackets, make_url
 from rltrain.run.processes import reserve_port
@@ -90,16 +91,20 @@ def main(context: RoleContext) -> None:
     registry = Registry(context)
     port = _last_port(registry, context)
     with Router(
-        router_args(config, context.index), context.token, context.host, port, config.engines.rollout_router
+        router_args(config.engines, config.debug, context.index),
+        context.token,
+        context.host,
+        port,
+        config.engines.rollout_router,
     ) as router:
         registry.register(router.url)
         router.wait()
 
 
-def router_args(config: Config, model: int) -> dict[str, Any]:
+def router_args(engines: Engines, debug: Debug, model: int) -> dict[str, Any]:
     """`RouterArgs` of the router of a model, as the `--router-*` flags and `--sglang-config` say."""
-    apart = {"pd_disaggregation": True} if is_disaggregated(config, model) else {}
-    return {**apart, **config.engines.router}
+    apart = {"pd_disaggregation": True} if is_disaggregated(engines, debug, model) else {}
+    return {**apart, **engines.router}
 
 
 def check_installed(program: str) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import urlencode, urlsplit
 
 from rltrain.arguments.config import Config
 from rltrain.arguments.external import external_token
-from rltrain.arguments.fleet import models, trained_model
+from rltrain.arguments.fleet import count_models, models, trained_model
 from rltrain.arguments.groups.engines import Engines
 from rltrain.run.http import HttpError, call, in_brackets, make_url
 from rltrain.run.role import Registry
@@ -62,15 +62,15 @@ def find_router(engines: Engines, registry: Registry, token: str, model: int) ->
     )
 
 
-def wait_for_router(config: Config, registry: Registry, token: str, model: int) -> RouterAddress:
+def wait_for_router(engines: Engines, registry: Registry, token: str, model: int) -> RouterAddress:
     """The same, as soon as there is one.
 
     Raises:
         TimeoutError: there was none for too long.
     """
-    if external_router(config.engines) is None:
-        registry.wait_for(_ROLE, len(models(config)))
-    router = find_router(config.engines, registry, token, model)
+    if external_router(engines) is None:
+        registry.wait_for(_ROLE, count_models(engines))
+    router = find_router(engines, registry, token, model)
     assert router is not None
     return router
 
@@ -81,11 +81,11 @@ def set_routers(config: Config, routers: list[RouterAddress]) -> None:
     `args.sglang_model_routers` has all by the model's name, `args.sglang_router_ip` and `_port` are those of the model
     that samples come from.
     """
-    args, names = config.namespace, [model["name"] for model in models(config)]
+    args, served = config.namespace, models(config.engines, config.model.hf_checkpoint)
     args.sglang_model_routers = {
-        name: router.host_and_port for name, router in zip(names, routers, strict=True)
+        model["name"]: router.host_and_port for model, router in zip(served, routers, strict=True)
     }
-    args.sglang_router_ip, args.sglang_router_port = routers[trained_model(config)].host_and_port
+    args.sglang_router_ip, args.sglang_router_port = routers[trained_model(config.engines)].host_and_port
 
 
 def get_model_url(args: argparse.Namespace, name: str, endpoint: str = "/generate") -> str:

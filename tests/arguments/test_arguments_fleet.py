@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from helpers.run_files import LEAST
 
 from hpc.planning.job_plan import make_plan
 from rltrain import arguments
+from rltrain.arguments.config import Config
 from rltrain.arguments.external import TOKEN_VARIABLE, external_token, external_urls
 from rltrain.arguments.fleet import (
     engine_specs,
@@ -22,6 +22,8 @@ from rltrain.arguments.fleet import (
     trained_engines,
     trained_model,
 )
+from rltrain.arguments.groups.debug import Debug
+from rltrain.arguments.groups.engines import Engines
 from rltrain.rollout.generate.group import slot_count
 from rltrain.run.errors import UserError
 from rltrain.sglang.engine import engine_server_args
@@ -41,7 +43,7 @@ APART = {"name": "apart", "server_groups": [
 ]}  # fmt: skip
 
 
-def parse(*flags: str) -> Namespace:
+def parse(*flags: str) -> Config:
     return arguments.parse([*LEAST, *flags])
 
 
@@ -59,21 +61,21 @@ def refusal(*flags: str) -> str:
 
 def test_without_a_file_it_is_one_model_with_engines_that_are_alike() -> None:
     args = parse("--rollout-num-gpus", "4", "--rollout-num-gpus-per-engine", "2")
-    assert [(spec.num_gpus, spec.first_gpu, spec.worker_type) for spec in engine_specs(args)] == [
+    assert [(spec.num_gpus, spec.first_gpu, spec.worker_type) for spec in engine_specs(args.engines, args.debug)] == [
         (2, 0, "regular"), (2, 2, "regular"),
     ]  # fmt: skip
-    assert [model["name"] for model in models(args)] == ["default"]
-    assert trained_engines(args) == [0, 1]
+    assert [(model["name"], model["model_path"]) for model in models(args.engines, "m")] == [("default", "m")]
+    assert trained_engines(args.engines, args.debug) == [0, 1]
 
 
 def test_a_file_describes_models_groups_and_overrides(tmp_path: Path) -> None:
     args = parse(*config(tmp_path, ACTOR, JUDGE), "--sglang-mem-fraction-static", "0.5")
-    specs = engine_specs(args)
+    specs = engine_specs(args.engines, args.debug)
     assert [(spec.model, spec.num_gpus, spec.first_gpu) for spec in specs] == [
         (0, 1, 0), (0, 1, 1), (0, 2, 3), (1, 2, 5), (1, 2, 7),
     ]  # fmt: skip
     assert args.engines.rollout_num_gpus == 9
-    assert trained_engines(args) == [0, 1, 2] and trained_model(args) == 0
+    assert trained_engines(args.engines, args.debug) == [0, 1, 2] and trained_model(args.engines) == 0
     first, third, judge = (engine_server_args(args, i) for i in (0, 2, 3))
     assert (first["mem_fraction_static"], third["mem_fraction_static"]) == (0.5, 0.7)
     assert first["model_path"] == str(Path("model").absolute()) and judge["model_path"] == "/models/judge"
@@ -85,7 +87,8 @@ def test_the_models_survive_the_run_directory(tmp_path: Path) -> None:
 
     args = parse(*config(tmp_path, ACTOR, JUDGE))
     (tmp_path / "config.toml").write_text(tomli_w.dumps({"train": arguments.dump(args)}))
-    assert engine_specs(arguments.load(tmp_path)) == engine_specs(args)
+    loaded = arguments.load(tmp_path)
+    assert engine_specs(loaded.engines, loaded.debug) == engine_specs(args.engines, args.debug)
 
 
 def test_every_model_has_a_router_and_every_engine_a_process(tmp_path: Path) -> None:
@@ -104,10 +107,10 @@ def test_rollout_functions_find_the_routers_by_the_models_names(tmp_path: Path) 
 
 def test_prefill_and_decode_are_passed_to_engines_and_router(tmp_path: Path) -> None:
     args = parse(*config(tmp_path, APART), "--router-policy", "random")
-    assert is_disaggregated(args, 0)
-    assert router_args(args, 0) == {"pd_disaggregation": True, "policy": "random"}
+    assert is_disaggregated(args.engines, args.debug, 0)
+    assert router_args(args.engines, args.debug, 0) == {"pd_disaggregation": True, "policy": "random"}
     assert [engine_server_args(args, i)["disaggregation_mode"] for i in (0, 1)] == ["prefill", "decode"]
-    assert "pd_disaggregation" not in router_args(parse(), 0)
+    assert "pd_disaggregation" not in router_args(Engines(), Debug(), 0)
 
 
 @pytest.mark.parametrize(
@@ -142,10 +145,10 @@ def test_gpus_that_contradict_the_file_are_refused(tmp_path: Path) -> None:
 def test_external_engines_need_no_engines_of_our_own() -> None:
     args = parse("--rollout-external-engine-addrs", "a:1", "http://b:2/", "a:1")
     assert external_urls(args.engines) == ["http://a:1", "http://b:2"]
-    assert engine_specs(args) == []
+    assert engine_specs(args.engines, args.debug) == []
     assert [process.name for process in make_plan(args).processes] == ["router-0", "rollout-0", "trainer-0"]
     both = parse("--rollout-external-engine-addrs", "a:1", "--rollout-num-gpus", "1")
-    assert len(engine_specs(both)) == 1
+    assert len(engine_specs(both.engines, both.debug)) == 1
 
 
 def test_a_file_of_engines_is_read_again(tmp_path: Path) -> None:
@@ -203,14 +206,18 @@ def test_every_router_flag_is_an_argument_of_the_router() -> None:
 
 def test_requests_in_flight_follow_the_engines_that_make_samples(tmp_path: Path) -> None:
     few = ["--sglang-server-concurrency", "8"]
-    assert slot_count(parse(*few, "--rollout-num-gpus", "3")) == 24
-    assert slot_count(parse(*few, *config(tmp_path, ACTOR, JUDGE))) == 24
-    assert slot_count(parse(*few, *config(tmp_path, APART))) == 8
+
+    def slots(args: Config) -> int:
+        return slot_count(args.engines, args.debug)
+
+    assert slots(parse(*few, "--rollout-num-gpus", "3")) == 24
+    assert slots(parse(*few, *config(tmp_path, ACTOR, JUDGE))) == 24
+    assert slots(parse(*few, *config(tmp_path, APART))) == 8
     file = tmp_path / "engines.txt"
     args = parse(*few, "--rollout-external-engines-file", str(file))
-    assert slot_count(args) == 8  # nobody yet, who may come
+    assert slots(args) == 8  # nobody yet, who may come
     file.write_text("a:1\nb:2\n")
-    assert slot_count(args) == 16
+    assert slots(args) == 16
 
 
 @pytest.mark.parametrize(
@@ -233,10 +240,14 @@ def test_the_transport_of_weights_is_what_the_layout_allows(
 
 
 def test_the_trainers_nccl_shares_memory_as_that_of_the_engines() -> None:
-    assert nccl_settings(parse(), {}) == {"NCCL_CUMEM_ENABLE": "0"}
-    assert nccl_settings(parse("--sglang-enable-symm-mem"), {}) == {"NCCL_CUMEM_ENABLE": "1"}
-    assert nccl_settings(parse(), {"NCCL_CUMEM_ENABLE": "1"}) == {}  # engines have it, too
-    assert nccl_settings(parse("--colocate"), {}) == {}  # nothing goes from one to the other by NCCL
+    def settings(*flags: str, **env: str) -> dict[str, str]:
+        args = parse(*flags)
+        return nccl_settings(args.engines, args.debug, env)
+
+    assert settings() == {"NCCL_CUMEM_ENABLE": "0"}
+    assert settings("--sglang-enable-symm-mem") == {"NCCL_CUMEM_ENABLE": "1"}
+    assert settings(NCCL_CUMEM_ENABLE="1") == {}  # engines have it, too
+    assert settings("--colocate") == {}  # nothing goes from one to the other by NCCL
 
 
 def test_engines_with_several_servers_are_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_a_run_without_rollouts_evaluates_whatever_the_other_flags_say() -> None
 
 def test_without_gpus_for_engines_there_is_only_a_router() -> None:
     config = arguments.parse([*LEAST, "--rollout-num-gpus", "0"])
-    assert engine_specs(config) == []
+    assert engine_specs(config.engines, config.debug) == []
     roles = [line.partition(":")[0] for line in describe(make_plan(config)).splitlines()]
     assert roles == ["router-0", "rollout-0", "trainer-0"]
     split = split_nodes(read_ask({"rollout-num-gpus": ["0"]}, 2, None, has_engines=False), 8, 8)

@@ -54,7 +54,8 @@ def test_external_engines_come_go_and_have_the_current_weights(
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     layout, names, events = RunLayout(tmp_path / "external"), tmp_path / "engines.txt", Events()
     args = make_args("--rollout-external-engines-file", str(names))
-    fleet, router = ExternalFleet(args, layout, events), RouterAddress(own_router.url, "another-token")
+    fleet = ExternalFleet(args.engines, args.model, layout, events)
+    router = RouterAddress(own_router.url, "another-token")
 
     def joined() -> bool:
         fleet.look(router)

@@ -142,7 +142,7 @@ class Fleet:
             self.registry.status("generating", version)
 
     def find_engines(self) -> Any:
-        return find_engines(self.config, self.registry, self.token)
+        return find_engines(self.config.engines, self.config.debug, self.registry, self.token)
 
     def generate(self, rollout_id: int, fault: Callable[[], object] = lambda: None) -> pa.Table:
         """A batch; `fault` happens while it is generated. Engines that come back are given the weights meanwhile."""

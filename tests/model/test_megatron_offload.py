@@ -18,6 +18,8 @@ from helpers.megatron import (
 )
 
 from rltrain.arguments.config import Config
+from rltrain.arguments.groups.debug import Debug
+from rltrain.arguments.groups.engines import Engines
 from rltrain.job import make_room
 from rltrain.megatron.checkpoint.save import CheckpointWriter
 from rltrain.megatron.device import own_device, refill, release, restore, store
@@ -106,8 +108,8 @@ def test_engines_give_up_their_memory_before_the_trainer_builds_its_model(
     monkeypatch.setattr("rltrain.job.use_cuda", lambda: has_gpu)
     monkeypatch.setattr("rltrain.job.find_engines", lambda *_: fleet.engines)
     waiting = Namespace(wait_for=lambda role, count: fleet.notes.append(f"{count} {role} is there"))
-    config = Config().replace(offload_rollout=True, rollout_num_gpus=1, hf_checkpoint="model")
-    make_room(config, Namespace(token="t"), waiting, fleet.memory)  # type: ignore[arg-type]
+    engines = Engines(offload_rollout=True, rollout_num_gpus=1)
+    make_room(engines, Debug(), Namespace(token="t"), waiting, fleet.memory)  # type: ignore[arg-type]
     if not has_gpu:
         assert fleet.taken() == []
         return

@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 from rltrain.arguments.config import Config
 from rltrain.arguments.external import count_external
 from rltrain.arguments.fleet import engine_specs, trained_model
+from rltrain.arguments.groups.debug import Debug
+from rltrain.arguments.groups.engines import Engines
 from rltrain.arguments.groups.rollout import Rollout
 from rltrain.functions import explain_fully, load_function
 from rltrain.rewards import pool as rewards
@@ -73,7 +75,11 @@ class GroupRunner:
             evaluation,
         )
         # The trainer waits for evaluations: they need not queue up behind rollouts that are for later.
-        self._semaphore = asyncio.Semaphore(slot_count(config)) if evaluation else training_slots(config)
+        self._semaphore = (
+            asyncio.Semaphore(slot_count(config.engines, config.debug))
+            if evaluation
+            else training_slots(config.engines, config.debug)
+        )
         any_age = evaluation or rollout_id is None
         self._staleness = StalenessGuard(rollout_id or 0, math.inf if any_age else largest_age(config))
         self._masks_earlier = config.rollout.mask_offpolicy_in_partial_rollout
@@ -192,20 +198,20 @@ class GroupRunner:
                 check_sample(self._config.rewards, each if result is None else result, each, name_of(hook))
 
 
-def training_slots(config: Config) -> asyncio.Semaphore:
+def training_slots(engines: Engines, debug: Debug) -> asyncio.Semaphore:
     """A place for each request that may be in flight, `--sglang-server-concurrency` an engine, for all rollouts.
 
     Who came first is served first, so the rollout that is trained on next is not held up by those after it.
     """
-    count = slot_count(config)
+    count = slot_count(engines, debug)
     return _slots.setdefault(asyncio.get_running_loop(), {}).setdefault(count, asyncio.Semaphore(count))
 
 
-def slot_count(config: Config) -> int:
+def slot_count(engines: Engines, debug: Debug) -> int:
     """How many requests may be in flight."""
-    served, trained = engine_specs(config), trained_model(config)
+    served, trained = engine_specs(engines, debug), trained_model(engines)
     own = sum(spec.model == trained and spec.worker_type != "prefill" for spec in served)
-    return config.engines.sglang_server_concurrency * max(1, own + count_external(config.engines))
+    return engines.sglang_server_concurrency * max(1, own + count_external(engines))
 
 
 def _is_aborted(samples: list[Sample]) -> bool:

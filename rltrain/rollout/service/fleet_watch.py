@@ -7,7 +7,7 @@ import contextlib
 
 from rltrain.arguments.config import Config
 from rltrain.arguments.external import external_token, external_urls
-from rltrain.arguments.fleet import models, trained_model
+from rltrain.arguments.fleet import count_models, trained_model
 from rltrain.rollout.generate.http import HttpClient
 from rltrain.run.errors import UserError
 from rltrain.run.http import HttpError
@@ -26,10 +26,12 @@ class FleetWatch:
         self._config = config
         self._registry, self._context, self._client = registry, context, client
         self._external = (
-            ExternalFleet(config, context.layout, registry) if config.engines.are_external else None
+            ExternalFleet(config.engines, config.model, context.layout, registry)
+            if config.engines.are_external
+            else None
         )
-        count = len(models(config))
-        self._set([wait_for_router(config, registry, context.token, i) for i in range(count)])
+        count = count_models(config.engines)
+        self._set([wait_for_router(config.engines, registry, context.token, i) for i in range(count)])
 
     async def run(self) -> None:
         """Look from time to time, until cancelled."""
@@ -48,7 +50,7 @@ class FleetWatch:
         if all(found) and found != self._routers:
             self._set([each for each in found if each])
         if self._external:
-            self._external.look(self._routers[trained_model(self._config)])
+            self._external.look(self._routers[trained_model(self._config.engines)])
             self._client_tokens()
 
     def _client_tokens(self) -> None:
@@ -62,4 +64,4 @@ class FleetWatch:
         set_routers(self._config, routers)
         for router in routers:
             self._client.set_token(router.url, router.token)
-        self._client.refuse_unknown_weights(routers[trained_model(self._config)].url)
+        self._client.refuse_unknown_weights(routers[trained_model(self._config.engines)].url)
