@@ -239,7 +239,7 @@ def _check_functions(config: Config) -> None:
     ):
         for each in (config, *sets):
             if asks_for_reward(each):
-                reward_function_path(each)
+                reward_function_path(each.functions, each.rewards)
     for each in (config, *sets):
         check_functions(each.functions)
 

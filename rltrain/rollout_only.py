@@ -9,8 +9,9 @@ import sys
 import time
 
 from rltrain.arguments import load
-from rltrain.arguments.config import Config
 from rltrain.arguments.fleet import engine_specs
+from rltrain.arguments.groups.evaluation import Evaluation
+from rltrain.arguments.groups.rollout import Rollout
 from rltrain.rollout.service.client import RolloutClient
 from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_REQUEUE, run_main
 from rltrain.run.files import read_lines
@@ -21,29 +22,30 @@ from rltrain.tracking import Tracker
 
 
 def generate_all(
-    config: Config,
+    rollout: Rollout,
+    evaluation: Evaluation,
     context: RoleContext,
     registry: Registry,
     tracker: Tracker,
     client: RolloutClient,
 ) -> int:
     """Every rollout that is not on disk yet, and the evaluation sets once; returns the exit code."""
-    steps = range(config.rollout.num_rollout)
+    steps = range(rollout.num_rollout)
     logged = newest_rows(read_lines(context.layout.metrics))
     # A rollout that is on disk, but not in the metrics, is taken from there and logged.
     first = next(
         (step for step in steps if context.layout.find_step(step) is None or step not in logged),
-        config.rollout.num_rollout,
+        rollout.num_rollout,
     )
     client.load(first)
-    if config.evaluation.eval_datasets and not first:  # the weights stay as they are: once is enough
+    if evaluation.eval_datasets and not first:  # the weights stay as they are: once is enough
         registry.status("evaluating", 0)
-        evaluation = unless_stopped(registry, client.eval, 0)
-        if evaluation is None:
+        metrics = unless_stopped(registry, client.eval, 0)
+        if metrics is None:
             return EXIT_REQUEUE
-        tracker.log(-1, evaluation)
-        registry.event("eval_finished", step=0, **evaluation)
-    for rollout_id in range(first, config.rollout.num_rollout):
+        tracker.log(-1, metrics)
+        registry.event("eval_finished", step=0, **metrics)
+    for rollout_id in range(first, rollout.num_rollout):
         registry.status("generating", rollout_id)
         began = time.perf_counter()
         client.weights(rollout_id)
@@ -64,7 +66,7 @@ def main() -> int:
     client = RolloutClient(registry.wait_for("rollout")[0].url, context.token)
     tracker = Tracker(config, context.layout, context.attempt)
     try:
-        exit_code = generate_all(config, context, registry, tracker, client)
+        exit_code = generate_all(config.rollout, config.evaluation, context, registry, tracker, client)
         if exit_code == 0:
             registry.prove_finished(config.rollout.num_rollout)
         return exit_code

@@ -39,7 +39,7 @@ class ValidationLoss:
         for settings in config.evaluation.eval_datasets:
             own = config.of_eval_set(settings)
             samples = eval_samples(own, settings | {"n_samples_per_eval_prompt": 1})
-            add_responses(samples, own, tokenizer)
+            add_responses(samples, own.data, own.model, tokenizer)
             table = samples_to_table(
                 samples, step=0, attempt=0, dataset=settings["name"], rewards=[None] * len(samples),
                 train_rewards=[0.0] * len(samples),

@@ -22,6 +22,8 @@ from rltrain.arguments.config import Config
 from rltrain.arguments.flags import Flags
 from rltrain.arguments.groups.checkpoint import Checkpoint
 from rltrain.arguments.groups.critic import use_critic
+from rltrain.arguments.groups.rollout import Rollout
+from rltrain.arguments.groups.training import Training
 from rltrain.arguments.hf_config import check_same_shape
 from rltrain.models.as_transformers import standard_config
 from rltrain.run.errors import UserError
@@ -77,9 +79,9 @@ def check_flags(request: Request, facts: ClusterFacts | None = None) -> tuple[Co
     try:
         config = inputs.check_inputs(config)
     except UserError as error:
-        return None, [_describe_batch(config), fail("input files", str(error))]
+        return None, [_describe_batch(config.rollout, config.training), fail("input files", str(error))]
     found = [*_describe_precision(chosen), *_describe_inputs(config), *_check_imports(config, here=True)]
-    return config, [_describe_batch(config), *found]
+    return config, [_describe_batch(config.rollout, config.training), *found]
 
 
 def _check_plan(options: SubmitOptions, flags: Flags) -> tuple[Config, list[Check]]:
@@ -88,19 +90,24 @@ def _check_plan(options: SubmitOptions, flags: Flags) -> tuple[Config, list[Chec
     from hpc.submitting.slurm_job import plan_job
 
     job = plan_job(options, flags)
-    checks = [_describe_batch(job.config), *_describe_precision(job.chosen), *_describe_inputs(job.config)]
-    checks += [*_check_imports(job.config, here=False), ok("plan", job.split.explain())]
+    config = job.config
+    checks = [_describe_batch(config.rollout, config.training), *_describe_precision(job.chosen)]
+    checks += [
+        *_describe_inputs(config),
+        *_check_imports(config, here=False),
+        ok("plan", job.split.explain()),
+    ]
     try:
-        return job.config, [*checks, ok("sbatch --test-only", check_script(job.text()))]
+        return config, [*checks, ok("sbatch --test-only", check_script(job.text()))]
     except SlurmError as error:
-        return job.config, [*checks, fail("sbatch --test-only", str(error))]
+        return config, [*checks, fail("sbatch --test-only", str(error))]
 
 
-def _describe_batch(config: Config) -> Check:
+def _describe_batch(rollout: Rollout, training: Training) -> Check:
     return ok(
         "flags",
-        f"{config.rollout.rollout_batch_size} prompts × {config.rollout.n_samples_per_prompt} samples ="
-        f" {config.training.num_steps_per_rollout} optimizer step(s) of {config.training.global_batch_size}",
+        f"{rollout.rollout_batch_size} prompts × {rollout.n_samples_per_prompt} samples ="
+        f" {training.num_steps_per_rollout} optimizer step(s) of {training.global_batch_size}",
     )
 
 
@@ -151,10 +158,8 @@ def check_cluster(
 ) -> list[Check]:
     """Checks of the partition, the memory of its GPUs and, if wanted, its nodes."""
     assert options.partition is not None
-    nodes, gpus = (
-        options.nodes or _count_nodes(config),
-        config.parallel.actor_num_gpus_per_node if config else 0,
-    )
+    nodes = options.nodes or (config.parallel.actor_num_nodes if config else 1)
+    gpus = config.parallel.actor_num_gpus_per_node if config else 0
     checks = partition.check_partition(facts, options.partition, nodes, gpus, options.gpu_type)
     if any(check.level == "fail" for check in checks):
         return checks
@@ -213,10 +218,6 @@ def _count_processes(config: Config | None) -> int:
     return config.parallel.actor_num_gpus_per_node + (
         0 if config.debug.debug_train_only else config.engines.rollout_num_gpus
     )
-
-
-def _count_nodes(config: Config | None) -> int:
-    return 1 if config is None else config.parallel.actor_num_nodes
 
 
 def _checkpoint_bytes(config: Config | None) -> float:

@@ -17,8 +17,10 @@ from hpc.doctor.memory import (
 )
 from rltrain.arguments.config import Config
 from rltrain.arguments.groups.critic import use_critic
+from rltrain.arguments.groups.engines import Engines
 from rltrain.arguments.groups.model import Model
-from rltrain.arguments.groups.parallel import ParallelSizes
+from rltrain.arguments.groups.parallel import Parallel, ParallelSizes
+from rltrain.arguments.groups.rollout import Rollout
 from rltrain.arguments.hf_config import ModelShape, read_model_shape
 from rltrain.run.files import read_object
 
@@ -120,20 +122,22 @@ def check_memory(config: Config, memory: Memory | None) -> list[Check]:
             )
         ]
     if memory.gpu:
-        return _fit_gpus(config, trainer, engine, memory)
-    return [_fit_machine(config, trainer, engine, memory)]
+        return _fit_gpus(config.engines, config.rollout, trainer, engine, memory)
+    return [_fit_machine(config.engines, config.parallel, trainer, engine, memory)]
 
 
-def _fit_gpus(config: Config, trainer: Trainer, engine: EngineMemory | None, memory: Memory) -> list[Check]:
-    share = config.engines.sglang.get("mem_fraction_static", _ENGINE_SHARE)
-    free = memory.size * (1 - share if config.engines.colocate and engine else _USABLE)
+def _fit_gpus(
+    engines: Engines, rollout: Rollout, trainer: Trainer, engine: EngineMemory | None, memory: Memory
+) -> list[Check]:
+    share = engines.sglang.get("mem_fraction_static", _ENGINE_SHARE)
+    free = memory.size * (1 - share if engines.colocate and engine else _USABLE)
     checks = [
         _judge("trainer memory", trainer.needed(gpu=True), free, trainer.text, memory.where, _TRAINER_ADVICE)
     ]
     if engine is None:
         return checks
     tokens = engine.tokens_in(memory.size * share)
-    longest = config.rollout.rollout_max_context_len or config.rollout.rollout_max_response_len
+    longest = rollout.rollout_max_context_len or rollout.rollout_max_response_len
     message = f"{describe_engine(engine)}; {tokens} tokens of context fit on {memory.where}"
     if tokens < longest:
         advice = "raise --rollout-num-gpus-per-engine or --sglang-mem-fraction-static"
@@ -147,13 +151,15 @@ _TRAINER_ADVICE = (
 )
 
 
-def _fit_machine(config: Config, trainer: Trainer, engine: EngineMemory | None, memory: Memory) -> Check:
-    ranks = config.parallel.actor_num_gpus_per_node
+def _fit_machine(
+    engines: Engines, parallel: Parallel, trainer: Trainer, engine: EngineMemory | None, memory: Memory
+) -> Check:
+    ranks = parallel.actor_num_gpus_per_node
     needed = ranks * (trainer.needed(gpu=False) + _PROCESS_BYTES) + 2 * _PROCESS_BYTES
     text = f"{ranks} × {trainer.text}"
     if engine is not None:
-        gpus = config.engines.rollout_num_gpus
-        tokens = config.engines.sglang.get("max_total_tokens", _CPU_KV_TOKENS)
+        gpus = engines.rollout_num_gpus
+        tokens = engines.sglang.get("max_total_tokens", _CPU_KV_TOKENS)
         needed += gpus * (engine.weights + tokens * engine.kv_per_token + _PROCESS_BYTES)
         text += f"; {gpus} × {describe_engine(engine)}, {tokens} tokens of context"
     return _judge("memory", needed, memory.size, text, memory.where, _TRAINER_ADVICE)

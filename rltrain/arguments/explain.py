@@ -80,9 +80,8 @@ def configuration(argv: Sequence[str], not_ours: Collection[str] = ()) -> Config
     values = [
         value for action in _actions(parser) for value in _values(action, config, given, sources, hf_config)
     ]
-    return Configuration(
-        config, values, [*remarks(config), *notes, *_left_to_submit(config.model, config.parallel)]
-    )
+    notes = [*remarks(config), *notes, *_left_to_submit(config.model, config.parallel)]
+    return Configuration(config, values, notes)
 
 
 def to_toml(found: Configuration) -> str:

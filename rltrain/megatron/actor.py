@@ -122,11 +122,8 @@ class MegatronTrainActor:
         self._tokens = TokenWriter(
             context, lambda reason: self._event("trainer_tokens_not_saved", reason=reason)
         )
-        self.offload = Offload(
-            config.engines,
-            self._trained_models(),
-            engine_memory or EngineMemory(config.engines, config.debug),
-        )
+        memory = engine_memory or EngineMemory(config.engines, config.debug)
+        self.offload = Offload(config.engines, self._trained_models(), memory)
 
     def train(self, rollout_id: int, batch: TrainBatch) -> dict[str, float]:
         """Train on one rollout: --num-steps-per-rollout optimizer steps over its samples, in order.

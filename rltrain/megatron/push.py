@@ -177,7 +177,7 @@ class ShareSender:
     def __init__(self, transport: str, config: Config, context: RoleContext) -> None:
         """By the transport of this name."""
         self._ranks, host = TrainerRanks(), context.host
-        medium = make_transport(transport, config, host, self._ranks.rank)
+        medium = make_transport(transport, config.engines, config.parallel, host, self._ranks.rank)
         self._rounds = Rounds(medium, self._ranks, host)
         self._bucket_bytes = bucket_bytes(transport, config)
         # Each rank that sends over the network needs one more process group with each engine.

@@ -21,6 +21,7 @@ import time
 from typing import Self
 
 from rltrain.arguments.config import Config
+from rltrain.arguments.groups.functions import Functions
 from rltrain.arguments.groups.rollout import Rewards
 from rltrain.functions import explain, load_function
 from rltrain.rewards.processes import Processes, WorkerProcess
@@ -256,13 +257,13 @@ def _apply(sample: Sample, grade: Grade) -> None:
         sample.status, sample.failure = Sample.Status.FAILED, grade.failure
 
 
-def check(config: Config) -> None:
+def check(functions: Functions, rewards: Rewards) -> None:
     """Check that the reward that the flags ask for can be loaded.
 
     Raises:
         UserError: see `grade`.
     """
-    load_function(reward_function_path(config), flag="--custom-rm-path")
+    load_function(reward_function_path(functions, rewards), flag="--custom-rm-path")
 
 
 async def start(config: Config, sample: Sample | None = None) -> RewardPool:
@@ -271,7 +272,7 @@ async def start(config: Config, sample: Sample | None = None) -> RewardPool:
     Raises:
         UserError: see `grade`.
     """
-    path = reward_function_path(config, sample)
+    path = reward_function_path(config.functions, config.rewards, sample)
     key = (path, config.rewards.reward_key, config.rewards.rm_type)
     if key not in _pools:
         _pools[key] = asyncio.ensure_future(RewardPool.start(config, path))

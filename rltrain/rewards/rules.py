@@ -7,6 +7,8 @@ import dataclasses
 from typing import Any
 
 from rltrain.arguments.config import Config
+from rltrain.arguments.groups.functions import Functions
+from rltrain.arguments.groups.rollout import Rewards
 from rltrain.functions import load_function
 from rltrain.rewards.text import last_boxed
 from rltrain.run.errors import UserError
@@ -27,7 +29,7 @@ RULES = {
 _BOXED = "boxed_"
 
 
-def reward_function_path(config: Config, sample: Sample | None = None) -> str:
+def reward_function_path(functions: Functions, rewards: Rewards, sample: Sample | None = None) -> str:
     """Import path of the reward function: the sample's `custom_rm_path`, the flags', or its metadata's `rm_type`.
 
     Raises:
@@ -35,9 +37,9 @@ def reward_function_path(config: Config, sample: Sample | None = None) -> str:
     """
     if sample is not None and sample.custom_rm_path:
         return sample.custom_rm_path
-    if config.functions.custom_rm_path:
-        return config.functions.custom_rm_path
-    name = reward_name(config.rewards.rm_type, sample)
+    if functions.custom_rm_path:
+        return functions.custom_rm_path
+    name = reward_name(rewards.rm_type, sample)
     if not name:
         raise UserError(
             "no reward: give --custom-rm-path package.module.function, or --rm-type with one of "
@@ -46,14 +48,14 @@ def reward_function_path(config: Config, sample: Sample | None = None) -> str:
         )
     plain = name.removeprefix(_BOXED)
     if plain not in RULES:
-        where = "--rm-type" if name == config.rewards.rm_type else "metadata rm_type"
+        where = "--rm-type" if name == rewards.rm_type else "metadata rm_type"
         raise UserError(
             f"{where} {name}: there is no such reward; there are {', '.join(sorted(RULES))}, and each with"
             f" {_BOXED} before it."
         )
-    if plain == "remote_rm" and not config.rewards.rm_url:
+    if plain == "remote_rm" and not rewards.rm_url:
         raise UserError("--rm-type remote_rm needs --rm-url.")
-    if plain == "dapo" and not config.rewards.reward_key:
+    if plain == "dapo" and not rewards.reward_key:
         raise UserError("--rm-type dapo returns a dict: say --reward-key score (or acc).")
     return "rltrain.rewards.rules.boxed" if name != plain else RULES[plain]
 

@@ -11,6 +11,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from rltrain.arguments.config import Config
+from rltrain.arguments.groups.functions import Functions
+from rltrain.arguments.groups.rollout import Rollout
 from rltrain.data.source import RolloutDataSource
 from rltrain.functions import load_function
 from rltrain.rollout.filters import DynamicFilterOutput
@@ -128,7 +130,7 @@ class _Wave:
                 self._dropped[verdict.reason or "no reason"] += 1
             elif not self.is_full:
                 self.kept.append(group)
-        _check_drops(self._config, len(self.kept), self._dropped)
+        _check_drops(self._config.functions, self._rollout, len(self.kept), self._dropped)
 
     def metrics(self, given_back: int) -> dict[str, float]:
         """What was dropped, kept and, with --partial-rollout, gone on with and put aside."""
@@ -207,13 +209,13 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _check_drops(config: Config, kept: int, dropped: Counter[str]) -> None:
-    if dropped.total() <= _MOST_DROPPED * config.rollout.rollout_batch_size:
+def _check_drops(functions: Functions, rollout: Rollout, kept: int, dropped: Counter[str]) -> None:
+    if dropped.total() <= _MOST_DROPPED * rollout.rollout_batch_size:
         return
     reasons = ", ".join(f"{count} × {reason}" for reason, count in dropped.most_common())
     raise RuntimeError(
-        f"{_FLAG} {config.functions.dynamic_sampling_filter_path} dropped {dropped.total()} groups and"
-        f" kept {kept}, of the {config.rollout.rollout_batch_size} that a batch needs ({reasons}). Give other prompts,"
+        f"{_FLAG} {functions.dynamic_sampling_filter_path} dropped {dropped.total()} groups and"
+        f" kept {kept}, of the {rollout.rollout_batch_size} that a batch needs ({reasons}). Give other prompts,"
         " or another filter."
     )
 

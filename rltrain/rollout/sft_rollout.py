@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rltrain.arguments.config import Config
+from rltrain.arguments.config import group_of
 from rltrain.arguments.groups.data import Data
 from rltrain.arguments.groups.model import Model
 from rltrain.data.conversation import tokens_and_mask
@@ -35,21 +35,21 @@ def generate_rollout(
         )
     groups = data_source.get_samples(args.rollout_batch_size)
     samples = [sample for group in groups for sample in group]
-    add_responses(samples, Config.of(args), load_tokenizer(args.hf_checkpoint))
+    add_responses(samples, group_of(args, Data), group_of(args, Model), load_tokenizer(args.hf_checkpoint))
     return RolloutFnTrainOutput(groups)
 
 
-def add_responses(samples: list[Sample], config: Config, tokenizer: Any) -> None:
+def add_responses(samples: list[Sample], data: Data, model: Model, tokenizer: Any) -> None:
     """Tokens and masks of what is trained on.
 
     Raises:
         UserError: a prompt has no label, or the tokenizer no end-of-sequence token.
     """
     labelled = [sample for sample in samples if isinstance(sample.prompt, str)]
-    _add_labels(labelled, config.model, tokenizer)
+    _add_labels(labelled, model, tokenizer)
     for sample in samples:
         if not isinstance(sample.prompt, str):
-            _add_turns(sample, config.data, tokenizer)
+            _add_turns(sample, data, tokenizer)
         sample.status = Sample.Status.COMPLETED
 
 

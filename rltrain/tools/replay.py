@@ -22,6 +22,9 @@ from typing import Any
 
 from rltrain import arguments
 from rltrain.arguments.config import Config
+from rltrain.arguments.groups.engines import Engines
+from rltrain.arguments.groups.model import Model
+from rltrain.arguments.groups.rollout import Rollout
 from rltrain.data.tokenizer import load_tokenizer
 from rltrain.rollout.generate.single_turn import sampling_params, with_seed
 from rltrain.rollout.service.server import prepare
@@ -70,7 +73,7 @@ def replay(options: Options) -> int:
     layout = RunLayout(options.run.absolute())
     config = load_args(layout)
     sample = find_sample(layout, options.step, options.index)
-    params = replay_params(config, sample, options.step)
+    params = replay_params(config.engines, config.rollout, sample, options.step)
     print(
         f"{layout.name}, step {options.step}, sample {sample.index}: {sample.prompt_length} prompt and"
         f" {sample.response_length} response tokens, weights {' '.join(sample.weight_versions) or 'unknown'}"
@@ -79,7 +82,9 @@ def replay(options: Options) -> int:
         parted = False
         if params["temperature"] == 1.0:
             recorded, scored = as_recorded(sample), score(url, token, sample)
-            parted |= report("log-probs of the recorded tokens", recorded, scored, config)
+            parted |= report(
+                "log-probs of the recorded tokens", recorded, scored, config.engines, config.model
+            )
         else:
             print("the recorded log-probs are at temperature"
                   f" {params['temperature']:g}, and those of given tokens at 1: not compared")  # fmt: skip
@@ -90,9 +95,8 @@ def replay(options: Options) -> int:
             print(
                 "the sampling had no seed (--sglang-enable-deterministic-inference), so other tokens are to be expected"
             )
-        parted |= report(
-            "sampled again", recorded, generate(url, token, sample, params, len(recorded.tokens)), config
-        )
+        again = generate(url, token, sample, params, len(recorded.tokens))
+        parted |= report("sampled again", recorded, again, config.engines, config.model)
     return int(parted)
 
 
@@ -132,11 +136,11 @@ def find_sample(layout: RunLayout, step: int, index: int) -> Sample:
     return sample
 
 
-def replay_params(config: Config, sample: Sample, step: int) -> dict[str, Any]:
+def replay_params(engines: Engines, rollout: Rollout, sample: Sample, step: int) -> dict[str, Any]:
     """The sampling parameters that the sample had."""
     first = sample if sample.rollout_id is None else Sample(index=sample.rollout_id)
     return {
-        **with_seed(config, sampling_params(config.rollout), step, first),
+        **with_seed(engines, rollout, sampling_params(rollout), step, first),
         **sample.metadata.get("sampling_params", {}),
     }
 
@@ -147,7 +151,7 @@ def engine(options: Options, layout: RunLayout, config: Config, sample: Sample) 
     if options.engine:
         yield options.engine.rstrip("/"), os.environ.get("SLURMLIME_TOKEN", "")
         return
-    weights = options.frozen or find_weights(layout, config, sample)
+    weights = options.frozen or find_weights(layout, config.checkpoint, config.model, sample)
     token = secrets.token_urlsafe(16)
     with hf_directory(weights, Path(config.model.hf_checkpoint), trust=options.trust_load) as model:
         own = {"model_path": str(model), "load_format": "auto", "log_level": "error"}
@@ -188,15 +192,15 @@ def generate(url: str, token: str, sample: Sample, params: dict[str, Any], lengt
     return Scored([entry[1] for entry in entries], [entry[0] for entry in entries])
 
 
-def report(title: str, recorded: Scored, replayed: Scored, config: Config) -> bool:
+def report(title: str, recorded: Scored, replayed: Scored, engines: Engines, model: Model) -> bool:
     """Print how far they agree; returns whether they part."""
     result = compare(recorded, replayed)
-    tolerance = 1e-4 if config.engines.sglang.get("dtype") == "float32" or not config.model.bf16 else 5e-2
+    tolerance = 1e-4 if engines.sglang.get("dtype") == "float32" or not model.bf16 else 5e-2
     print(f"{title}: {result.same} of {len(recorded.tokens)} tokens are the same; of {result.compared} log-probs the"
           f" mean |difference| is {result.mean:.2e}, the largest {result.largest:.2e}")  # fmt: skip
     parted = result.parts_at is not None or result.largest > tolerance
     if parted:
-        print(table(recorded, replayed, result, load_tokenizer(config.model.hf_checkpoint)))
+        print(table(recorded, replayed, result, load_tokenizer(model.hf_checkpoint)))
     return parted
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rltrain.arguments.config import Config
-from rltrain.arguments.groups.checkpoint import starts_elsewhere
+from rltrain.arguments.groups.checkpoint import Checkpoint, starts_elsewhere
+from rltrain.arguments.groups.model import Model
 from rltrain.megatron.checkpoint.directory import is_complete, iteration_directory
 from rltrain.run.errors import UserError
 from rltrain.run.layout import RunLayout
@@ -39,7 +39,7 @@ def hf_directory(weights: Path, origin: Path, *, trust: bool) -> Iterator[Path]:
         yield output
 
 
-def find_weights(layout: RunLayout, config: Config, sample: Sample) -> Path:
+def find_weights(layout: RunLayout, checkpoint: Checkpoint, model: Model, sample: Sample) -> Path:
     """The weights that wrote the sample: a Hugging Face directory, or else a checkpoint of the run.
 
     Raises:
@@ -48,17 +48,17 @@ def find_weights(layout: RunLayout, config: Config, sample: Sample) -> Path:
     versions = [int(version) for version in sample.weight_versions if version.isdigit()]
     version = versions[-1] if versions else 0
     places = [layout.weights / f"v{version:06d}"]
-    if version and config.checkpoint.save_hf:
-        places.append(Path(config.checkpoint.save_hf.format(rollout_id=version - 1)))
-    if not version and not config.model.random_init and not starts_elsewhere(config.checkpoint):
-        places.append(Path(config.model.hf_checkpoint))
+    if version and checkpoint.save_hf:
+        places.append(Path(checkpoint.save_hf.format(rollout_id=version - 1)))
+    if not version and not model.random_init and not starts_elsewhere(checkpoint):
+        places.append(Path(model.hf_checkpoint))
     found = next((place for place in places if any(place.glob("*.safetensors"))), None)
-    checkpoint = iteration_directory(Path(config.checkpoint.save or layout.checkpoints), version)
-    if found is None and checkpoint.is_dir() and is_complete(checkpoint):
-        return checkpoint
+    saved = iteration_directory(Path(checkpoint.save or layout.checkpoints), version)
+    if found is None and saved.is_dir() and is_complete(saved):
+        return saved
     if found is None:
         raise UserError(
-            f"the weights of version {version} are not in {' or '.join(map(str, [*places, checkpoint]))}: give a"
+            f"the weights of version {version} are not in {' or '.join(map(str, [*places, saved]))}: give a"
             " Hugging Face directory or a checkpoint, --frozen DIR."
         )
     return found

@@ -26,11 +26,15 @@ def make_config(rm_type: str = "exact", **changes: Any) -> Config:
     return Config.from_values({"rm_type": rm_type, **usual, **changes})
 
 
+def path_of(config: Config, sample: Sample | None = None) -> str:
+    return reward_function_path(config.functions, config.rewards, sample)
+
+
 def grade(rm_type: str, response: str, label: Any, metadata: dict[str, Any] | None = None) -> Any:
     """What the reward function, found as a run finds it, returns."""
     config = make_config(rm_type, reward_key="score" if "dapo" in rm_type else None, rm_url="http://x")
     sample = Sample(response=response, label=label, metadata=metadata or {})
-    return load_function(reward_function_path(config, sample), flag="--rm-type")(config.namespace, sample)
+    return load_function(path_of(config, sample), flag="--rm-type")(config.namespace, sample)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +133,9 @@ def test_the_last_complete_box_counts(text: str, expected: str | None) -> None:
 def test_every_name_is_a_function_and_boxed_or_not() -> None:
     for name in RULES:
         config = make_config(name, rm_url="http://x", reward_key="score")
-        assert callable(load_function(reward_function_path(config), flag="--rm-type"))
+        assert callable(load_function(path_of(config), flag="--rm-type"))
         config = config.replace(rm_type=f"boxed_{name}")
-        assert reward_function_path(config) == "rltrain.rewards.rules.boxed"
+        assert path_of(config) == "rltrain.rewards.rules.boxed"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +144,7 @@ def test_every_name_is_a_function_and_boxed_or_not() -> None:
 )  # fmt: skip
 def test_what_a_reward_needs_is_asked_for_before_anything_starts(rm_type: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        reward_function_path(make_config(rm_type))
+        path_of(make_config(rm_type))
 
 
 def test_metadata_gives_a_sample_another_reward() -> None:

@@ -243,9 +243,9 @@ def test_exact_match_ignores_white_space_around() -> None:
 def test_a_reward_must_be_asked_for_by_a_name_that_exists() -> None:
     config = Config().replace(custom_rm_path=None, rm_type=None)
     with pytest.raises(UserError, match=r"--custom-rm-path.*exact"):
-        reward_function_path(config)
+        reward_function_path(config.functions, config.rewards)
     config = config.replace(rm_type="exakt")
     with pytest.raises(UserError, match=r"--rm-type exakt.*exact"):
-        reward_function_path(config)
+        reward_function_path(config.functions, config.rewards)
     config = config.replace(custom_rm_path="mine.reward")
-    assert reward_function_path(config) == "mine.reward"
+    assert reward_function_path(config.functions, config.rewards) == "mine.reward"

@@ -138,14 +138,14 @@ def test_weights_come_from_a_checkpoint_of_the_run(
 ) -> None:
     args, sample = load_args(trained), Sample(weight_versions=["1", "2"])
     checkpoint = trained.checkpoints / "iter_0000002"
-    assert find_weights(trained, args, sample) == checkpoint
+    assert find_weights(trained, args.checkpoint, args.model, sample) == checkpoint
     assert replay(recorded, "--frozen", checkpoint) == 0  # trained with a rate of 0: the same weights
     shown = capsys.readouterr().out
     assert f"converting {checkpoint}" in shown and "→" not in shown
     (checkpoint / "manifest.json").unlink()
     (checkpoint / ".metadata").unlink()
     with pytest.raises(UserError, match=r"version 2 are not in .*v000002 or .*iter_0000002: give a"):
-        find_weights(trained, args, sample)
+        find_weights(trained, args.checkpoint, args.model, sample)
     assert replay(recorded, "--frozen", checkpoint) == 2
     assert "is not a model, and its conversion failed: " in capsys.readouterr().err
 

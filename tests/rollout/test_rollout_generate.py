@@ -208,8 +208,11 @@ def test_deterministic_engines_get_a_seed_of_each_samples_own(make_args) -> None
 
     first = seeds()
     assert len(first) == 8 and first == seeds()
-    other_step = with_seed(config, {}, 1, Sample(index=0))["sampling_seed"]
-    assert other_step not in first and with_seed(config, {}, 0, Sample(index=0))["sampling_seed"] in first
+    same_step, other_step = (
+        with_seed(config.engines, config.rollout, {}, step, Sample(index=0))["sampling_seed"]
+        for step in (0, 1)
+    )
+    assert other_step not in first and same_step in first
 
 
 def test_custom_functions_fill_samples_or_fail_them_alone(custom, make_args) -> None:

@@ -81,7 +81,8 @@ class GroupRunner:
             else training_slots(config.engines, config.debug)
         )
         any_age = evaluation or rollout_id is None
-        self._staleness = StalenessGuard(rollout_id or 0, math.inf if any_age else largest_age(config))
+        largest = math.inf if any_age else largest_age(config.rollout, config.weights)
+        self._staleness = StalenessGuard(rollout_id or 0, largest)
         self._masks_earlier = config.rollout.mask_offpolicy_in_partial_rollout
         self._hooks = [
             load_function(path, flag="--rollout-sample-hook-path")
@@ -169,7 +170,8 @@ class GroupRunner:
         return samples
 
     async def _generate(self, sample: Sample) -> list[Sample]:
-        params = with_seed(self._config, self._params, self._rollout_id, sample)
+        config = self._config
+        params = with_seed(config.engines, config.rollout, self._params, self._rollout_id, sample)
         own = sample.metadata.get("sampling_params")
         if own is not None and not isinstance(own, dict):
             raise GenerationError(f"metadata sampling_params is {own!r:.200}; expected a dict")

@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
-from rltrain.arguments.config import Config
-from rltrain.arguments.groups.functions import DEFAULT_ROLLOUT_FUNCTION
+from rltrain.arguments.groups.functions import DEFAULT_ROLLOUT_FUNCTION, Functions
+from rltrain.arguments.groups.rollout import Rollout
 from rltrain.sample import Sample
 
 T = TypeVar("T")
@@ -92,19 +92,19 @@ class LookAhead(Generic[T]):
         return rollout_id - self._ahead <= self._version
 
 
-def takes_all_at_once(config: Config) -> bool:
+def takes_all_at_once(functions: Functions, rollout: Rollout) -> bool:
     """Whether a rollout asks the data source for its prompts once, and gives none back.
 
     Only then is it known, as soon as it has them, where the next rollout goes on. Rollouts of functions of the
     user, and those that sample more than they keep, follow one another.
     """
     return (
-        config.rollout.max_staleness > 0
-        and config.functions.rollout_function_path == DEFAULT_ROLLOUT_FUNCTION
-        and config.rollout.over_sampling_batch_size == config.rollout.rollout_batch_size
-        and not config.functions.dynamic_sampling_filter_path
-        and not config.rollout.partial_rollout
-        and not config.functions.rollout_all_samples_process_path
+        rollout.max_staleness > 0
+        and functions.rollout_function_path == DEFAULT_ROLLOUT_FUNCTION
+        and rollout.over_sampling_batch_size == rollout.rollout_batch_size
+        and not functions.dynamic_sampling_filter_path
+        and not rollout.partial_rollout
+        and not functions.rollout_all_samples_process_path
     )
 
 

@@ -7,7 +7,7 @@ import hashlib
 import math
 from typing import Any
 
-from rltrain.arguments.config import Config
+from rltrain.arguments.groups.engines import Engines
 from rltrain.arguments.groups.rollout import Rollout
 from rltrain.rollout.generate.http import GenerationError, post, session_headers
 from rltrain.sample import Sample
@@ -108,11 +108,11 @@ def sampling_params(rollout: Rollout) -> SamplingParams:
 
 
 def with_seed(
-    config: Config, params: SamplingParams, rollout_id: int | None, sample: Sample
+    engines: Engines, rollout: Rollout, params: SamplingParams, rollout_id: int | None, sample: Sample
 ) -> SamplingParams:
     """With deterministic engines: a seed for the sample alone, so that a run can be repeated token for token."""
-    if not config.engines.sglang.get("enable_deterministic_inference"):
+    if not engines.sglang.get("enable_deterministic_inference"):
         return params
-    name = f"{config.rollout.rollout_seed}/{rollout_id}/{sample.index}".encode()
+    name = f"{rollout.rollout_seed}/{rollout_id}/{sample.index}".encode()
     seed = int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big") >> 1
     return {**params, "sampling_seed": seed}

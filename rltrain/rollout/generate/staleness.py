@@ -6,16 +6,17 @@ import math
 from collections.abc import Sequence
 from itertools import takewhile
 
-from rltrain.arguments.config import Config
+from rltrain.arguments.groups.rollout import Rollout
+from rltrain.arguments.groups.weights import Weights
 from rltrain.sample import Sample, age
 
 
-def largest_age(config: Config) -> float:
+def largest_age(rollout: Rollout, weights: Weights) -> float:
     """The age up to which samples are trained on; without --max-staleness nothing is too old."""
-    if not config.rollout.max_staleness:
+    if not rollout.max_staleness:
         return math.inf
     # Between two pushes the trainer goes on with what the engines have.
-    return max(config.rollout.max_staleness, config.weights.update_weights_interval - 1)
+    return max(rollout.max_staleness, weights.update_weights_interval - 1)
 
 
 def age_metrics(rollout_id: int, samples: Sequence[Sample]) -> dict[str, float]:

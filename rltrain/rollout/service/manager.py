@@ -79,7 +79,7 @@ class RolloutManager:
         ours = not (log and log(rollout_id, config.namespace, output.data, metrics))
         for name, result in output.data.items():
             samples, rewards = result["samples"], result["rewards"]
-            check_samples(config, samples, ("--eval-function-path",))
+            check_samples(config.functions, config.rewards, samples, ("--eval-function-path",))
             own = eval_metrics(name, samples, rewards)
             table = samples_to_table(
                 samples, step=rollout_id, attempt=self._attempt, dataset=name, rewards=rewards, metrics=own
@@ -112,7 +112,7 @@ class RolloutManager:
             return None
         ages = [age(rollout_id, versions or []) for versions in table["weight_versions"].to_pylist()]
         oldest = max((each for each in ages if each is not None), default=0.0)
-        if oldest > largest_age(self._config):
+        if oldest > largest_age(self._config.rollout, self._config.weights):
             print(
                 f"rollout {rollout_id}: {directory} has samples {oldest:g} versions old, more than --max-staleness"
                 " allows, and is generated again", flush=True,
@@ -124,7 +124,8 @@ class RolloutManager:
 
     async def _generate(self, rollout_id: int, taken: asyncio.Event | None) -> pa.Table:
         began = time.perf_counter()
-        source, at_once = self._data_source, taken is not None and takes_all_at_once(self._config)
+        config, source = self._config, self._data_source
+        at_once = taken is not None and takes_all_at_once(config.functions, config.rollout)
         if taken is not None and at_once:
             source = OneTake(source, self._config.rollout.rollout_batch_size, rollout_id, taken)
         output = as_train_output(

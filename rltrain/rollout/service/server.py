@@ -134,7 +134,7 @@ async def serve(context: RoleContext) -> None:
     watching = None
     if not config.debug.debug_train_only:
         if asks_for_reward(config):
-            rewards.check(config)
+            rewards.check(config.functions, config.rewards)
         watch = await asyncio.to_thread(FleetWatch, config, registry, context, client)
         if asks_for_reward(config):
             await rewards.start(config)

@@ -11,6 +11,7 @@ from typing import Any
 from rltrain.algorithms.grpo import leave_one_out, normalize_rewards
 from rltrain.arguments.config import Config
 from rltrain.arguments.groups.algorithm import Algorithm
+from rltrain.arguments.groups.functions import Functions
 from rltrain.arguments.groups.rollout import Rewards
 from rltrain.functions import load_function
 from rltrain.rollout.generate.http import GenerationError
@@ -41,7 +42,7 @@ def to_train_data(config: Config, samples: list[Sample]) -> TrainData:
     Raises:
         UserError: a function of the user returned something that can't be trained on; names it and the sample.
     """
-    check_samples(config, samples, _CHANGES_SAMPLES)
+    check_samples(config.functions, config.rewards, samples, _CHANGES_SAMPLES)
     for sample in samples:
         if sample.status in UNUSABLE or sample.remove_sample:
             sample.loss_mask = [0] * sample.response_length
@@ -53,17 +54,19 @@ def to_train_data(config: Config, samples: list[Sample]) -> TrainData:
     return TrainData(samples, rewards, train_rewards(config.algorithm, samples, rewards))
 
 
-def check_samples(config: Config, samples: Sequence[Sample], flags: Sequence[str]) -> None:
+def check_samples(
+    functions: Functions, rewards: Rewards, samples: Sequence[Sample], flags: Sequence[str]
+) -> None:
     """Check that the samples are still valid after the user's functions that `flags` name.
 
     Raises:
         UserError: names these functions, the sample and the field that is wrong.
     """
-    paths = {flag: getattr(config.functions, flag.removeprefix("--").replace("-", "_")) for flag in flags}
+    paths = {flag: getattr(functions, flag.removeprefix("--").replace("-", "_")) for flag in flags}
     theirs = [f"{flag} {path}" for flag, path in paths.items() if path and not path.startswith("rltrain.")]
     for i, sample in enumerate(samples if theirs else ()):
         try:
-            check_fields(config.rewards, sample, f"{' or '.join(theirs)}: sample {i}")
+            check_fields(rewards, sample, f"{' or '.join(theirs)}: sample {i}")
         except GenerationError as error:
             raise UserError(f"{error}.") from None
 

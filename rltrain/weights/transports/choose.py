@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from rltrain.arguments.config import Config
+from rltrain.arguments.groups.engines import Engines
+from rltrain.arguments.groups.parallel import Parallel
 from rltrain.weights.rounds import Transport
 from rltrain.weights.transports.distributed import DistributedTransport
 from rltrain.weights.transports.tensor import SharedMemoryTransport
@@ -31,23 +33,23 @@ def choose(config: Config, are_here: Sequence[bool]) -> str:
     return "disk" if config.engines.colocate else "distributed"
 
 
-def make_transport(name: str, config: Config, host: str, rank: int) -> Transport:
+def make_transport(name: str, engines: Engines, parallel: Parallel, host: str, rank: int) -> Transport:
     """The transport `tensor` or `distributed`, for a rank of the trainer whose machine has the address `host`."""
     if name == "tensor":
         return SharedMemoryTransport()
-    return DistributedTransport(host, _backend(config), rank)
+    return DistributedTransport(host, _backend(engines, parallel), rank)
 
 
 def bucket_bytes(name: str, config: Config) -> int:
     """Size of a bucket: `--update-weight-buffer-size`, but less in host memory."""
     size = config.weights.update_weight_buffer_size
-    if name == "distributed" and _backend(config) == "nccl":
+    if name == "distributed" and _backend(config.engines, config.parallel) == "nccl":
         return size
     return min(size, _HOST_BUCKET_BYTES)
 
 
-def _backend(config: Config) -> str:
+def _backend(engines: Engines, parallel: Parallel) -> str:
     """With `--colocate` trainer and engine are two processes on one GPU, which NCCL refuses."""
-    if config.engines.colocate:
+    if engines.colocate:
         return "gloo"
-    return config.parallel.distributed_backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    return parallel.distributed_backend or ("nccl" if torch.cuda.is_available() else "gloo")
