@@ -10,6 +10,8 @@ from hpc.planning.nodes import Split
 from hpc.planning.processes import MAIN_ROLE, JobPlan, Placement, RoleProcess
 from rltrain.arguments.config import Config
 from rltrain.arguments.fleet import EngineSpec, count_models, engine_specs
+from rltrain.arguments.groups.debug import Debug
+from rltrain.arguments.groups.engines import Engines
 from rltrain.run.errors import UserError
 
 _PROGRAMS = {
@@ -31,12 +33,13 @@ def make_plan(config: Config, python: str = sys.executable, gpus: Sequence[str] 
     Raises:
         UserError: the machine has GPUs, but fewer than the run needs.
     """
-    engines = count_engines(config)
+    engines, debug = config.engines, config.debug
+    rollout_only = RoleProcess(MAIN_ROLE, 0, _rollout_only(python))
     processes = [
-        *_single("router", count_routers(config), python),
-        *_single("engine", engines, python),
+        *_single("router", count_routers(engines, debug), python),
+        *_single("engine", len(engine_specs(engines, debug)), python),
         *_single("rollout", 1, python),
-        *_main_processes(config, python),
+        *([rollout_only] if debug.debug_rollout_only else _ranks(config.parallel.num_ranks, python)),
     ]
     return JobPlan(tuple(_share_gpus(processes, config, gpus) if gpus else processes))
 
@@ -66,19 +69,19 @@ def _share_gpus(processes: Sequence[RoleProcess], config: Config, gpus: Sequence
     ]
 
 
-def make_slurm_plan(config: Config, split: Split, python: str = sys.executable) -> JobPlan:
+def make_slurm_plan(engines: Engines, debug: Debug, split: Split, python: str = sys.executable) -> JobPlan:
     """Plan a Slurm job. Router and rollout process are on the first node of the engines; each engine is a step of
     its own, also one that spans nodes, the trainer's ranks are one."""
     component, first_node = (1, 0) if split.layout == "het" else (0, split.first_rollout_node)
     service = Placement(component, (first_node,))
-    processes = [_place("router", index, python, service) for index in range(count_routers(config))]
-    for index, spec in enumerate(engine_specs(config.engines, config.debug)):
+    processes = [_place("router", index, python, service) for index in range(count_routers(engines, debug))]
+    for index, spec in enumerate(engine_specs(engines, debug)):
         nodes, gpus = engine_place(spec, split)
         where = Placement(component, tuple(first_node + node for node in nodes), gpus=gpus)
         argv, count = _argv("engine", python), len(nodes)
         processes.append(RoleProcess("engine", index, argv, count=count, spans=count > 1, placement=where))
     processes.append(_place("rollout", 0, python, service))
-    if config.debug.debug_rollout_only:
+    if debug.debug_rollout_only:
         processes.append(RoleProcess(MAIN_ROLE, 0, _rollout_only(python), placement=service))
         return JobPlan(tuple(processes), split.layout)
     per_node = split.trainer_gpus
@@ -105,15 +108,9 @@ def engine_place(spec: EngineSpec, split: Split) -> tuple[range, tuple[int, int]
     return range(node, node + spec.num_gpus // on_node), (split.first_rollout_gpu + slot, on_node)
 
 
-def count_engines(config: Config) -> int:
-    """Number of engines that the flags ask for."""
-    return len(engine_specs(config.engines, config.debug))
-
-
-def count_routers(config: Config) -> int:
+def count_routers(engines: Engines, debug: Debug) -> int:
     """Number of routers that the job starts: one a model, unless somebody else has started one."""
-    engines = config.engines
-    return 0 if config.debug.debug_train_only or engines.sglang_router_ip else count_models(engines)
+    return 0 if debug.debug_train_only or engines.sglang_router_ip else count_models(engines)
 
 
 def rank_env(rank: int, world_size: int, local_rank: int, local_world_size: int) -> dict[str, str]:
@@ -128,13 +125,6 @@ def rank_env(rank: int, world_size: int, local_rank: int, local_world_size: int)
 
 def _single(role: str, count: int, python: str) -> list[RoleProcess]:
     return [RoleProcess(role, index, _argv(role, python)) for index in range(count)]
-
-
-def _main_processes(config: Config, python: str) -> list[RoleProcess]:
-    """The trainer's ranks, or the process that replaces them."""
-    if config.debug.debug_rollout_only:
-        return [RoleProcess(MAIN_ROLE, 0, _rollout_only(python))]
-    return _ranks(config.parallel.num_ranks, python)
 
 
 def _rollout_only(python: str) -> tuple[str, ...]:

@@ -110,7 +110,7 @@ def plan_job(
     first, *others = [component.flags() for component in components]
     tables = options.slurm
     script = BatchScript((whole | first, *others), command="", env=tables.env, setup=tables.setup)
-    plan = make_slurm_plan(config, split, tables.python or sys.executable)
+    plan = make_slurm_plan(config.engines, config.debug, split, tables.python or sys.executable)
     return SlurmJob(options, flags, config, chosen, split, plan, script, lead, facts)
 
 

@@ -280,11 +280,10 @@ class MegatronTrainActor:
         self.others.resume(iteration, self.models)
         if self.critic is not None:
             self.critic.resume(iteration)
-        source = (
-            WeightSource(checkpoint=own, flag="--save")
-            if own
-            else initial_source(self.config.checkpoint, self.config.model)
-        )
+        if own:
+            source = WeightSource(checkpoint=own, flag="--save")
+        else:
+            source = initial_source(self.config.checkpoint, self.config.model)
         if dist.get_rank() == 0:
             print(f"the policy's weights are those of {source}", flush=True)
         checkpoint = continued_checkpoint(self.config.checkpoint, source)
@@ -300,7 +299,8 @@ class MegatronTrainActor:
         check_rollout(config.algorithm, share)
         with self._profiler.part("train_log_probs"):
             inputs = with_log_probs(
-                config,
+                config.algorithm,
+                config.functions,
                 inputs,
                 share,
                 self.models,

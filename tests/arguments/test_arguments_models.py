@@ -79,7 +79,7 @@ def test_a_launch_script_that_sources_its_model_parses_and_plans(name: str, tmp_
     check_model_flags(args.shape, PUBLISHED[name], "/m")
     assert args.functions.dynamic_sampling_filter_path == "rltrain.rollout.filters.check_reward_nonzero_std"
     split = split_nodes(read_ask({"colocate": []}, 1, None, has_engines=True), 8, 8)
-    roles = Counter(process.role for process in make_slurm_plan(args, split).processes)
+    roles = Counter(process.role for process in make_slurm_plan(args.engines, args.debug, split).processes)
     assert roles == {"router": 1, "engine": 4, "rollout": 1, "trainer": 1}  # the trainer's ranks are one step
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc.planning.job_plan import make_slurm_plan
+from hpc.planning.job_plan import JobPlan, make_slurm_plan
 from hpc.planning.nodes import Ask, Split, read_ask, split_nodes
 from hpc.slurm.client import SlurmClient, SlurmUnavailableError
 from hpc.supervisor import slurm_supervisor
@@ -123,6 +123,10 @@ def engine_args(gpus: int, size: int, served: Sequence[dict[str, object]] = ()) 
     )  # fmt: skip
 
 
+def plan_of(config: Config, nodes: Split) -> JobPlan:
+    return make_slurm_plan(config.engines, config.debug, nodes, "py")
+
+
 @given(
     ask=st.builds(Ask, maybe, st.none() | st.sampled_from(["het", "plain", "colocated"]), st.booleans(), maybe, maybe,
                   maybe, numbers, st.just(True)),
@@ -139,7 +143,7 @@ def test_every_split_holds_what_was_asked_for(ask: Ask, gpus: int) -> None:
     assert ask.rollout_gpus in (None, s.rollout_num_gpus)
     assert not gpus or max(s.trainer_gpus, s.first_rollout_gpu + s.rollout_gpus) <= gpus
     args = engine_args(s.rollout_num_gpus, ask.engine_size)
-    plan = make_slurm_plan(args, s, "py")
+    plan = plan_of(args, s)
     taken = Counter()  # GPU by node, of engines
     for process in plan.processes:
         where = process.placement
@@ -159,7 +163,7 @@ def test_without_a_trainer_engines_have_every_node() -> None:
     s = split(nodes=2, gpus=4, rollout_num_gpus_per_engine=2, debug_rollout_only=True)
     args = engine_args(s.rollout_num_gpus, 2)
     args = args.replace(debug_rollout_only=True)
-    plan = make_slurm_plan(args, s, "py")
+    plan = plan_of(args, s)
     assert plan.roles == ("router+engine+rollout+trainer",)
     assert sum(process.role == "engine" for process in plan.processes) == 4
     (main,) = [process for process in plan.processes if process.role == "trainer"]
@@ -169,7 +173,7 @@ def test_without_a_trainer_engines_have_every_node() -> None:
 
 def test_plan_of_a_heterogeneous_job() -> None:
     args = engine_args(4, 2)
-    plan = make_slurm_plan(args, split(nodes=2, gpus=4, rollout_num_gpus_per_engine=2), "py")
+    plan = plan_of(args, split(nodes=2, gpus=4, rollout_num_gpus_per_engine=2))
     assert plan.roles == ("trainer", "router+engine+rollout")
     by_name = {process.name: process for process in plan.processes}
     assert list(by_name) == ["router-0", "engine-0", "engine-1", "rollout-0", "trainer-[0-3]"]
@@ -182,7 +186,7 @@ def test_plan_of_engines_that_span_nodes() -> None:
     args = engine_args(16, 8)
     s = split(nodes=5, gpus=4, rollout_num_gpus_per_engine=8, rollout_num_gpus=16)
     assert "an engine on every 2" in s.explain()
-    by_name = {process.name: process for process in make_slurm_plan(args, s, "py").processes}
+    by_name = {process.name: process for process in plan_of(args, s).processes}
     assert list(by_name) == ["router-0", "engine-0", "engine-1", "rollout-0", "trainer-[0-3]"]
     engine = by_name["engine-1"]
     assert (engine.placement.nodes, engine.placement.gpus, engine.count) == ((2, 3), (0, 4), 2)
@@ -198,9 +202,7 @@ def served(name: str, *groups: tuple[str, int, int]) -> dict[str, object]:
 def test_plan_of_several_models_with_engines_that_differ() -> None:
     s = split(nodes=3, gpus=4, rollout_num_gpus_per_engine=1, rollout_num_gpus=8)
     kinds = [served("actor", ("regular", 4, 2)), served("judge", ("regular", 1, 1), ("placeholder", 3, 3))]
-    by_name = {
-        process.name: process for process in make_slurm_plan(engine_args(8, 1, kinds), s, "py").processes
-    }
+    by_name = {process.name: process for process in plan_of(engine_args(8, 1, kinds), s).processes}
     assert list(by_name)[:5] == ["router-0", "router-1", "engine-0", "engine-1", "engine-2"]
     places = [by_name[f"engine-{i}"].placement for i in range(3)]
     first = places[0].nodes[0]
@@ -215,7 +217,7 @@ def test_an_engine_that_would_begin_on_one_node_and_end_on_the_next_is_refused()
     s = split(nodes=3, gpus=4, rollout_num_gpus_per_engine=1, rollout_num_gpus=8)
     kinds = [served("judge", ("regular", 3, 3)), served("actor", ("regular", 2, 2))]
     with pytest.raises(UserError, match="would begin at GPU 3 of a node that has 4"):
-        make_slurm_plan(engine_args(8, 1, kinds), s, "py")
+        plan_of(engine_args(8, 1, kinds), s)
 
 
 def test_allocation() -> None:

@@ -111,7 +111,8 @@ def check_rollout(algorithm: Algorithm, share: RankShare) -> None:
 
 
 def with_log_probs(
-    config: Config,
+    algorithm: Algorithm,
+    functions: Functions,
     inputs: LossInputs[Flat],
     share: RankShare,
     models: list[GPTModel],
@@ -135,17 +136,17 @@ def with_log_probs(
     elif share.batch.teacher_log_probs is not None:
         teacher = share.trainable.select(share.batch.teacher_log_probs)
     past = others.past.that_generated(rollout_id) if others.past is not None else None
-    if past is not None and not config.algorithm.use_rollout_logprobs:
+    if past is not None and not algorithm.use_rollout_logprobs:
         with timers("log_probs"), past.in_place_of(models):
             old, entropy = log_probs(share, "")
-    elif _needs_own_log_probs(config.algorithm, config.functions, share.num_steps):
+    elif _needs_own_log_probs(algorithm, functions, share.num_steps):
         with timers("log_probs"):
             old, entropy = log_probs(share, "")
     return replace(
         inputs,
         ref_log_probs=reference,
         teacher_log_probs=teacher,
-        old_log_probs=inputs.rollout_log_probs if config.algorithm.use_rollout_logprobs else old,
+        old_log_probs=inputs.rollout_log_probs if algorithm.use_rollout_logprobs else old,
         entropy=entropy,
         ref_entropy=ref_entropy,
     )
