@@ -53,8 +53,15 @@ def train(context: RoleContext, registry: Registry, compute: Callable[[int], Non
 
 
 def hurry(context: RoleContext, registry: Registry) -> int:
-    """Train as `train` does; after the first attempt, to which a fault happens, ten times as fast."""
-    return train(context, registry, lambda _: time.sleep(0.005 if context.attempt else 0.05))
+    """Train as `train` does, from step 5 on not before a stop or fault; after the first attempt ten times as fast."""
+
+    def compute(step: int) -> None:
+        if context.attempt:
+            time.sleep(0.005)
+        else:
+            wait_from_5(step, registry.stop_requested)
+
+    return train(context, registry, compute)
 
 
 def pause(context: RoleContext, registry: Registry) -> int:

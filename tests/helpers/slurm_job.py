@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +57,21 @@ class FakeRun:
         process = self.start(*flags, **more)  # type: ignore[arg-type]
         out, err = process.communicate(timeout=timeout)
         return process.returncode, out, err
+
+    def finish_after(
+        self, condition: Callable[[], object], *flags: str, **more: object
+    ) -> tuple[int, str, str]:
+        """As `finish`; the trainer waits before its last steps until the condition holds."""
+        process = self.start(*flags, steps=8, trainer=["pause"], **more)  # type: ignore[arg-type]
+        until(lambda: bool(condition()) or process.poll() is not None, 240, "what the trainer waits for")
+        if process.poll() is None:
+            self.go_on()
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+    def go_on(self) -> None:
+        """For a trainer that pauses."""
+        (self.layout.root / "go_on").touch()
 
     def detach(self, *flags: str, **more: object) -> Job:
         code, out, err = self.finish("--detach", *flags, **more)

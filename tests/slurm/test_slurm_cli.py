@@ -33,8 +33,8 @@ def verb(job: FakeRun, module: str, *words: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=job.directory, env=env, capture_output=True, text=True, timeout=240)
 
 
-def resubmit(job: FakeRun, *words: str) -> subprocess.CompletedProcess[str]:
-    fake = {"FAKE_PLAN": json.dumps(SERVICES), "FAKE_ENGINES": "2"}
+def resubmit(job: FakeRun, *words: str, **roles: list[str]) -> subprocess.CompletedProcess[str]:
+    fake = {"FAKE_PLAN": json.dumps({**SERVICES, **roles}), "FAKE_ENGINES": "2"}
     command = [sys.executable, str(FAKE_RESUBMIT), "job", *words]
     env = {**job.cluster.env, **fake}
     return subprocess.run(command, cwd=job.directory, env=env, capture_output=True, text=True, timeout=240)
@@ -85,14 +85,16 @@ def test_spare_jobs_take_over_and_those_not_needed_end(run: FakeRun) -> None:
     until(lambda: run.steps(), 120, "the first step")
     verb(run, "cancel")
     wait_for(run.cluster, first.job_id)
-    total = len(run.steps()) + 60
-    chained = resubmit(run, "--chain=2", f"--num-rollout={total}")
+    total = len(run.steps()) + 10
+    chained = resubmit(run, "--chain=2", f"--num-rollout={total}", trainer=["pause"])
     assert chained.returncode == 0, chained.stderr
     jobs = [entry["job_id"] for entry in run.entries()]
     assert len(jobs) == 4 and f"spare job 2 of 2: {jobs[3]}, after {jobs[2]}" in chained.stdout
     until(lambda: len(run.events("attempt_started")) == 2, 120, "the second attempt")
     assert (look(run).job_id, look(run).spare_jobs) == (jobs[1], 2)
     run.cluster.run("scancel", jobs[1])  # as a partition does that cancels what it preempts
+    until(lambda: len(run.events("attempt_started")) == 3, 240, "the third attempt")
+    run.go_on()
 
     assert wait_for(run.cluster, jobs[3], timeout=180).state is JobState.COMPLETED
     assert len(run.events("attempt_started")) == 3
@@ -122,7 +124,7 @@ def test_spare_jobs_do_not_repeat_what_can_not_work(run: FakeRun) -> None:
 def test_the_first_line_that_a_new_user_types(slurm_cluster: Sandbox, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hpc.submit", "--partition=gpu", "--nodes=4", "--test-only"]
     env = {**slurm_cluster.env, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("to start at") == 2  # SFT, then GRPO
     assert "4 nodes: 2 for training (1 rank each), 2 for rollout (1 engine each)" in done.stderr
@@ -131,7 +133,7 @@ def test_the_first_line_that_a_new_user_types(slurm_cluster: Sandbox, tmp_path: 
 
 def test_sweep(run: FakeRun) -> None:
     sweep = ("--sweep", "seed=1,2,3", "--sweep-parallel=2", "--nodes=2", "--colocate")
-    code, _, err = run.finish(*sweep, steps=40)
+    code, _, err = run.finish(*sweep, steps=8, trainer=["pause"])
     assert code == 0, err
     layouts = [RunLayout(run.layout.root.parent / f"job.seed-{seed}") for seed in (1, 2, 3)]
     jobs = [json.loads(layout.job.read_text())[0]["job_id"] for layout in layouts]
@@ -139,16 +141,18 @@ def test_sweep(run: FakeRun) -> None:
     assert f"afterany:{jobs[0]}" in waiting
     run.cluster.run("scontrol", "hold", jobs[2])
     again, out, err = run.finish(
-        *sweep, steps=40
+        *sweep, steps=8, trainer=["pause"]
     )  # it waits, and the others run or are done: none is submitted
     assert again == 0 and f"job.seed-3 has a job already: {jobs[2]}" in out, out + err
     assert [len(json.loads(layout.job.read_text())) for layout in layouts] == [1, 1, 1]
     run.cluster.run("scontrol", "release", jobs[2])
+    for layout in layouts:
+        (layout.root / "go_on").touch()
     names = [each.name for each in status(["job.*"], run.layout.root.parent, SlurmClient(run.cluster.env))]
     assert sorted(names) == [layout.name for layout in layouts]
     for job, layout in zip(jobs, layouts, strict=True):
         assert wait_for(run.cluster, job).state is JobState.COMPLETED
-        assert len(layout.metrics.read_text().splitlines()) == 40
+        assert len(layout.metrics.read_text().splitlines()) == 8
     assert 'seed = "3"' in layouts[2].config.read_text()
 
 
