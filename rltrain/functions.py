@@ -129,14 +129,15 @@ def _is_here(module: str) -> bool:
 
 
 def _source_of(module: str) -> Path | None:
-    """The file of a module of the user's own: below the directories that are looked in, and not installed."""
+    """The file of a module of the user's own: below the directories that are looked in, and not installed, nor ours."""
     top, *rest = module.split(".")
+    if top in sys.stdlib_module_names or top == __package__:
+        return None
     for entry in sys.path:
         base = Path(entry or ".", top, *rest)
         for file in (base.with_name(f"{base.name}.py"), base / "__init__.py"):
             if file.is_file():
-                installed = "site-packages" in file.parts or top in sys.stdlib_module_names
-                return None if installed else file
+                return None if "site-packages" in file.parts else file
     return None
 
 
