@@ -41,7 +41,10 @@ def load_tokenizer(hf_checkpoint: str) -> Any:
     Raises:
         UserError: there is none, or it can't be read.
     """
-    import transformers
+    from rltrain.packages import quick_distributions
+
+    with quick_distributions():
+        import transformers
 
     try:
         # AutoTokenizer reads the model's configuration, too, and for that imports torch: seconds, and 200 MB.

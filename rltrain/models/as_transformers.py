@@ -28,8 +28,11 @@ def standard_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any
     Raises:
         UserError: transformers can't read it, or is older than the one that wrote it and lacks entries of it.
     """
+    from rltrain.packages import quick_distributions
+
     try:
-        from transformers import CONFIG_MAPPING, AutoConfig, __version__
+        with quick_distributions():
+            from transformers import CONFIG_MAPPING, AutoConfig, __version__
     except ImportError:
         return None
     family = FAMILIES.get((config.get("architectures") or [""])[0])

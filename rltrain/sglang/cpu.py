@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from rltrain.packages import quick_distributions
+
 _LINKED_TO_CUDA = "sgl_kernel"
 _CANDIDATES = ("triton", "torchvision", _LINKED_TO_CUDA)
 _MASK = 0xFFFFFFFF  # of 32 bits
@@ -81,7 +83,9 @@ def _is_usable(name: str) -> bool:
 def _let_libraries_notice_what_is_missing() -> None:
     """torch and transformers cache whether a package exists: they have to look before it seems to."""
     import torch.utils._triton
-    from transformers.utils import import_utils
+
+    with quick_distributions():
+        from transformers.utils import import_utils
 
     torch.utils._triton.has_triton_package()
     for name in ("is_torchvision_available", "is_triton_available"):

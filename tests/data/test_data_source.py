@@ -193,9 +193,13 @@ from rltrain.data.tokenizer import encode, load_tokenizer, render
 tokenizer = load_tokenizer({str(tiny_model)!r})
 print(tokenizer.decode(encode([render(Prompt("1+1="), tokenizer, chat_template=True, kwargs={{}})], tokenizer)[0]))
 print("torch" in sys.modules)
+from importlib.metadata import packages_distributions
+from transformers.utils.import_utils import PACKAGE_DISTRIBUTION_MAPPING as known
+by_name = ({{name: sorted(found) for name, found in each.items()}} for each in (known, packages_distributions()))
+assert next(by_name) == next(by_name) and "torch" in known
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "user:1+1=.assistant:\nFalse\n", done.stdout + done.stderr
+    assert done.stdout == "user:1+1=.assistant:\nFalse\n" and done.returncode == 0, done.stdout + done.stderr
 
 
 def test_without_prompts_samples_are_numbered_and_empty(make_args) -> None:

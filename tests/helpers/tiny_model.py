@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rltrain.packages import quick_distributions
+
 CHARACTERS = "0123456789+-*=() abcdefghijklmnopqrstuvwxyz?.:"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}:{{ message['content'] }}.{% endfor %}"
@@ -16,7 +18,9 @@ CHAT_TEMPLATE = (
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
     """One token a character; unknown ones are `<unk>`; `<eos>` ends a text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+
+    with quick_distributions():
+        from transformers import PreTrainedTokenizerFast
 
     vocab = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
     vocab |= {character: len(vocab) + i for i, character in enumerate(CHARACTERS)}
