@@ -25,8 +25,6 @@ from typing import Any
 
 import torch
 
-from rltrain.packages import quick_distributions
-
 _LINKED_TO_CUDA = "sgl_kernel"
 _CANDIDATES = ("triton", "torchvision", _LINKED_TO_CUDA)
 _MASK = 0xFFFFFFFF  # of 32 bits
@@ -83,6 +81,8 @@ def _is_usable(name: str) -> bool:
 def _let_libraries_notice_what_is_missing() -> None:
     """torch and transformers cache whether a package exists: they have to look before it seems to."""
     import torch.utils._triton
+
+    from rltrain.packages import quick_distributions
 
     with quick_distributions():
         from transformers.utils import import_utils

@@ -25,7 +25,6 @@ from typing import Any
 if __name__ == "__main__":
     gc.disable()  # what is imported stays, torch to begin with, see `run_cpu_server`
 
-from rltrain.packages import quick_distributions
 from rltrain.run.http import HttpError, call
 from rltrain.run.processes import family_of
 from rltrain.sglang import cpu, own_model
@@ -208,6 +207,8 @@ def run_server(server_args: dict[str, Any]) -> None:
     """Serve with exactly these `ServerArgs`."""
     hide_secrets_in_logs()
     bind_stores()
+    from rltrain.packages import quick_distributions
+
     with quick_distributions():
         from sglang.launch_server import run_server as serve
     from sglang.srt.server_args import ServerArgs
