@@ -79,10 +79,10 @@ def test_what_can_not_be_evaluated_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a run's name has letters"):
         evaluate("demo", flags=["--eval-prompt-data", "a", "a.jsonl"], name="a/b", runs_dir=tmp_path)
     layout.config.write_text("[flags]\nlr = ")
-    with pytest.raises(UserError, match=r"demo/config\.toml is damaged"):
+    with pytest.raises(UserError, match=r"demo/config\.toml can't be read"):
         evaluate("demo", runs_dir=tmp_path)
     layout.config.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"demo/config\.toml is damaged"):
+    with pytest.raises(UserError, match=r"demo/config\.toml can't be read"):
         evaluate("demo", runs_dir=tmp_path)
     shutil.rmtree(layout.root)
     saved_run(tmp_path, steps=())
