@@ -174,7 +174,7 @@ async function drawEvents() {
   $("events").replaceChildren(...events.map((event) => {
     const role = event.role ? event.role + (event.index === null || event.index === undefined ? "" : "-" + event.index) : "";
     const rest = Object.entries(event).filter(([name, value]) => !own.includes(name) && value !== null).map(([name, value]) => `${name} ${typeof value === "object" ? JSON.stringify(value) : value}`);
-    return el("div", { className: "event" + (/died|failed|lost/.test(event.kind) ? " bad" : "") }, el("time", {}, String(event.time).replace("T", " ").slice(0, 19)), el("span", {}, `try ${event.attempt ?? "–"}`),
+    return el("div", { className: "event" + (/died|failed|lost/.test(event.kind) ? " bad" : "") }, el("time", {}, String(event.time).replace("T", " ").slice(0, 19)), el("span", {}, `attempt ${event.attempt ?? "–"}`),
       el("span", { className: "k" }, event.kind), el("span", {}, [role, ...rest].filter(Boolean).join("  ·  ")));
   }));
   if (!events.length) $("events").append(el("div", { className: "empty" }, "No events yet."));
