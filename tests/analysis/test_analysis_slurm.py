@@ -12,6 +12,7 @@ from analysis import export, load_run, metrics
 from analysis.frames.events import ATTEMPT_COLUMNS
 from hpc.sandbox import Sandbox
 from hpc.slurm import JobState, SlurmClient
+from rltrain.run.files import read_lines
 from rltrain.run.layout import RunLayout
 
 # The first start is preempted once it has told its events; the second one finishes.
@@ -39,16 +40,16 @@ def test_attempts_of_a_preempted_job(
     job = submit(
         idle_cluster, script, "-p", "low", "-w", "node5", "--exclusive", "--gpus-per-node=4", "--requeue"
     )
-    until(layout.events.exists, 40, "the job to start")
+    until(lambda: read_lines(layout.events), 120, "the job to start")
     lines = layout.events.read_text()
     submitted = {"time": json.loads(lines)["time"] - 1, "attempt": 0, "kind": "run_submitted", "job_id": job}
     layout.events.write_text(json.dumps(submitted) + "\n" + lines)
     started = ("sacct", "-D", "-X", "-n", "-P", "-j", job, "-o", "State,Start")
-    until(lambda: "RUNNING|20" in idle_cluster.run(*started), 40, "slurmdbd to hear that it started")
+    until(lambda: "RUNNING|20" in idle_cluster.run(*started), 120, "slurmdbd to hear that it started")
     submit(idle_cluster, "true", "-p", "high", "-w", "node5", "--exclusive")
     assert wait_for(idle_cluster, job, JobState.COMPLETED, timeout=120).state is JobState.COMPLETED
     client = SlurmClient(idle_cluster.env)
-    until(lambda: client.poll([job])[job].state is JobState.COMPLETED, 40, "slurmdbd to hear of it")
+    until(lambda: client.poll([job])[job].state is JobState.COMPLETED, 120, "slurmdbd to hear of it")
 
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, idle_cluster.env[name])

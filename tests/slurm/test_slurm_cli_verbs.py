@@ -100,7 +100,7 @@ def test_gpu_hours_over_attempts(idle_cluster: Sandbox, runs: Path) -> None:
     job = started(idle_cluster, layout, "", "--gpus-per-node=4", "-w", "node1", "--requeue")
     client = SlurmClient(idle_cluster.env)
     until(lambda: client.squeue([job])[0].elapsed_s >= 2, 120, "two seconds")
-    client.requeue(job)
+    idle_cluster.run("scontrol", "requeuehold", job)  # else it is pending for five seconds
     wait_for(idle_cluster, job, JobState.PENDING)
     [run] = status(runs_dir=runs, client=client)
     assert run.state == "PENDING"

@@ -54,7 +54,7 @@ def test_result_state_and_output(
     assert "hello from here" in (job.stdout() or "")
 
 
-def test_error_and_cancel(cluster: Sandbox, tmp_path: Path) -> None:
+def test_error_and_cancel(cluster: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executor = SlurmlimeExecutor(tmp_path, BatchScript((SMALL, SMALL), command=""))
     with pytest.raises(submitit.core.utils.FailedJobError, match="invalid literal"):
         executor.submit(int, "no number").result()
@@ -63,8 +63,8 @@ def test_error_and_cancel(cluster: Sandbox, tmp_path: Path) -> None:
     job.cancel()  # once more is no error
     until(lambda: job.done(force_check=True), 240, "the job to end")
     assert job.state == "CANCELLED"
+    monkeypatch.setattr(Job, "_results_timeout_s", 0)
     with pytest.raises(submitit.core.utils.UncompletedJobError):
-        Job._results_timeout_s = 0
         job.result()
 
 

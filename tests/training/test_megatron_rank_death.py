@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from helpers.local_job import wait_until
 from helpers.megatron import (
     make_actor,
     make_batch,
@@ -40,7 +41,7 @@ def is_running(pid: int) -> bool:
     """Whether there is such a process, and not only what is left until its parent asks for it."""
     try:
         return parse_stat(Path(f"/proc/{pid}/stat").read_text())[2] != "Z"
-    except FileNotFoundError:
+    except OSError:
         return False
 
 
@@ -61,5 +62,6 @@ def test_the_other_ranks_stop_and_the_run_goes_on_later(tmp_path: Path) -> None:
         assert code not in (0, EXIT_REQUEUE, EXIT_NEVER_RESTART), ranks[0].said()
     # What serves megatron-core's queue of written files ends with its rank.
     helpers = json.loads((tmp_path / "first" / "helpers.json").read_text())
-    assert helpers and not [pid for pid in helpers if is_running(pid)]
+    assert helpers
+    wait_until(lambda: not any(map(is_running, helpers)), 60)
     assert run_ranks(start_again, config, tmp_path / "second") == [1, 1]
