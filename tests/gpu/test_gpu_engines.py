@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -122,20 +122,15 @@ def test_a_colocated_engine_gives_up_its_memory(where: str, tmp_path: Path) -> N
     with HttpServerEngineAdapter.launch(server, TOKEN) as engine:
         before, answer = used_memory(), _greedy(engine)
         with ThreadPoolExecutor(1) as asking:
-            # As when the trainer is asked to stop, and saves: SGLang refuses to give up memory while it computes.
-            held = asking.submit(_greedy, engine, 400)
-            while not running_requests(engine.url, TOKEN):
-                assert not held.done()
-            engine.pause_generation()
+            held = _paused_amid_a_request(engine, asking)
             for tag in ("kv_cache", "weights"):
                 engine.release_memory(tag)
             without = used_memory()
             engine.resume_memory("weights")
             engine.update_weights_from_disk(model, "1")
             engine.resume_memory("kv_cache")
-            assert not held.done()
             engine.continue_generation()
-            assert len(held.result(60)) == 400
+            assert len(held.result(120)) == 400
         assert _greedy(engine) == answer
         after = used_memory()
     report({"before": before / MIB, "given up": without / MIB, "taken again": after / MIB}, "MiB in use")
@@ -144,7 +139,19 @@ def test_a_colocated_engine_gives_up_its_memory(where: str, tmp_path: Path) -> N
         assert before - without > 0.2 * total and after - without > 0.2 * total
 
 
+def _paused_amid_a_request(engine: HttpServerEngineAdapter, asking: ThreadPoolExecutor) -> Future[list[int]]:
+    """As when the trainer is asked to stop, and saves: SGLang refuses to give up memory while it computes."""
+    while True:
+        held = asking.submit(_greedy, engine, 400)
+        while not running_requests(engine.url, TOKEN) and not held.done():
+            pass
+        engine.pause_generation()
+        if not held.done():
+            return held
+        engine.continue_generation()  # on a busy machine the answer may be there before
+
+
 def _greedy(engine: HttpServerEngineAdapter, tokens: int = 8) -> list[int]:
     how = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
     body = {"input_ids": [4, 13, 5, 16], "sampling_params": how}
-    return call("POST", f"{engine.url}/generate", TOKEN, body)["output_ids"]
+    return call("POST", f"{engine.url}/generate", TOKEN, body, 120)["output_ids"]
