@@ -61,7 +61,7 @@ def test_turns_are_trained_with_the_log_probs_of_a_forward_pass(
     # An engine of its own: the one that tests share samples by seeds, and has no cache.
     with (
         Router({}, TOKEN) as router,
-        HttpServerEngineAdapter.launch({"model_path": str(tiny_model)}, TOKEN) as engine,
+        HttpServerEngineAdapter.launch({"model_path": str(tiny_model), "random_seed": 0}, TOKEN) as engine,
     ):
         engine.register(router.url)
         samples, turns = asyncio.run(converse(router))
