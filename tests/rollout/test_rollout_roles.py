@@ -88,6 +88,11 @@ def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def libraries(process: subprocess.Popen[bytes]) -> set[str]:
+    """Shared libraries that it has loaded."""
+    return {each.path for each in psutil.Process(process.pid).memory_maps() if ".so" in Path(each.path).name}
+
+
 def test_a_batch_and_an_evaluation_through_router_and_engine(
     job: Job, tiny_model: Path, prompt_file: Path
 ) -> None:
@@ -98,7 +103,10 @@ def test_a_batch_and_an_evaluation_through_router_and_engine(
     load_weights(HttpServerEngineAdapter(job.url("engine"), TOKEN), tiny_model, "0")  # as the trainer does
 
     client.load(0)
+    imported = libraries(job.roles["rollout"])
     table, metrics = client.generate(0)
+    # Pandas comes with pyarrow's first conversion: while the engine was waited for, not while the trainer waits.
+    assert not [each for each in libraries(job.roles["rollout"]) - imported if "/pandas/" in each]
     assert table.num_rows == 8 and metrics["rollout/failed_ratio"] == 0
     stored = read_table(job.layout.step_dir(0, 0))
     assert stored["tokens"].to_pylist() == table["tokens"].to_pylist()
