@@ -34,7 +34,8 @@ PROMPTS, NEW_TOKENS = 16, 48
 
 def sampled(model: Path, **server_args: Any) -> TrainBatch:
     """A batch from an engine that computes in bf16."""
-    args = {"model_path": str(model), "skip_tokenizer_init": True, "dtype": "bfloat16", **server_args}
+    args = {"model_path": str(model), "skip_tokenizer_init": True, "dtype": "bfloat16", "random_seed": 0}
+    args |= server_args
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, 61, 8).tolist() for _ in range(PROMPTS)]
     request = {

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import TOKEN
 from helpers.engine import load_weights, running_requests
-from helpers.local_job import listening, own_addresses, process_tree, wait_until
+from helpers.local_job import PATIENCE, listening, own_addresses, process_tree, wait_until
 from helpers.megatron import init_single_process, log_probs_of, make_actor, tiny_config, write_hf_model
 from helpers.megatron import make_config as trainer_config
 from helpers.tiny_model import make_model
@@ -146,7 +146,7 @@ class Background:
         return self._thread.is_alive()
 
     def wait(self) -> dict[str, Any]:
-        self._thread.join(timeout=60)
+        self._thread.join(timeout=PATIENCE)
         assert self.answer is not None
         return self.answer
 
@@ -251,7 +251,7 @@ def test_a_glm4_engine_samples_with_the_trainers_log_probs(tmp_path: Path) -> No
     init_single_process()
     actor = make_actor(actor_args, tmp_path)
     actor.export(tmp_path / "exported")
-    server_args = {"model_path": str(tmp_path / "exported"), "skip_tokenizer_init": True}
+    server_args = {"model_path": str(tmp_path / "exported"), "skip_tokenizer_init": True, "random_seed": 0}
     with HttpServerEngineAdapter.launch(server_args, TOKEN) as engine:
         answer = generate(engine.url, max_new_tokens=24, temperature=1.0, ignore_eos=True)
         check_prompts_are_computed_once(engine.url, vocab_size=64)
