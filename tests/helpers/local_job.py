@@ -68,7 +68,7 @@ PATIENCE = 240.0
 def wait_until(
     condition: Callable[[], object],
     seconds: float = PATIENCE,
-    what: str | Callable[[], str] = "what did not happen",
+    what: str | Callable[[], str] = "what has not happened",
     pause: float = 0.02,
 ) -> None:
     """Probe until the condition holds; fails the test when time is up, and says what it has waited for."""

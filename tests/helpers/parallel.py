@@ -18,7 +18,7 @@ from xdist.scheduler import EachScheduling, LoadScopeScheduling
 
 # The longest first, of those that wait and those that compute in turn, so that two of four processes compute from the
 # beginning. Each may hold engines or ranks of its own (2 to 5 GB), and each process has one at a time. Ranks are forked
-# from a process that has imported Megatron-core (helpers/megatron.py): two have one, and not all four.
+# from a process that has imported Megatron-core (helpers/rank.py): two have one, and not all four.
 GROUPS = (
     ("test_slurm_job",),  # a cluster; they wait
     ("test_end_to_end",),

@@ -28,7 +28,7 @@ _FORKS.set_forkserver_preload(
     ]
 )
 _SPAWNS = multiprocessing.get_context("spawn")
-_LIMIT = 1140  # seconds of a process group; pytest's own limit is 1200
+_LIMIT = 900  # seconds of a process group; pytest's own limit is 1200
 
 
 class FileRegistry:

@@ -86,7 +86,7 @@ def wait_for(cluster: Sandbox, job: str, *states: JobState, timeout: float = 120
     return seen[-1]
 
 
-def until(condition: Callable[[], object], timeout: float, what: str) -> None:
+def until(condition: Callable[[], object], timeout: float, what: str | Callable[[], str]) -> None:
     """`wait_until`, with pauses for conditions that ask Slurm."""
     wait_until(condition, timeout, what, pause=0.1)
 

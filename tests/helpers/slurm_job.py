@@ -63,7 +63,11 @@ class FakeRun:
     ) -> tuple[int, str, str]:
         """As `finish`; the trainer waits before its last steps until the condition holds."""
         process = self.start(*flags, steps=8, trainer=["pause"], **more)  # type: ignore[arg-type]
-        until(lambda: bool(condition()) or process.poll() is not None, 240, "what the trainer waits for")
+        until(
+            lambda: bool(condition()) or process.poll() is not None,
+            240,
+            lambda: "what the trainer waits for:\n" + self.output(),
+        )
         if process.poll() is None:
             self.go_on()
         out, err = process.communicate(timeout=300)

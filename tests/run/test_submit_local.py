@@ -162,7 +162,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(job: Job, kind: str) -> No
     done = len(job.steps())
     wait_until(lambda: len(job.steps()) > done + 20)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=45)
+    _, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (130, ASSUMED)
     assert job.events("attempt_finished")[-1]["state"] == "stopped"
     assert (job.layout.checkpoints / "latest_checkpointed_iteration.txt").exists()
