@@ -22,16 +22,23 @@ from pathlib import Path
 from hpc import cli
 from hpc.chaos.faults import KINDS, Fault, draw, parse
 from hpc.chaos.isolated import PREFIX, disk_for_runs, is_isolated, isolate
-from hpc.chaos.operator import wait_for_nodes
+from hpc.chaos.operator import NoClusterError, bring_up, wait_for_nodes
 from hpc.chaos.recovery import table
 from hpc.chaos.shrink import shrink
 from hpc.chaos.soak import Watcher, judge
 from hpc.chaos.storm import TO_END_SECONDS, WANDB_OFFLINE, WANDB_SILENT, Outcome, Storm
 from hpc.sandbox import ClusterSpec, Sandbox
-from rltrain.run.errors import EXIT_USAGE, UserError
+from hpc.slurm.client import SlurmUnavailableError
+from rltrain.run.errors import UserError
 
 EXAMPLE = "python -m hpc.chaos --seed 1 --storms 10"
-EXIT_CODES = "exit codes: 0 nothing found, 1 something found, 2 bad input, or Slurm did not come up"
+EXIT_BROKE_OFF = 3
+EXIT_CODES = (
+    "exit codes: 0 nothing found, 1 something found, 2 bad input,"
+    f" {EXIT_BROKE_OFF} Slurm did not come up or stopped answering"
+)
+# A refusal of sbatch's is not among them: it may be the run that asks for nonsense.
+_BROKE_OFF = (NoClusterError, SlurmUnavailableError)
 # After which a run counts as stuck: most faults begin an attempt, which takes a busy machine half a minute.
 _LEAST_TIMEOUT, _SECONDS_OF_A_FAULT = 600.0, 60.0
 _TO_END = f"{TO_END_SECONDS / 60:.0f} minutes"
@@ -53,6 +60,7 @@ class Options:
     nodes: int | None
     minutes: float | None
     no_shrink: bool
+    confirm: bool
     repeat: list[str] | None
     soak: int | None
     real: bool
@@ -67,11 +75,16 @@ def main(argv: list[str]) -> int:
         directory = Path(name)
         directory.chmod(0o755)
         spec = ClusterSpec(nodes=4, cpu_nodes=0, gpus=1, networks=is_isolated())
-        with (
-            disk_for_runs(directory) as runs,
-            Sandbox(directory / "slurm", spec, owner_pid=os.getpid()) as cluster,
-        ):
-            return soak(cluster, runs, args.soak, args) if args.soak else weather(cluster, runs, args)
+        cluster = Sandbox(directory / "slurm", spec, owner_pid=os.getpid())
+        with disk_for_runs(directory) as runs:
+            try:
+                bring_up(cluster)
+                return soak(cluster, runs, args.soak, args) if args.soak else weather(cluster, runs, args)
+            except _BROKE_OFF as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                return EXIT_BROKE_OFF
+            finally:
+                cluster.down()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,6 +106,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"begin no storm and no fault after this time; {_TO_END} later all is over",
     )
     parser.add_argument("--no-shrink", action="store_true", help="do not look for fewer faults")
+    parser.add_argument(
+        "--confirm",
+        action="store_true",
+        help="run a storm that finds something again; it counts if that finds something, too (even after --minutes)",
+    )
     parser.add_argument("--repeat", nargs="+", metavar="FAULT", help="one storm of these faults")
     parser.add_argument("--soak", type=int, metavar="STEPS", help="no storm, but one long run: what grows?")
     parser.add_argument(
@@ -132,7 +150,8 @@ def weather(cluster: Sandbox, runs: Path, args: Options) -> int:
     bad, broken = 0, 0
     outcomes: list[Outcome] = []
     until = time.monotonic() + args.minutes * 60 if args.minutes else math.inf
-    for seed in range(args.seed, args.seed + (1 if args.repeat else args.storms)):
+    asked = 1 if args.repeat else args.storms
+    for seed in range(args.seed, args.seed + asked):
         if broken == _MAX_BROKEN or (outcomes and time.monotonic() > until - _LEAST_SECONDS):
             break
         faults = parse(args.repeat) if args.repeat else draw(seed, args.faults, args.steps, real=args.real)
@@ -140,17 +159,43 @@ def weather(cluster: Sandbox, runs: Path, args: Options) -> int:
             wait_for_nodes(cluster, _IDLE_SECONDS)
             if args.real:
                 bad += _run_undisturbed(cluster, runs, seed, args)
-            outcome = _storm(cluster, runs, f"storm-{seed}", seed, args, len(faults)).run(faults, until)
+            outcome = _weathered(
+                _storm(cluster, runs, f"storm-{seed}", seed, args, len(faults)), faults, until
+            )
             outcomes.append(outcome)
-            _report(seed, outcome)
-            if outcome.problems:
+            _report(f"storm {seed}", outcome)
+            if outcome.problems and _counts(cluster, runs, seed, faults, args):
                 bad += 1
                 _find_fewer(cluster, runs, seed, outcome, args, until)
-        except UserError as error:  # Slurm does not answer, or does not come up again
+        except _BROKE_OFF as error:
             print(f"storm {seed} broke off: {error}", flush=True)
             broken += 1
-    _summary(outcomes, bad)
-    return 1 if bad else EXIT_USAGE if broken else 0
+    _summary(outcomes, asked, bad, broken)
+    return 1 if bad else EXIT_BROKE_OFF if broken else 0
+
+
+def _weathered(storm: Storm, faults: tuple[Fault, ...], until: float) -> Outcome:
+    """What becomes of a storm. An error for people is a finding, unless Slurm is gone: they asked for nothing odd."""
+    try:
+        return storm.run(faults, until)
+    except _BROKE_OFF:
+        raise
+    except UserError as error:
+        return Outcome(faults, 0, 0, 0.0, (), (f"{type(error).__name__}: {error}",))
+
+
+def _counts(cluster: Sandbox, runs: Path, seed: int, faults: tuple[Fault, ...], args: Options) -> bool:
+    """Whether what a storm has found counts: with `--confirm` only if it finds something again, at once."""
+    if not args.confirm:
+        return True
+    wait_for_nodes(cluster, _IDLE_SECONDS)
+    again = _weathered(
+        _storm(cluster, runs, f"storm-{seed}-again", seed, args, len(faults)), faults, math.inf
+    )
+    _report(f"storm {seed} again", again)
+    if not again.problems:
+        print(f"storm {seed}: not found again", flush=True)
+    return bool(again.problems)
 
 
 def _storm(cluster: Sandbox, runs: Path, name: str, seed: int, args: Options, faults: int) -> Storm:
@@ -180,9 +225,9 @@ def _run_undisturbed(cluster: Sandbox, runs: Path, seed: int, args: Options) -> 
     name = _undisturbed_name(_nodes(seed, args))
     if (runs / name).exists():
         return False
-    outcome = _storm(cluster, runs, name, seed, args, 0).run(())
+    outcome = _weathered(_storm(cluster, runs, name, seed, args, 0), (), math.inf)
     print(f"{name}: {args.steps} steps in {outcome.seconds:.0f} s {' '.join(outcome.problems)}", flush=True)
-    if outcome.problems:
+    if outcome.problems and (runs / name).exists():
         (runs / name).rename(runs / f"{name}-of-{seed}")
     return bool(outcome.problems)
 
@@ -206,7 +251,8 @@ def _find_fewer(
             return False
         wait_for_nodes(cluster, _IDLE_SECONDS)
         name = f"storm-{seed}-shrunk-{next(tried)}"
-        return bool(_storm(cluster, runs, name, seed, args, len(faults)).run(faults, until).problems)
+        storm = _storm(cluster, runs, name, seed, args, len(faults))
+        return bool(_weathered(storm, faults, until).problems)
 
     faults = outcome.faults if args.no_shrink or args.repeat else shrink(outcome.faults, fails)
     words = shlex.join(
@@ -222,10 +268,10 @@ def _find_fewer(
     print(f"  again: python -m hpc.chaos {words}", flush=True)
 
 
-def _report(seed: int, outcome: Outcome) -> None:
+def _report(name: str, outcome: Outcome) -> None:
     ending = "FOUND" if outcome.problems else "not judged" if outcome.unjudged else "ok"
     print(
-        f"storm {seed}: {outcome.done} of {len(outcome.faults)} faults met somebody, {outcome.hands} resubmitted,"
+        f"{name}: {outcome.done} of {len(outcome.faults)} faults met somebody, {outcome.hands} resubmitted,"
         f" {outcome.seconds:.0f} s: {ending}   {' '.join(map(str, outcome.faults))}",
         flush=True,
     )
@@ -239,11 +285,12 @@ def _report(seed: int, outcome: Outcome) -> None:
         print(f"    {event}", flush=True)
 
 
-def _summary(outcomes: list[Outcome], bad: int) -> None:
+def _summary(outcomes: list[Outcome], asked: int, bad: int, broken: int) -> None:
     done = sum(outcome.done for outcome in outcomes)
     unjudged = sum(bool(outcome.unjudged) for outcome in outcomes)
     more = f", {unjudged} not judged" if unjudged else ""
-    print(f"{len(outcomes)} storms, {done} faults, {bad} storms found something{more}")
+    more += f", {broken} broke off" if broken else ""
+    print(f"{len(outcomes)} of {asked} storms, {done} faults, {bad} storms found something{more}")
     print("\n".join(table([each for outcome in outcomes for each in outcome.recoveries])), flush=True)
 
 

@@ -89,11 +89,19 @@ class Operator:
             self._ends_since = None
             nodes = sorted({node for each in ending for node in each.nodes})
             print(f"Slurm can't end the job on {', '.join(nodes)}: they are started anew", flush=True)
-            for node in nodes:
-                self._cluster.power_off(node)
-            for node in nodes:
-                with contextlib.suppress(TimeoutError):
-                    self._cluster.power_on(node)
+            try:
+                for node in nodes:
+                    self._cluster.power_off(node, notice=False)
+                    with contextlib.suppress(
+                        subprocess.CalledProcessError
+                    ):  # slurmctld notices by itself, later
+                        self._cluster.run(
+                            "scontrol", "update", f"nodename={node}", "state=down", "reason=power_off"
+                        )
+            finally:
+                for node in nodes:
+                    with contextlib.suppress(UserError, TimeoutError, subprocess.CalledProcessError):
+                        self._cluster.power_on(node)
 
     def _undrain(self) -> None:
         """Slurm drains a node where it could not end a step, as its slurmstepd was dead."""
@@ -120,18 +128,34 @@ class Operator:
         self._lost_gpus = lost
 
 
+class NoClusterError(UserError):
+    """The cluster does not come up."""
+
+
+def bring_up(cluster: Sandbox) -> None:
+    """Start a cluster, anew if it is up.
+
+    Raises:
+        NoClusterError: it does not come up.
+    """
+    try:
+        cluster.down()
+        cluster.up()
+    except UserError as error:
+        raise NoClusterError(str(error)) from error
+
+
 def wait_for_nodes(cluster: Sandbox, seconds: float) -> None:
     """Return when every node is idle. Where one is not after `seconds`, the cluster is started anew.
 
     Raises:
-        UserError: it does not come up.
+        NoClusterError: it does not come up.
     """
     client, deadline = SlurmClient(cluster.env), time.monotonic() + seconds
     while (states := states_of_nodes(client)) != _ALL_IDLE:
         if time.monotonic() > deadline:
             print(f"after {seconds:.0f} s {states}: the cluster is started anew", flush=True)
-            cluster.down()
-            cluster.up()
+            bring_up(cluster)
             break
         time.sleep(0.2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +15,21 @@ from rltrain.run.files import GrowingLines, Record
 
 
 class SeenLines:
-    """The lines of a file that grows, with the time at which each was seen: the clock of who wrote it may jump."""
+    """The lines of a file that grows, with the time at which each was seen: the clock of who wrote it may jump.
+
+    Threads may look at the same time.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._lines = GrowingLines(path)
+        self._lines, self._lock = GrowingLines(path), threading.Lock()
         self.seen: list[Record] = []
 
     def look(self) -> list[Record]:
         """All of them; those that are new since the last look get the time of now."""
-        now = time.time()
-        self.seen += ({**line, "time": now} for line in self._lines.read())
-        return self.seen
+        with self._lock:
+            now = time.time()
+            self.seen += ({**line, "time": now} for line in self._lines.read())
+            return list(self.seen)
 
 
 @dataclass(frozen=True)

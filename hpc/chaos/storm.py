@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -38,18 +39,21 @@ from rltrain.run.metric_lines import newest_rows
 from rltrain.run.terminal import safe_text
 
 ROLES = "hpc.chaos.roles"
+SAVE_INTERVAL = 5  # steps
 FLAGS = (
     *("--partition=gpu", "--num-gpus-per-node=1", "--time=1:00:00", "--max-failures=3"),
-    *("--rollout-batch-size=1", "--n-samples-per-prompt=2", "--global-batch-size=2", "--save-interval=5"),
+    *("--rollout-batch-size=1", "--n-samples-per-prompt=2", "--global-batch-size=2"),
+    f"--save-interval={SAVE_INTERVAL}",
 )
 NOWHERE = ("--hf-checkpoint=/nowhere", "--prompt-data=/nowhere")
 WITHOUT_WANDB, WANDB_OFFLINE = ("--wandb-mode=disabled",), ("--wandb-mode=offline",)
 # A port where nobody listens: W&B tries it again until it gives up, as with a server that is silent.
 WANDB_SILENT = ("--wandb-mode=online", "--wandb-host=http://127.0.0.1:9")
 _OF_WANDB = {
+    # Else each attempt waits a minute and a half.
     "WANDB_INIT_TIMEOUT": "2",
     "WANDB_API_KEY": "0" * 40,
-}  # else each attempt waits a minute and a half
+}
 _POLL_SECONDS = 0.05
 _GIVE_UP_SECONDS = 60.0
 # For a run to end when the time is over, and in which it then must have shown a sign of life.
@@ -122,9 +126,8 @@ class Storm:
         self._weather = Weather(cluster, self._layout)
         self._operator = Operator(cluster, self._layout.submitit)
         self._rows, self._events = SeenLines(self._layout.metrics), SeenLines(self._layout.events)
-        self._worn_out = (
-            0  # times that the run gave up, as it should: faults left it no time to save anything
-        )
+        # Times that the run gave up, as it should: faults left it no time to save anything.
+        self._worn_out = 0
 
     @property
     def run_dir(self) -> Path:
@@ -219,11 +222,24 @@ class Storm:
         self._send(request.options, request.train)
 
     def _is_worn_out(self, script: Script) -> bool:
-        """Whether so many attempts in a row saved nothing that the run ends, and faults are why: most had one."""
-        events = self._events.look()
+        """Whether so many attempts in a row saved nothing that the run ends, and faults are why: most had one, and none
+        of them had the time to save."""
+        events, most = self._events.look(), Limits().max_idle
+        if idle_attempts(events) < most:
+            return False
         saved = max((event["time"] for event in events if event["kind"] == "checkpoint_saved"), default=0.0)
-        most = Limits().max_idle
-        return idle_attempts(events) >= most and 2 * sum(begun > saved for _, begun in script.done) > most
+        begins = [event for event in events if event["kind"] in ("attempt_started", "never_begun")]
+        # A fault that ended the attempt before these, or lasts, counts, too.
+        since = max([saved, *(event["time"] for event in begins[:-most][-1:])])
+        near = sum(begun > since for _, begun in script.done)
+        return 2 * near > most and not self._had_time_to_save({event["attempt"] for event in begins[-most:]})
+
+    def _had_time_to_save(self, attempts: set[int]) -> bool:
+        """Whether one of these attempts trained for two intervals of saving, and does not say that saving failed."""
+        failed = {each["attempt"] for each in self._events.look() if each["kind"] == "checkpoint_failed"}
+        steps = {(row["attempt"], row["step"]) for row in self._rows.look() if "rollout/reward" in row}
+        trained = Counter(attempt for attempt, _ in steps)
+        return any(trained[attempt] >= 2 * SAVE_INTERVAL for attempt in attempts - failed)
 
     def _resubmit(self) -> bool:
         """What a person does: `python -m hpc.resubmit`, and again when Slurm does not answer."""

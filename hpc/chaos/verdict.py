@@ -106,8 +106,11 @@ def _status(layout: RunLayout, client: SlurmClient) -> str:
 
 def _of_exit_codes(layout: RunLayout, cluster: Sandbox, client: SlurmClient, may_fail: bool) -> list[str]:
     """The job of a finished run has ended well, and `hpc.status` can be asked."""
-    problems = []
-    jobs = _last_job(layout, client)
+    problems, jobs = [], []
+    try:
+        jobs = _last_job(layout, client)
+    except SlurmError as error:
+        problems.append(f"what became of the last job is unknown: {error}")
     if not may_fail and (
         bad := [job for job in jobs if job.state.is_final and job.state != JobState.COMPLETED]
     ):

@@ -124,9 +124,10 @@ def test_a_storm_that_finds_something_ends_with_the_command_that_repeats_it(
     first = re.findall(r"again: python -m hpc.chaos --steps=30 --nodes=4 --repeat (.*)", said)[0]
     if minutes:
         assert parse(shlex.split(first)) == draw(seed, 40, 30) and len(FakeStorm.run_with) == 1
+        assert "1 of 3 storms, 40 faults" in said
     else:
         assert [fault.kind for fault in parse(shlex.split(first))] == ["tear-metrics", "requeue"]
-        assert "3 storms, 120 faults, 3 storms found something" in said
+        assert "3 of 3 storms, 120 faults, 3 storms found something" in said
 
 
 def test_the_curve_shows_a_step_that_is_lost_or_trained_twice() -> None:
