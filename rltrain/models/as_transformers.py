@@ -35,8 +35,7 @@ def standard_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any
             from transformers import CONFIG_MAPPING, AutoConfig, __version__
     except ImportError:
         return None
-    family = FAMILIES.get((config.get("architectures") or [""])[0])
-    own_code = family.same_as if family else None
+    own_code = _same_as(config)
     written = config.get("transformers_version")
     by = f"{directory}/config.json" + (f" (of transformers {written})" if written else "")
     try:
@@ -63,12 +62,12 @@ def kept_standard_config(directory: Path, config: Mapping[str, Any], file: Path)
 
     Args:
         file: Where the answer is kept for the attempts that follow. It holds for the bytes of `config.json` and the
-            versions of what made it; for others it is made anew.
+            versions and source of what made it; for others it is made anew.
 
     Raises:
         UserError: as `standard_config`, in every attempt.
     """
-    origin = _origin(directory)
+    origin = _origin(directory, config)
     if origin is not None and (kept := _kept(file, origin)) is not None:
         return kept
     found = standard_config(directory, config)
@@ -79,19 +78,26 @@ def kept_standard_config(directory: Path, config: Mapping[str, Any], file: Path)
     return found
 
 
-def _origin(directory: Path) -> dict[str, str] | None:
+def _origin(directory: Path, config: Mapping[str, Any]) -> dict[str, str | None] | None:
     """What `standard_config` depends on; None where that can't be told."""
     try:
         versions = {name: metadata.version(name) for name in ("slurmlime", "transformers")}
-        content = (directory / "config.json").read_bytes()
+        files = (directory / "config.json", Path(__file__))  # a checkout of ours changes under one version
+        hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     except (metadata.PackageNotFoundError, OSError):
         return None
     if "dev" in versions["transformers"]:  # a checkout, which changes under one version
         return None
-    return {**versions, "config.json": hashlib.sha256(content).hexdigest()}
+    return {**versions, **hashes, "same_as": _same_as(config)}
 
 
-def _kept(file: Path, origin: dict[str, str]) -> dict[str, Any] | None:
+def _same_as(config: Mapping[str, Any]) -> str | None:
+    """The `model_type` that transformers has for a model that comes with code of its own."""
+    family = FAMILIES.get((config.get("architectures") or [""])[0])
+    return family.same_as if family else None
+
+
+def _kept(file: Path, origin: dict[str, str | None]) -> dict[str, Any] | None:
     """What is kept in the file, if it was made of the same."""
     with contextlib.suppress(OSError):  # what can't be read is made anew
         known = read_json(file)

@@ -12,6 +12,7 @@ from helpers.megatron import tiny_config, write_config
 
 from rltrain.arguments.groups.parallel import Parallel
 from rltrain.arguments.hf_config import check_hf_config, check_same_shape, read_model_shape
+from rltrain.models import as_transformers
 from rltrain.models.as_transformers import kept_standard_config, standard_config
 from rltrain.models.lengths import check_engines_limit, check_sequences
 from rltrain.models.rope import Rope
@@ -255,6 +256,10 @@ def test_what_transformers_says_is_kept_for_the_same_file_and_versions_alone(
     kept.write_text(content)
     with monkeypatch.context() as patch:
         patch.setattr(metadata, "version", lambda name: "99.1")
+        assert kept_standard_config(directory, config, kept) is None
+    (tmp_path / "as_transformers.py").write_text("# after a git pull")
+    with monkeypatch.context() as patch:
+        patch.setattr(as_transformers, "__file__", str(tmp_path / "as_transformers.py"))
         assert kept_standard_config(directory, config, kept) is None
     write_config(directory, config | {"new_switch": 3})
     assert kept_standard_config(directory, config, kept) is None

@@ -200,12 +200,17 @@ def _with_details(debug: Debug) -> Debug:
     )
 
 
-def check_recorded(debug: Debug, num_rollout: int) -> None:
+def check_recorded(debug: Debug, num_rollout: int | None) -> None:
     """Check that every rollout of the run has been recorded.
 
     Raises:
-        UserError: names the first file that is missing.
+        UserError: names the first file that is missing; or there is no number of rollouts.
     """
+    if num_rollout is None:
+        raise UserError(
+            "--load-debug-rollout-data: recorded rollouts are counted, not passes over prompts. Give --num-rollout, not"
+            " --num-epoch."
+        )
     template = debug.load_debug_rollout_data or ""
     for rollout_id in range(num_rollout):
         path = Path(template.format(rollout_id=rollout_id))

@@ -35,15 +35,15 @@ class Evaluation:
     eval_reward_key: str | None = flag(
         "entry of a dict reward that counts in evaluation (default: --reward-key)", metavar="KEY"
     )
-    n_samples_per_eval_prompt: int = flag("default: 1", 1, metavar="N")
+    n_samples_per_eval_prompt: int = flag("default: 1", 1, metavar="N", at_least=1)
     eval_temperature: float = flag("default: --rollout-temperature", metavar="T", at_least=0)
     eval_top_p: float = flag("default: --rollout-top-p", metavar="P", at_least=1e-6, at_most=1)
-    eval_top_k: int = flag("default: --rollout-top-k", metavar="K")
-    eval_max_response_len: int = flag("default: --rollout-max-response-len", metavar="N")
-    eval_max_prompt_len: int | None = flag("default: --rollout-max-prompt-len", metavar="N")
-    eval_max_context_len: int | None = flag("default: --rollout-max-context-len", metavar="N")
+    eval_top_k: int = flag("default: --rollout-top-k", metavar="K", at_least=-1)
+    eval_max_response_len: int = flag("default: --rollout-max-response-len", metavar="N", at_least=1)
+    eval_max_prompt_len: int | None = flag("default: --rollout-max-prompt-len", metavar="N", at_least=1)
+    eval_max_context_len: int | None = flag("default: --rollout-max-context-len", metavar="N", at_least=1)
     eval_min_new_tokens: int | None = flag(
-        "smallest length of a response, in tokens (default: 0)", metavar="N"
+        "smallest length of a response, in tokens (default: 0)", metavar="N", at_least=0
     )
     eval_datasets: list[dict[str, Any]] = worked_out([])  # all sets, with every setting that is not None
 

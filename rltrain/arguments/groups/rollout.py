@@ -15,7 +15,9 @@ class Rollout:
     num_rollout: int = flag(
         "rollouts (steps of the loop) in the whole run; 0: only evaluate", metavar="N", at_least=0
     )
-    num_epoch: int | None = flag("passes over the prompts, where --num-rollout is not given", metavar="N")
+    num_epoch: int | None = flag(
+        "passes over the prompts, where --num-rollout is not given", metavar="N", at_least=1
+    )
     start_rollout_id: int | None = flag(
         "first rollout (default: the one after the checkpoint that is loaded)", metavar="N"
     )
