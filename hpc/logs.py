@@ -103,10 +103,9 @@ def choose_logs(layout: RunLayout, selection: Selection) -> list[LogFile]:
         )
     attempt = attempts[-1] if selection.attempt is None else selection.attempt
     if attempt not in attempts:
-        there = "attempt" if len(attempts) == 1 else "attempts"
-        raise UserError(
-            f"{layout.name} has no attempt {attempt}, but {there} {', '.join(map(str, attempts))}; they count from 0."
-        )
+        only = "there is only attempt" if len(attempts) == 1 else "there are attempts"
+        there = ", ".join(map(str, attempts))
+        raise UserError(f"{layout.name} has no attempt {attempt}: {only} {there}; attempts count from 0.")
     files = find_logs(layout, attempt)
     # After a good end srun says only that its tasks were ended.
     if selection.role is None and _ended_well(layout, attempt):

@@ -17,7 +17,7 @@ from hpc.planning.request import SubmitOptions
 from hpc.runs.find import find_run, read_run
 from hpc.runs.slurm_jobs import ask_slurm
 from hpc.runs.state import to_status
-from hpc.submitting.command_line import read_request, stored_options
+from hpc.submitting.command_line import read_request, refuse_without_partition, stored_options
 from rltrain.arguments import flags as flag_data
 from rltrain.arguments.flags import Flags
 from rltrain.run.errors import UserError
@@ -78,7 +78,7 @@ def merge_options(layout: RunLayout, words: list[str], local: bool = False) -> t
     """Options for a new submission, those given replacing those that the run has; and the training flags given.
 
     Raises:
-        UserError: unknown flags, or recipes.
+        UserError: unknown flags, recipes, or options of Slurm jobs for a run of this machine.
     """
     recipes, given = flag_data.split(words)
     if recipes:
@@ -88,7 +88,9 @@ def merge_options(layout: RunLayout, words: list[str], local: bool = False) -> t
     fields = {field.name for field in dataclasses.fields(SubmitOptions)} & {*named, *_OF_THE_CALL}
     changes = {name: getattr(request.options, name) for name in fields}
     options = dataclasses.replace(stored_options(layout), **changes)
-    return dataclasses.replace(options, partition=None) if local else options, request.train
+    options = dataclasses.replace(options, partition=None) if local else options
+    refuse_without_partition(words, options)
+    return options, request.train
 
 
 def main(argv: list[str]) -> int:

@@ -14,7 +14,7 @@ from hpc.planning.request import Request, SubmitOptions
 from hpc.slurm.client import SlurmClient, SlurmError
 from hpc.slurm.cluster import ClusterFacts
 from hpc.submitting import precision, run_dir
-from hpc.submitting.command_line import read_request
+from hpc.submitting.command_line import read_request, refuse_without_partition
 from hpc.submitting.run_dir import is_one_machine
 from rltrain import arguments, inputs
 from rltrain.arguments import flags as flag_data
@@ -36,6 +36,7 @@ def doctor(argv: list[str], probe_nodes: bool = False) -> list[Check]:
     """Check everything that `python -m hpc.submit ARGV` needs. A problem never raises: it is one of the checks."""
     try:
         request = read_request(argv)
+        refuse_without_partition(argv, request.options)
     except UserError as error:
         return [
             requirements.check_python(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from rltrain.run.files import GrowingLines, Record, read_json
@@ -84,5 +85,6 @@ class RunFeed:
             self.state.add_metrics(record)
         for event in events:
             self.state.add_event(event)
-        self.state.status = read_status(self._layout)
+        with suppress(OSError):  # of a network disk: the status that is known goes on holding
+            self.state.status = read_status(self._layout)
         return metrics, events

@@ -38,8 +38,12 @@ _LOCAL_PLACES = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 _LOCAL_TYPES = ("tmpfs", "ramfs", "devtmpfs")
 
 
-def stored_flags(layout: RunLayout) -> Flags:
+def stored_flags(layout: RunLayout, advice: str = "") -> Flags:
     """The flags that an existing run was last submitted with; none if there is no such run.
+
+    Args:
+        layout: of the run.
+        advice: what to do about a damaged configuration, a sentence after a space.
 
     Raises:
         UserError: the directory is there, but it is not a run, or its configuration is damaged.
@@ -53,9 +57,9 @@ def stored_flags(layout: RunLayout) -> Flags:
     try:
         table = tomllib.loads(layout.config.read_text())["flags"]
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError) as error:
+        why = "it has no table [flags]" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{layout.config} can't be read, so there is no telling what the run was given: {error}. A new run needs"
-            " another --name."
+            f"{layout.config} can't be read, so there is no telling what the run was given: {why}.{advice}"
         ) from None
     return flag_data.from_table(table, str(layout.config))
 

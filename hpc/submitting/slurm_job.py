@@ -232,21 +232,34 @@ def _send(job: SlurmJob) -> str:
     return submitted.job_id
 
 
-def refuse_second_job(layout: RunLayout) -> None:
-    """Raise a UserError if a job of the run is waiting or running. One that nobody knows of is cancelled."""
+def refuse_second_job(layout: RunLayout, must_know: bool = False) -> None:
+    """Raise a UserError if a job of the run is waiting or running. One that nobody knows of is cancelled.
+
+    Args:
+        layout: of the run.
+        must_know: raise one too if Slurm can't be asked; otherwise that is left to sbatch, which would fail as well.
+    """
     from hpc.submitting.executor import end_lost_jobs
 
     with contextlib.suppress(SlurmError):
         for job in end_lost_jobs(layout.submitit):
             print(f"job {job} of an earlier submit, which had given it up, is cancelled", flush=True)
     jobs = [each.job_id for each in read_submissions(layout) if each.layout != "local"]
-    with contextlib.suppress(SlurmError):
-        for record in SlurmClient().squeue(jobs[-1:]):
-            if not record.state.is_final:
-                raise UserError(
-                    f"the run {layout.name} has job {jobs[-1]}, which is {record.state}. Wait for it, or end it: python"
-                    f" -m hpc.cancel {layout.name} --runs-dir {layout.root.parent}"
-                )
+    try:
+        records = SlurmClient().squeue(jobs[-1:])
+    except SlurmError as error:
+        if not must_know:
+            return
+        raise UserError(
+            f"the run {layout.name} may have a job that waits or runs, {jobs[-1]}, and Slurm can't be asked: {error}."
+            " Start it where Slurm answers, or begin another run with --name."
+        ) from None
+    for record in records:
+        if not record.state.is_final:
+            raise UserError(
+                f"the run {layout.name} has job {jobs[-1]}, which is {record.state}. Wait for it, or end it: python"
+                f" -m hpc.cancel {layout.name} --runs-dir {layout.root.parent}"
+            )
 
 
 def _write_down(job: SlurmJob, job_id: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import shlex
 import shutil
 import sys
@@ -62,7 +63,7 @@ def submit_run(
         raise UserError(
             f"--chain {options.chain}: a number of spare Slurm jobs, for a run that has a --partition."
         )
-    before = run_dir.stored_flags(options.layout)
+    before = run_dir.stored_flags(options.layout, " A new run needs another --name.")
     flags = flag_data.merge(before, given)
     changes = resuming.check_resume(options, before, flags)
     if changes and not options.dry_run:
@@ -84,7 +85,7 @@ def submit_run(
     if any(each.layout != LOCAL for each in read_submissions(layout)):
         from hpc.submitting.slurm_job import refuse_second_job
 
-        refuse_second_job(layout)  # it would meet this run in its directory
+        refuse_second_job(layout, must_know=True)  # it would meet this run in its directory
     verb = "resuming" if layout.root.exists() else "starting"
     run_dir.prepare(layout, config, flags, to_table(options), shared=options.share)
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -218,7 +219,8 @@ def _run_here(options: SubmitOptions, rollout: Rollout, plan: JobPlan) -> int:
     with view.shown():
         result = local_job.run(supervisor, layout.submitit, refresh, on_stop)
     if result.error:
-        print(f"error: {layout.name} failed: {safe_text(result.error)}", file=sys.stderr)
+        text = f"error: {layout.name} failed: {safe_text(result.error)}"
+        _unless_unseen(lambda: print(text, file=sys.stderr))
     elif _exit_code(result) == EXIT_INTERRUPTED:
         saved = result.report is not None and result.report["saved"]
         goes_on = "resumes from here" if saved else "resumes from its last checkpoint"
@@ -230,7 +232,7 @@ def _run_here(options: SubmitOptions, rollout: Rollout, plan: JobPlan) -> int:
 
 
 def _unless_unseen(show: Callable[[], None]) -> None:
-    """Show something. If nobody is left to see it, show nothing from now on.
+    """Show something. Where nobody is left to see it, show nothing from now on.
 
     A run must not die, unsaved, of a terminal that was closed or of a Ctrl-C that ended the `tee` behind it first.
     """
@@ -239,11 +241,18 @@ def _unless_unseen(show: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise
-        both = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr) if both else (sys.stdout,):
-            os.dup2(nowhere, stream.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            if _has_no_reader(stream.fileno()):
+                os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    """Whether the other end of a pipe or terminal is gone; never so for a file, whose disk may work again."""
+    asked = select.poll()
+    asked.register(descriptor, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in asked.poll(0))
 
 
 def _exit_code(result: LocalResult) -> int:

@@ -105,7 +105,9 @@ class GrowingLines:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
                 data = _finished(file.read())
-        except FileNotFoundError:
+        except PermissionError:
+            raise
+        except OSError:  # not there yet; or a network disk fails for a moment, and the next call gives it all
             return []
         self._offset += len(data)
         return parse_lines(data)

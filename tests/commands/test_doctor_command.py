@@ -69,6 +69,7 @@ def test_command_line_with_a_run_that_is_fine(
     [
         (["--rollout-bach-size=3"], "FAIL flags.*did you mean --rollout-batch-size"),
         (["--rollout-batch-size=3", "--num-rollout=1"], "FAIL flags.*missing --hf-checkpoint"),
+        (["--nodes=4"], "FAIL flags.*--nodes: only for a job on Slurm"),
         (["--partition=gpu"], "FAIL slurm.*not on PATH"),
         (
             [*["--hf-checkpoint=/nowhere", "--prompt-data=/x", "--num-rollout=1", "--rollout-batch-size=2"]],

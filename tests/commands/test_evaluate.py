@@ -98,7 +98,7 @@ def test_the_newest_checkpoint_is_evaluated_as_the_run_was_submitted(
     layout.root.chmod(0o750)
     asked = []
     monkeypatch.setattr(start_run, "submit_run", lambda options, flags: asked.append((options, flags)) or 0)
-    assert main(["demo", "--runs-dir", str(tmp_path), "--time", "1:00:00"]) == 0
+    assert main(["demo", "--runs-dir", str(tmp_path), "--partition=gpu", "--time", "1:00:00"]) == 0
     assert (
         main(["demo", "--runs-dir", str(tmp_path), "--step=20", "--name=greedy", "--eval-temperature=0"]) == 0
     )

@@ -14,7 +14,7 @@ from hpc import submit
 from hpc.doctor import examine
 from hpc.doctor.storage import check_storage
 from hpc.planning.request import SubmitOptions
-from hpc.slurm.client import JobStatus
+from hpc.slurm.client import JobStatus, SlurmUnavailableError
 from hpc.slurm.states import JobState
 from hpc.submitting import resuming, run_dir, slurm_job, start_run
 from hpc.submitting.command_line import read_request
@@ -26,6 +26,7 @@ from rltrain.data.prompt_file import Prompt, PromptFile
 from rltrain.inputs import check_imports, check_inputs
 from rltrain.run.errors import UserError, run_main
 from rltrain.run.finished import asked_steps
+from rltrain.run.layout import RunLayout
 
 
 @pytest.fixture
@@ -140,6 +141,9 @@ def test_epochs_are_rollouts_wherever_the_run_starts(place: Path, monkeypatch: p
     )
     options = SubmitOptions(runs_dir=place / "runs", name="x")
     assert start_run.submit_run(options, given) == 0
+    recorded = {name: values for name, values in given.items() if name != "prompt-data"}
+    with pytest.raises(UserError, match=r"--load-debug-rollout-data: .*Give --num-rollout, not --num-epoch"):
+        start_run.submit_run(options, {**recorded, "load-debug-rollout-data": ["x_{rollout_id}.parquet"]})
     monkeypatch.setattr(slurm_job.shutil, "which", lambda _: None)
     job = slurm_job.plan_job(replace(options, partition="gpu", nodes=2, dry_run=True), given)
     assert [*seen, job.config.rollout.num_rollout, asked_steps(options.layout)] == [2 * 4600 // 4] * 3
@@ -170,6 +174,9 @@ def test_a_run_whose_configuration_is_damaged(place: Path) -> None:
     (place / "runs" / "x" / "config.toml").write_text('[flags]\nlr = "1e')
     with pytest.raises(UserError, match=r"x/config.toml can't be read.*another --name"):
         submit.submit([*words(), "--name", "x", "--runs-dir", "runs"])
+    (place / "runs" / "x" / "config.toml").write_text("[train]\n")
+    with pytest.raises(UserError, match=r"it has no table \[flags\]\.$"):
+        run_dir.stored_flags(RunLayout(place / "runs" / "x"))
 
 
 def test_a_run_whose_job_waits_does_not_begin_here_as_well(
@@ -187,6 +194,15 @@ def test_a_run_whose_job_waits_does_not_begin_here_as_well(
     monkeypatch.setattr(slurm_job, "SlurmClient", FakeSlurm)
     monkeypatch.setattr("hpc.submitting.executor.end_lost_jobs", lambda _: [])
     with pytest.raises(UserError, match=r"the run x has job 8, which is PENDING\. .*hpc\.cancel x"):
+        start_run.submit_run(options, given)
+
+    def silent(self: FakeSlurm, jobs: list[str]) -> list[JobStatus]:
+        raise SlurmUnavailableError("squeue: no answer")
+
+    monkeypatch.setattr(FakeSlurm, "squeue", silent)
+    with pytest.raises(
+        UserError, match=r"x may have a job .*, 8, and Slurm can't be asked: squeue: no answer"
+    ):
         start_run.submit_run(options, given)
 
 

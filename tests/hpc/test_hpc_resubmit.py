@@ -103,6 +103,16 @@ def test_bad_words(stored: RunLayout, words: list[str], message: str) -> None:
         merge_options(stored, words)
 
 
+def test_options_of_a_slurm_job_for_a_run_of_this_machine(stored: RunLayout) -> None:
+    """It would start here, perhaps on a login node."""
+    with pytest.raises(UserError, match="--nodes, --time: only for a job on Slurm"):
+        resubmit(stored.root, ["--nodes", "4", "--time=4:00:00"], local=True)
+    stored.config.write_text("[flags]\n[submit]\n")
+    with pytest.raises(UserError, match="--time: only for a job on Slurm"):
+        resubmit(stored.root, ["--time=4:00:00"])
+    assert merge_options(stored, ["--time=4:00:00", "--partition=gpu"])[0].time == "4:00:00"
+
+
 def test_chains_are_for_slurm(stored: RunLayout) -> None:
     for chain, local in [(2, True), (-1, False)]:
         with pytest.raises(UserError, match=f"--chain {chain}"):

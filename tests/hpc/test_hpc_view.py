@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from rich.console import Console
@@ -14,6 +17,7 @@ from rich.console import Console
 from hpc import cli
 from hpc.runs import live_view, summary
 from hpc.runs.progress import RunFeed, RunState
+from hpc.submitting.start_run import _unless_unseen
 from rltrain.run.files import GrowingLines
 from rltrain.run.layout import RunLayout
 
@@ -32,6 +36,41 @@ def test_lines_are_given_once_and_only_when_whole(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write(': 3}\nbroken\n[1]\n{"a": 4}\n')
     assert lines.read() == [{"a": 3}, {"a": 4}]
+
+
+def test_a_disk_that_fails_for_a_moment_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = RunLayout(tmp_path)
+    feed = RunFeed(layout)
+
+    def fails(*_: object) -> NoReturn:
+        raise OSError(errno.EIO, "injected fault")
+
+    layout.metrics.write_text(json.dumps(step(0)) + "\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fails)
+        patch.setattr(Path, "read_bytes", fails)
+        assert feed.poll() == ([], [])
+    assert feed.poll() == ([step(0)], [])
+
+
+@pytest.mark.parametrize("broken", ["stdout", "stderr"])
+def test_only_the_stream_that_nobody_reads_is_silenced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    (good,) = {"stdout", "stderr"} - {broken}
+    with os.fdopen(writer, "w") as closed, (tmp_path / "file").open("w") as kept:
+        monkeypatch.setattr(sys, broken, closed)
+        monkeypatch.setattr(sys, good, kept)
+        for number in range(2):
+            _unless_unseen(lambda: print("unseen", file=getattr(sys, broken), flush=True))
+            print(number, file=getattr(sys, good), flush=True)
+        assert str(Path(f"/proc/self/fd/{writer}").readlink()) == os.devnull
+        monkeypatch.undo()
+    assert (tmp_path / "file").read_text() == "0\n1\n"
 
 
 def test_state_keeps_the_last_try_of_a_step_and_the_newest_roles() -> None:
