@@ -136,7 +136,7 @@ def main() -> int:
     registry = Registry(context)
     config = load(context.run_dir)
     # NCCL reads them once, when it is first used.
-    os.environ.update(nccl_settings(config.engines, config.debug, os.environ))
+    os.environ.update(nccl_settings(config, os.environ))
     init_process_group(context, registry, config.parallel, config.optimizer.seed)
     if context.index == 0:
         print(describe_layers(), flush=True)

@@ -11,6 +11,7 @@ give is lost, but they are sent their weights again. Without a GPU the same call
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from rltrain.arguments.groups.debug import Debug
 from rltrain.arguments.groups.engines import Engines
 from rltrain.megatron.device import HostSwap, used_memory
 from rltrain.megatron.ranks import control_group
+from rltrain.run.http import HttpError
 
 WEIGHTS, CACHE = "weights", "kv_cache"
 
@@ -58,19 +60,32 @@ class EngineMemory:
         self.find_engines: Callable[[], Sequence[MemoryEngine]] = tuple
         self._released: dict[str, set[str]] = {WEIGHTS: set(), CACHE: set()}  # URLs
 
-    def pause(self) -> bool:
-        """Have all that may be computing stop, as only idle ones give up memory; returns whether there were any."""
-        todo = [each for each in self._engines() if each.url not in self._released[CACHE]]
-        for engine in todo:
-            engine.pause_generation()
-        return bool(todo)
-
     def release(self, tag: str) -> bool:
         """Have all give up `weights` or `kv_cache`; returns whether one still had it."""
         todo = [each for each in self._engines() if each.url not in self._released[tag]]
         for engine in todo:
-            engine.release_memory(tag)
-            self._released[tag].add(engine.url)
+            self._release(engine, tag)
+        return bool(todo)
+
+    def stop(self) -> bool:
+        """Have all that may be computing stop, as only idle ones give up memory, and give up all that they still have.
+
+        One that can't be reached is passed over: it may have died a moment ago, which frees its memory, and must not
+        keep the trainer from saving.
+
+        Returns:
+            Whether one still had something.
+        """
+        cache, weights = self._released[CACHE], self._released[WEIGHTS]
+        todo = [each for each in self._engines() if each.url not in cache & weights]
+        left = [each for each in todo if each.url in cache or _reaches(each, each.pause_generation)]
+        for tag in (CACHE, WEIGHTS):
+            release = partial(self._release, tag=tag)
+            left = [
+                each
+                for each in left
+                if each.url in self._released[tag] or _reaches(each, partial(release, each))
+            ]
         return bool(todo)
 
     def resume(self, tag: str) -> bool:
@@ -81,6 +96,10 @@ class EngineMemory:
         for engine in todo:
             engine.resume_memory(tag)
         return bool(todo)
+
+    def _release(self, engine: MemoryEngine, tag: str) -> None:
+        engine.release_memory(tag)
+        self._released[tag].add(engine.url)
 
     def _engines(self) -> list[MemoryEngine]:
         """Not external ones: they have GPUs of their own."""
@@ -101,14 +120,13 @@ class Offload:
         """The trainer has all."""
         self._step("engines gave up their cache", lambda: self._engines.release(CACHE))
         self._step("engines gave up their weights", lambda: self._engines.release(WEIGHTS))
-        self._swap("trainer took its weights", self._weights, back=True)
-        self._swap("trainer took gradients and optimizer", self._state, back=True)
+        self._take()
 
     def for_saving(self) -> None:
         """The trainer has all, also if it is asked to stop while engines generate: they don't go on afterwards."""
         if any(swap.is_out for swap in (*self._weights, *self._state)):
-            self._step("engines stopped generating", self._engines.pause)
-            self.for_training()
+            self._step("engines stopped and gave up all", self._engines.stop)
+            self._take()
 
     def for_push(self, find_engines: Callable[[], Sequence[MemoryEngine]]) -> None:
         """Both have their weights; `find_engines` is asked on rank 0 for the engines that there are, now and later."""
@@ -123,6 +141,10 @@ class Offload:
         self._swap("trainer gave up its weights", self._weights, back=False)
         self._step("engines took their weights", lambda: self._engines.resume(WEIGHTS))
         self._step("engines took their cache", lambda: self._engines.resume(CACHE))
+
+    def _take(self) -> None:
+        self._swap("trainer took its weights", self._weights, back=True)
+        self._swap("trainer took gradients and optimizer", self._state, back=True)
 
     def _swap(self, words: str, swaps: Sequence[HostSwap], *, back: bool) -> None:
         todo = [swap for swap in swaps if swap.is_out is back]
@@ -142,6 +164,16 @@ class Offload:
         if dist.get_rank() == 0 and move():
             _say(words, before)
         dist.barrier(group=control_group())
+
+
+def _reaches(engine: MemoryEngine, ask: Callable[[], object]) -> bool:
+    """Whether the engine does it; else says why not."""
+    try:
+        ask()
+    except (OSError, HttpError, TimeoutError) as error:
+        print(f"warning: the engine {engine.url} is asked for its GPU memory in vain: {error}", flush=True)
+        return False
+    return True
 
 
 def _say(words: str, before: int) -> None:

@@ -15,7 +15,13 @@ from typing import Any
 
 from rltrain import arguments
 from rltrain.arguments.config import Config
-from rltrain.arguments.fleet import engine_specs, engines_load_alone, models, trained_engines
+from rltrain.arguments.fleet import (
+    engine_specs,
+    engines_load_alone,
+    models,
+    nccl_settings,
+    trained_engines,
+)
 from rltrain.arguments.groups.debug import Debug
 from rltrain.arguments.groups.engines import Engines
 from rltrain.run.errors import UserError
@@ -115,6 +121,9 @@ def main(context: RoleContext) -> None:
     server_args = engine_server_args(config, context.index, weights)
     refuse_soft_caps(server_args)
     server_args["cpu_threads"] = cpu_threads(config, server_args)
+    is_trained = context.index in trained_engines(config.engines, config.debug)
+    if is_trained:
+        os.environ.update(nccl_settings(config, os.environ))  # the server has this role's variables
     with ExitStack() as held:
         if context.nnodes > 1:
             server_args |= _meet(context, registry, held)
@@ -128,7 +137,6 @@ def main(context: RoleContext) -> None:
         if context.node_rank:
             engine.wait()
         membership = Membership(engine, config.engines, registry, place)
-        is_trained = context.index in trained_engines(config.engines, config.debug)
         if context.restarts and is_trained and not engines_load_alone(config.weights):
             membership.join_after(engine.get_weight_version())
             registry.register(engine.url)

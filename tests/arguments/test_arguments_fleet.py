@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import yaml
 from helpers.run_files import LEAST
 
@@ -26,7 +28,12 @@ from rltrain.arguments.groups.debug import Debug
 from rltrain.arguments.groups.engines import Engines
 from rltrain.rollout.generate.group import slot_count
 from rltrain.run.errors import UserError
+from rltrain.run.layout import RunLayout
+from rltrain.run.role import RoleContext
+from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.sglang.engine import engine_server_args
+from rltrain.sglang.engine import main as start_engine
+from rltrain.sglang.process import ServerDiedError
 from rltrain.sglang.router import router_args
 from rltrain.sglang.routers import RouterAddress, get_model_url, set_routers
 from rltrain.weights.transports.choose import choose
@@ -239,15 +246,64 @@ def test_the_transport_of_weights_is_what_the_layout_allows(
     assert choose(parse(*flags), are_here) == transport
 
 
-def test_the_trainers_nccl_shares_memory_as_that_of_the_engines() -> None:
-    def settings(*flags: str, **env: str) -> dict[str, str]:
-        args = parse(*flags)
-        return nccl_settings(args.engines, args.debug, env)
+SYMMETRIC, SHARDED = "--sglang-enable-symm-mem", "--sglang-enable-kv-cache-sharding"
+DEEPEP = ("--sglang-moe-a2a-backend", "deepep_v2")
 
-    assert settings() == {"NCCL_CUMEM_ENABLE": "0"}
-    assert settings("--sglang-enable-symm-mem") == {"NCCL_CUMEM_ENABLE": "1"}
-    assert settings(NCCL_CUMEM_ENABLE="1") == {}  # engines have it, too
-    assert settings("--colocate") == {}  # nothing goes from one to the other by NCCL
+
+@pytest.mark.parametrize(
+    ("flags", "env", "value"),
+    [
+        ([], {}, "0"),
+        (["--update-weight-transport", "distributed"], {}, "0"),
+        ([SYMMETRIC], {}, "1"),
+        ([*DEEPEP], {}, "1"),
+        ([SHARDED], {}, "1"),
+        ([SHARDED], {"SGLANG_ENABLE_KV_SHARD_ZERO_SM_GATHER": "False"}, "0"),
+        ([SHARDED], {"SGLANG_MOONCAKE_CUSTOM_MEM_POOL": "NVLINK"}, "0"),
+        ([SHARDED, "--sglang-enable-memory-saver"], {}, "0"),
+        ([SHARDED, "--offload-rollout"], {}, "0"),
+        ([], {"NCCL_CUMEM_ENABLE": "1"}, "1"),
+        ([*DEEPEP, SHARDED], {"NCCL_CUMEM_ENABLE": "0"}, "0"),
+        ([SYMMETRIC], {"NCCL_CUMEM_ENABLE": "0"}, "1"),  # SGLang sets it all the same
+        (["--colocate"], {}, None),  # nothing goes from one to the other by NCCL
+        (["--update-weight-transport", "disk"], {}, None),
+        (["--update-weight-transport", "tensor"], {}, None),
+        (["--rollout-external-engine-addrs", "node7:30000"], {}, None),
+        (["--distributed-backend", "gloo"], {}, None),
+    ],
+)
+def test_nccl_shares_memory_in_the_same_way_in_trainer_and_engines(
+    flags: list[str], env: dict[str, str], value: str | None
+) -> None:
+    decided = nccl_settings(parse(*flags), env)
+    assert decided == ({} if value is None else {"NCCL_CUMEM_ENABLE": value})
+
+
+def test_one_trained_engine_decides_how_nccl_shares_memory(tmp_path: Path) -> None:
+    symmetric = {"worker_type": "regular", "num_gpus": 1, "overrides": {"enable-symm-mem": True}}
+    plain = {"worker_type": "regular", "num_gpus": 1}
+    mixed = {"name": "actor", "server_groups": [plain, symmetric]}
+    alone = {"name": "actor", "server_groups": [plain]}
+    judge = {"name": "judge", "model_path": "/models/judge", "server_groups": [symmetric]}
+    assert nccl_settings(parse(*config(tmp_path, mixed)), {}) == {"NCCL_CUMEM_ENABLE": "1"}
+    assert nccl_settings(parse(*config(tmp_path, alone, judge)), {}) == {"NCCL_CUMEM_ENABLE": "0"}
+
+
+@pytest.mark.parametrize(("index", "value"), [(0, "0"), (3, None)], ids=["trained", "judge"])
+def test_an_engine_that_gets_weights_starts_with_what_was_decided(
+    index: int, value: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = RunLayout(tmp_path)
+    layout.config.write_text(tomli_w.dumps({"train": arguments.dump(parse(*config(tmp_path, ACTOR, JUDGE)))}))
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "to be put back")
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE")
+
+    def dies(*_: object, **__: object) -> None:
+        raise ServerDiedError(f"with {os.environ.get('NCCL_CUMEM_ENABLE')}")
+
+    monkeypatch.setattr(HttpServerEngineAdapter, "launch", dies)
+    with pytest.raises(ServerDiedError, match=f"with {value}"):
+        start_engine(RoleContext(tmp_path, 0, "engine", index, "http://127.0.0.1:1", "token"))
 
 
 def test_engines_with_several_servers_are_refused(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from rltrain.megatron.device import own_device, refill, release, restore, store
 from rltrain.megatron.memory import EngineMemory, Offload
 from rltrain.megatron.model.host_copy import PastPolicies
 from rltrain.run.errors import UserError
+from rltrain.run.http import HttpError
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +60,26 @@ class NotedEngine:
 
     def resume_memory(self, tag: str) -> None:
         self.notes.append(f"{self.url} resumes {tag}")
+
+
+class LostEngine(NotedEngine):
+    """A fault: from the named request on it does not answer, or refuses."""
+
+    def __init__(self, url: str, notes: list[str], fails_at: str, error: Exception) -> None:
+        super().__init__(url, notes)
+        self._fails_at, self._error = fails_at, error
+
+    def pause_generation(self) -> None:
+        self._answer("pause")
+        super().pause_generation()
+
+    def release_memory(self, tag: str) -> None:
+        self._answer(tag)
+        super().release_memory(tag)
+
+    def _answer(self, request: str) -> None:
+        if request == self._fails_at:
+            raise self._error
 
 
 class Fleet:
@@ -142,6 +163,31 @@ def test_who_saves_while_engines_generate_has_all() -> None:
     assert fleet.taken() == [
         "a pauses", "a releases kv_cache", "a releases weights", "weights back", "state back",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fails_at", "error", "before"),
+    [
+        ("pause", ConnectionRefusedError("it is dead"), []),
+        ("kv_cache", HttpError("it computes", 400), ["lost pauses"]),
+        ("weights", TimeoutError("it hangs"), ["lost pauses", "lost releases kv_cache"]),
+    ],
+)
+def test_an_engine_that_does_not_answer_does_not_keep_the_trainer_from_saving(
+    fails_at: str, error: Exception, before: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet = Fleet()
+    fleet.engines.insert(0, LostEngine("lost", fleet.notes, fails_at, error))
+    fleet.offload.for_push(fleet.find)
+    fleet.offload.for_generating()
+    fleet.taken()
+    fleet.offload.for_saving()
+    taken = fleet.taken()
+    assert [each for each in taken if each.startswith("lost")] == before
+    assert [each for each in taken if not each.startswith("lost")] == [
+        "a pauses", "a releases kv_cache", "a releases weights", "weights back", "state back",
+    ]  # fmt: skip
+    assert f"warning: the engine lost is asked for its GPU memory in vain: {error}" in capsys.readouterr().out
 
 
 def test_weights_are_there_when_a_checkpoint_or_the_past_policies_are_made_of_them(
