@@ -136,7 +136,9 @@ def main() -> int:
     registry = Registry(context)
     config = load(context.run_dir)
     # NCCL reads them once, when it is first used.
-    os.environ.update(nccl_settings(config, os.environ))
+    os.environ.update(
+        nccl_settings(config.engines, config.weights, config.parallel, config.debug, os.environ)
+    )
     init_process_group(context, registry, config.parallel, config.optimizer.seed)
     if context.index == 0:
         print(describe_layers(), flush=True)

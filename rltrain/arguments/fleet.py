@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rltrain.arguments.config import Config
 from rltrain.arguments.engine_names import RESERVED
 from rltrain.arguments.groups.debug import Debug
 from rltrain.arguments.groups.engines import Engines
+from rltrain.arguments.groups.parallel import Parallel
 from rltrain.arguments.groups.weights import Weights
 from rltrain.arguments.recipes import read_config_file
 from rltrain.run.errors import UserError, nearest
@@ -97,7 +97,9 @@ def trained_engines(engines: Engines, debug: Debug) -> list[int]:
     return [i for i, spec in enumerate(engine_specs(engines, debug)) if served[spec.model]["update_weights"]]
 
 
-def nccl_settings(config: Config, env: Mapping[str, str]) -> dict[str, str]:
+def nccl_settings(
+    engines: Engines, weights: Weights, parallel: Parallel, debug: Debug, env: Mapping[str, str]
+) -> dict[str, str]:
     """Variables for the trainer and for the engines that it may send weights to over NCCL; else none.
 
     NCCL has two ways to share a GPU's memory, cuMem and CUDA's older IPC, and can't connect a process of the one to one
@@ -105,13 +107,11 @@ def nccl_settings(config: Config, env: Mapping[str, str]) -> dict[str, str]:
     (SGLang's `_set_envs_and_config` and `_handle_a2a_moe`). Here `env` decides for all, else an engine that needs
     cuMem. SGLang keeps what is set, but for symmetric memory, which sets 1.
 
-    Args:
-        config: resolved; of --update-weight-transport `auto` it is not known yet that it will not be NCCL.
-        env: of this role; what `[slurm.env]` has is in that of all.
+    The groups are resolved; whether --update-weight-transport `auto` will be NCCL is not known yet, so it counts as
+    that. `env` is this role's; what `[slurm.env]` has is in that of all.
     """
-    name, engines, debug = "NCCL_CUMEM_ENABLE", config.engines, config.debug
-    transport, backend = config.weights.update_weight_transport, config.parallel.distributed_backend
-    if engines.colocate or transport in ("disk", "tensor") or backend == "gloo":
+    name, is_gloo = "NCCL_CUMEM_ENABLE", engines.colocate or parallel.distributed_backend == "gloo"
+    if is_gloo or weights.update_weight_transport in ("disk", "tensor"):
         return {}
     if debug.debug_train_only or debug.debug_rollout_only:
         return {}

@@ -123,7 +123,10 @@ def main(context: RoleContext) -> None:
     server_args["cpu_threads"] = cpu_threads(config, server_args)
     is_trained = context.index in trained_engines(config.engines, config.debug)
     if is_trained:
-        os.environ.update(nccl_settings(config, os.environ))  # the server has this role's variables
+        # The server has this role's variables.
+        os.environ.update(
+            nccl_settings(config.engines, config.weights, config.parallel, config.debug, os.environ)
+        )
     with ExitStack() as held:
         if context.nnodes > 1:
             server_args |= _meet(context, registry, held)

@@ -246,6 +246,10 @@ def test_the_transport_of_weights_is_what_the_layout_allows(
     assert choose(parse(*flags), are_here) == transport
 
 
+def decide(config: Config, env: dict[str, str]) -> dict[str, str]:
+    return nccl_settings(config.engines, config.weights, config.parallel, config.debug, env)
+
+
 SYMMETRIC, SHARDED = "--sglang-enable-symm-mem", "--sglang-enable-kv-cache-sharding"
 DEEPEP = ("--sglang-moe-a2a-backend", "deepep_v2")
 
@@ -275,7 +279,7 @@ DEEPEP = ("--sglang-moe-a2a-backend", "deepep_v2")
 def test_nccl_shares_memory_in_the_same_way_in_trainer_and_engines(
     flags: list[str], env: dict[str, str], value: str | None
 ) -> None:
-    decided = nccl_settings(parse(*flags), env)
+    decided = decide(parse(*flags), env)
     assert decided == ({} if value is None else {"NCCL_CUMEM_ENABLE": value})
 
 
@@ -285,8 +289,8 @@ def test_one_trained_engine_decides_how_nccl_shares_memory(tmp_path: Path) -> No
     mixed = {"name": "actor", "server_groups": [plain, symmetric]}
     alone = {"name": "actor", "server_groups": [plain]}
     judge = {"name": "judge", "model_path": "/models/judge", "server_groups": [symmetric]}
-    assert nccl_settings(parse(*config(tmp_path, mixed)), {}) == {"NCCL_CUMEM_ENABLE": "1"}
-    assert nccl_settings(parse(*config(tmp_path, alone, judge)), {}) == {"NCCL_CUMEM_ENABLE": "0"}
+    assert decide(parse(*config(tmp_path, mixed)), {}) == {"NCCL_CUMEM_ENABLE": "1"}
+    assert decide(parse(*config(tmp_path, alone, judge)), {}) == {"NCCL_CUMEM_ENABLE": "0"}
 
 
 @pytest.mark.parametrize(("index", "value"), [(0, "0"), (3, None)], ids=["trained", "judge"])

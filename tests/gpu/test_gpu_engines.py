@@ -22,8 +22,11 @@ from helpers.engine import running_requests
 from helpers.tiny_model import make_model
 from on_gpu import EVERYWHERE, needs_gpu, report, seconds
 
-from rltrain.arguments.config import Config
 from rltrain.arguments.fleet import nccl_settings
+from rltrain.arguments.groups.debug import Debug
+from rltrain.arguments.groups.engines import Engines
+from rltrain.arguments.groups.parallel import Parallel
+from rltrain.arguments.groups.weights import Weights
 from rltrain.megatron.device import used_memory
 from rltrain.run.http import call
 from rltrain.sglang.adapter import HttpServerEngineAdapter
@@ -74,7 +77,7 @@ def test_broadcast_to_an_engine(backend: str, size: int, monkeypatch: pytest.Mon
     """`--update-weight-transport distributed`: with gloo as with --colocate, with NCCL between two GPUs."""
     if backend == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip("NCCL refuses two processes on one GPU, and torch sees only one")
-    for name, value in nccl_settings(Config(), os.environ).items():
+    for name, value in nccl_settings(Engines(), Weights(), Parallel(), Debug(), os.environ).items():
         monkeypatch.setenv(name, value)
     groups = EngineGroups("127.0.0.1", backend, 0)
     buffer = kept_buffer({}, 0, size, backend)
