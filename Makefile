@@ -67,14 +67,14 @@ test-all: ## those too
 
 test-fast: $(READY) ## only the tests that start no engine, no trainer and no job
 	@$(BIN)/python $(COMPILE)
-	@$(BIN)/python -m pytest -n 2 -m "not slow and not slurm"
+	@$(BIN)/python -m pytest -n 3 -m "not slow and not slurm"
 
 test-gpu: ## what to run first on a GPU node, in the environment of docs/gpu.md that is activated; skips without a GPU
 	@python3 -m pytest -m gpu -rs -s tests/gpu
 
 test-current-fast: $(CURRENT_READY) ## test-fast in .venv-current
 	@$(CURRENT)/bin/python $(COMPILE)
-	@$(CURRENT)/bin/python -m pytest -n 2 -m "not slow and not slurm"
+	@$(CURRENT)/bin/python -m pytest -n 3 -m "not slow and not slurm"
 
 test-current: test-current-fast ## the tests and the demo in .venv-current, as on a GPU node (5 minutes and 11 GB to make)
 	@$(CURRENT)/bin/python -m pytest -n 2 -m "slow and not learning" $(CURRENT_TESTS)

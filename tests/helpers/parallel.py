@@ -68,13 +68,13 @@ _ORDER = {name: index for index, group in enumerate(GROUPS) for name in group}
 
 # Where only quick tests run, every process imports what its own share of the files needs, and no more: importing torch,
 # SGLang and megatron-core, or what draws, takes longer than most of these tests. Folders, and files of other folders;
-# the shares take the same time on two processes.
+# the first two compute for the same time, and two processors have room for the third, which waits.
 QUICK_SHARES = (
     ("agents", "algorithms", "data", "engines", "gpu", "model", "rollout", "training", "weights",
      "test_arguments_fleet", "test_demo_task", "test_doctor_command", "test_functions", "test_hpc_doctor",
      "test_hpc_doctor_memory", "test_hpc_recorded_run", "test_tracking", "test_train_stop"),
-    ("analysis", "arguments", "checkpoint", "commands", "examples", "hpc", "pages", "run", "slurm",
-     "test_agent_sessions", "test_lifeline", "test_rewards_hub", "test_sandbox"),
+    ("analysis", "arguments", "checkpoint", "commands", "examples", "hpc", "pages", "run", "slurm"),
+    ("test_agent_rollout", "test_agent_sessions", "test_lifeline", "test_rewards_hub", "test_sandbox"),  # they wait
 )  # fmt: skip
 _QUICK_SHARE = {name: index for index, share in enumerate(QUICK_SHARES) for name in share}
 
