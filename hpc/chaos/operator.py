@@ -91,13 +91,9 @@ class Operator:
             print(f"Slurm can't end the job on {', '.join(nodes)}: they are started anew", flush=True)
             try:
                 for node in nodes:
-                    self._cluster.power_off(node, notice=False)
-                    with contextlib.suppress(
-                        subprocess.CalledProcessError
-                    ):  # slurmctld notices by itself, later
-                        self._cluster.run(
-                            "scontrol", "update", f"nodename={node}", "state=down", "reason=power_off"
-                        )
+                    # It may not take the word that the node is off, and notices by itself later.
+                    with contextlib.suppress(subprocess.CalledProcessError):
+                        self._cluster.power_off(node)
             finally:
                 for node in nodes:
                     with contextlib.suppress(UserError, TimeoutError, subprocess.CalledProcessError):
