@@ -66,7 +66,7 @@ def evaluate(
     from hpc.submitting.start_run import submit_run
 
     layout = find_run(run, Path(runs_dir))
-    stored = _read_flags(layout)
+    stored = run_dir.stored_flags(layout)
     step = _choose_step(layout, step)
     words = [*flags, f"--name={name}-step-{step}", f"--runs-dir={layout.evaluations}"]
     options, given = merge_options(layout, words, local)
@@ -111,15 +111,6 @@ def evaluation_flags(stored: Flags, given: Flags, checkpoints: Path, step: int) 
     return flag_data.merge(flags, weights, {"start-rollout-id": [str(step)], "num-rollout": ["0"]})
 
 
-def _read_flags(layout: RunLayout) -> Flags:
-    try:
-        return run_dir.stored_flags(layout)
-    except OSError as error:
-        raise UserError(
-            f"{layout.config} can't be read, so there is no telling what the run was given: {error}."
-        ) from None
-
-
 def saved_steps(directory: Path) -> list[int]:
     """Steps that have a checkpoint in a directory of checkpoints, ascending. Its name appears when it is complete."""
     found = (_CHECKPOINT.fullmatch(path.parent.name) for path in directory.glob("iter_*/manifest.json"))
@@ -143,7 +134,7 @@ def _choose_step(layout: RunLayout, wanted: int | None) -> int:
 def _check_same(options: SubmitOptions, flags: Flags) -> None:
     """An evaluation that is there goes on only as it began."""
     own = options.layout
-    if changed := resuming.check_resume(options, _read_flags(own), flags):
+    if changed := resuming.check_resume(options, run_dir.stored_flags(own), flags):
         raise UserError(
             f"there is an evaluation in {own.root} already, with other flags ({', '.join(changed)}). Give this one"
             " another --name."

@@ -10,7 +10,6 @@ import argparse
 import os
 import re
 import time
-import tomllib
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +22,7 @@ from rltrain.arguments.flags import Flags
 from rltrain.arguments.recipes import builtin_recipes, read_recipe
 from rltrain.run.errors import UserError
 from rltrain.run.layout import RunLayout
+from rltrain.run.toml_values import read_table
 
 USAGE = "python -m hpc.submit [@RECIPE …] [--FLAG VALUE …]"
 
@@ -174,9 +174,9 @@ def stored_options(layout: RunLayout) -> SubmitOptions:
     """The options that a run was last submitted with.
 
     Raises:
-        FileNotFoundError: there is no such run.
+        UserError: there is no such run, or its configuration is damaged.
     """
-    table = tomllib.loads(layout.config.read_text()).get("submit", {})
+    table = read_table(layout, "submit", missing={})
     slurm = table.pop("slurm", {})
     slurm = SlurmTables(**{**slurm, "setup": tuple(slurm.get("setup", ()))})
     table["recipes"] = tuple(table.get("recipes", ()))

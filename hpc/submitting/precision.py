@@ -6,14 +6,13 @@ stored in the run's `config.toml`, so that all roles have the same. Where a run 
 
 from __future__ import annotations
 
-import tomllib
-
 from hpc.gpus import torch_is_for_cpus
 from hpc.planning.sbatch_flags import Component
 from hpc.planning.slurm_tables import SlurmTables
 from hpc.submitting.resuming import has_checkpoint
 from rltrain.arguments.config import Config
 from rltrain.run.layout import RunLayout
+from rltrain.run.toml_values import read_table
 
 _NO_GPU = ("", "-1")  # in CUDA_VISIBLE_DEVICES
 
@@ -51,7 +50,7 @@ def _begun_with(layout: RunLayout) -> dict[str, object]:
     """The stored configuration of a run that goes on from a checkpoint of its own."""
     if not layout.config.is_file() or not has_checkpoint(layout):
         return {}
-    return dict(tomllib.loads(layout.config.read_text())["train"])
+    return read_table(layout, "train")
 
 
 def has_gpus(trainer: Component, tables: SlurmTables) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from pathlib import Path
 
 from hpc.planning.request import SubmitOptions
@@ -11,6 +10,7 @@ from rltrain.arguments.flags import Flags
 from rltrain.models.directory import cached_model
 from rltrain.run.errors import UserError
 from rltrain.run.layout import RunLayout
+from rltrain.run.toml_values import read_table
 
 # They say what a run begins with. Afterwards its checkpoint does, and they would change nothing.
 FIXED = (
@@ -47,7 +47,7 @@ def check_resume(options: SubmitOptions, before: Flags, now: Flags) -> list[str]
 
 
 def _check_recipe(options: SubmitOptions, changes: list[str]) -> None:
-    stored = tomllib.loads(options.layout.config.read_text()).get("submit", {}).get("recipes") or []
+    stored = read_table(options.layout, "submit", missing={}).get("recipes") or []
     if options.is_named or not options.recipes or not stored or stored[-1] == options.recipes[-1]:
         return
     differs = f" They differ in {'; '.join(changes)}." if changes else ""
@@ -65,10 +65,7 @@ def has_checkpoint(layout: RunLayout) -> bool:
 
 def checkpoint_directory(layout: RunLayout) -> Path:
     """Where the run saves its checkpoints."""
-    try:
-        save = tomllib.loads(layout.config.read_text())["train"].get("save")
-    except KeyError:
-        save = None
+    save = read_table(layout, "train", missing={}).get("save")
     return layout.checkpoints if save is None else layout.root / save
 
 

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -29,6 +28,7 @@ from rltrain.arguments.groups.debug import Tracking
 from rltrain.run.errors import UserError
 from rltrain.run.files import append_event, replace_text, share
 from rltrain.run.layout import RunLayout
+from rltrain.run.toml_values import read_table
 
 _PACKAGES = (
     *("slurmlime", "torch", "megatron-core", "sglang", "sglang-router", "transformers"),
@@ -54,14 +54,7 @@ def stored_flags(layout: RunLayout, advice: str = "") -> Flags:
         raise UserError(
             f"{layout.root} exists but is not a run (it has no config.toml). Give another --name."
         )
-    try:
-        table = tomllib.loads(layout.config.read_text())["flags"]
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError) as error:
-        why = "it has no table [flags]" if isinstance(error, KeyError) else error
-        raise UserError(
-            f"{layout.config} can't be read, so there is no telling what the run was given: {why}.{advice}"
-        ) from None
-    return flag_data.from_table(table, str(layout.config))
+    return flag_data.from_table(read_table(layout, "flags", advice), str(layout.config))
 
 
 def prepare(

@@ -10,7 +10,6 @@ import argparse
 import copy
 import json
 import os
-import tomllib
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from rltrain.arguments.groups.critic import read_overrides, use_critic
 from rltrain.arguments.slime_names import REFUSED, add_ignored_flags, remarks
 from rltrain.run.errors import UserError, nearest
 from rltrain.run.layout import RunLayout
-from rltrain.run.toml_values import from_toml_values, to_toml_values
+from rltrain.run.toml_values import from_toml_values, read_table, to_toml_values
 
 __all__ = ["Config", "UserError", "add_flags", "dump", "known_flags", "load", "parse", "remarks"]
 
@@ -147,6 +146,6 @@ def dump(config: Config) -> dict[str, Any]:
 def load(run_dir: Path) -> Config:
     """The configuration that `dump` stored as `[train]` in the run's `config.toml`."""
     layout = RunLayout(run_dir)
-    config = Config.from_values(from_toml_values(tomllib.loads(layout.config.read_text())["train"]))
+    config = Config.from_values(from_toml_values(read_table(layout, "train")))
     save = config.checkpoint.save or str(layout.checkpoints)
     return replace(config, checkpoint=replace(config.checkpoint, save=save))

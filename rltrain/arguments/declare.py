@@ -162,7 +162,7 @@ def add_group(parser: argparse.ArgumentParser, group: type) -> None:
 
 def _how(each: Declared) -> dict[str, Any]:
     """Arguments of `add_argument`: how the values are read."""
-    kind = _without_none(each.hint)
+    kind = without_none(each.hint)
     how: dict[str, Any] = {"help": argparse.SUPPRESS if each.flag.help is None else each.flag.help}
     if kind is bool:
         return how | {"action": _switch(each)}
@@ -186,7 +186,7 @@ def _switch(each: Declared) -> Any:
     return argparse.BooleanOptionalAction if each.default is True or follows else "store_true"
 
 
-def _without_none(hint: Any) -> Any:
+def without_none(hint: Any) -> Any:
     """The annotation without `| None`."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return hint
@@ -201,10 +201,22 @@ def check_ranges(groups: Iterable[Any]) -> None:
     """
     for group in groups:
         for each in declared(type(group)):
-            value, least, most = getattr(group, each.name), each.flag.at_least, each.flag.at_most
-            if isinstance(value, float) and math.isnan(value):
-                raise UserError(f"{each.option} is {value}: a number is needed.")
-            if least is not None and value is not None and value < least:
-                raise UserError(f"{each.option} is {value}: it must be at least {least}.")
-            if most is not None and value is not None and value > most:
-                raise UserError(f"{each.option} is {value}: it must be at most {most}.")
+            check_range(each.option, getattr(group, each.name), each.flag)
+
+
+def check_range(what: str, value: Any, limits: Flag) -> None:
+    """Check that one value is a number, where it should be, and within the limits.
+
+    Args:
+        what: the name by which a person gave it, for the message.
+
+    Raises:
+        UserError: says what is wrong.
+    """
+    least, most = limits.at_least, limits.at_most
+    if isinstance(value, float) and math.isnan(value):
+        raise UserError(f"{what} is {value}: a number is needed.")
+    if least is not None and value is not None and value < least:
+        raise UserError(f"{what} is {value}: it must be at least {least}.")
+    if most is not None and value is not None and value > most:
+        raise UserError(f"{what} is {value}: it must be at most {most}.")

@@ -184,6 +184,8 @@ def remarks(config: Config) -> list[str]:
             f"--save-debug-rollout-data writes Parquet, with one row a sample, and not torch's format: {saved}"
         )
     ignored += idle_profiling(config.profiling)
+    if config.rollout.num_epoch is not None and config.rollout.num_rollout is not None:
+        ignored.append("--num-epoch changes nothing: --num-rollout says how long the run is")
     if (
         config.mtp.enable_mtp_training
         and config.engines.sglang.get("speculative_algorithm", "NGRAM") != "NGRAM"

@@ -9,12 +9,43 @@ from __future__ import annotations
 import base64
 import datetime
 import json
+import tomllib
 from collections.abc import Mapping
 from typing import Any
+
+from rltrain.run.errors import UserError
+from rltrain.run.layout import RunLayout
 
 KEY = "not_in_toml"  # the entry of config.toml that holds them, by name
 _DATES: dict[str, Any] = {"datetime": datetime.datetime, "date": datetime.date, "time": datetime.time}
 _TAG = ""  # the only key of an object that stands for something that JSON has not
+
+
+def read_table(
+    layout: RunLayout, name: str, advice: str = "", missing: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A table of a run's `config.toml`: "flags", "submit" or "train".
+
+    Args:
+        layout: of the run.
+        name: of the table.
+        advice: what to do about a damaged file, a sentence after a space.
+        missing: what a file without this table says; None: nothing, it is damaged.
+
+    Raises:
+        UserError: the file can't be read, or is damaged.
+    """
+    try:
+        table = tomllib.loads(layout.config.read_text()).get(name, missing)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table, why = None, str(error)
+    else:
+        why = f"it has no table [{name}]"
+    if not isinstance(table, dict):
+        raise UserError(
+            f"{layout.config} can't be read, so there is no telling what the run was given: {why}.{advice}"
+        )
+    return table
 
 
 def to_toml_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

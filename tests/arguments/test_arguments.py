@@ -153,6 +153,7 @@ def check(inputs: dict[str, Path], *more: str) -> str:
         args = input_files.check_inputs(args)
     except UserError as error:
         return str(error)
+    assert not [line for line in arguments.remarks(args) if "--num-epoch" in line]
     return f"fine: {args.rollout.num_rollout}"
 
 

@@ -52,6 +52,33 @@ def test_a_flag_that_nobody_here_has_is_not_taken_for_another_one(flag: str) -> 
         arguments.parse([*LEAST, flag])
 
 
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("top_p: 2", "top_p is 2: it must be at most 1"),
+        ("temperature: -1", "temperature is -1: it must be at least 0"),
+        ("temperature: .nan", "temperature is nan: a number is needed"),
+        ("n_samples_per_eval_prompt: 0", "n_samples_per_eval_prompt is 0: it must be at least 1"),
+        ("max_response_len: 2.5", "max_response_len is 2.5; it is a number without a fraction"),
+        ("max_response_len: many", "max_response_len is 'many'; it is a number without a fraction"),
+    ],
+)
+def test_numbers_of_an_evaluation_set_have_the_limits_of_their_flags(
+    setting: str, problem: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "eval.yaml"
+    file.write_text(f"eval: {{datasets: [{{name: dev, path: dev.jsonl, {setting}}}]}}")
+    with pytest.raises(UserError, match=f"--eval-config {file}: set 'dev': {problem}"):
+        arguments.parse([*LEAST, "--eval-config", str(file)])
+
+
+def test_epochs_beside_a_number_of_rollouts_change_nothing_and_that_is_said() -> None:
+    config = arguments.parse([*LEAST, "--num-epoch", "2"])
+    assert arguments.remarks(config) == [
+        "--num-epoch changes nothing: --num-rollout says how long the run is"
+    ]
+
+
 def test_settings_of_an_evaluation_set_that_no_flag_has(tmp_path: Path) -> None:
     file = tmp_path / "eval.yaml"
     text = "eval: {datasets: [{name: dev, path: dev.jsonl, min_eval_samples: %s, metadata_overrides: {split: dev}}]}"

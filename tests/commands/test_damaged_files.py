@@ -11,9 +11,10 @@ from helpers.run_files import make_run
 
 from analysis import DamagedFileError, DamagedFileWarning, load_run, report
 from analysis.pages.html import browse
-from hpc import status
+from hpc import evaluate, resubmit, status, submit
 from hpc.runs.live_view import describe_step
 from hpc.runs.progress import RunFeed
+from rltrain.run.errors import UserError
 from rltrain.run.layout import RunLayout
 
 LINES = """{"step": 0, "attempt": 0, "time": 1.0, "rollout/reward": 0.25}
@@ -94,3 +95,21 @@ def test_a_damaged_column_costs_its_texts_only(recorded_runs: Path, tmp_path: Pa
     assert page.content
     with pytest.warns(DamagedFileWarning, match="step=000003"):
         assert report.main([str(root), "--no-dashboard", "-o", str(tmp_path / "page.html")]) == 0
+
+
+@pytest.mark.parametrize("verb", ["submit", "resubmit", "evaluate"])
+@pytest.mark.parametrize("text", ["x = [", "x = 1", "\xff"])
+def test_verbs_that_start_a_run_say_that_its_configuration_is_damaged(
+    verb: str, text: str, tmp_path: Path
+) -> None:
+    layout = make_run(tmp_path, "x", phase="stopped", steps=1, attempts=1)
+    layout.config.write_bytes(text.encode("latin-1"))
+    main, words = {
+        "submit": (submit.submit, ["--name=x"]),
+        "resubmit": (resubmit.main, ["x"]),
+        "evaluate": (evaluate.main, ["x", "--step=1"]),
+    }[verb]
+    with pytest.raises(
+        UserError, match=f"{layout.config} can't be read, so there is no telling what the run was given"
+    ):
+        main([*words, f"--runs-dir={tmp_path}"])

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rltrain.arguments.declare import flag, worked_out
+from rltrain.arguments.declare import check_range, declared, flag, without_none, worked_out
 from rltrain.arguments.groups.data import Data, absolute
 from rltrain.arguments.groups.rollout import Rewards, Rollout
 from rltrain.arguments.recipes import read_custom_config
@@ -231,7 +231,22 @@ def _read(path: str) -> list[dict[str, Any]]:
                 )
         merged.append({**defaults, **each})
         _check_own(f"{where}: set {each['name']!r}", merged[-1])
+        _check_numbers(f"{where}: set {each['name']!r}", merged[-1])
     return merged
+
+
+def _check_numbers(where: str, settings: Mapping[str, Any]) -> None:
+    """A setting has the type and the limits of the flag that it stands for."""
+    flags = {each.name: each for each in declared(Evaluation)}
+    for name, attribute in SETTINGS.items():
+        of, value = flags.get(attribute), settings.get(name)
+        if of is None or value is None or (kind := without_none(of.hint)) not in (int, float):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+            raise UserError(
+                f"{where}: {name} is {value!r}; it is a number{' without a fraction' * (kind is int)}."
+            )
+        check_range(f"{where}: {name}", value, of.flag)
 
 
 def _check_own(where: str, settings: Mapping[str, Any]) -> None:
