@@ -161,17 +161,24 @@ class Sandbox:
             self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=power_off")
 
     def power_on(self, node: str, timeout: float = 30.0) -> None:
-        """Start a node again; returns when jobs may run on it.
+        """Start a node again; returns when jobs may run on it. One that was drained, too, for whatever reason.
 
         Raises:
-            TimeoutError: slurmctld does not take it back.
+            TimeoutError: slurmctld does not take it back; the message has the state and the reason.
         """
         self._request("power_on", node=node)
         deadline = time.monotonic() + timeout
-        while self.run("sinfo", "-h", "-n", node, "-o", "%T").strip() not in _USABLE:
+        while (state := self._state(node)).partition(" ")[0] not in _USABLE:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{node} is not usable {timeout:.0f} s after it was powered on")
+                raise TimeoutError(
+                    f"{node} is not usable {timeout:.0f} s after it was powered on: it is {state}"
+                )
+            if state.startswith("drain"):
+                self.run("scontrol", "update", f"nodename={node}", "state=resume")
             time.sleep(0.05)
+
+    def _state(self, node: str) -> str:
+        return self.run("sinfo", "-h", "-n", node, "-o", "%T (%E)").strip()
 
     def cut_off(self, node: str) -> None:
         """Cut a node off from the network, until `join`; takes `ClusterSpec.networks`."""

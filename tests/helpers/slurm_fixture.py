@@ -59,7 +59,7 @@ def idle_cluster(slurm_cluster: Sandbox) -> Iterator[Sandbox]:
     slurm_cluster.run("scancel", "--signal=KILL", "--full", "--state=RUNNING")
     # On a busy machine a node may miss the word to end a job; it is repeated.
     wait_until(
-        lambda: _make_quiet(slurm_cluster), 120, lambda: "no jobs:\n" + slurm_cluster.run("squeue"), 0.2
+        lambda: _make_quiet(slurm_cluster), 120, lambda: "no jobs:\n" + _who_is_busy(slurm_cluster), 0.2
     )
 
 
@@ -101,3 +101,8 @@ def _make_quiet(cluster: Sandbox) -> bool:
         if node.state.startswith(("down", "drain")):
             cluster.power_on(node.name)
     return False
+
+
+def _who_is_busy(cluster: Sandbox) -> str:
+    """The jobs, and the nodes with their states and the reasons for those."""
+    return cluster.run("squeue") + cluster.run("sinfo", "-N", "-o", "%N %T %E")

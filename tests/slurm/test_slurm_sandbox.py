@@ -272,6 +272,25 @@ class TestNodes:
         idle_cluster.power_on("node6")
         wait_for(idle_cluster, again, JobState.RUNNING)
 
+    @pytest.mark.parametrize("is_on", [True, False])
+    def test_power_on_takes_a_drained_node_back(self, idle_cluster: Sandbox, is_on: bool) -> None:
+        """Slurm drains a node on which it could not end a step: no later job would run there."""
+        idle_cluster.run("scontrol", "update", "nodename=node6", "state=drain", "reason=Kill task failed")
+        if not is_on:
+            idle_cluster.power_off("node6")
+        idle_cluster.power_on("node6")
+        job = submit(idle_cluster, "true", "-w", "node6")
+        assert wait_for(idle_cluster, job).state is JobState.COMPLETED
+
+    def test_power_on_says_why_a_node_is_not_usable(
+        self, idle_cluster: Sandbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        idle_cluster.power_off("node6")
+        with monkeypatch.context() as changed, pytest.raises(TimeoutError, match=r"it is down.*power_off"):
+            changed.setattr(Sandbox, "_request", lambda *_, **__: None)  # it stays off
+            idle_cluster.power_on("node6", timeout=0)
+        idle_cluster.power_on("node6")
+
     def test_unknown_node(self, slurm_cluster: Sandbox) -> None:
         with pytest.raises(UserError, match="no node 'node9'"):
             slurm_cluster.power_off("node9")
