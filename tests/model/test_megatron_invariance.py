@@ -117,7 +117,7 @@ def test_linear_attention_reads_each_packed_sequence_from_its_beginning() -> Non
     leaves = [each.clone().requires_grad_() for each in parts]
     alone = [by_steps(*each) for each in zip(*(leaf.split(lengths) for leaf in leaves), strict=True)]
     together = delta_rule(*leaves, places)
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+    torch.testing.assert_close(together, torch.cat(alone), atol=3e-5, rtol=0)
     weights = torch.randn(together.shape, generator=generator)
     expected = torch.autograd.grad((torch.cat(alone) * weights).sum(), leaves)
     for mine, theirs in zip(torch.autograd.grad((together * weights).sum(), leaves), expected, strict=True):

@@ -30,8 +30,8 @@ def test_values_and_gradients(temperature: float, padding: int, chunk_size: int)
     )
     (weights[0].double() @ exact_log_probs + weights[1].double() @ exact_entropy).backward()
 
-    torch.testing.assert_close(log_probs.double(), exact_log_probs, atol=1e-5, rtol=0)
-    torch.testing.assert_close(entropy.double(), exact_entropy, atol=1e-5, rtol=0)
+    torch.testing.assert_close(log_probs.double(), exact_log_probs, atol=3e-5, rtol=0)
+    torch.testing.assert_close(entropy.double(), exact_entropy, atol=3e-5, rtol=0)
     assert logits.grad is not None and exact.grad is not None
     torch.testing.assert_close(logits.grad[:, :50].double(), exact.grad, atol=1e-5, rtol=0)
     assert not logits.grad[:, 50:].any()  # columns that pad the vocabulary
