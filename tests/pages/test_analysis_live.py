@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,9 @@ from rltrain.run.layout import RunLayout
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: see requirements/debian.txt")
 
 
-@pytest.fixture
-def server(recorded_runs: Path, tmp_path: Path) -> Iterator[LiveServer]:
+@contextmanager
+def serving(recorded_runs: Path, runs: Path) -> Iterator[LiveServer]:
     """Serves copies of the demo's runs, so that a test may let them grow."""
-    runs = tmp_path / "runs"
     shutil.copytree(recorded_runs, runs)
     with LiveServer(runs) as started:
         thread = threading.Thread(target=started.serve_forever)
@@ -39,6 +39,22 @@ def server(recorded_runs: Path, tmp_path: Path) -> Iterator[LiveServer]:
         yield started
         started.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def server(recorded_runs: Path, tmp_path: Path) -> Iterator[LiveServer]:
+    with serving(recorded_runs, tmp_path / "runs") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def site(recorded_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """One for all tests with a browser, which compiles Plotly once: two seconds for each address.
+
+    A test lets only runs of its own grow, and takes them away again.
+    """
+    with serving(recorded_runs, tmp_path_factory.mktemp("site") / "runs") as started:
+        yield started
 
 
 def ask(server: LiveServer, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
@@ -218,8 +234,8 @@ def page() -> Iterator[Page]:
         yield opened
 
 
-def address(server: LiveServer, fragment: str = "") -> str:
-    return f"http://127.0.0.1:{server.server_port}/#{fragment}"
+def address(site: LiveServer, fragment: str = "") -> str:
+    return f"http://127.0.0.1:{site.server_port}/#{fragment}"
 
 
 def look(page: Page, *, dark: bool = False) -> None:
@@ -231,12 +247,12 @@ def look(page: Page, *, dark: bool = False) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1400, 390])
-def test_every_view_fits(server: LiveServer, page: Page, width: int, dark: bool) -> None:
+def test_every_view_fits(site: LiveServer, page: Page, width: int, dark: bool) -> None:
     look(page, dark=dark)
-    page.open(server.url, width)
+    page.open(site.url, width)
     assert "token" not in page.evaluate("location.href")
     for tab in ("charts", "samples", "events"):
-        page.open(address(server, f"run=baseline&run=hacked&tab={tab}"), width)
+        page.open(address(site, f"run=baseline&run=hacked&tab={tab}"), width)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(f"!document.getElementById('{tab}').hidden")
         if tab == "samples":
@@ -248,27 +264,30 @@ def test_every_view_fits(server: LiveServer, page: Page, width: int, dark: bool)
 
 @needs_chromium
 @pytest.mark.slow
-def test_charts_overlay_runs_and_follow_them(server: LiveServer, page: Page) -> None:
-    page.open(server.url)
-    page.open(address(server, "run=baseline&run=fast&metric=rollout%2Freward&tab=charts"))
+def test_charts_overlay_runs_and_follow_them(site: LiveServer, page: Page) -> None:
+    grows = site.live.runs_dir / "grows"
+    shutil.copytree(site.live.runs_dir / "baseline", grows)
+    page.open(site.url)
+    page.open(address(site, "run=grows&run=fast&metric=rollout%2Freward&tab=charts"))
     traces = "document.querySelector('.plot').data"
-    assert page.evaluate(f"{traces}.map((trace) => trace.name)") == ["baseline", "fast"]
+    assert page.evaluate(f"{traces}.map((trace) => trace.name)") == ["grows", "fast"]
     count = page.evaluate(f"{traces}[0].x.length")
     row = {"step": count, "attempt": 1, "time": 2e9, "rollout/reward": 0.5}
-    with (server.live.runs_dir / "baseline" / "metrics.jsonl").open("a") as file:
+    with (grows / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     page.wait(f"{traces}[0].x.length === {count + 1}")
     page.evaluate("$('metric').value = 'train/loss'; $('metric').dispatchEvent(new Event('change'))")
     page.wait("document.querySelectorAll('.plot').length === 2")
     assert "metric=train%2Floss" in page.evaluate("location.hash")
     assert page.errors == []
+    shutil.rmtree(grows)
 
 
 @needs_chromium
 @pytest.mark.slow
-def test_the_keyboard_is_enough(server: LiveServer, page: Page) -> None:
-    page.open(server.url)
-    page.open(address(server, "run=baseline&tab=charts"))
+def test_the_keyboard_is_enough(site: LiveServer, page: Page) -> None:
+    page.open(site.url)
+    page.open(address(site, "run=baseline&tab=charts"))
     page.evaluate("$('tab-charts').focus()")
     page.evaluate(
         "$('tab-charts').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}))"
@@ -283,9 +302,9 @@ def test_the_keyboard_is_enough(server: LiveServer, page: Page) -> None:
 
 @needs_chromium
 @pytest.mark.slow
-def test_a_finding_shows_its_samples(server: LiveServer, page: Page) -> None:
-    page.open(server.url)
-    page.open(f"http://127.0.0.1:{server.server_port}/runs/hacked/samples")
+def test_a_finding_shows_its_samples(site: LiveServer, page: Page) -> None:
+    page.open(site.url)
+    page.open(f"http://127.0.0.1:{site.server_port}/runs/hacked/samples")
     finding = {
         "severity": "note",
         "name": "a",
@@ -302,12 +321,12 @@ def test_a_finding_shows_its_samples(server: LiveServer, page: Page) -> None:
 
 @needs_chromium
 @pytest.mark.slow
-def test_names_and_texts_of_runs_are_never_markup(server: LiveServer, page: Page) -> None:
+def test_names_and_texts_of_runs_are_never_markup(site: LiveServer, page: Page) -> None:
     name = "<img src=x onerror='window.hacked=1'>"
-    shutil.copytree(server.live.runs_dir / "fast", server.live.runs_dir / name)
-    with (server.live.runs_dir / name / "events.jsonl").open("a") as file:
+    shutil.copytree(site.live.runs_dir / "fast", site.live.runs_dir / name)
+    with (site.live.runs_dir / name / "events.jsonl").open("a") as file:
         file.write(json.dumps({"time": 2e9, "kind": "<b onclick=1>", "attempt": 0, "reason": name}) + "\n")
-    page.open(server.url)
+    page.open(site.url)
     for tab in ("charts", "events"):
         page.evaluate(
             f"state.runs = [rows.find((row) => row.name.includes('img')).name, 'fast']; state.tab = '{tab}'; drawView()"
@@ -316,3 +335,4 @@ def test_names_and_texts_of_runs_are_never_markup(server: LiveServer, page: Page
     assert (
         page.evaluate("window.hacked") is None and page.evaluate("document.querySelector('main img')") is None
     )
+    shutil.rmtree(site.live.runs_dir / name)

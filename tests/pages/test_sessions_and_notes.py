@@ -100,13 +100,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
+def page(server: LiveServer) -> Iterator[Page]:
+    """It has the server's cookie already: the page that gives it to a user draws charts, which takes seconds."""
     with browser() as opened:
+        opened.call("Network.setCookie", name=server.cookie, value=server.token, url=server.url)
         yield opened
 
 
 def open_samples(page: Page, server: LiveServer, fragment: str, width: int = 1400) -> None:
-    page.open(server.url, width)
     page.open(f"http://127.0.0.1:{server.server_port}/runs/agents/samples#{fragment}", width)
 
 
