@@ -171,15 +171,40 @@ def test_what_can_t_be_loaded_is_said_before_the_start(
     assert not list(tmp_path.iterdir())
 
 
+def with_fakes(folder: Path, monkeypatch: pytest.MonkeyPatch, **modules: str) -> None:
+    """These modules are found before those that are installed."""
+    folder.mkdir()
+    for name, text in modules.items():
+        (folder / f"{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
 def test_what_a_package_prints_is_no_task(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = 'print("[nltk_data] Downloading")\ndef create_dataset(name, **args):\n    return [{"question": name}]\n'
-    (tmp_path / "fake").mkdir()
-    (tmp_path / "fake" / "reasoning_gym.py").write_text(fake)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    with_fakes(tmp_path / "fake", monkeypatch, reasoning_gym=fake)
     rows = tasks(configured(directory, *LEGS, "--prompt-data", str(tmp_path / "tasks.jsonl")))
     assert [row["input"] for row in rows] == ["leg_counting"]
+
+
+def test_what_draws_is_imported_by_the_tasks_that_use_it(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its import takes longer than most tasks; two modules of the package have it, as here."""
+    game = """
+import cellpylib as ours
+import cellpylib
+def create_dataset(name, **args):
+    import sys
+    before = "evolve" in vars(sys.modules["cellpylib"])
+    return [{"question": f"{before} {ours.evolve()} {cellpylib.evolve()} {ours.evolve()}"}]
+"""
+    with_fakes(
+        tmp_path / "fake", monkeypatch, reasoning_gym=game, cellpylib="def evolve():\n    return __name__\n"
+    )
+    rows = tasks(configured(directory, *LEGS, "--prompt-data", str(tmp_path / "tasks.jsonl")))
+    assert [row["input"] for row in rows] == ["False cellpylib cellpylib cellpylib"]
 
 
 def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(

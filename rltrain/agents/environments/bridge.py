@@ -52,7 +52,23 @@ def main() -> None:
         print(json.dumps(play(name, args, environment["index"])), file=answers)
 
 
+def _put_off(name: str) -> None:
+    """Import a module only when something of it is asked for."""
+
+    def load(attribute: str) -> Any:
+        if sys.modules.get(name) is module:
+            del sys.modules[name]
+        return getattr(importlib.import_module(name), attribute)
+
+    module = types.ModuleType(name)
+    module.__getattr__ = load  # type: ignore[method-assign]
+    sys.modules[name] = module
+
+
 def _gym(name: str, args: dict[str, Any]) -> Any:
+    _put_off(
+        "cellpylib"
+    )  # two data sets of a hundred use it, and it brings Matplotlib: a third of each start
     import reasoning_gym
 
     try:
