@@ -3,8 +3,3 @@
 Takes the flags and recipes of `submit` and starts nothing but, with `--probe-nodes`, a job of a few seconds that
 looks at the nodes. One line a check: ok, warn or FAIL, and what to do.
 """
-
-from hpc.doctor.check import Check
-from hpc.doctor.examine import doctor
-
-__all__ = ["Check", "doctor"]

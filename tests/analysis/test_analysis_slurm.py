@@ -11,7 +11,8 @@ from helpers.slurm_fixture import submit, until, wait_for
 from analysis import export, load_run, metrics
 from analysis.frames.events import ATTEMPT_COLUMNS
 from hpc.sandbox import Sandbox
-from hpc.slurm import JobState, SlurmClient
+from hpc.slurm.client import SlurmClient
+from hpc.slurm.states import JobState
 from rltrain.run.files import read_lines
 from rltrain.run.layout import RunLayout
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from helpers.run_files import make_run
 
-from hpc.doctor import doctor
 from hpc.doctor.__main__ import main
+from hpc.doctor.examine import doctor
 
 
 def run_doctor(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:

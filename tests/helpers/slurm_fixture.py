@@ -16,8 +16,8 @@ import pytest
 
 from helpers.local_job import wait_until
 from hpc.sandbox import ClusterSpec, MissingPackagesError, Sandbox, require_packages
-from hpc.slurm import JobState, JobStatus, SlurmClient
-from hpc.slurm.client import status_of
+from hpc.slurm.client import JobStatus, SlurmClient, status_of
+from hpc.slurm.states import JobState
 
 
 def need_slurm() -> None:

@@ -1,6 +1,7 @@
 """The contract of the house (rooms.toml): who may import whom, no circles, small folders, and design.md says the same.
 
-Every import counts, wherever it stands in a file: late ones, and those for type checkers only, too.
+For the arrows every import counts, wherever it stands in a file: late ones, and those for type checkers only, too. What
+comes with a module when it is imported (`closure`) leaves those out, and has the `__init__` of every folder above it.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ class Room:
 
     Attributes:
         imports: rooms that it may import, or single modules of them.
-        without: packages of others that it does without.
+        without: packages of others that do not come with it when it is imported, and that it does not import later.
+        not_itself: packages that only what it imports may import.
     """
 
     name: str
     reason: str
     imports: tuple[str, ...]
     without: tuple[str, ...] = ()
+    not_itself: tuple[str, ...] = ()
 
     def may_import(self, module: str) -> bool:
         """Whether one of ours is in a room, or is a module, that it may import; or in this room itself."""
@@ -48,7 +51,8 @@ def rooms() -> dict[str, Room]:
     table = tomllib.loads(Path(__file__).with_name("rooms.toml").read_text())
     return {
         each["name"]: Room(
-            each["name"], each["reason"], tuple(each["imports"]), tuple(each.get("without", ()))
+            *(each["name"], each["reason"]),
+            *(tuple(each.get(name, ())) for name in ("imports", "without", "not_itself")),
         )
         for each in table["room"]
     }
@@ -76,16 +80,45 @@ def imported(module: str) -> frozenset[str]:
     return frozenset(_imported(ast.parse(modules()[module].read_text()).body)) - {module}
 
 
-def _statements(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    """These and all in them; there are ten times as many expressions, none of which imports anything."""
+@cache
+def imported_at_once(module: str) -> frozenset[str]:
+    """The same of what runs when that module is imported."""
+    return frozenset(_imported(ast.parse(modules()[module].read_text()).body, at_once=True)) - {module}
+
+
+def closure(module: str) -> dict[str, str]:
+    """Modules of ours that come with one of ours when it is imported, each with the one that imports it."""
+    found = {module: module}
+    waiting = [module]
+    for each in waiting:
+        for name in {each, *imported_at_once(each)}:
+            words = name.split(".")
+            for other in (".".join(words[:length]) for length in range(1, len(words) + 1)):
+                if other in modules() and other not in found:
+                    found[other] = each
+                    waiting.append(other)
+    return found
+
+
+def _statements(nodes: Iterable[ast.AST], at_once: bool) -> Iterator[ast.AST]:
+    """These and all in them; there are ten times as many expressions, none of which imports anything.
+
+    Args:
+        at_once: without what functions do when they are called, and what is for type checkers only.
+    """
     for node in nodes:
         yield node
-        for inner in ("body", "orelse", "handlers", "finalbody", "cases"):
-            yield from _statements(getattr(node, inner, ()))
+        inside = ["body", "orelse", "handlers", "finalbody", "cases"]
+        if at_once and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if at_once and isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            inside.remove("body")
+        for inner in inside:
+            yield from _statements(getattr(node, inner, ()), at_once)
 
 
-def _imported(nodes: Iterable[ast.AST]) -> Iterator[str]:
-    for node in _statements(nodes):
+def _imported(nodes: Iterable[ast.AST], at_once: bool = False) -> Iterator[str]:
+    for node in _statements(nodes, at_once):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -145,16 +178,58 @@ def test_no_circle_of_files() -> None:
         raise AssertionError(f"files import each other in a circle: {' → '.join(error.args[1])}") from None
 
 
+def packages(names: Iterable[str]) -> set[str]:
+    """Packages of others that these modules are in."""
+    return {name.partition(".")[0] for name in names} - set(PACKAGES)
+
+
 def test_packages_of_others() -> None:
     for module in modules():
         own = room_of(module, rooms())
-        tops = {name.partition(".")[0] for name in imported(module)} - set(PACKAGES)
+        theirs = packages(imported(module))
         if own == "rltrain.run":
-            assert tops <= sys.stdlib_module_names, (
+            assert theirs <= sys.stdlib_module_names, (
                 f"{module}: the ground floor uses the standard library only"
             )
         elif own is not None:
-            assert not tops & set(rooms()[own].without), f"{module} imports what {own} does without"
+            without = {*rooms()[own].without, *rooms()[own].not_itself}
+            assert not theirs & without, f"{module} imports what {own} does without"
+
+
+def test_packages_of_others_that_come_with_an_import() -> None:
+    wrong = []
+    for module in modules():
+        own = room_of(module, rooms())
+        for other, by in closure(module).items() if own and rooms()[own].without else ():
+            if found := packages(imported_at_once(other)) & set(rooms()[own].without):
+                wrong.append(f"{module} … {by} → {other} → {', '.join(sorted(found))}")
+    assert not wrong, "imports that come with others, and that rooms.toml does not allow:\n" + "\n".join(
+        wrong
+    )
+
+
+def test_what_comes_with_an_import() -> None:
+    """Every `__init__` above it does; what a function imports, or a type checker, does not."""
+    source = """
+import json
+if TYPE_CHECKING:
+    import socket
+else:
+    import select
+try:
+    import tomllib
+except ImportError:
+    import toml
+class Job:
+    import signal
+    def run(self):
+        import subprocess
+"""
+    at_once = set(_imported(ast.parse(source).body, at_once=True))
+    assert at_once == {"json", "select", "tomllib", "toml", "signal"}
+    assert set(_imported(ast.parse(source).body)) == {*at_once, "socket", "subprocess"}
+    assert {"hpc", "hpc.slurm", "hpc.slurm.cluster"} <= closure("hpc.planning.sbatch_flags").keys()
+    assert not {"hpc.slurm.client", "hpc.submitting.executor"} & closure("hpc.planning.sbatch_flags").keys()
 
 
 def test_no_folder_holds_too_many_files() -> None:

@@ -17,7 +17,8 @@ from helpers.slurm_fixture import open_directory, until, wait_for
 from helpers.slurm_job import SERVICES, FakeRun
 
 from hpc.sandbox import Sandbox
-from hpc.slurm import JobState, SlurmClient
+from hpc.slurm.client import SlurmClient
+from hpc.slurm.states import JobState
 from hpc.status import RunStatus, status
 from rltrain.run.layout import RunLayout
 

@@ -16,7 +16,8 @@ from helpers.slurm_fixture import open_directory, submit, until, wait_for
 
 from hpc.cancel import cancel
 from hpc.sandbox import Sandbox
-from hpc.slurm import JobState, SlurmClient
+from hpc.slurm.client import SlurmClient
+from hpc.slurm.states import JobState
 from hpc.status import RunStatus, status
 from rltrain.run.layout import RunLayout
 

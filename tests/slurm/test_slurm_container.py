@@ -14,7 +14,7 @@ from helpers.slurm_job import FakeRun
 
 from hpc.planning.script import BatchScript
 from hpc.sandbox import Sandbox
-from hpc.slurm import JobState
+from hpc.slurm.states import JobState
 from hpc.submitting.executor import check_script
 
 pytestmark = pytest.mark.slurm

@@ -14,7 +14,8 @@ from helpers.slurm_fixture import until, wait_for
 
 from hpc.planning.script import BatchScript
 from hpc.sandbox import Sandbox
-from hpc.slurm import JobState, SlurmClient, SlurmError
+from hpc.slurm.client import SlurmClient, SlurmError
+from hpc.slurm.states import JobState
 from hpc.submitting import executor as executor_module
 from hpc.submitting.executor import Job, SlurmlimeExecutor, check_script, end_lost_jobs
 

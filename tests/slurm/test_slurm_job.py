@@ -13,7 +13,7 @@ from helpers.slurm_fixture import submit as submit_script
 from helpers.slurm_fixture import until, wait_for
 from helpers.slurm_job import FakeRun
 
-from hpc.slurm import JobState
+from hpc.slurm.states import JobState
 from rltrain.run.layout import RunLayout
 
 pytestmark = pytest.mark.slurm

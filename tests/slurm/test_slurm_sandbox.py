@@ -21,8 +21,10 @@ from hpc.sandbox.daemons import Daemons
 from hpc.sandbox.packages import find_program
 from hpc.sandbox.paths import SandboxPaths
 from hpc.sandbox.programs import start_database
-from hpc.slurm import JobState, SlurmClient, SlurmError, SlurmUnavailableError, read_facts
+from hpc.slurm.client import SlurmClient, SlurmError, SlurmUnavailableError
+from hpc.slurm.facts import read_facts
 from hpc.slurm.nodelist import compress, expand
+from hpc.slurm.states import JobState
 from rltrain.run.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,9 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 from helpers.slurm_fixture import open_directory, submit, until, wait_for  # noqa: E402
 
 from hpc.sandbox import ClusterSpec, Sandbox  # noqa: E402
-from hpc.slurm import JobState, SlurmClient, parse  # noqa: E402
+from hpc.slurm import parse  # noqa: E402
+from hpc.slurm.client import SlurmClient  # noqa: E402
+from hpc.slurm.states import JobState  # noqa: E402
 
 JOBS = "1,2,3,4,5,6,7,9,10,11,12,13,14,15,17,18,20,21,22,23"
 HET = "#SBATCH -N1 -p low --gpus-per-node=h100:2\n#SBATCH hetjob\n#SBATCH -N2 -p low --gpus-per-node=a100:4\n"
