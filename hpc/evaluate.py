@@ -1,9 +1,9 @@
 """Evaluate a checkpoint of a run, also while it trains: `python -m hpc.evaluate demo --step 40`.
 
 The checkpoint's weights are evaluated by a job of their own, as the run was submitted: on Slurm, or on this machine.
-The run itself is only read. Its `evals` then have the samples: `dataset` is NAME/SET, `step` that of the checkpoint.
+The run itself is only read. Its `evals` then have the samples: `dataset` is NAME/SET, `step` is the checkpoint's.
 Flags given here override those of the run, such as `--eval-prompt-data NAME FILE` and `--eval-temperature 0`.
-An evaluation that was stopped goes on with the same line.
+An evaluation that was stopped resumes when you run the same command.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
         cli.print_table(COLUMNS, [row(run, datetime.now(UTC)) for run in found], _STYLES)
     if not args.runs and (private := find_private(args.runs_dir)):
         names = ", ".join(path.name for path in private)
-        print(f"left out, as you may not read them: {visible(names)}", file=sys.stderr)
+        print(f"skipped (no permission to read): {visible(names)}", file=sys.stderr)
     if problem:
         print(
             f"warning: Slurm could not be asked, so this is what the runs' files say: {safe_text(problem)}",

@@ -77,7 +77,7 @@ def check_function(
 
 
 def missing_imports(path: str) -> list[str]:
-    """What the module of a function imports and this Python has not, with the line; nothing is run.
+    """Imports of the function's module that are not installed, with the line; nothing is run.
 
     Only plain imports at the top of the module, and of modules beside it that it imports: one within `try` or `if` may
     be meant to fail.

@@ -70,7 +70,7 @@ def check_inputs(config: Config, to_come: Mapping[str, str] | None = None) -> Co
 def check_places(config: Config) -> None:
     """Check that no flag names a file where a directory is needed, or a directory where a file is.
 
-    Whether what is there is what the flag wants, its own check says.
+    Each flag's own check verifies the contents.
 
     Raises:
         UserError: names the flag, the place and what it is.

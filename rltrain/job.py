@@ -129,7 +129,7 @@ class Job:
     def _await(
         self, answer: Future[T] | None, newcomers: Newcomers, told: Callable[[T], Told]
     ) -> Told | None:
-        """`told` of what rank 0 waits for, on every rank; None if the job is asked to stop before."""
+        """Apply `told` to rank 0's answer, on every rank; None if a stop is requested first."""
 
         def wait() -> Told | Interrupted:
             assert answer is not None

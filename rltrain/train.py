@@ -96,7 +96,7 @@ def validation(config: Config, actor: MegatronTrainActor) -> Callable[[], dict[s
     """How the evaluation sets are evaluated without engines; None where engines do it, or there are no sets."""
     if not (config.debug.debug_train_only and config.evaluation.eval_interval):
         return None
-    # Late, as what asks engines comes with it, which the trainer of another run does not need.
+    # Imported late: it loads the engine clients, which other runs do not need.
     from rltrain.validation import ValidationLoss
 
     loss = ValidationLoss(config, actor.shape)

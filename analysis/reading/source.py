@@ -146,7 +146,7 @@ def find_runs(paths: str | Path | Iterable[str | Path]) -> list[Path]:
             private += filter(_is_private, beside)
     if private:
         names = ", ".join(visible(str(path)) for path in private)
-        warnings.warn(f"left out, as you may not read them: {names}", DamagedFileWarning, stacklevel=3)
+        warnings.warn(f"skipped (no permission to read): {names}", DamagedFileWarning, stacklevel=3)
     if not found:
         raise RunNotFoundError(_not_found_message(Path(str(wanted[0]) if wanted else "runs")))
     return list(found.values())

@@ -119,8 +119,8 @@ def of_finished(layout: RunLayout) -> list[str]:
 
 
 def begun_responses(layout: RunLayout, samples: pd.DataFrame) -> tuple[list[int], list[str]]:
-    """Of responses that were put aside (partial rollouts) the lengths then; and problems with those that are not gone
-    on with as they stood."""
+    """Lengths of the responses that were set aside (partial rollouts), and problems with those that were not continued
+    correctly."""
     trained, lengths, cut = _by_index(samples), [], []
     for file in sorted(layout.rollout_state.glob("*.json")):
         for sample in _aside(file):
@@ -138,15 +138,13 @@ def _aside(file: Path) -> list[dict[str, Any]]:
 
 
 def of_tokens(samples: pd.DataFrame, expected: pd.DataFrame) -> list[str]:
-    """The samples are those of an undisturbed run."""
+    """Checks that the samples equal an undisturbed run's."""
     ours, theirs = _by_index(samples), _by_index(expected)
     wrong = sorted(index for index in ours.keys() & theirs.keys() if ours[index] != theirs[index])
     if not wrong:
         return []
     steps = sorted({ours[index][0] for index in wrong})
-    return [
-        f"{len(wrong)} samples are not those of an undisturbed run, from step {steps[0]} on: {wrong[:20]}"
-    ]
+    return [f"{len(wrong)} samples differ from an undisturbed run, from step {steps[0]} on: {wrong[:20]}"]
 
 
 def _by_index(samples: pd.DataFrame) -> dict[int, tuple[int, tuple[int, ...], float]]:

@@ -153,8 +153,9 @@ def _colocated(ask: Ask, ranks: int, node_gpus: int) -> Split:
     fit = _fit(ask.engine_size, available)
     if nodes < fit.nodes:
         raise UserError(
-            f"--rollout-num-gpus-per-engine {ask.engine_size} takes {_nodes(fit.nodes)}, as each has {available} GPUs"
-            f" for engines: --nodes {fit.nodes}, or at most --rollout-num-gpus-per-engine {nodes * available}."
+            f"--rollout-num-gpus-per-engine {ask.engine_size} takes {_nodes(fit.nodes)}, because each node has"
+            f" {available} GPUs for engines: --nodes {fit.nodes}, or at most --rollout-num-gpus-per-engine"
+            f" {nodes * available}."
         )
     room = nodes // fit.nodes * fit.engines
     wanted = ask.rollout_gpus or room * ask.engine_size
@@ -254,7 +255,7 @@ def _check_gpus(flag: str, wanted: int, available: int) -> None:
 def _agree(nodes: int | None, other: int | None, flag: str) -> int | None:
     if nodes and other and nodes != other:
         raise UserError(
-            f"--nodes {nodes} contradicts {flag} {other}, as all nodes train. Give one of them: --nodes {other}."
+            f"--nodes {nodes} contradicts {flag} {other}, because every node trains. Give one of them: --nodes {other}."
         )
     return nodes or other
 

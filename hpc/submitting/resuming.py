@@ -40,8 +40,8 @@ def check_resume(options: SubmitOptions, before: Flags, now: Flags) -> list[str]
     if has_checkpoint(options.layout) and (ignored := [name for name in changed if name in FIXED]):
         which = ", ".join(word for name, word in zip(changed, words, strict=True) if name in ignored)
         raise UserError(
-            f"{which}: the run {options.name} has a checkpoint, and goes on with what that holds; the change would do"
-            " nothing. Leave it out, or begin another run with --name."
+            f"{which}: the run {options.name} has a checkpoint and resumes from it, so this change would have no"
+            " effect. Leave it out, or begin another run with --name."
         )
     return words
 
@@ -52,8 +52,8 @@ def _check_recipe(options: SubmitOptions, changes: list[str]) -> None:
         return
     differs = f" They differ in {'; '.join(changes)}." if changes else ""
     raise UserError(
-        f"the run {options.name} in {options.runs_dir} is of another recipe, {stored[-1]}, and not of"
-        f" {options.recipes[-1]}.{differs} To begin a new run: --name ANOTHER. To go on with that run all the same:"
+        f"the run {options.name} in {options.runs_dir} was made from recipe {stored[-1]}, not"
+        f" {options.recipes[-1]}.{differs} To begin a new run: --name ANOTHER. To resume that run all the same:"
         f" --name {options.name}."
     )
 

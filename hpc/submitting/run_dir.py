@@ -96,7 +96,7 @@ def prepare(
 
 
 def _resolve_paths(flags: Flags, config: Config) -> Flags:
-    """The flags with paths made absolute, as they are in `args`: the run may be resumed from elsewhere."""
+    """The flags with paths made absolute, as they are in `config`: the run may be resumed from elsewhere."""
     resolved, found = dict(flags), config.values()
     for name, values in flags.items():
         now = found.get(name.replace("-", "_"))

@@ -163,7 +163,8 @@ class Watch:
     def _ask_canary(self) -> None:
         """A step that only dies of the signals that Slurm sends to steps and not to us.
 
-        One that Slurm did not start, or that ended otherwise, is started again: without it nobody says them.
+        One that Slurm did not start, or that ended otherwise, is started again: without it those signals would be
+        missed.
         """
         if self._stop_reason is not None:
             return

@@ -1,4 +1,4 @@
-"""What an agent's program is given, and what is kept of what it said. Pure."""
+"""What an agent's program is given, and what is kept of its output. Pure."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ class Trajectory:
 def to_samples(trajectory: Trajectory, like: Sample, decode: Callable[[Sequence[int]], str]) -> list[Sample]:
     """A sample for each path, as copies of `like`, with its `rollout_key` as their `rollout_id`.
 
-    What an engine sampled has mask 1 and its log-prob; what came between, as the output of a tool, mask 0.
+    Sampled tokens have mask 1 and their log-probs; text in between, such as tool output, has mask 0.
     """
     samples = []
     for path in trajectory.paths():

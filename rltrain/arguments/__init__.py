@@ -35,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = super().parse_known_args(args, namespace)
         for name, value in vars(found).items():
-            if isinstance(value, list | dict):  # perhaps the default, which the next one gets, too
+            if isinstance(value, list | dict):  # may be the shared default: copy it
                 setattr(found, name, copy.copy(value))
         return found, unknown
 

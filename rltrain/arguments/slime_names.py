@@ -191,7 +191,7 @@ def remarks(config: Config) -> list[str]:
         and config.engines.sglang.get("speculative_algorithm", "NGRAM") != "NGRAM"
     ):
         ignored.append(
-            "--enable-mtp-training: engines draft with the weights that they started with, as no push brings that layer"
-            " to the model that drafts; checkpoints and exports have it as it is trained"
+            "--enable-mtp-training: engines draft with the weights that they started with, because a push does not"
+            " update that layer; checkpoints and exports hold the trained layer"
         )
     return ignored + [f"--{name} changes nothing: it is always on" for name, given in always.items() if given]

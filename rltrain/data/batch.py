@@ -123,7 +123,7 @@ class TrainBatch:
 
 
 def _routes(table: pa.Table) -> list[NDArray[np.int16]] | None:
-    """None where no sample has any; a sample without has none of any token."""
+    """None where no sample has routes; a sample without routes gets -1 for every token."""
     if "routed_experts" not in table.column_names:
         return None
     rows = [

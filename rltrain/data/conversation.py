@@ -122,8 +122,8 @@ def _end(text: str, messages: list[Message], turn: int, render: Render) -> int:
 
 
 def _between(role: str, render: Render) -> tuple[str, str, str]:
-    """What stands between a turn's content and that of a message of `role`, the end mark it begins with, and what
-    stands after the last turn."""
+    """Returns the text between two turns (the second of `role`), the end mark in it, and the text after the last
+    turn."""
     turn: list[Message] = [{"role": "user", "content": "u"}, {"role": "assistant", "content": _A}]
     after = render(turn, False).partition(_A)[2]
     both = render([*turn, {"role": role, "content": _B}], False)

@@ -1,4 +1,4 @@
-"""What a layer that predicts one token more than the model is given of packed samples. Pure."""
+"""Inputs of the layer that predicts the token after the next (MTP), from packed samples. Pure."""
 
 from __future__ import annotations
 

@@ -153,8 +153,8 @@ class MegatronTrainActor:
                 inputs, metrics = self._prepare(rollout_id, share, inputs, timers)
             elif post_processes(self.config.functions):
                 raise UserError(
-                    "--rollout-data-postprocess-path: with --loss-type sft_loss it takes (args, groups), as the trainer"
-                    " has nothing more of them."
+                    "--rollout-data-postprocess-path: with --loss-type sft_loss it takes (args, groups), because the"
+                    " trainer keeps no other data of the samples."
                 )
             if self.config.debug.save_debug_train_data:
                 write_train_data(

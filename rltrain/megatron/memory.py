@@ -4,8 +4,8 @@
     pushing      engines: weights               trainer: weights
     training     engines: nothing               trainer: weights, gradients, optimizer
 
-Whoever gives goes before whoever takes. What the trainer gives is in pinned host memory meanwhile; what the engines
-give is lost, but they are sent their weights again. Without a GPU the same calls are made, and free nothing.
+Memory is released before it is taken. What the trainer releases is kept in pinned host memory; what the engines release
+is lost, but they are sent their weights again. Without a GPU the same calls are made, and free nothing.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ def _repair_optimizer_states() -> None:
             _create_adam_state(self.optimizer)
         if self.optimizer is None or self.optimizer.state:
             return state_dict(self)
-        # This rank's shard is only padding, but the original takes the number of steps from a parameter. What it
-        # says here is read by nobody: the number that counts is that of ranks with parameters.
+        # This rank's shard is only padding, but the original takes the number of steps from a parameter.
+        # Nobody reads this value; the count from ranks with parameters is used.
         self.optimizer.state["padding"] = {"step": torch.tensor(0.0)}
         try:
             return state_dict(self)

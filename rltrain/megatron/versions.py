@@ -57,7 +57,10 @@ def define_kernel_names() -> None:
 
 
 def normalises_plain_queries() -> bool:
-    """Whether latent attention without compressed queries gets a norm before their projection, as nobody's has."""
+    """Whether latent attention without compressed queries gets a norm before its projection.
+
+    No published model has one.
+    """
     return importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config") is not None  # 0.19
 
 

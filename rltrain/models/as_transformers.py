@@ -58,7 +58,7 @@ def standard_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any
 
 
 def kept_standard_config(directory: Path, config: Mapping[str, Any], file: Path) -> dict[str, Any] | None:
-    """As `standard_config`, which is asked once a run: to import transformers is a third of what a rank imports.
+    """As `standard_config`, computed once a run, because importing transformers is a third of a rank's import time.
 
     Args:
         file: Where the answer is kept for the attempts that follow. It holds for the bytes of `config.json` and the

@@ -75,7 +75,7 @@ def reward_name(rm_type: str | None, sample: Sample | None) -> str | None:
 
 
 def boxed(args: argparse.Namespace, sample: Sample) -> Any:
-    """`boxed_NAME`: the reward NAME of what stands in the response's last box; of nothing if there is none."""
+    """`boxed_NAME`: applies reward NAME to the content of the response's last box, or to an empty text without one."""
     name = (reward_name(args.rm_type, sample) or "").removeprefix(_BOXED)
     answer = dataclasses.replace(sample, response=last_boxed(sample.response) or "")
     return load_function(RULES[name], flag="--rm-type")(args, answer)

@@ -19,7 +19,7 @@ _WHAT_IS_WRONG = {
     PermissionError: "you may not read or write this; it is another user's, or its file system is read-only.",
     NotADirectoryError: "a part of this path is a file where a directory is needed.",
     IsADirectoryError: "this is a directory where a file is needed.",
-    FileExistsError: "this exists already, as something else than is needed here.",
+    FileExistsError: "something else already exists at this path.",
 }
 _OF_PLACES = tuple(_WHAT_IS_WRONG)
 

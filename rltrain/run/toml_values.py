@@ -42,9 +42,7 @@ def read_table(
     else:
         why = f"it has no table [{name}]"
     if not isinstance(table, dict):
-        raise UserError(
-            f"{layout.config} can't be read, so there is no telling what the run was given: {why}.{advice}"
-        )
+        raise UserError(f"{layout.config} can't be read, so the run's flags are unknown: {why}.{advice}")
     return table
 
 

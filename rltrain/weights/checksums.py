@@ -23,7 +23,7 @@ def randomize_weights(engines: Sequence[ServerEngine]) -> Checksums:
 def wrong_tensors(
     engines: Sequence[ServerEngine], expected: Mapping[str, Mapping[str, str]]
 ) -> dict[str, str]:
-    """By URL, which tensors of an engine have other checksums than expected; engines without such are left out."""
+    """By URL, which tensors of an engine have unexpected checksums; engines without differences are omitted."""
     problems = {}
     for engine in engines:
         found, wanted = engine.weight_checksums(), expected.get(engine.url, {})

@@ -89,7 +89,7 @@ def test_samples_are_those_of_an_undisturbed_run() -> None:
     assert records.of_tokens(frame(), frame()) == []
     other = frame(tokens=[[9, i, i + (i == 4)] for i in range(1, 7)])
     assert records.of_tokens(frame(), other)[0].startswith(
-        "6 samples are not those of an undisturbed run, from step 0"
+        "6 samples differ from an undisturbed run, from step 0"
     )
 
 

@@ -109,7 +109,5 @@ def test_verbs_that_start_a_run_say_that_its_configuration_is_damaged(
         "resubmit": (resubmit.main, ["x"]),
         "evaluate": (evaluate.main, ["x", "--step=1"]),
     }[verb]
-    with pytest.raises(
-        UserError, match=f"{layout.config} can't be read, so there is no telling what the run was given"
-    ):
+    with pytest.raises(UserError, match=f"{layout.config} can't be read, so the run's flags are unknown"):
         main([*words, f"--runs-dir={tmp_path}"])

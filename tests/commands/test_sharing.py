@@ -56,7 +56,7 @@ def test_a_private_run_is_named_and_left_out(capsys: pytest.CaptureFixture[str])
     with runs_with_a_private_one() as runs:
         assert [run.name for run in status.status(runs_dir=runs)] == ["mine"]
         assert status.main(["--runs-dir", str(runs)]) == 0
-        assert capsys.readouterr().err == "left out, as you may not read them: hers\n"
+        assert capsys.readouterr().err == "skipped (no permission to read): hers\n"
         with pytest.raises(UserError, match=r"may not read .*hers: it belongs to .*--share"):
             logs.main(["hers", "--runs-dir", str(runs)])
 
@@ -64,7 +64,7 @@ def test_a_private_run_is_named_and_left_out(capsys: pytest.CaptureFixture[str])
 def test_a_private_run_is_left_out_of_frames(capsys: pytest.CaptureFixture[str]) -> None:
     with runs_with_a_private_one() as runs:
         for pattern in (runs, runs / "*"):
-            with pytest.warns(DamagedFileWarning, match=r"may not read them: .*hers"):
+            with pytest.warns(DamagedFileWarning, match=r"no permission to read\): .*hers"):
                 assert [run.name for run in load_runs(pattern)] == ["mine"]
         with pytest.raises(RunNotFoundError, match="belongs to"):
             load_run(runs / "hers")

@@ -49,7 +49,8 @@ def test_another_recipe_of_the_same_name_does_not_resume_the_run(
     first = begin(tmp_path, recipes[0])
     assert first.options.name == "grpo" and again(first, tmp_path, recipes[0]) == []
     with pytest.raises(
-        UserError, match=r"is of another recipe, .*add/grpo.toml.*--lr 0.1 → 0.2.*--name grpo"
+        UserError,
+        match=r"was made from recipe .*add/grpo.toml, not .*sort/grpo.toml.*--lr 0.1 → 0.2.*--name grpo",
     ):
         again(first, tmp_path, recipes[1])
     assert again(first, tmp_path, recipes[1], "--name=grpo") == ["--lr 0.1 → 0.2"]  # as it says

@@ -38,8 +38,8 @@ def prepare(config: Config) -> None:
         asked = {"name": each["environment"], "args": each["environment_args"]}
         if asked == trained and not split_slice(each["path"])[0].exists():
             raise UserError(
-                f"{where} its tasks would be those of the training. Give it others with --eval-environment-args, as"
-                f" another seed; or name the file of --prompt-data, with a part of it as {data.prompt_data}@[0:100]."
+                f"{where} it would use the training tasks. Give it others with --eval-environment-args, for example"
+                f" another seed; or name the file of --prompt-data, with a part of it: {data.prompt_data}@[0:100]."
             )
         _prepare(python, asked, each["path"], (each["input_key"], each["metadata_key"]), where)
 

@@ -21,8 +21,8 @@ from rltrain.agents.gateway.exchange import (
 from rltrain.sample import Message
 
 API = "chat"
-# What acts here; what is of sampling, where the run's own holds, as its log-probs are trained on; and what is for the
-# service of those whose protocol it is: names of callers, storage, caches.
+# Fields that take effect; sampling fields, which the run overrides because it trains on the log-probs; and fields meant
+# for the provider (names of callers, storage, caches).
 _ACTS = (
     "messages", "model", "stop", "n", "max_tokens", "max_completion_tokens", "stream", "stream_options", "tools",
     "logprobs", "reasoning_effort", "chat_template_kwargs", "enable_thinking",

@@ -51,7 +51,7 @@ class Agents:
         metavar="PATH",
     )
     agent_answer: str | None = flag(
-        "file below its home that has the answer at the end (default: its last line of output)",
+        "file in its home that holds the final answer (default: its last line of output)",
         metavar="FILE",
     )
     agent_sandbox: Literal["bubblewrap", "apptainer", "pyxis", "none"] = flag(

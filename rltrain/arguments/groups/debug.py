@@ -41,7 +41,7 @@ class Tracking:
     log_correct_samples: bool = flag("log the lengths of the responses whose reward is at least 1", False)
     use_tensorboard: bool = flag("also for TensorBoard: $TENSORBOARD_DIR, or tensorboard/ of the run", False)
     tb_project_name: str | None = flag("directory in tensorboard/ of the run", metavar="NAME")
-    tb_experiment_name: str | None = flag("directory in that of --tb-project-name", metavar="NAME")
+    tb_experiment_name: str | None = flag("subdirectory of --tb-project-name", metavar="NAME")
     tensorboard_dir: str | None = flag(
         "directory for TensorBoard: of --use-tensorboard's metrics, and of traces (default: in the run)",
         metavar="DIR",
@@ -59,7 +59,7 @@ class Profiling:
         owner="Megatron",
     )
     profile_target: list[Literal["train_overall", "train_actor", "train_log_probs"]] = flag(
-        "of what: all of a rollout's training, its optimizer steps, its log-probs (default: train_overall)",
+        "what to trace: all of a rollout's training, its optimizer steps, its log-probs (default: train_overall)",
         ["train_overall"],
     )
     profile_step_start: int = flag(

@@ -45,15 +45,17 @@ class Engines:
     )
     use_fault_tolerance: bool = flag("accepted for slime's scripts; always on here", False)
     rollout_health_check_interval: float = flag(
-        "between two checks of an engine's progress (default: 30)", 30.0, metavar="S"
+        "seconds between checks of an engine's progress (default: 30)", 30.0, metavar="S"
     )
     rollout_health_check_timeout: float = flag(
-        "without progress before an engine is ended; ten times that while it loads weights (default: 30)",
+        "seconds without progress before an engine is ended; ten times as many while it loads weights (default: 30)",
         30.0,
         metavar="S",
     )
     rollout_health_check_first_wait: float = flag(
-        "from an engine's start to the first check, so that it can compile (default: 0)", 0.0, metavar="S"
+        "seconds from an engine's start to the first check, so that it can compile (default: 0)",
+        0.0,
+        metavar="S",
     )
     sglang: dict[str, Any] = worked_out({})  # `--sglang-*`, handed to every engine
     router: dict[str, Any] = worked_out({})  # `--router-*`, handed to the router

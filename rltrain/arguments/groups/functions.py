@@ -72,7 +72,7 @@ class Functions:
         "sees all groups, also those filtered out", positional=("args", "samples", "data_source")
     )
     rollout_data_postprocess_path: str | None = function(
-        "changes the finished groups or, with arguments (args, rollout_id, rollout_data), what a trainer rank has",
+        "changes the finished groups or, with arguments (args, rollout_id, rollout_data), a trainer rank's data",
         positional=("args", "samples"),
         or_positional=("args", "rollout_id", "rollout_data"),
     )
@@ -94,7 +94,7 @@ class Functions:
     )
     custom_megatron_init_path: str | None = function("called before the model is built", positional=("args",))
     custom_megatron_before_log_prob_hook_path: str | None = function(
-        "called before log-probs are computed, for which prefix: '', ref_ or teacher_",
+        "called before log-probs are computed, with the prefix '', ref_ or teacher_",
         positional=("args", "model", "store_prefix"),
         older="--custom-megatron-before-log-prob-hook",
     )

@@ -100,11 +100,13 @@ class Lora:
 class Mtp:
     """Multi-token prediction.
 
-    The layer that predicts one token more, for speculative decoding, trained beside the policy.
+    The layer that predicts the token after the next, for speculative decoding. It is trained beside the policy.
     """
 
-    enable_mtp_training: bool = flag("train it: docs/adding_a_model.md says of which models", False)
-    mtp_num_layers: int | None = flag("how many: 1, which is what is trained", metavar="1", owner="Megatron")
+    enable_mtp_training: bool = flag("train the MTP layer; docs/adding_a_model.md lists the models", False)
+    mtp_num_layers: int | None = flag(
+        "number of MTP layers (only 1 is supported)", metavar="1", owner="Megatron"
+    )
     mtp_loss_scaling_factor: float | None = flag(
         "weight of its loss (default: 0.1)", metavar="W", owner="Megatron"
     )
@@ -163,8 +165,8 @@ class Optimizer:
     lr_wsd_decay_iters: int | None = flag("length of WSD's last part, in optimizer steps", metavar="N")
     lr_decay_iters: int | None = flag("length of the decay, in optimizer steps (default: all)", metavar="N")
     weight_decay: float = flag("default: 0.01", 0.01, metavar="W", at_least=0)
-    start_weight_decay: float | None = flag("of a weight decay that changes", metavar="W")
-    end_weight_decay: float | None = flag("of a weight decay that changes", metavar="W")
+    start_weight_decay: float | None = flag("weight decay at the start of training", metavar="W")
+    end_weight_decay: float | None = flag("weight decay at the end of training", metavar="W")
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = flag(
         "how the weight decay changes (default: constant)", "constant"
     )

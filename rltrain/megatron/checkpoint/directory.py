@@ -181,7 +181,7 @@ def to_remove(iterations: Collection[int], keep_last: int | None, retain_interva
 def prune(directory: Path, keep_last: int | None, retain_interval: int | None) -> list[Path]:
     """Remove complete checkpoints that `to_remove` names. Returns them.
 
-    A directory loses its name first, so that one that is removed by halves is no longer a checkpoint.
+    A directory loses its name first, so that a half-removed one is no longer a checkpoint.
     """
     found = {number: path for number, path in checkpoints(directory).items() if path.name != RELEASE}
     complete = [number for number, path in found.items() if is_complete(path)]

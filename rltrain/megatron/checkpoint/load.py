@@ -106,7 +106,7 @@ def _check_same_adapters(checkpoint: Path, state: TrainState, stored: dict[str, 
         return
     if stored is None:
         raise UserError(
-            f"{checkpoint} was trained without --lora-rank, so there is no going on with its optimizer. Give --finetune"
+            f"{checkpoint} was trained without --lora-rank, so its optimizer state cannot be used here. Give --finetune"
             " to begin at rollout 0 with its weights."
         )
     raise UserError(

@@ -108,7 +108,7 @@ def weight_source(directory: Path, flag: str, step: int | None) -> WeightSource:
 
 
 def usable_checkpoint(directory: Path, iteration: int | None = None) -> Path | None:
-    """The newest checkpoint whose files are what was written, or the one of `iteration`; None if there is none.
+    """The newest checkpoint whose checksums match, or the one of `iteration`; None without one.
 
     Every rank reads a share of the files.
 

@@ -134,7 +134,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def sharded_rng_state() -> ShardedObject:
-    """The state, as one of those of all model parallel ranks."""
+    """This rank's part of the sharded state."""
     return ShardedObject(
         "rng",
         rng_state(),

@@ -40,7 +40,7 @@ def custom_model(
     to get them from.
 
     Raises:
-        UserError: it returned something that is no GPTModel.
+        UserError: it returned something other than a GPTModel.
     """
     function = load_function(run_config.functions.custom_model_provider_path, flag=_FLAG)
     optional = {"vp_stage": vp_stage, "config": config, "args": run_config.namespace}

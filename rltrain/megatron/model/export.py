@@ -84,7 +84,7 @@ class Held:
     key: tuple[int, ...]
 
     def units(self) -> list[Unit]:
-        """What can't be gathered apart: each weight, but those of one tensor of all experts together."""
+        """The units of gathering: one per weight, except that all experts in one tensor form one unit."""
         found: dict[object, Unit] = {}
         for number, each in enumerate(self.parameters):
             key = each.entry.hf_names if each.entry.of_all_experts else number

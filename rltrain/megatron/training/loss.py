@@ -45,7 +45,7 @@ def micro_batch_loss(
     inputs: LossInputs[Tensor],
     responses: Responses,
 ) -> tuple[Tensor, Sums]:
-    """The loss that `args.loss_type` names, as this micro-batch's share of the optimizer step's loss.
+    """The loss that `config.algorithm.loss_type` names, as this micro-batch's share of the optimizer step's loss.
 
     Args:
         log_probs: log π of the sampled tokens, [n].
@@ -220,7 +220,7 @@ def metric_sums(metrics: dict[str, Tensor], log_probs: Tensor, inputs: LossInput
 
 
 def add_up(parts: list[Sums]) -> Sums:
-    """The sums of several micro-batches, all with the same names, as one; none of none."""
+    """The sums of several micro-batches, all with the same names, merged into one; empty if there are no parts."""
     if not parts:
         return {}
     joined = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}

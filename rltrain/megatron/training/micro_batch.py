@@ -33,22 +33,22 @@ _PADDING_LENGTH = 128
 
 @dataclass(frozen=True)
 class LossInputs(Generic[Values]):
-    """Values of the trainable tokens, one of each kind a token; None: no flag asks for them.
+    """Values of the trainable tokens, one of each kind per token; None: no flag asks for them.
 
-    `LossInputs[Flat]` is of a whole rollout: a list of float32 arrays, [trainable tokens] each, one a sample; what is
-    computed on the ranks is empty for the samples of other ranks. `LossInputs[Tensor]` is of a micro-batch: float32
-    tensors [n] over its n trainable tokens, in the order in which they are packed, on this rank's device.
+    `LossInputs[Flat]` holds a whole rollout: a list of float32 arrays [trainable tokens], one per sample. Values that
+    ranks compute are empty for the samples of other ranks. `LossInputs[Tensor]` holds a micro-batch: float32 tensors
+    [n] over its n trainable tokens, in the order in which they are packed, on this rank's device.
 
     Attributes:
-        weights: Of the token in the loss of its optimizer step; they hold the whole normalisation.
+        weights: The token's weight in the loss of its optimizer step; the weights hold the whole normalisation.
         rollout_log_probs: log π of the engine that sampled the token.
-        compared_log_probs: The same where the trainer must come to the same ones; NaN at tokens of older weights.
+        compared_log_probs: The same where the trainer must compute equal ones; NaN at tokens of older weights.
         normalizer: 1 / rollouts (or tokens) of the token's optimizer step, for losses that users' functions reduce.
         ref_log_probs: log π of the reference.
         teacher_log_probs: log π of the teacher of on-policy distillation.
-        old_log_probs: log π of the policy before the first optimizer step, or of what --use-rollout-logprobs and
-            --keep-old-actor put in its place; None also where they are those of the training pass itself.
-        entropy: Of the distributions that `old_log_probs` are of, with --use-rollout-entropy.
+        old_log_probs: log π of the policy before the first optimizer step, the engine's with --use-rollout-logprobs,
+            or of the policy that --keep-old-actor keeps; None if the training pass computes them itself.
+        entropy: Entropy of the distributions behind `old_log_probs`, with --use-rollout-entropy.
         ref_entropy: The same of the reference.
         old_values: The critic's values before the first optimizer step.
         returns: What the critic learns to predict.
@@ -127,9 +127,9 @@ class Responses:
 
 @dataclass(frozen=True)
 class FurtherTokens:
-    """What a head for one token more is given, on this rank's device: of m tokens, of which k are predicted from.
+    """Inputs of the MTP head, on this rank's device: m tokens, k of which predict a target.
 
-    Tensor parallel ranks all have all of them; padding makes m what they can share out.
+    Every tensor parallel rank has all of them; padding makes m a number that the ranks can share out.
     """
 
     sequences: PackedSequences

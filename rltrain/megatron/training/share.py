@@ -44,7 +44,7 @@ class RankShare:
         batch: All samples of the rollout.
         trainable: Where their trainable tokens are.
         num_steps: Optimizer steps.
-        samples: This rank's samples. Those that nothing is trained on are nobody's.
+        samples: This rank's samples. Samples without trainable tokens belong to no rank.
         weights: Of every trainable token in the loss of its optimizer step.
         routes: The experts that the policy's passes are to take, of the engine or of an earlier pass; None: its own.
         prefixes: What samples have in common at their beginnings, and is computed once in a micro-batch.

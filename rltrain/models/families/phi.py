@@ -14,7 +14,7 @@ PHI = {
         partial_beside=True,
         windows=WindowRule(),
         ropes=("default", "longrope"),
-        # Biases it has none, whatever attention_bias says.
+        # It has no biases, whatever attention_bias says.
         only={"attention_bias": (None, False, True), "resid_pdrop": (0.0, 0), "embd_pdrop": (0.0, 0)},
         defaults=COMMON
         | {

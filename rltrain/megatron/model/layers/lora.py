@@ -1,11 +1,11 @@
 """LoRA: low-rank adapters on linear layers whose own weights stay as they are (arXiv 2106.09685), as in PEFT.
 
-A layer adds `scale · B A x` to what it makes of x. One layer of Megatron-core holds several of Hugging Face (query,
-key and value; gate and up), each of which has its own A and B. All are computed with two products: the rows of the
-As below one another, the Bs as blocks of a matrix whose rows lie as those of the layer's own weight.
+A layer adds `scale · B A x` to its own output for x. One layer of Megatron-core holds several of Hugging Face (query,
+key and value; gate and up), each of which has its own A and B. All are computed with two products: the A matrices
+stacked by rows, the B matrices as blocks of one matrix in the layer's row order.
 
-Tensor parallelism splits them as the layer: by output rows of B, or by input columns of A. The other one is whole on
-every rank.
+Tensor parallelism splits them like the layer: by output rows of B, or by input columns of A. Every rank holds the other
+one whole.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Adapter(torch.nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is added to the layer's output, of what its matrix is multiplied with."""
+        """The adapter's output for input x."""
         a, b = self.factors()
         hidden = F.linear(x, a)
         if self.is_column and self._config.sequence_parallel:

@@ -1,8 +1,8 @@
-"""The layer that predicts one token more than the model, from the model's own output (MTP, arXiv 2412.19437, 2.2).
+"""The layer that predicts the token after the next, from the model's own output (MTP, arXiv 2412.19437, 2.2).
 
 At token i it is given the model's output there and the embedding of token i + 1, and predicts token i + 2. It is a
-transformer layer as the model's, between norms and the model's embedding and output layer. Of these it has no gradient
-to give: the model's output, embedding and output layer are constants to it, so that training it changes nothing else.
+transformer layer like the model's, between norms and the model's embedding and output layer. The model's output,
+embedding and output layer are constants to it and get no gradients, so training it changes nothing else.
 
 Megatron-core's own does not fit. 0.16 takes labels in every forward pass, returns a loss and no logits, and trains the
 whole model with it. 0.19 computes logits of every token, and averages over each micro-batch.

@@ -1,4 +1,4 @@
-"""Rotary embeddings that Megatron-core has not: all kinds of scaling, and two bases in one model."""
+"""Rotary embeddings that Megatron-core lacks: all kinds of scaling, and two bases in one model."""
 
 from __future__ import annotations
 

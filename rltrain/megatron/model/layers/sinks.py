@@ -32,7 +32,7 @@ def new_sinks(config: TransformerConfig, groups: ProcessGroupCollection | None) 
 def widen(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same attention with more dimensions, of which those of queries hold the sinks.
+    """The same attention with more dimensions; the extra query dimensions hold the sinks.
 
     Args:
         query, key, value: [tokens, heads, head_dim].
