@@ -218,11 +218,13 @@ class TrainerRanks:
 
 def first_problem(problem: str | None) -> str | None:
     """The first rank's problem, the same text on every rank; None if no rank has one."""
+    any_has_one = torch.tensor(0 if problem is None else 1)
+    dist.all_reduce(any_has_one, group=control_group())  # a fraction of what it takes to exchange texts
+    if not any_has_one:
+        return None
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem, group=control_group())
     found = [(rank, each) for rank, each in enumerate(problems) if each is not None]
-    if not found:
-        return None
     rank, text = found[0]
     return text if len(problems) == 1 else f"{text} (rank {rank})"
 

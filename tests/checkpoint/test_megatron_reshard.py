@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from helpers.megatron import (
-    by_sizes,
     in_each_layout,
     init_single_process,
     make_actor,
@@ -94,7 +93,7 @@ def every_move(
         {name: each for name, each in configs.items() if name.endswith(when)} for when in (BEFORE, AFTER)
     ]
     saved, gone_on = (
-        in_each_layout(function, by_sizes(part), work)
+        in_each_layout(function, part, work)
         for part, function in zip(parts, (train_and_save, go_on), strict=True)
     )
     return [(saved[f"{number} {BEFORE}"], gone_on[f"{number} {AFTER}"]) for number in range(len(MOVES))]

@@ -265,14 +265,17 @@ def leave_groups() -> None:
 
 def in_rounds(shares: Iterator[list[tuple[str, Any]]]) -> dict[str, np.ndarray]:
     """All of this rank's tensors; nobody begins a round before all have ended the one before."""
+    import torch
     import torch.distributed as dist
+
+    from rltrain.megatron.ranks import control_group
 
     share: dict[str, np.ndarray] = {}
     while True:
         named = next(shares, None)
-        ends: list[bool] = [False] * dist.get_world_size()
-        dist.all_gather_object(ends, named is None)
-        if all(ends):
+        have = torch.tensor(0 if named is None else 1)
+        dist.all_reduce(have, group=control_group())
+        if not have:
             return share
         share |= {name: tensor.float().clone().numpy() for name, tensor in named or ()}
 
@@ -313,6 +316,7 @@ def running_ranks(
 ) -> Iterator[list[Rank]]:
     """`function(config, work)` on every rank of a new process group, each rank a new process; see `run_ranks`."""
     work.mkdir(parents=True, exist_ok=True)
+    config = by_sizes(config) if isinstance(config, dict) else config
     (work / "job.pickle").write_bytes(pickle.dumps((function.__module__, function.__qualname__, config)))
     with socket.create_server(("127.0.0.1", 0)) as supervisor:  # ranks look which address leads here
         url = "http://{}:{}".format(*supervisor.getsockname())
@@ -336,7 +340,7 @@ def run_ranks(
 
     Args:
         function: A function at the top of a test module.
-        config: Of the trainer, or of several layouts that `function` goes through itself.
+        config: Of the trainer, or of several layouts that `function` goes through itself, given in `by_sizes`' order.
         work: A directory for files of the exchange, and for the function's own.
 
     Returns:

@@ -17,10 +17,13 @@ from rltrain.run.role import RoleAddress, RoleContext
 
 # Ranks are forked from a process that has imported what they need: that takes longer than most of them run.
 # transformers imports much of itself only when rank 0 reads the model's configuration, and the others wait for it.
+# The module of a rank's function is a test's, which imports pytest.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
+        "pytest",
         "rltrain.megatron.actor",
+        "safetensors.torch",
         "transformers.models.auto.configuration_auto",
         "transformers.models.auto.modeling_auto",
         "transformers.models.auto.tokenization_auto",

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers.megatron import (
     adamw_step,
+    by_sizes,
     gather_gradients,
     in_each_layout,
     in_rounds,
@@ -200,7 +201,7 @@ def loss_of_whole_responses(
 
 
 def step(config: Config, work: Path) -> dict[str, Any]:
-    """One optimizer step, taken apart, and a second one.
+    """One optimizer step, taken apart, and a second one with fewer samples.
 
     Returns:
         Metrics, the log-probs of this rank's samples, and how often its first attention ran; on rank 0 also, in
@@ -212,7 +213,7 @@ def step(config: Config, work: Path) -> dict[str, Any]:
     from rltrain.megatron.training.share import RankShare
     from rltrain.run.timing import Timers
 
-    actor = make_actor(config, work)
+    actor = make_actor(config, Path(f"{config.model.hf_checkpoint}-run"))
     policy, shape = actor.policy, actor.shape
     share = RankShare(config, shape, make_batch(11, seed=0, masked=1))
     inputs, _ = actor._prepare(0, share, share.loss_inputs(), Timers())
@@ -223,13 +224,13 @@ def step(config: Config, work: Path) -> dict[str, Any]:
     sums = forward_backward(policy.wrapped, share.micro_batches(0, inputs), loss(shape, config))
     hook.remove()
     gather_gradients(policy.wrapped)
-    gradients = export_hf_weights(policy.models, shape, lambda weight: weight.main_grad, bucket_bytes=5000)
+    gradients = export_hf_weights(policy.models, shape, lambda weight: weight.main_grad, bucket_bytes=15_000)
     gradients = {name: tensor.float().clone().numpy() for name, tensor in gradients}
     grad_norm = policy.update(sums).grad_norm
     weights = {name: t.float().clone().numpy() for name, t in export_hf_weights(policy.models, shape)}
-    share_of_export = in_rounds(export_own_share(policy.models, shape, bucket_bytes=3000))
-    share_of_few = in_rounds(export_own_share(policy.models, shape, bucket_bytes=3000, takers=[3]))
-    metrics = {"first_grad_norm": grad_norm, **actor.train(1, share.batch)}
+    share_of_export = in_rounds(export_own_share(policy.models, shape, bucket_bytes=10_000))
+    share_of_few = in_rounds(export_own_share(policy.models, shape, bucket_bytes=10_000, takers=[3]))
+    metrics = {"first_grad_norm": grad_norm, **actor.train(1, make_batch(6, seed=1, masked=1))}
     return {"metrics": metrics, "log_probs": log_probs, "gradients": gradients, "weights": weights,
             "share_of_export": share_of_export, "share_of_few": share_of_few,
             "attention_calls": len(calls)}  # fmt: skip
@@ -269,11 +270,13 @@ def on_four(
     wanted |= {RECOMPUTED[name][1] for name in wanted & RECOMPUTED.keys()}
     every = [(name, kind, changes) for kind, layouts in LAYOUTS.items() for name, changes in layouts.items()]
     every += [(name, kind, LAYOUTS[kind][plain] | more) for name, (kind, plain, more) in RECOMPUTED.items()]
-    configs = {
-        name: layout_config(models, kind, {"actor_num_gpus_per_node": 4, **changes})
-        for name, kind, changes in every
-        if name in wanted
-    }
+    configs = by_sizes(
+        {
+            name: layout_config(models, kind, {"actor_num_gpus_per_node": 4, **changes})
+            for name, kind, changes in every
+            if name in wanted
+        }
+    )
     names, ranks = list(configs), [{} for _ in range(4)]  # type: list[str], list[dict[str, dict[str, Any]]]
     for first in range(0, len(names), LAYOUTS_OF_A_GROUP):
         some = {name: configs[name] for name in names[first : first + LAYOUTS_OF_A_GROUP]}

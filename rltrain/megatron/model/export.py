@@ -211,13 +211,14 @@ def _all_experts(unit: Unit, shards: list[list[Tensor]], shape: ModelShape) -> t
 
 def _on_rank_0(buckets: Iterator[Named], *, sends: bool) -> Iterator[tuple[str, Tensor]]:
     """Rank 0's own buckets, then those of every other rank that sends."""
-    senders = [False] * dist.get_world_size()
+    senders = torch.zeros(dist.get_world_size(), dtype=torch.int32)
     if len(senders) > 1:
-        dist.all_gather_object(senders, sends, group=control_group())
+        senders[dist.get_rank()] = sends
+        dist.all_reduce(senders, group=control_group())
     if dist.get_rank() == 0:
         for bucket in buckets:
             yield from bucket
-        for source in (rank for rank, each in enumerate(senders) if each and rank):
+        for source in (rank for rank, each in enumerate(senders.tolist()) if each and rank):
             yield from _receive(source)
         return
     for bucket in buckets:
