@@ -30,6 +30,8 @@ from rltrain.arguments.groups.training import Lora, Mtp, Optimizer, Training
 from rltrain.arguments.groups.weights import Weights
 
 T = TypeVar("T")
+# What slime's flags of these names switch on, and is on in every run here: functions of users find it in `args`.
+ALWAYS_ON = {"use_fault_tolerance": True, "balance_data": True}
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Config:
                 parts[places()[name]][name] = value
             elif name == "ignored_flags":
                 own[name] = value
-            else:
+            elif name not in ALWAYS_ON:
                 own["custom"][name] = value
         return cls(**{name: kind(**parts[name]) for name, kind in groups().items()}, **own)
 
@@ -96,7 +98,7 @@ class Config:
     @cached_property
     def namespace(self) -> argparse.Namespace:
         """slime's `args`, for functions of users. Made once: what one function sets there, the next one sees."""
-        return argparse.Namespace(**self.values())
+        return argparse.Namespace(**ALWAYS_ON, **self.values())
 
     def of_critic(self) -> Config:
         """The configuration that trains the critic, with everything that functions of users set on `namespace`."""

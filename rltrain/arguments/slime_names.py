@@ -98,6 +98,7 @@ def our_path(path: str, flag: str) -> str:
     return _OURS.get(path, path)
 
 
+_ALWAYS_ON = "it is always on"
 # Flag → why; a name that begins with `=` takes no value.
 _WHY = {
     "seq-length": "sequences are packed at their own lengths",
@@ -117,6 +118,8 @@ _WHY = {
     "update-weight-delta-encoding": "changes replace what was there, element by element",
     "update-weight-delta-checksum": "a sample of every tensor is always checked",
     "update-weight-local-checkpoint-dir": "engines keep the weights that a delta applies to in their TMPDIR",
+    "=use-fault-tolerance": _ALWAYS_ON,
+    "=balance-data": _ALWAYS_ON,
     "=use-distributed-post": "one process sends all requests; perf/loop_lag_p99 shows whether it keeps up",
     "=disable-wandb-random-suffix": "a run has its own name in W&B, without a suffix",
     "=wandb-always-use-train-step": "all metrics have one axis in W&B: step, the number of the rollout",
@@ -169,15 +172,15 @@ def _renamed(name: str) -> str:
     return f"--{name} is taken as --sglang-{now.name}{value}, which SGLang calls it since {now.since}"
 
 
+def _ignored(name: str) -> str:
+    verb = "changes nothing" if IGNORED[name] == _ALWAYS_ON else "is ignored"
+    return f"--{name} {verb}: {IGNORED[name]}"
+
+
 def remarks(config: Config) -> list[str]:
     """One line for every flag that was given and changes nothing, or less than it seems, or has another name now."""
-    always = {
-        "use-fault-tolerance": config.engines.use_fault_tolerance,
-        "balance-data": config.training.balance_data,
-    }
     ignored = [
-        _renamed(name) if name.startswith("sglang-") else f"--{name} is ignored: {IGNORED[name]}"
-        for name in config.ignored_flags
+        _renamed(name) if name.startswith("sglang-") else _ignored(name) for name in config.ignored_flags
     ]
     if saved := config.debug.save_debug_rollout_data:
         ignored.append(
@@ -194,4 +197,4 @@ def remarks(config: Config) -> list[str]:
             "--enable-mtp-training: engines draft with the weights that they started with, because a push does not"
             " update that layer; checkpoints and exports hold the trained layer"
         )
-    return ignored + [f"--{name} changes nothing: it is always on" for name, given in always.items() if given]
+    return ignored

@@ -108,10 +108,17 @@ def test_numbers_that_are_too_large_or_none_are_refused() -> None:
 def test_flags_that_are_always_on_say_so() -> None:
     config = arguments.parse([*BASE, "--balance-data", "--use-fault-tolerance", "--seq-length", "5"])
     assert arguments.remarks(config) == [
+        "--balance-data changes nothing: it is always on",
         "--seq-length is ignored: sequences are packed at their own lengths",
         "--use-fault-tolerance changes nothing: it is always on",
-        "--balance-data changes nothing: it is always on",
     ]
+
+
+@pytest.mark.parametrize("flags", [[], ["--balance-data", "--use-fault-tolerance"]])
+def test_functions_of_users_find_that_it_is_on(flags: list[str]) -> None:
+    config = arguments.parse([*BASE, *flags])
+    assert config.namespace.balance_data is config.namespace.use_fault_tolerance is True
+    assert Config.of(config.namespace).custom == config.custom == {}
 
 
 def test_the_docs_name_our_own_flags() -> None:

@@ -43,7 +43,6 @@ class Engines:
         "sglang-router",
         owner="slurmlime",
     )
-    use_fault_tolerance: bool = flag("accepted for slime's scripts; always on here", False)
     rollout_health_check_interval: float = flag(
         "seconds between checks of an engine's progress (default: 30)", 30.0, metavar="S"
     )

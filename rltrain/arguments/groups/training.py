@@ -33,7 +33,6 @@ class Training:
         -1,
         metavar="N",
     )
-    balance_data: bool = flag("always on: data parallel ranks get even shares of tokens", False)
     balance_by_flops: bool = flag("even shares of arithmetic, not of tokens: long samples cost more", False)
     share_prompts: bool | None = flag(
         "what samples of a micro-batch have in common at their beginnings goes through the model once"
