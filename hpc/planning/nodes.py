@@ -14,6 +14,62 @@ from rltrain.run.errors import UserError
 
 
 @dataclass(frozen=True)
+class ClusterFlags:
+    """The training flags that say which nodes a job needs, as they were given; None where one was not.
+
+    Attributes:
+        rollout_num_gpus: 0 if the job has no engines of its own.
+        has_external_engines: whether any are named.
+        hf_checkpoint: "" where it was not given.
+    """
+
+    actor_num_nodes: int | None
+    actor_num_gpus_per_node: int | None
+    num_gpus_per_node: int | None
+    rollout_num_gpus: int | None
+    rollout_num_gpus_per_engine: int | None
+    colocate: bool
+    debug_rollout_only: bool
+    debug_train_only: bool
+    load_debug_rollout_data: bool
+    has_external_engines: bool
+    sglang_config: str | None
+    hf_checkpoint: str
+
+    @property
+    def has_engines(self) -> bool:
+        """False if the job starts none."""
+        if self.rollout_num_gpus is None and self.has_external_engines:
+            return False
+        return not (self.debug_train_only or self.load_debug_rollout_data or self.rollout_num_gpus == 0)
+
+
+def read_cluster_flags(flags: Flags) -> ClusterFlags:
+    """From all flags of training.
+
+    Raises:
+        UserError: a value is not a number, or too small.
+    """
+    given = {name: values for name, values in flags.items() if values is not None}
+    return ClusterFlags(
+        actor_num_nodes=_number(flags, "actor-num-nodes"),
+        actor_num_gpus_per_node=_number(flags, "actor-num-gpus-per-node"),
+        num_gpus_per_node=_number(flags, "num-gpus-per-node", at_least=0),
+        rollout_num_gpus=_number(flags, "rollout-num-gpus", at_least=0),
+        rollout_num_gpus_per_engine=_number(flags, "rollout-num-gpus-per-engine"),
+        colocate="colocate" in given,
+        debug_rollout_only="debug-rollout-only" in given,
+        debug_train_only="debug-train-only" in given,
+        load_debug_rollout_data="load-debug-rollout-data" in given,
+        has_external_engines=any(
+            f"rollout-external-{kind}" in given for kind in ("engine-addrs", "engines-file")
+        ),
+        sglang_config=next(iter(given.get("sglang-config", [])), None),
+        hf_checkpoint=next(iter(given.get("hf-checkpoint", [])), ""),
+    )
+
+
+@dataclass(frozen=True)
 class Ask:
     """The part of a request that decides how nodes are divided; None where nothing was asked for.
 
@@ -32,22 +88,18 @@ class Ask:
     has_engines: bool
 
 
-def read_ask(flags: Flags, nodes: int | None, placement: str | None, has_engines: bool) -> Ask:
-    """The ask from training flags; `nodes` and `placement` are flags of `submit`.
-
-    Raises:
-        UserError: a value is not a number, or not positive.
-    """
+def make_ask(given: ClusterFlags, nodes: int | None, placement: str | None) -> Ask:
+    """The ask from training flags; `nodes` and `placement` are flags of `submit`."""
     return Ask(
         nodes=nodes,
         placement=placement,
         # Without a trainer the engines have every node, as if they shared all with it.
-        colocate=any(flags.get(name) is not None for name in ("colocate", "debug-rollout-only")),
-        actor_nodes=_number(flags, "actor-num-nodes"),
-        actor_gpus=_number(flags, "actor-num-gpus-per-node"),
-        rollout_gpus=_number(flags, "rollout-num-gpus") if has_engines else None,
-        engine_size=_number(flags, "rollout-num-gpus-per-engine") or 1,
-        has_engines=has_engines,
+        colocate=given.colocate or given.debug_rollout_only,
+        actor_nodes=given.actor_num_nodes,
+        actor_gpus=given.actor_num_gpus_per_node,
+        rollout_gpus=given.rollout_num_gpus if given.has_engines else None,
+        engine_size=given.rollout_num_gpus_per_engine or 1,
+        has_engines=given.has_engines,
     )
 
 
@@ -264,7 +316,7 @@ def _nodes(count: int) -> str:
     return f"{count} node{'s' * (count != 1)}"
 
 
-def _number(flags: Flags, name: str) -> int | None:
+def _number(flags: Flags, name: str, at_least: int = 1) -> int | None:
     values = flags.get(name)
     if values is None:
         return None
@@ -272,6 +324,6 @@ def _number(flags: Flags, name: str) -> int | None:
         number = int(*values)
     except (ValueError, TypeError):
         raise UserError(f"--{name} {' '.join(values)}: a whole number is needed.") from None
-    if number < 1:
-        raise UserError(f"--{name} is {number}: it must be at least 1.")
+    if number < at_least:
+        raise UserError(f"--{name} is {number}: it must be at least {at_least}.")
     return number

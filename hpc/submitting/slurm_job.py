@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from hpc.planning.job_plan import make_slurm_plan
-from hpc.planning.nodes import Ask, Split, read_ask, split_nodes
+from hpc.planning.nodes import Ask, ClusterFlags, Split, make_ask, read_cluster_flags, split_nodes
 from hpc.planning.processes import JobPlan
 from hpc.planning.request import SubmitOptions, to_table
 from hpc.planning.sbatch_flags import check_time_for_a_step, make_components, node_gpus
@@ -120,23 +120,17 @@ def ask_cluster(options: SubmitOptions) -> ClusterFacts | None:
 
 
 def _split(options: SubmitOptions, flags: Flags, facts: ClusterFacts | None) -> Split:
-    ask = _ask(options, flags)
-    per_node = flags.get("num-gpus-per-node")
-    given = int(per_node[0]) if per_node and per_node[0].isdigit() else None
-    gpus = [node_gpus(options, facts, role, given) for role in ("trainer", "rollout")]
-    return split_nodes(ask, *gpus)
+    given = read_cluster_flags(flags)
+    gpus = [node_gpus(options, facts, role, given.num_gpus_per_node) for role in ("trainer", "rollout")]
+    return split_nodes(_ask(options, given), *gpus)
 
 
-def _ask(options: SubmitOptions, flags: Flags) -> Ask:
+def _ask(options: SubmitOptions, given: ClusterFlags) -> Ask:
     """The ask from the flags. If engines differ in size, it counts in the largest unit that divides them all."""
-    external = flags.get("rollout-external-engine-addrs") or flags.get("rollout-external-engines-file")
-    none = flags.get("rollout-num-gpus") == ["0"] or (external and flags.get("rollout-num-gpus") is None)
-    has_engines = not {"debug-train-only", "load-debug-rollout-data"} & flags.keys() and not none
-    ask = read_ask(flags, options.nodes, options.placement, has_engines)
-    if not (file := flags.get("sglang-config")):
+    ask = make_ask(given, options.nodes, options.placement)
+    if given.sglang_config is None:
         return ask
-    model = (flags.get("hf-checkpoint") or [""])[0]
-    served = read_models(file[0], model, ask.engine_size)
+    served = read_models(given.sglang_config, given.hf_checkpoint, ask.engine_size)
     groups = [group for each in served for group in each["groups"]]
     total = sum(group["num_gpus"] for group in groups)
     unit = math.gcd(*(group[key] for group in groups for key in ("num_gpus", "num_gpus_per_engine")))

@@ -14,7 +14,7 @@ from helpers.megatron import tiny_config, tiny_experts_config
 from helpers.run_files import LEAST
 
 from hpc.planning.job_plan import make_slurm_plan
-from hpc.planning.nodes import read_ask, split_nodes
+from hpc.planning.nodes import make_ask, read_cluster_flags, split_nodes
 from rltrain import arguments
 from rltrain.arguments import UserError, flags
 from rltrain.arguments.hf_config import read_model_shape
@@ -78,7 +78,7 @@ def test_a_launch_script_that_sources_its_model_parses_and_plans(name: str, tmp_
     args = arguments.parse(done.stdout.decode().split("\0")[:-1])
     check_model_flags(args.shape, PUBLISHED[name], "/m")
     assert args.functions.dynamic_sampling_filter_path == "rltrain.rollout.filters.check_reward_nonzero_std"
-    split = split_nodes(read_ask({"colocate": []}, 1, None, has_engines=True), 8, 8)
+    split = split_nodes(make_ask(read_cluster_flags({"colocate": []}), 1, None), 8, 8)
     roles = Counter(process.role for process in make_slurm_plan(args.engines, args.debug, split).processes)
     assert roles == {"router": 1, "engine": 4, "rollout": 1, "trainer": 1}  # the trainer's ranks are one step
 

@@ -8,7 +8,7 @@ import pytest
 from helpers.run_files import LEAST
 
 from hpc.planning.job_plan import make_plan
-from hpc.planning.nodes import read_ask, split_nodes
+from hpc.planning.nodes import make_ask, read_cluster_flags, split_nodes
 from hpc.submitting.start_run import describe
 from rltrain import arguments
 from rltrain.arguments import flags
@@ -31,7 +31,7 @@ def test_without_gpus_for_engines_there_is_only_a_router() -> None:
     assert engine_specs(config.engines, config.debug) == []
     roles = [line.partition(":")[0] for line in describe(make_plan(config)).splitlines()]
     assert roles == ["router-0", "rollout-0", "trainer-0"]
-    split = split_nodes(read_ask({"rollout-num-gpus": ["0"]}, 2, None, has_engines=False), 8, 8)
+    split = split_nodes(make_ask(read_cluster_flags({"rollout-num-gpus": ["0"]}), 2, None), 8, 8)
     assert (split.trainer_nodes, split.rollout_nodes, split.trainer_gpus) == (2, 0, 8)
 
 

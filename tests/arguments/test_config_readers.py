@@ -1,7 +1,7 @@
 """Every value of the configuration is read somewhere: from its own group, not from anything with a field of that name.
 
 What expressions are is worked out from the source: annotations of parameters, fields and results, and what is assigned.
-slime's `args` have the values of all groups, and the flags as given have their names.
+slime's `args` have the values of all groups, and `ClusterFlags` those that are needed before there is a configuration.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rltrain.arguments.groups.evaluation import SETTINGS
 from rltrain.arguments.model_flags import megatron_shape
 
 ROOT = Path(__file__).parents[2]
-CONFIG, ARGS, FLAGS = "Config", "Namespace", "Flags"
+CONFIG, ARGS, GIVEN = "Config", "Namespace", "ClusterFlags"
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 _LOOKED_AT = (ast.Attribute, ast.Call, ast.Assign, ast.NamedExpr, ast.AnnAssign, ast.For)
 
@@ -205,8 +205,8 @@ def learnt(files: Sequence[ast.Module]) -> Known:
     for node in (each for file in files for each in definitions(file)):
         if isinstance(node, ast.ClassDef):
             add_class(known, node)
-        elif kind := named(node.returns):
-            known.results.setdefault(node.name, kind)
+        elif (kind := named(node.returns)) and (kind == CONFIG or node.name not in known.results):
+            known.results[node.name] = kind  # several have the name `load`, and files come in any order
     for file in files:
         for node, scope in scopes(file, Scope(known, {})):
             if (owner := scope.names.get("self")) is None:
@@ -221,9 +221,7 @@ def learnt(files: Sequence[ast.Module]) -> Known:
 
 def read_from(owner: str | None, name: str) -> str | None:
     """The value of the configuration that `name` of an `owner` is, as `group.name`."""
-    if owner == FLAGS:
-        owner, name = ARGS, name.replace("-", "_")
-    if owner == ARGS:
+    if owner in (ARGS, GIVEN):
         return f"{places()[name]}.{name}" if name in places() else None
     return next((f"{group}.{name}" for group, kind in group_names().items() if kind == owner), None)
 
@@ -240,10 +238,6 @@ def values_read(files: Sequence[ast.Module]) -> set[str]:
                         func=ast.Name(id="getattr"), args=[value, ast.Constant(value=str(name)), *_]
                     ):
                         found.add(read_from(scope.kind(value), name))
-                    case ast.Call(
-                        func=ast.Attribute(value=value, attr="get"), args=[ast.Constant(value=str(name)), *_]
-                    ) if scope.kind(value) == FLAGS:
-                        found.add(read_from(FLAGS, name))
                     case ast.Attribute(value=value, attr=name, ctx=ast.Load()):
                         found.add(read_from(scope.kind(value), name))
     return {each for each in found if each is not None}
@@ -271,10 +265,10 @@ class Job:
     def __init__(self, config: Config, other: Other) -> None:
         self.config, self.name = config, other.lr
 
-    def run(self, model: "Model | None", args: argparse.Namespace, flags: Flags) -> None:
+    def run(self, model: "Model | None", args: argparse.Namespace, given: ClusterFlags) -> None:
         training = self.config.training
         training.seed = training.bf16 = load().rollout.rollout_top_p
-        print(model.hf_checkpoint, args.save, flags.get("num-rollout"), "value_clip", training.max_skipped_steps)
+        print(model.hf_checkpoint, args.save, given.num_gpus_per_node, "value_clip", training.max_skipped_steps)
         getattr(self.config.rollout, "rollout_seed"), args.nothing, self.config.num_layers
 
 def load() -> Config: ...
@@ -283,7 +277,7 @@ def load() -> Config: ...
         "rollout.rollout_top_p",
         "model.hf_checkpoint",
         "checkpoint.save",
-        f"{places()['num_rollout']}.num_rollout",
+        "parallel.num_gpus_per_node",
         "training.max_skipped_steps",
         "rollout.rollout_seed",
     }

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc.planning.job_plan import JobPlan, make_slurm_plan
-from hpc.planning.nodes import Ask, Split, read_ask, split_nodes
+from hpc.planning.nodes import Ask, Split, make_ask, read_cluster_flags, split_nodes
 from hpc.slurm.client import SlurmClient, SlurmUnavailableError
 from hpc.supervisor import slurm_supervisor
 from hpc.supervisor.slurm_supervisor import choose_address
@@ -26,7 +26,7 @@ def split(
     nodes: int | None = None, placement: str | None = None, gpus: int = 8, **flags: int | bool
 ) -> Split:
     given = {name.replace("_", "-"): [] if value is True else [str(value)] for name, value in flags.items()}
-    return split_nodes(read_ask(given, nodes, placement, has_engines=True), gpus, gpus)
+    return split_nodes(make_ask(read_cluster_flags(given), nodes, placement), gpus, gpus)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +76,23 @@ def test_trainer_and_engines_have_gpus_of_their_own_where_there_are_enough() -> 
 
 
 def test_a_flag_that_is_taken_back_is_not_given() -> None:
-    taken_back = read_ask({"colocate": None}, 4, None, has_engines=True)
-    assert split_nodes(taken_back, 8, 8).layout == "het"
+    taken_back = read_cluster_flags({"colocate": None, "debug-train-only": None})
+    assert split_nodes(make_ask(taken_back, 4, None), 8, 8).layout == "het"
     assert split(nodes=4, colocate=True).layout == "colocated"
 
 
-def test_a_run_without_engines() -> None:
-    s = split_nodes(read_ask({}, 4, None, has_engines=False), 8, 8)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"debug_train_only": True},
+        {"load_debug_rollout_data": "x"},
+        {"rollout_num_gpus": 0},
+        {"rollout_external_engine_addrs": "host:1"},
+        {"rollout_external_engines_file": "engines"},
+    ],
+)
+def test_a_run_without_engines(flags: dict) -> None:
+    s = split(4, **flags)
     assert (s.layout, s.nodes, s.rollout_nodes) == ("plain", 4, 0)
     assert "no engines" in s.explain()
 
@@ -103,6 +113,8 @@ def test_a_run_without_engines() -> None:
         ({"nodes": 2, "colocate": True, "placement": "het"}, "contradicts"),
         ({"nodes": 2, "actor_num_nodes": 0}, "at least 1"),
         ({"nodes": 2, "actor_num_nodes": "two"}, "whole number"),
+        ({"num_gpus_per_node": -1}, "num-gpus-per-node is -1: it must be at least 0"),
+        ({"rollout_num_gpus": -8}, "rollout-num-gpus is -8: it must be at least 0"),
     ],
 )
 def test_impossible_asks_name_the_nearest(asked: dict, message: str) -> None:
