@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from rltrain.megatron.device import megatron_scope, use_cuda
 from rltrain.megatron.model.layers.mtp import expects_head
-from rltrain.megatron.model.optimizer import padding_counted
+from rltrain.megatron.model.optimizer import padding_counted, parts_of
 
 BY_LAYER = "non_homogeneous_layers"  # Megatron-core's name
 
@@ -110,8 +110,7 @@ def sharding(by_layer: bool) -> dict[str, Any]:
 
 def optimizer_kind(optimizer: MegatronOptimizer) -> str:
     """States of the two kinds have other tensors, and cannot be turned into each other."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return "distributed" if type(chained[0]).__name__ == "DistributedOptimizer" else "plain"
+    return "distributed" if type(parts_of(optimizer)[0]).__name__ == "DistributedOptimizer" else "plain"
 
 
 def sharded_tensors(tree: Any) -> list[ShardedTensor]:

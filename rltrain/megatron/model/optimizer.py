@@ -56,9 +56,14 @@ def build_optimizer(models: list[DistributedDataParallel], config: Config) -> Me
     return optimizer
 
 
+def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers that Megatron-core chains, of dense parameters and of experts for example; else this one alone."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _fuse(optimizer: MegatronOptimizer) -> None:
     """Let torch's Adam pass over memory once a step, which it does by itself on GPUs only."""
-    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for each in parts_of(optimizer):
         if isinstance(each.optimizer, torch.optim.Adam):  # AdamW is one, too
             for group in each.param_groups:
                 group["fused"] = True
@@ -109,7 +114,7 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerPa
 
 def load_optimizer(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
     """Load a state, but not the learning rates, betas and the like in it: the flags of this start decide them."""
-    own = getattr(optimizer, "chained_optimizers", [optimizer])
+    own = parts_of(optimizer)
     parts = [state[number] for number in range(len(own))] if len(own) > 1 else [state]
     for part, each in zip(parts, own, strict=True):
         current = {_group_identity(group): group for group in each.param_groups}
@@ -140,7 +145,7 @@ def fit_chain(loaded: dict[Any, Any], common: dict[Any, Any], optimizer: Megatro
         common: The common values alone, as they were stored.
     """
     stored = _optimizers(common)
-    own = getattr(optimizer, "chained_optimizers", [optimizer])
+    own = parts_of(optimizer)
     if len(stored) == len(own):
         return loaded
     groups = {_group_identity(group): group for part in reversed(stored) for group in _param_groups(part)}
@@ -197,8 +202,7 @@ def padding_counted(optimizer: MegatronOptimizer) -> Iterator[None]:
 
     Also right for a Megatron-core without the defect: it then finds no padding to leave out.
     """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    buffers = [buffer for part in parts for buffer in getattr(part, "buffers", [])]
+    buffers = [buffer for part in parts_of(optimizer) for buffer in getattr(part, "buffers", [])]
     before = [(each, each.numel_unpadded) for buffer in buffers for each in (buffer, *buffer.buckets)]
     for buffer in buffers:
         for bucket in buffer.buckets[:-1]:

@@ -16,7 +16,7 @@ from rltrain.megatron.checkpoint.state import TrainState
 from rltrain.megatron.device import HostSwap, device, megatron_scope
 from rltrain.megatron.model.build import wrap_data_parallel
 from rltrain.megatron.model.customize import freeze
-from rltrain.megatron.model.optimizer import build_optimizer, build_scheduler
+from rltrain.megatron.model.optimizer import build_optimizer, build_scheduler, parts_of
 from rltrain.megatron.training.loss import Sums
 
 
@@ -89,7 +89,7 @@ class TrainedModel:
 
     def forget_averages(self) -> None:
         """Let Adam start over, for --reset-optimizer-states."""
-        for each in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+        for each in parts_of(self.optimizer):
             for group in each.optimizer.param_groups:
                 if "step" in group:  # TransformerEngine's Adam counts here, torch's in the state
                     group["step"] = 0
@@ -132,7 +132,7 @@ class TrainedModel:
         """Everything of it that takes memory on the device."""
         yield from self._weights()
         yield from self._gradients()
-        for each in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+        for each in parts_of(self.optimizer):
             yield from (parameter.data for group in each.param_groups for parameter in group["params"])
             for state in each.optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, Tensor))
