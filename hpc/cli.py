@@ -81,9 +81,10 @@ def run_main(main: Callable[[list[str]], int]) -> int:
     """Run a verb with the words of the command line; a `UserError` becomes one line and exit code 2."""
 
     def run() -> int:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-        return code
+        try:
+            return main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
 
     try:
         return errors.run_main(run)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 
+from hpc import cli
 from hpc.submitting.command_line import FOR_DEMO, full_parser, read_request, refuse_without_partition
 from hpc.submitting.start_run import submit_run
-from rltrain.run.errors import EXIT_INTERRUPTED, run_main
+from rltrain.run.errors import EXIT_INTERRUPTED
 
 
 def submit(argv: list[str]) -> int:
@@ -33,12 +34,15 @@ def submit(argv: list[str]) -> int:
 
 def main() -> int:
     """The command line; returns an exit code."""
-    argv = sys.argv[1:]
+    return cli.run_main(_submit_or_explain)
+
+
+def _submit_or_explain(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         full_parser().print_help()
         return 0
     try:
-        return run_main(lambda: submit(argv))
+        return submit(argv)
     except KeyboardInterrupt:
         print("interrupted before anything was started", file=sys.stderr)
         return EXIT_INTERRUPTED

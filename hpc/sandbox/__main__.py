@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hpc import cli
 from hpc.sandbox.sandbox import Sandbox
 from hpc.sandbox.spec import ClusterSpec
-from rltrain.run.errors import UserError, run_main
+from rltrain.run.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,11 @@ class Options:
     spec: ClusterSpec
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run one verb; returns the exit code."""
-    given = vars(_parser().parse_args(argv))
-    return run_main(lambda: _act(_options(given)))
-
-
-def _act(options: Options) -> None:
+    options = _options(vars(_parser().parse_args(argv)))
     options.act(options)
+    return cli.EXIT_OK
 
 
 def _options(given: dict[str, Any]) -> Options:
@@ -123,4 +121,4 @@ def _power_on(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run_main(main))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from rltrain.run.errors import UserError
 from rltrain.run.finished import Finish, is_finished, write_finish
 from rltrain.run.layout import RunLayout
 
+ROOT = Path(__file__).parents[2]
 FLAGS = [*LEAST[:-1], "5"]  # rollouts
 HEAVY = {"torch", "pandas", "pyarrow", "wandb", "submitit", "rich", "numpy", "transformers"}
 
@@ -36,6 +40,42 @@ def _unchecked_inputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def submit(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
     monkeypatch.setattr(sys, "argv", ["submit", *argv])
     return main()
+
+
+@pytest.fixture
+def nobody() -> Iterator[int]:
+    """A pipe whose reader has seen enough."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@pytest.mark.parametrize("module", ["hpc.sandbox", "hpc.logs"])
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(module: str, nobody: int) -> None:
+    command = [sys.executable, "-m", module, "--help"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=buffered, stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    assert (done.stderr, done.returncode) == ("", 128 + signal.SIGPIPE)
+
+
+def test_a_reader_that_has_seen_enough_of_a_dry_run(monkeypatch: pytest.MonkeyPatch, nobody: int) -> None:
+    with os.fdopen(os.dup(nobody), "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert submit(monkeypatch, "--dry-run", *FLAGS) == 128 + signal.SIGPIPE
+
+
+def test_an_interrupt_before_anything_was_started_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inputs, "check_inputs", interrupt)
+    assert submit(monkeypatch, *FLAGS) == 130
+    assert capsys.readouterr().err == "interrupted before anything was started\n"
 
 
 def test_dry_run_prints_the_roles_and_writes_nothing(
