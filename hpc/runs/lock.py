@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from rltrain.run.errors import UserError
@@ -42,11 +42,7 @@ def find_holder(layout: RunLayout) -> Holder | None:
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        try:
-            holder = json.loads(os.pread(fd, 4096, 0))
-            return Holder(holder["pid"], holder["host"], holder["since"])
-        except (ValueError, KeyError):  # it holds the lock, but has not yet written who it is
-            return Holder(0, "", 0.0)
+        return _read_holder(fd) or Holder(0, "", 0.0)
     except OSError:
         return None
     else:
@@ -65,9 +61,9 @@ def hold_lock(layout: RunLayout) -> Iterator[None]:
     fd = os.open(layout.lock, os.O_RDWR | os.O_CREAT, 0o640)
     try:
         _acquire(fd, layout)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+        holder = Holder(os.getpid(), socket.gethostname(), time.time())
         os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps(holder).encode(), 0)
+        os.pwrite(fd, json.dumps(asdict(holder)).encode(), 0)
         yield
     finally:
         os.close(fd)
@@ -85,13 +81,19 @@ def _acquire(fd: int, layout: RunLayout) -> None:
             time.sleep(0.05)
 
 
-def _explain(fd: int, layout: RunLayout) -> str:
+def _read_holder(fd: int) -> Holder | None:
+    """None if it holds the lock, but has not yet written who it is."""
     try:
-        holder = json.loads(os.pread(fd, 4096, 0))
-        since = datetime.fromtimestamp(holder["since"]).strftime("%Y-%m-%d %H:%M:%S")
-        who = f"process {holder['pid']} on {holder['host']}, since {since}"
-    except (ValueError, KeyError):
-        who = "another process"
+        return Holder(**json.loads(os.pread(fd, 4096, 0)))
+    except (ValueError, TypeError):
+        return None
+
+
+def _explain(fd: int, layout: RunLayout) -> str:
+    who = "another process"
+    if holder := _read_holder(fd):
+        since = datetime.fromtimestamp(holder.since).strftime("%Y-%m-%d %H:%M:%S")
+        who = f"process {holder.pid} on {holder.host}, since {since}"
     return (
         f"the run {layout.name} ({layout.root}) belongs to a job that is running: {who}. Wait for it, stop it"
         " (Ctrl-C where it was submitted), or give another --name."
