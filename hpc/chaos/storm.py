@@ -54,7 +54,7 @@ _OF_WANDB = {
     "WANDB_INIT_TIMEOUT": "2",
     "WANDB_API_KEY": "0" * 40,
 }
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.5  # each look is a question to Slurm; faults have a clock of their own
 _GIVE_UP_SECONDS = 60.0
 # For a run to end when the time is over, and in which it then must have shown a sign of life.
 TO_END_SECONDS, _SIGN_SECONDS = 240.0, 180.0

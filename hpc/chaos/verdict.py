@@ -248,5 +248,5 @@ def _until(condition: Callable[[], bool], seconds: float = _PATIENCE_SECONDS) ->
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.1)
+        time.sleep(0.3)
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Iterable
 
@@ -73,4 +72,6 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 def nearest_few(word: str, known: Iterable[str], count: int, cutoff: float = 0.6) -> list[str]:
     """The `count` of `known` that look most like `word`, or fewer; see `nearest`."""
+    import difflib  # every process of a job imports this module, few have a word to look for
+
     return difflib.get_close_matches(word, list(known), n=count, cutoff=cutoff)

@@ -1,18 +1,18 @@
-"""A stand-in for any role of a job, for fault tests: `python role.py BEHAVIOUR`."""
+"""A stand-in for any role of a job, for fault tests: `python role.py BEHAVIOUR`.
+
+Hundreds of these are started: what only some need is imported where they need it.
+"""
 
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable
 
 from rltrain.run import role
 from rltrain.run.errors import run_main
 from rltrain.run.role import Registry, RoleContext
-from rltrain.sglang.leftovers import NodeDirectory
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 
@@ -26,6 +26,8 @@ def serve(context: RoleContext, registry: Registry) -> int:
 
 def clean_up(context: RoleContext, registry: Registry) -> int:
     """Be ready, and leave a mark on the node that is removed when told to end; on Slurm that is SIGUSR1."""
+    from rltrain.sglang.leftovers import NodeDirectory
+
     directory = NodeDirectory(context.run_dir)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
@@ -80,6 +82,8 @@ def wait_from_5(step: int, condition: Callable[[], object]) -> None:
 
 
 def _train_as_first(context: RoleContext, registry: Registry, compute: Callable[[int], None]) -> int:
+    import tomllib
+
     num_rollout = tomllib.loads(context.layout.config.read_text())["train"]["num_rollout"]
     registry.register("tcp://127.0.0.1:1")
     registry.wait_for("engine", int(os.environ["FAKE_ENGINES"]))
@@ -173,6 +177,8 @@ def hang(context: RoleContext, registry: Registry) -> int:
 
 def leak(context: RoleContext, registry: Registry) -> int:
     """Leave behind a process that has a session of its own, whose parent is gone, and that ignores SIGTERM."""
+    import subprocess
+
     middle = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
     subprocess.run([sys.executable, "-c", middle, STUBBORN], check=True)
     return serve(context, registry)

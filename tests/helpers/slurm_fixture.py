@@ -19,6 +19,8 @@ from hpc.sandbox import ClusterSpec, MissingPackagesError, Sandbox, require_pack
 from hpc.slurm.client import JobStatus, SlurmClient, status_of
 from hpc.slurm.states import JobState
 
+ASK_PAUSE = 0.3  # between two questions to Slurm, each of which starts a program
+
 
 def need_slurm() -> None:
     """Skip the test, or fail it in CI, unless all of Slurm is installed."""
@@ -59,7 +61,7 @@ def idle_cluster(slurm_cluster: Sandbox) -> Iterator[Sandbox]:
     slurm_cluster.run("scancel", "--signal=KILL", "--full", "--state=RUNNING")
     # On a busy machine a node may miss the word to end a job; it is repeated.
     wait_until(
-        lambda: _make_quiet(slurm_cluster), 120, lambda: "no jobs:\n" + _who_is_busy(slurm_cluster), 0.2
+        lambda: _make_quiet(slurm_cluster), 120, lambda: "no jobs:\n" + _who_is_busy(slurm_cluster), ASK_PAUSE
     )
 
 
@@ -82,12 +84,13 @@ def wait_for(cluster: Sandbox, job: str, *states: JobState, timeout: float = 120
         state = seen[-1].state
         return state in states if states else state.is_final
 
-    until(reached, timeout, f"job {job} to be {' or '.join(states) or 'over'}")
+    what = f"job {job} to be {' or '.join(states) or 'over'}"
+    wait_until(reached, timeout, what, ASK_PAUSE)
     return seen[-1]
 
 
 def until(condition: Callable[[], object], timeout: float, what: str | Callable[[], str]) -> None:
-    """`wait_until`, with pauses for conditions that ask Slurm."""
+    """`wait_until`, for conditions that read files while a job computes."""
     wait_until(condition, timeout, what, pause=0.1)
 
 

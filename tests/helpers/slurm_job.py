@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from helpers.local_job import wait_until
 from helpers.run_files import events_of, lines_of
-from helpers.slurm_fixture import until
+from helpers.slurm_fixture import ASK_PAUSE, until
 from hpc.sandbox import Sandbox
 from hpc.submitting.executor import Job
 from rltrain.run.layout import RunLayout
@@ -107,7 +108,10 @@ def run(idle_cluster: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake
     yield FakeRun(directory, idle_cluster)
     idle_cluster.run("scancel", "--full", "--signal=KILL", "--name=job")
     idle_cluster.run("scancel", "--name=job")
-    until(
-        lambda: not idle_cluster.run("squeue", "-h", "--name=job"), 120, "the job to let go of its directory"
+    wait_until(
+        lambda: not idle_cluster.run("squeue", "-h", "--name=job"),
+        120,
+        "the job to let go of its directory",
+        ASK_PAUSE,
     )
     shutil.rmtree(directory)
