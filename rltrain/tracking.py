@@ -16,7 +16,6 @@ from typing import Any
 
 from rltrain.arguments import dump
 from rltrain.arguments.config import Config
-from rltrain.arguments.groups.debug import Tracking
 from rltrain.run.files import Record, append_line, read_json, read_lines, replace_text
 from rltrain.run.layout import RunLayout
 from rltrain.run.metric_lines import newest_rows
@@ -164,15 +163,8 @@ def _files_of(run: Any) -> Path:
     return Path(run.dir).parent
 
 
-def wandb_mode(tracking: Tracking) -> Any:
-    """online, offline or disabled: `--wandb-mode`, else `$WANDB_MODE`, else online only if asked for."""
-    return (
-        tracking.wandb_mode or os.environ.get("WANDB_MODE") or ("online" if tracking.use_wandb else "offline")
-    )
-
-
 def _init_wandb(config: Config, layout: RunLayout) -> Any:
-    mode = wandb_mode(config.tracking)
+    mode: Any = config.tracking.mode_of_wandb(os.environ)
     if mode == "disabled":
         return None
     import wandb

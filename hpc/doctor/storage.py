@@ -86,8 +86,7 @@ def check_shared(path: Path, mounts: str) -> Check:
 
 def check_tracking(tracking: Tracking, env: Mapping[str, str], netrc: Path) -> Check:
     """Check what `--use-wandb` and its like need; `netrc` is where `wandb login` leaves the key."""
-    # As rltrain/tracking.py chooses it
-    mode = tracking.wandb_mode or env.get("WANDB_MODE") or ("online" if tracking.use_wandb else "offline")
+    mode = tracking.mode_of_wandb(env)
     if mode != "online":
         return ok("W&B", f"mode {mode}: no key is needed")
     if env.get("WANDB_API_KEY"):

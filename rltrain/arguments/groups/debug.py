@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -47,6 +48,10 @@ class Tracking:
         metavar="DIR",
         owner="Megatron",
     )
+
+    def mode_of_wandb(self, env: Mapping[str, str]) -> str:
+        """online, offline or disabled: `--wandb-mode`, else `$WANDB_MODE`, else online only if asked for."""
+        return self.wandb_mode or env.get("WANDB_MODE") or ("online" if self.use_wandb else "offline")
 
 
 @dataclass(frozen=True)
