@@ -258,14 +258,68 @@ def test_the_design_page_says_the_same() -> None:
     assert found[0] == table(), "docs/design.md differs: run python tests/run/test_rooms.py"
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+_FILE = re.compile(r"[\w./-]*\w\.py\b")
+
+
+def pages() -> list[str]:
+    """Every Markdown file of the repository."""
+    folders = (*PACKAGES, "benchmarks", "containers", "docs", "examples", "tests")
+    found = [*ROOT.glob("*.md"), *(path for folder in folders for path in (ROOT / folder).rglob("*.md"))]
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+@pytest.mark.parametrize("page", pages())
 def test_the_docs_name_files_that_exist(page: str) -> None:
+    """A path is one from the repository, from `rltrain/` or from the page's folder; a name alone is any file's."""
     of_slime_and_megatron = {"train_async.py", "megatron/training/arguments.py"}
+    places = (ROOT, ROOT / "rltrain", (ROOT / page).parent)
     folders = (*PACKAGES, "benchmarks", "examples", "tests")
-    files = [path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    named = set(re.findall(r"[\w./-]*\w\.py\b", (ROOT / "docs" / page).read_text()))
-    unknown = {name for name in named if not any(file.endswith(f"/{name.lstrip('./')}") for file in files)}
+    names = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    named = set(_FILE.findall((ROOT / page).read_text()))
+    unknown = {
+        name
+        for name in named
+        if (name not in names if "/" not in name else not any((place / name).is_file() for place in places))
+    }
     assert unknown <= of_slime_and_megatron
+
+
+def walks() -> dict[str, str]:
+    """The pictures of design.md's walks by what walks; `{a,b}.py` as two files."""
+    text = DESIGN.read_text().partition("\n## Four walks\n")[2].partition("\n## ")[0]
+    found = dict(re.findall(r"\*\*A (.*?)\*\*.*?```\n(.*?)\n```", text, re.DOTALL))
+    for name, picture in found.items():
+        found[name] = re.sub(
+            r"([\w/]*)\{([\w,]+)\}\.py",
+            lambda match: " ".join(f"{match[1]}{each}.py" for each in match[2].split(",")),
+            picture,
+        )
+    return found
+
+
+def test_the_walks_name_whole_paths_and_what_is_in_those_files() -> None:
+    """A function's name ends in `()`; a class's has several capitals. The files are those of the same line."""
+    assert walks().keys() == {"prompt", "flag", "stop signal", "weight push"}
+    checked = 0
+    for line in "\n".join(walks().values()).splitlines():
+        files = [ROOT / name if name.startswith(("hpc/", "analysis/")) else ROOT / "rltrain" / name
+                 for name in _FILE.findall(line)]  # fmt: skip
+        assert [path for path in files if not path.is_file()] == [], line
+        text = "\n".join(path.read_text() for path in files)
+        words = [f"def {name}(" for name in re.findall(r"\b(\w+)\(\)", line)] if files else []
+        words += re.findall(r"\b(?:[A-Z][a-z]+){2,}\b", line) if files else []
+        assert [word for word in words if word not in text] == [], line
+        checked += len(words)
+    assert checked > 20
+
+
+def test_the_walk_of_a_prompt_counts_its_files() -> None:
+    text = DESIGN.read_text().partition("**A prompt**")[2].partition("**A flag**")[0]
+    said = re.search(r"changes form in these (\d+) files;\s(\d+) run", text)
+    assert said is not None
+    beside = set(_FILE.findall(text.rpartition("```")[2]))
+    forms = set(_FILE.findall(walks()["prompt"]))
+    assert [*map(int, said.groups())] == [len(forms), len(forms | beside)]
 
 
 if __name__ == "__main__":
