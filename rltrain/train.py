@@ -17,7 +17,6 @@ import pyarrow as pa
 
 from rltrain.arguments import load
 from rltrain.arguments.config import Config
-from rltrain.arguments.fleet import nccl_settings
 from rltrain.data.batch import TrainBatch
 from rltrain.evaluation import Evaluation, is_due
 from rltrain.job import Job, Newcomers, make_room
@@ -32,6 +31,7 @@ from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_REQUEUE, run_main
 from rltrain.run.lifeline import end_without_supervisor
 from rltrain.run.role import Registry, RoleContext
 from rltrain.run.timing import Timers
+from rltrain.weights.nccl import nccl_settings
 
 
 def train(config: Config, actor: MegatronTrainActor, job: Job) -> int:

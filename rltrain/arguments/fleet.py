@@ -15,7 +15,6 @@ file is slime's:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from typing import Any
 from rltrain.arguments.engine_names import RESERVED
 from rltrain.arguments.groups.debug import Debug
 from rltrain.arguments.groups.engines import Engines
-from rltrain.arguments.groups.parallel import Parallel
 from rltrain.arguments.groups.weights import Weights
 from rltrain.arguments.recipes import read_config_file
 from rltrain.run.errors import UserError, nearest
@@ -38,7 +36,6 @@ _MODEL_KEYS = (
     "server_groups",
     "engine_groups",
 )
-_NO = ("false", "0", "no", "n")  # as SGLang reads a variable
 _GROUP_KEYS = ("worker_type", "num_gpus", "num_gpus_per_engine", "overrides")
 
 
@@ -95,46 +92,6 @@ def trained_engines(engines: Engines, debug: Debug) -> list[int]:
     """Indices of the engines that get the trainer's weights."""
     served = _served(engines)
     return [i for i, spec in enumerate(engine_specs(engines, debug)) if served[spec.model]["update_weights"]]
-
-
-def nccl_settings(
-    engines: Engines, weights: Weights, parallel: Parallel, debug: Debug, env: Mapping[str, str]
-) -> dict[str, str]:
-    """Variables for the trainer and for the engines that it may send weights to over NCCL; else none.
-
-    NCCL has two ways to share a GPU's memory, cuMem and CUDA's older IPC, and can't connect a process of the one to one
-    of the other on a machine. Left alone, NCCL takes cuMem, and each engine what its own flags and machine suggest
-    (SGLang's `_set_envs_and_config` and `_handle_a2a_moe`). Here `env` decides for all, else an engine that needs
-    cuMem. SGLang keeps what is set, but for symmetric memory, which sets 1.
-
-    The groups are resolved; whether --update-weight-transport `auto` will be NCCL is not known yet, so it counts as
-    that. `env` is this role's; what `[slurm.env]` has is in that of all.
-    """
-    name, is_gloo = "NCCL_CUMEM_ENABLE", engines.colocate or parallel.distributed_backend == "gloo"
-    if is_gloo or weights.update_weight_transport in ("disk", "tensor"):
-        return {}
-    if debug.debug_train_only or debug.debug_rollout_only:
-        return {}
-    specs = engine_specs(engines, debug)
-    flags = [{**engines.sglang, **specs[i].overrides} for i in trained_engines(engines, debug)]
-    if any(each.get("enable_symm_mem") for each in flags):
-        return {name: "1"}
-    if name in env:
-        return {name: env[name]}
-    return {name: str(int(any(_needs_cumem(engines, each, env) for each in flags)))}
-
-
-def _needs_cumem(engines: Engines, flags: Mapping[str, Any], env: Mapping[str, str]) -> bool:
-    """Whether SGLang takes cuMem for an engine with these flags: for DeepEP v2, or the window of a sharded cache."""
-    saves_memory = engines.offload_rollout or flags.get("enable_memory_saver")
-    has_window = (
-        env.get("SGLANG_ENABLE_KV_SHARD_ZERO_SM_GATHER", "1").lower() not in _NO
-        and "SGLANG_MOONCAKE_CUSTOM_MEM_POOL" not in env
-        and not saves_memory
-    )
-    return flags.get("moe_a2a_backend") == "deepep_v2" or bool(
-        flags.get("enable_kv_cache_sharding") and has_window
-    )
 
 
 def engines_load_alone(weights: Weights) -> bool:

@@ -19,7 +19,6 @@ from rltrain.arguments.fleet import (
     engine_specs,
     engines_load_alone,
     models,
-    nccl_settings,
     trained_engines,
 )
 from rltrain.arguments.groups.debug import Debug
@@ -34,6 +33,7 @@ from rltrain.sglang.engines import expulsion
 from rltrain.sglang.health import HungError, health_limits, is_loading
 from rltrain.sglang.process import ExpelledError, ServerDiedError, run_server_role
 from rltrain.sglang.routers import RouterAddress, find_router, remove_worker, wait_for_router
+from rltrain.weights.nccl import nccl_settings
 from rltrain.weights.transports.current import current_weights, load_from_disk, weight_version
 
 _LEAVE_SECONDS = 5.0

@@ -20,7 +20,6 @@ from rltrain.arguments.fleet import (
     engine_specs,
     is_disaggregated,
     models,
-    nccl_settings,
     trained_engines,
     trained_model,
 )
@@ -36,6 +35,7 @@ from rltrain.sglang.engine import main as start_engine
 from rltrain.sglang.process import ServerDiedError
 from rltrain.sglang.router import router_args
 from rltrain.sglang.routers import RouterAddress, get_model_url, set_routers
+from rltrain.weights.nccl import nccl_settings
 from rltrain.weights.transports.choose import choose
 
 ACTOR = {"name": "actor", "server_groups": [

@@ -22,7 +22,6 @@ from helpers.engine import running_requests
 from helpers.tiny_model import make_model
 from on_gpu import EVERYWHERE, needs_gpu, report, seconds
 
-from rltrain.arguments.fleet import nccl_settings
 from rltrain.arguments.groups.debug import Debug
 from rltrain.arguments.groups.engines import Engines
 from rltrain.arguments.groups.parallel import Parallel
@@ -32,6 +31,7 @@ from rltrain.run.http import call
 from rltrain.sglang.adapter import HttpServerEngineAdapter
 from rltrain.weights.buckets import Chunk
 from rltrain.weights.cuda_threads import finish_work
+from rltrain.weights.nccl import nccl_settings
 from rltrain.weights.sources import Reader, describe, kept_buffer, source_of
 from rltrain.weights.transports.distributed import EngineGroups
 
