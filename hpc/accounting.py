@@ -89,9 +89,7 @@ def attempts(run: str | Path | Iterable[str], client: SlurmClient | None = None)
     jobs = submitted_jobs(Path(run)) if isinstance(run, str | Path) else [SubmittedJob(job) for job in run]
     client = client or SlurmClient()
     if not client.has_accounting:
-        raise SlurmError(
-            "this cluster has no accounting database (slurmdbd), so nothing is known of past attempts."
-        )
+        raise SlurmError("this cluster has no accounting database (slurmdbd), so past attempts are unknown.")
     times = [job.submitted for job in jobs if job.submitted]
     since = min(times) - _CLOCK_SLACK if times and len(times) == len(jobs) else None
     records = client.sacct((job.job for job in jobs), since=since, every_attempt=True)

@@ -26,7 +26,7 @@ from rltrain.run.layout import RunLayout
 from rltrain.run.terminal import safe_text
 
 EXAMPLE = "python -m hpc.cancel demo"
-EXIT_CODES = "exit codes: 0 the run has been told to stop, 2 it does not run or there is no such run"
+EXIT_CODES = "exit codes: 0 the run has been told to stop, 2 it is not running or does not exist"
 
 _NOW_SECONDS = 10.0  # for a supervisor to end its roles before it is killed
 
@@ -84,7 +84,7 @@ def _cancel_jobs(layout: RunLayout, jobs: dict[str, JobState], now: bool, client
         client.run("scancel", "--batch", "--signal=INT", *running)
     who = f"{layout.name} (job{'s' * (len(jobs) > 1)} {', '.join(jobs)})"
     if not running:
-        return f"{who} was cancelled before it had begun. {_resumable(layout)}"
+        return f"{who} was cancelled before it began. {_resumable(layout)}"
     if now:
         return f"{who} was stopped without saving. {_resumable(layout)}"
     return f"{who} {_asked(layout)}"
@@ -93,8 +93,8 @@ def _cancel_jobs(layout: RunLayout, jobs: dict[str, JobState], now: bool, client
 def _cancel_here(layout: RunLayout, holder: Holder, now: bool) -> str:
     if not holder.is_here:
         raise UserError(
-            f"{layout.name} runs as process {holder.pid} on {holder.host or 'another machine'}, and no job of Slurm's"
-            " is known for it: run this command there."
+            f"{layout.name} runs as process {holder.pid} on {holder.host or 'another machine'}, and no Slurm job is"
+            " known for it: run this command there."
         )
     try:
         os.kill(holder.pid, signal.SIGTERM)
@@ -148,14 +148,14 @@ def _resumable(layout: RunLayout, will_save: bool = False) -> str:
 def _explain_idle(record: RunRecord, slurm: SlurmView) -> str:
     if slurm.problem:
         return f"{record.layout.name} can't be cancelled: {slurm.problem}"
-    return f"{record.layout.name} does not run: it is {record.state}."
+    return f"{record.layout.name} is not running: it is {record.state}."
 
 
 def main(argv: list[str]) -> int:
     """The command line; returns an exit code."""
     parser = cli.make_parser("hpc.cancel", __doc__, EXAMPLE, EXIT_CODES)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="name, pattern such as 'exp.*', or directory")
-    parser.add_argument("--now", action="store_true", help="at once, without saving")
+    parser.add_argument("--now", action="store_true", help="stop at once, without saving")
     cli.add_runs_dir(parser)
     args = parser.parse_args(argv)
     chosen = choose_runs(args.runs, args.runs_dir)

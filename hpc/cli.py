@@ -52,7 +52,11 @@ def make_parser(
 def add_runs_dir(parser: argparse.ArgumentParser) -> None:
     """Add `--runs-dir`."""
     parser.add_argument(
-        "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs lie (default: ./runs)"
+        "--runs-dir",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="directory of the runs (default: ./runs)",
     )
 
 

@@ -114,7 +114,7 @@ def choose_logs(layout: RunLayout, selection: Selection) -> list[LogFile]:
     if not chosen:
         wanted = (selection.role or "any role") + ("" if selection.index is None else f" {selection.index}")
         there = ", ".join(file.name for file in files) or "none yet"
-        raise UserError(f"attempt {attempt} of {layout.name} has no log of {wanted}; there are: {there}.")
+        raise UserError(f"attempt {attempt} of {layout.name} has no log of {wanted}; it has: {there}.")
     return chosen
 
 

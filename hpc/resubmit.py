@@ -69,7 +69,7 @@ def refuse_active(layout: RunLayout) -> None:
     if status.is_active:
         where = f"as job {status.job_id}" if status.slurm_state else "on this machine"
         raise UserError(
-            f"{layout.name} is {status.state} {where}, so there is nothing to resubmit. To stop it:"
+            f"{layout.name} is {status.state} {where}, so it cannot be resubmitted. To stop it:"
             f" {cli.command('cancel', layout)}"
         )
 
@@ -82,7 +82,9 @@ def merge_options(layout: RunLayout, words: list[str], local: bool = False) -> t
     """
     recipes, given = flag_data.split(words)
     if recipes:
-        raise UserError(f"@{recipes[0]}: a run keeps its flags, so no recipe is taken here; give flags.")
+        raise UserError(
+            f"@{recipes[0]}: a run keeps its flags, so recipes are not accepted here; give flags."
+        )
     request = read_request([f"--name={layout.name}", f"--runs-dir={layout.root.parent}", *words])
     named = {"slurm" if name.startswith("slurm.") else name.replace("-", "_") for name in given}
     fields = {field.name for field in dataclasses.fields(SubmitOptions)} & {*named, *_OF_THE_CALL}
@@ -98,7 +100,9 @@ def main(argv: list[str]) -> int:
     parser = cli.make_parser("hpc.resubmit", __doc__, EXAMPLE, EXIT_CODES)
     parser.usage = "python -m hpc.resubmit RUN [--chain N] [--local] [--runs-dir DIR] [flags of hpc.submit …]"
     parser.add_argument("run", metavar="RUN", help="name or directory")
-    parser.add_argument("--chain", type=int, default=0, metavar="N", help="spare jobs (Slurm; default: none)")
+    parser.add_argument(
+        "--chain", type=int, default=0, metavar="N", help="number of spare jobs (Slurm; default: none)"
+    )
     parser.add_argument("--local", action="store_true", help="on this machine, wherever it ran before")
     cli.add_runs_dir(parser)
     args, flags = parser.parse_known_args(argv)

@@ -157,7 +157,7 @@ def load_function(path: str | None, *, flag: str) -> Callable[..., Any]:
     if function is None:
         raise UserError(_no_such_name(path, module_name, name, set(dir(module)), flag))
     if not callable(function):
-        raise UserError(f"{flag} {path}: it is a {type(function).__name__}, and not a function.")
+        raise UserError(f"{flag} {path}: it is a {type(function).__name__}, not a function.")
     return function
 
 
@@ -185,11 +185,11 @@ def explain(error: BaseException) -> str:
 # What functions written for slime may ask of Megatron where it has no answer.
 _NOT_HERE = {
     "megatron/core/parallel_state.py": (
-        ": Megatron's groups are those of the trainer's ranks, so only functions that run in the trainer can ask for"
-        " them. Sizes are in args, such as args.tensor_model_parallel_size"
+        ": Megatron's groups exist in the trainer's ranks, so only functions that run in the trainer can ask for them."
+        " Sizes are in args, such as args.tensor_model_parallel_size"
     ),
     "megatron/training/global_vars.py": (
-        ": Megatron-LM's global variables are not set here. Take the args that the function is given"
+        ": Megatron-LM's global variables are not set here. Use the args that the function gets"
     ),
 }
 
@@ -202,7 +202,7 @@ def explain_fully(error: BaseException) -> str:
 
 _FRAMES = 10  # the innermost ones say what went wrong
 _HINT = (
-    " Modules are looked for in the directory that the job was submitted from and among installed packages."
+    " Modules are searched for in the directory that the job was submitted from and among installed packages."
 )
 
 

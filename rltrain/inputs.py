@@ -172,7 +172,7 @@ def _check_model(config: Config, to_come: Mapping[str, str]) -> Path:
         check_weights(shape.family.head, shape.num_layers, model)
     if config.training.share_prompts and shape.linear:
         raise UserError(
-            f"--share-prompts: {hf_checkpoint} has linear attention, and what that has seen of a prompt can't go on to"
+            f"--share-prompts: {hf_checkpoint} has linear attention, and its state after a prompt can't be shared by"
             " several samples. Leave the flag out."
         )
     if not config.debug.debug_train_only:
@@ -181,7 +181,7 @@ def _check_model(config: Config, to_come: Mapping[str, str]) -> Path:
         if shape.family.same_as and own and not config.engines.sglang.get("trust_remote_code"):
             raise UserError(
                 f"{hf_checkpoint}/config.json has the model_type {shape.family.model_type}, which SGLang reads with"
-                " code that comes with the model. The trainer needs none; allow it for engines with"
+                " the model's own code. The trainer does not need that code; allow it for engines with"
                 " --sglang-trust-remote-code."
             )
         beside = hf_config.get("partial_rotary_factor", 1.0)

@@ -208,8 +208,8 @@ class Job:
         steps = self._config.rollout.num_rollout
         if reason := first_problem(unsaved):
             raise UserError(
-                f"all {steps} steps are trained, but their last checkpoint is lost: {reason}. Make room, and submit the"
-                " run again: it goes on from the newest checkpoint that could be saved."
+                f"all {steps} steps are trained, but their last checkpoint is lost: {reason}. Make room, and submit"
+                " the run again: it resumes from the newest saved checkpoint."
             )
         checkpoint = steps if self._config.checkpoint.save and steps else None
         on_rank_0(lambda: self._registry.prove_finished(steps, checkpoint))

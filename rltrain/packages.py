@@ -195,7 +195,7 @@ def driver_problem(built_for: tuple[int, int] | None, driver: tuple[int, int] | 
         return None
     build, runs = (".".join(map(str, version)) for version in (built_for, driver))
     return (
-        f"torch is built for CUDA {build}, but the driver of this node runs CUDA {runs} at most, so its GPUs can't be"
+        f"torch is built for CUDA {build}, but this node's driver supports CUDA {runs} at most, so its GPUs can't be"
         f" used. Use a node whose driver has CUDA {built_for[0]} (nvidia-smi shows it), or have the site install one,"
         f" or NVIDIA's package cuda-compat-{built_for[0]}-{built_for[1]} with its folder on LD_LIBRARY_PATH."
     )

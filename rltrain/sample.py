@@ -165,7 +165,7 @@ class Sample:
         if len(self.loss_mask) != before or len(self.rollout_log_probs) != before:
             raise ValueError(
                 f"the response has {before} tokens, {len(self.loss_mask)} mask entries and"
-                f" {len(self.rollout_log_probs)} log-probs: append tokens with this method only"
+                f" {len(self.rollout_log_probs)} log-probs: append tokens only with this method"
             )
         self.tokens += tokens
         self.rollout_log_probs += log_probs if log_probs is not None else [0.0] * len(tokens)

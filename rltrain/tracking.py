@@ -109,7 +109,7 @@ class Tracker:
         try:
             call(self._wandb)
         except Exception as error:
-            print(f"W&B takes no more metrics ({error!r}); all are in {self._path}", flush=True)
+            print(f"W&B accepts no more metrics ({error!r}); all are in {self._path}", flush=True)
             self._wandb = None
 
 

@@ -91,28 +91,30 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("hpc.chaos", __doc__, EXAMPLE, EXIT_CODES)
     listed = "\n".join(f"  {name:19}{kind.what}" for name, kind in KINDS.items())
     parser.epilog = f"{parser.epilog}\n\nfaults:\n{listed}"
-    parser.add_argument("--seed", type=int, default=0, help="of the first storm (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first storm (%(default)s)")
     parser.add_argument(
-        "--storms", type=int, default=1, help="how many, each with the next seed (%(default)s)"
+        "--storms", type=int, default=1, help="number of storms, each with the next seed (%(default)s)"
     )
-    parser.add_argument("--faults", type=int, default=8, help="a storm (%(default)s)")
-    parser.add_argument("--steps", type=int, default=60, help="that each run trains (%(default)s)")
+    parser.add_argument("--faults", type=int, default=8, help="faults per storm (%(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="steps that each run trains (%(default)s)")
     parser.add_argument(
-        "--nodes", type=int, choices=(3, 4), help="of each run (4; of storms with an odd seed 3)"
+        "--nodes", type=int, choices=(3, 4), help="nodes of each run (4; 3 for storms with an odd seed)"
     )
     parser.add_argument(
         "--minutes",
         type=float,
-        help=f"begin no storm and no fault after this time; {_TO_END} later all is over",
+        help=f"start no storm or fault after this time; everything has ended {_TO_END} later",
     )
     parser.add_argument("--no-shrink", action="store_true", help="do not look for fewer faults")
     parser.add_argument(
         "--confirm",
         action="store_true",
-        help="run a storm that finds something again; it counts if that finds something, too (even after --minutes)",
+        help="repeat a storm that finds something; it counts if the repeat finds something too (even after --minutes)",
     )
     parser.add_argument("--repeat", nargs="+", metavar="FAULT", help="one storm of these faults")
-    parser.add_argument("--soak", type=int, metavar="STEPS", help="no storm, but one long run: what grows?")
+    parser.add_argument(
+        "--soak", type=int, metavar="STEPS", help="one long run instead of storms: what grows?"
+    )
     parser.add_argument(
         "--real", action="store_true", help="real engines and a real trainer of the demo's tiny model"
     )

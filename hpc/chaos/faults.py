@@ -61,16 +61,14 @@ KINDS = {
     "terminate": Kind("SIGTERM for the steps, as in a preemption with grace time", needs_a_hand=True),
     "suspend": Kind("scontrol suspend, and resume later", seconds=(0.5, 3.0)),
     "power-off": Kind("the power of a node is cut, and comes back", NODES, (0.5, 3.0), weight=3),
-    "cut-off": Kind("no word reaches a node or comes from it, until it is joined again", NODES, (0.5, 12.0)),
-    "lose-names": Kind("the nodes' names mean nothing, as when DNS is gone", seconds=(0.5, 5.0)),
+    "cut-off": Kind("a node is cut off from the network, and joined again later", NODES, (0.5, 12.0)),
+    "lose-names": Kind("the nodes' names do not resolve, as in a DNS outage", seconds=(0.5, 5.0)),
     "fill-disk": Kind("the disk of the run is full for a while", seconds=(0.5, 4.0), needs_a_hand=True),
     "lock-checkpoints": Kind(
         "nothing can be written in the directory of checkpoints", seconds=(0.5, 4.0), needs_a_hand=True
     ),
-    "slow-disk": Kind("the disk of the run writes in a fifth of the time only", seconds=(2.0, 12.0)),
-    "stall-disk": Kind(
-        "the disk of the run writes nothing for a while: who writes waits", seconds=(0.5, 10.0)
-    ),
+    "slow-disk": Kind("the disk of the run writes only a fifth of the time", seconds=(2.0, 12.0)),
+    "stall-disk": Kind("the disk of the run writes nothing for a while: writers wait", seconds=(0.5, 10.0)),
     "clock-ahead": Kind("the clock of a node jumps ahead by an hour, and back later", NODES, (0.5, 8.0)),
     "clock-behind": Kind("the clock of a node jumps back by an hour, and ahead later", NODES, (0.5, 8.0)),
     "silence": Kind("slurmctld does not answer for a while", seconds=(0.5, 8.0)),
@@ -82,11 +80,11 @@ KINDS = {
     ),
     "cancel": Kind("scancel", needs_a_hand=True),
     "late-sbatch": Kind(
-        "scancel, and the sbatch of who resubmits the run tells the job's id eight seconds late",
+        "scancel, and the sbatch that resubmits the run reports the job's id eight seconds late",
         needs_a_hand=True,
     ),
     "refuse-step": Kind(
-        "SIGKILL for a role, and Slurm refuses for a while to start any", _REVIVED, (0.5, 10.0)
+        "SIGKILL for a role, and Slurm refuses to start any role for a while", _REVIVED, (0.5, 10.0)
     ),
     "stall-engine": Kind(
         "an engine answers, and makes no progress: SIGSTOP for its scheduler",
@@ -95,10 +93,10 @@ KINDS = {
         is_real=True,
     ),
     "hang-reward": Kind(
-        "no reward comes: SIGSTOP for the processes that grade", seconds=(1.0, 20.0), is_real=True
+        "rewards stop coming: SIGSTOP for the processes that grade", seconds=(1.0, 20.0), is_real=True
     ),
     "freeze-supervisor": Kind(
-        "SIGSTOP for the supervisor, for longer than the roles of stand-ins wait for it", seconds=(0.5, 15.0)
+        "SIGSTOP for the supervisor, for longer than stand-in roles wait for it", seconds=(0.5, 15.0)
     ),
     "kill-supervisor": Kind("SIGKILL for the supervisor"),
     "kill-batch": Kind("SIGKILL for the batch process, which ends the job", needs_a_hand=True),

@@ -119,7 +119,7 @@ class Operator:
         lost = idle_nodes_with_used_gpus(self._cluster.run("sinfo", "-h", "-N", "-O", _GPUS_OF_NODES))
         # A job that is suspended keeps its GPUs on idle nodes.
         if lost & self._lost_gpus and any(each.state.is_waiting for each in records):
-            print(f"slurmctld takes GPUs of {', '.join(sorted(lost))} for used: it is restarted", flush=True)
+            print(f"slurmctld counts GPUs of {', '.join(sorted(lost))} as used: it is restarted", flush=True)
             self._cluster.restart_controller()
         self._lost_gpus = lost
 

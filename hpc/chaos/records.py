@@ -85,7 +85,7 @@ def of_batches(samples: pd.DataFrame, steps: int, batch: int) -> list[str]:
     problems = []
     sizes = samples.groupby("step").size().reindex(range(steps), fill_value=0)
     if wrong := {step: int(size) for step, size in sizes.items() if size != batch}:
-        problems.append(f"steps have other numbers of samples than {batch}: {wrong}")
+        problems.append(f"steps with a number of samples other than {batch}: {wrong}")
     if beyond := sorted(set(samples["step"]) - set(range(steps))):
         problems.append(f"there are samples of steps {beyond}, which were not asked for")
     if twice := sorted(samples.loc[samples["index"].duplicated(), "index"]):
@@ -103,9 +103,7 @@ def of_metrics(samples: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
     logged.columns = means.columns
     gaps = (means - logged).abs()  # not a number where either lacks the step
     wrong = {name: sorted(gaps.index[gaps[name] > 1e-6]) for name in gaps.columns}
-    return [
-        f"the {name} of steps {each} is not that of their samples" for name, each in wrong.items() if each
-    ]
+    return [f"the {name} of steps {each} differs from their samples" for name, each in wrong.items() if each]
 
 
 def of_finished(layout: RunLayout) -> list[str]:

@@ -76,7 +76,7 @@ def _of_metrics(layout: RunLayout, steps: int, curve: list[float] | None) -> lis
         problems.append(f"metrics.jsonl lacks steps {missing}")
     if curve and (wrong := sorted({step for step, row in zip(seen, rows, strict=True)
                                    if step < steps and row["rollout/reward"] != curve[step]})):  # fmt: skip
-        problems.append(f"the curve is another one at steps {wrong}")
+        problems.append(f"the curve differs at steps {wrong}")
     for before, step in itertools.pairwise(seen):
         if step > before + 1:
             problems.append(f"step {step} follows step {before}")

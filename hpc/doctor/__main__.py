@@ -11,7 +11,7 @@ from hpc.doctor.check import Check
 from hpc.doctor.examine import doctor
 
 EXAMPLE = "python -m hpc.doctor @recipe.toml --partition gpu --nodes 4 --probe-nodes"
-EXIT_CODES = "exit codes: 0 nothing stands in the way, 1 something would fail, 2 bad input"
+EXIT_CODES = "exit codes: 0 no problem found, 1 something would fail, 2 bad input"
 _STYLES = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
 
 
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     parser = cli.make_parser("hpc.doctor", hpc.doctor.__doc__, EXAMPLE, EXIT_CODES)
     parser.usage = "python -m hpc.doctor [--probe-nodes] [--json] [@RECIPE …] [flags of hpc.submit …]"
     parser.add_argument(
-        "--probe-nodes", action="store_true", help="also look at the nodes, in a job of a few seconds"
+        "--probe-nodes", action="store_true", help="also check the nodes, in a job that takes a few seconds"
     )
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of lines")
     own, rest = parser.parse_known_args(argv)

@@ -59,7 +59,7 @@ def doctor(argv: list[str], probe_nodes: bool = False) -> list[Check]:
     if is_batch:
         return checks
     if probe_nodes:
-        checks.append(warn("nodes", "--probe-nodes looks at no node without --partition", "give --partition"))
+        checks.append(warn("nodes", "--probe-nodes checks nodes only with --partition", "give --partition"))
     return checks + _check_here(args)
 
 
@@ -144,14 +144,14 @@ def _check_model(hf_checkpoint: str) -> list[Check]:
         check_same_shape(config, standard, hf_checkpoint)
     except UserError as error:
         return [fail("model", str(error))]
-    return [ok("model", "its config.json is the same model to transformers")]
+    return [ok("model", "transformers reads the same model from its config.json")]
 
 
 def _check_saving(checkpoint: Checkpoint) -> list[Check]:
     if checkpoint.save_interval is not None:
         return []
     text = "without --save-interval a checkpoint is written only at the end or at a stop"
-    return [warn("checkpoints", text, "give --save-interval: a crash would cost everything")]
+    return [warn("checkpoints", text, "give --save-interval: a crash would lose all training")]
 
 
 def check_cluster(

@@ -46,7 +46,9 @@ def check_open_files(limit: int) -> Check:
     """Whether the soft limit of open files is enough for hundreds of requests in flight."""
     if limit != resource.RLIM_INFINITY and limit < _FEW_FILES:
         return warn(
-            "open files", f"the limit is {limit}", f"ulimit -n {_FEW_FILES}: every request in flight is one"
+            "open files",
+            f"the limit is {limit}",
+            f"ulimit -n {_FEW_FILES}: each request in flight takes one open file",
         )
     return ok("open files", "no limit" if limit == resource.RLIM_INFINITY else f"the limit is {limit}")
 
@@ -87,7 +89,7 @@ def check_address(addresses: list[str]) -> Check:
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         wanted = os.environ.get(variable, "").lstrip("=^").split(",")[0]
         if wanted and not _has_interface(wanted) and not os.environ[variable].startswith("^"):
-            return fail("network", f"{variable} is {wanted}, and this machine has no such interface",
+            return fail("network", f"{variable} is {wanted}, and this machine has no interface of that name",
                         f"one of: {', '.join(interfaces())}; or unset {variable}")  # fmt: skip
     if not addresses:
         return warn("network", f"the name {name} has no address", "nodes must find each other by name")

@@ -76,10 +76,10 @@ def check_shared(path: Path, mounts: str) -> Check:
     """Whether other machines see a directory; `mounts` is the text of /proc/mounts."""
     advice = "give a --runs-dir on the cluster's shared file system"
     if place := local_place(path, mounts):
-        return fail("shared directory", f"{path}: {place} belongs to one machine only", advice)
+        return fail("shared directory", f"{path}: {place} is local to one machine", advice)
     kind = filesystem_type(path, mounts)
     if kind in _OWN_DISKS:
-        text = f"{path} is on {kind}, which other nodes see only if this machine exports it"
+        text = f"{path} is on {kind}, which other nodes can see only if this machine exports it"
         return warn("shared directory", text, f"{advice}, or try it: --probe-nodes")
     return ok("shared directory", f"{path} is on {kind or 'a file system'} that nodes can share")
 

@@ -51,7 +51,7 @@ def _share_gpus(processes: Sequence[RoleProcess], config: Config, gpus: Sequence
     first = 0 if config.engines.colocate else ranks
     if max(ranks, first + for_engines) > len(gpus):
         raise UserError(
-            f"This machine has {len(gpus)} GPUs to use ({','.join(gpus)}), and the run takes"
+            f"This machine has {len(gpus)} usable GPUs ({','.join(gpus)}), and the run takes"
             f" {max(ranks, first + for_engines)}: {ranks} for trainer ranks, {for_engines} for engines. Lower"
             " --actor-num-gpus-per-node or --rollout-num-gpus, or let both share the GPUs with --colocate."
             " CUDA_VISIBLE_DEVICES= (empty) runs it on the CPU."
@@ -101,8 +101,8 @@ def engine_place(spec: EngineSpec, split: Split) -> tuple[range, tuple[int, int]
     on_node = min(spec.num_gpus, split.rollout_gpus)
     if slot + on_node > split.rollout_gpus or spec.num_gpus % on_node:
         raise UserError(
-            f"--sglang-config: an engine of {spec.num_gpus} GPUs would begin at GPU {slot} of a node that has"
-            f" {split.rollout_gpus} GPUs for engines, and not end there. Put large groups first, or fill the node with"
+            f"--sglang-config: an engine of {spec.num_gpus} GPUs would begin at GPU {slot} of a node with"
+            f" {split.rollout_gpus} GPUs for engines, and not fit on it. Put large groups first, or fill the node with"
             " a group of worker_type placeholder."
         )
     return range(node, node + spec.num_gpus // on_node), (split.first_rollout_gpu + slot, on_node)

@@ -284,8 +284,8 @@ def _check_sum(ask: Ask, trainer: int, rollout: int) -> None:
         parts += [f"--rollout-num-gpus-per-engine {ask.engine_size}, which takes {_nodes(rollout)},"]
     nearest = max(trainer, 1) + max(rollout, 1)
     raise UserError(
-        f"--nodes {ask.nodes} contradicts {' and '.join(parts)} as trainer and engines need nodes of their own:"
-        f" that takes --nodes {nearest}. Or --colocate shares the nodes."
+        f"--nodes {ask.nodes} contradicts {' and '.join(parts)} because trainer and engines need nodes of their own:"
+        f" give --nodes {nearest}, or --colocate to share the nodes."
     )
 
 

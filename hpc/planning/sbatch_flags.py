@@ -157,8 +157,7 @@ def _check_gpu_type(component: Component, facts: ClusterFacts) -> None:
         hint = f"Did you mean {near}? " if near else ""
         there = ", ".join(kind for kind in types if kind) or "none"
         raise UserError(
-            f"--gpu-type {component.gpu_type}: partition {component.partition} has no such GPUs. {hint}There"
-            f" are: {there}."
+            f"--gpu-type {component.gpu_type}: partition {component.partition} has no such GPUs. {hint}It has: {there}."
         )
 
 
@@ -174,7 +173,7 @@ def _check_time(component: Component, options: SubmitOptions, facts: ClusterFact
     if limit is not None and (seconds is None or seconds > limit):
         raise UserError(
             f"--time {text}: partition {component.partition} allows at most {limit / 3600:.4g} hours;"
-            " a longer run goes on in the next job."
+            " a longer run continues in the next job."
         )
 
 
@@ -216,7 +215,7 @@ def _check_cpus(trainer: Component, ranks: int, facts: ClusterFacts) -> None:
         if given
         else f"a node's share of CPUs in partition {trainer.partition} is {cpus},"
     )
-    more = f" At least cpus-per-task {ranks}, or at" if given else " At"
+    more = f" Give at least cpus-per-task {ranks}, or at" if given else " At"
     raise UserError(
         f"{what} less than the {ranks} ranks on each trainer node, which need a CPU each.{more} most"
         f" --actor-num-gpus-per-node {cpus}."

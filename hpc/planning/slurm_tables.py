@@ -110,10 +110,10 @@ def _check_name(flag: str, table: str, name: str) -> None:
 def _check_sbatch(flag: str, name: str, values: Sequence[str]) -> None:
     if name in _NOT_FOR_SBATCH:
         instead = f" Use {_NOT_FOR_SBATCH[name]}." if _NOT_FOR_SBATCH[name] else ""
-        raise UserError(f"--{flag}: with {name} sbatch does not do what submit needs.{instead}")
+        raise UserError(f"--{flag}: submit does not work with sbatch's {name}.{instead}")
     if name == "gres" and any("gpu" in value for value in values):
         raise UserError(
-            f"--{flag}: GPUs follow from the plan, and Slurm would take both. Use --num-gpus-per-node and --gpu-type."
+            f"--{flag}: the plan sets the GPUs, and Slurm would add both. Use --num-gpus-per-node and --gpu-type."
         )
 
 

@@ -214,12 +214,12 @@ def _reason(layout: RunLayout, state: str, holder: Holder | None) -> str | None:
     if holder is not None:
         return _why_unsaved(layout)
     if state == "not submitted":
-        return "sbatch has not taken it; submit it again"
+        return "sbatch has not accepted it; submit it again"
     if state == "lost":
         return _why_lost(layout)
     if state == "stopped" and claims_to_be_finished(layout):
         done = finished_steps(layout)
-        return f"only {done} steps are known to be done and saved; `python -m hpc.resubmit` goes on"
+        return f"only {done} steps are known to be done and saved; `python -m hpc.resubmit` continues"
     events = newest_lines(layout.events, _TAIL_BYTES)
     end = next((event for event in events if event.get("kind") == "attempt_finished"), {})
     text = str(end.get("reason") or "").strip()
@@ -242,7 +242,7 @@ def _why_lost(layout: RunLayout) -> str:
     for log in sorted(layout.log_dir(last).glob("*.log")):
         if disk_is_full(last_lines(log, _TAIL_LINES)):
             return f"the disk was full: see {log.name}"
-    return "ended without a word: killed, or its machine died; `python -m hpc.resubmit` goes on"
+    return "ended without a message: killed, or its machine died; `python -m hpc.resubmit` continues"
 
 
 def read_submissions(layout: RunLayout) -> tuple[Submission, ...]:

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--nodes", type=int, default=default.nodes, help="nodes with GPUs (%(default)s)")
     up.add_argument("--gpus", type=int, default=default.gpus, help="GPUs of each of them (%(default)s)")
     up.add_argument(
-        "--gpu-types", default=",".join(default.gpu_types), help="shared out among the nodes (%(default)s)"
+        "--gpu-types", default=",".join(default.gpu_types), help="divided among the nodes (%(default)s)"
     )
     up.add_argument(
         "--cpu-nodes", type=int, default=default.cpu_nodes, help="nodes without GPUs (%(default)s)"

@@ -248,7 +248,7 @@ class Sandbox:
         root = self._layout.root
         if not re.fullmatch(r"[\w./-]+", str(root), re.ASCII):
             raise UserError(
-                f"{root}: slurm.conf can't say this path. Use one of letters, digits and . _ - only."
+                f"{root}: slurm.conf can't hold this path. Use only letters, digits and . _ - in it."
             )
         if len(bytes(self._layout.database_socket)) > _MAX_SOCKET_PATH:
             raise UserError(f"{root} is too long a path for the sockets in it. Use a shorter one.")

@@ -239,7 +239,7 @@ def _explain(command: Sequence[str], said: str, code: int) -> SlurmError:
         return SlurmUnavailableError(
             f"Slurm does not answer {command[0]}: {said}. It may be restarting, or this machine can't reach it."
         )
-    return SlurmError(f"{command[0]} failed (exit code {code}): {said or 'without a word'}")
+    return SlurmError(f"{command[0]} failed (exit code {code}): {said or 'no message'}")
 
 
 def without_slurm(env: Mapping[str, str]) -> dict[str, str]:

@@ -49,13 +49,19 @@ class _Parser(argparse.ArgumentParser):
 def add_submit_flags(parser: argparse.ArgumentParser) -> None:
     """Add the options of `submit` itself."""
     add = parser.add_argument_group("submit").add_argument
-    add("--name", metavar="NAME", help="of the run and its directory; an existing run is resumed"
-        " (default: the last recipe's name; of a recipe.toml its folder's)")  # fmt: skip
-    add("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs lie (default: ./runs)")
-    add("--dry-run", action="store_true", help="print what would be run, write nothing")
+    add("--name", metavar="NAME", help="name of the run and its directory; an existing run is resumed"
+        " (default: the last recipe's name, or its folder's for a recipe.toml)")  # fmt: skip
+    add(
+        "--runs-dir",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="directory of the runs (default: ./runs)",
+    )
+    add("--dry-run", action="store_true", help="print what would run; write nothing")
     add("--share", action="store_true", help="let your group read the run directory (default: only you)")
-    add("--sweep", nargs="+", default=(), metavar="FLAG=A,B", help="a run for every combination of values;"
-        " a TOML file with tables [[run]] of flags is one way to name them too")  # fmt: skip
+    add("--sweep", nargs="+", default=(), metavar="FLAG=A,B", help="one run for each combination of values;"
+        " or a TOML file with tables [[run]] of flags")  # fmt: skip
     add(
         "--sweep-parallel",
         type=int,
@@ -63,7 +69,7 @@ def add_submit_flags(parser: argparse.ArgumentParser) -> None:
         help="runs of a sweep at a time (default: all on Slurm, else 1)",
     )
     add("--max-engine-restarts", type=int, default=3, metavar="N",
-        help="of an engine, or the router, that died within an attempt (default: 3)")  # fmt: skip
+        help="restarts of an engine, or the router, that died within an attempt (default: 3)")  # fmt: skip
     add = parser.add_argument_group("Slurm").add_argument
     add("--partition", metavar="NAME", help="Slurm partition (default: run on this machine)")
     add("--nodes", type=int, metavar="N", help="nodes to ask for: half of them train, half of them generate"
@@ -79,10 +85,10 @@ def add_submit_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=(),
         metavar="JOB",
-        help="start when these jobs, or runs, have ended well",
+        help="start when these jobs or runs have succeeded",
     )
     add("--detach", action="store_true", help="return when submitted, instead of showing the run")
-    add("--test-only", action="store_true", help="let sbatch check the job, submit nothing")
+    add("--test-only", action="store_true", help="let sbatch check the job; submit nothing")
     add(
         "--template",
         type=Path,
@@ -93,7 +99,7 @@ def add_submit_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-failures", type=int, default=1, metavar="N",
         help="failed attempts in a row without a new checkpoint (default: 1)")  # fmt: skip
     add("--chain", type=int, default=0, metavar="N", help="submit N spare jobs too, each of which takes over when"
-        " the one before it has ended, however it ended (default: 0)")  # fmt: skip
+        " the one before it has ended for any reason (default: 0)")  # fmt: skip
 
 
 def full_parser() -> argparse.ArgumentParser:
@@ -102,7 +108,7 @@ def full_parser() -> argparse.ArgumentParser:
         prog="python -m hpc.submit",
         usage=USAGE,
         description="Train a language model by reinforcement learning, on Slurm or on this machine."
-        " With nothing but options of its own it runs the built-in demo.",
+        " Without training flags or a recipe it runs the built-in demo.",
         epilog="A recipe is a TOML file of flags (lr = 1e-3); @NAME is a file or one of: "
         + ", ".join(f"@{name}" for name in builtin_recipes()),
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36),

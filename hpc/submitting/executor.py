@@ -189,7 +189,7 @@ def sbatch(path: Path, *options: str) -> str:
     except SlurmError as error:
         raise SlurmRefusalError(f"sbatch refused the script {path}:\n{error}") from None
     ids = [match[1] for line in said.splitlines() if (match := _JOB_ID.fullmatch(line.strip()))]
-    return ids[0] if len(ids) == 1 else _find_job(path, f"sbatch took {path}, and answered {said!r}")
+    return ids[0] if len(ids) == 1 else _find_job(path, f"sbatch accepted {path} and answered {said!r}.")
 
 
 def _find_job(path: Path, problem: str) -> str:
@@ -201,7 +201,7 @@ def _find_job(path: Path, problem: str) -> str:
                 return job
         if time.monotonic() > deadline:
             raise SlurmError(
-                f"{problem} Slurm has no job with the script {path} after {_LOOK_SECONDS:.0f} s. If one comes up later"
+                f"{problem} Slurm has no job with the script {path} after {_LOOK_SECONDS:.0f} s. If one appears later"
                 " (squeue --me), the next submit or cancel of this run ends it."
             )
         time.sleep(_LOOK_AGAIN_SECONDS)

@@ -39,11 +39,15 @@ def decide(config: Config, layout: RunLayout, *, gpus: bool, idle: bool = False)
     began = _begun_with(layout)
     none = "the trainer can't use the job's GPUs (torch for CPUs, or CUDA_VISIBLE_DEVICES)" if idle else ""
     why = (
-        "the run began so" if began else "the trainer has GPUs" if gpus else none or "the trainer has no GPU"
+        "the run began this way"
+        if began
+        else "the trainer has GPUs"
+        if gpus
+        else none or "the trainer has no GPU"
     )
     taken = {name: bool(began.get(name)) if began else gpus for name in open_names}
     options = [f"--{'' if on else 'no-'}{name.replace('_', '-')}" for name, on in taken.items()]
-    return config.replace(**taken), f"chosen, as {why}: {' '.join(options)}"
+    return config.replace(**taken), f"chosen because {why}: {' '.join(options)}"
 
 
 def _begun_with(layout: RunLayout) -> dict[str, object]:

@@ -141,7 +141,7 @@ def _run_in_slurm(
     job = plan_job(options, flags, check, after_any, facts)
     print(job.split.explain(), file=sys.stderr, flush=True)
     absent = [
-        f"the job's machines need what is not here: {line}" for line in inputs.absent_imports(job.config)
+        f"the job's machines need what is missing here: {line}" for line in inputs.absent_imports(job.config)
     ]
     for line in [*arguments.remarks(job.config), *filter(None, [job.chosen]), *absent]:
         print(line, file=sys.stderr, flush=True)
@@ -178,7 +178,8 @@ def follow_job(layout: RunLayout, job_id: str, num_rollout: int) -> int | None:
     name = f"{layout.name} --runs-dir {shlex.quote(str(layout.root.parent))}"
     if status is None:
         print(
-            f"\njob {job_id} goes on. Look again: python -m hpc.logs -f {name}; end it: python -m hpc.cancel {name}"
+            f"\njob {job_id} keeps running. Look again: python -m hpc.logs -f {name}; end it: python -m hpc.cancel"
+            f" {name}"
         )
         return None
     finished = is_finished(layout, num_rollout)
@@ -225,7 +226,7 @@ def _run_here(options: SubmitOptions, rollout: Rollout, plan: JobPlan) -> int:
         saved = result.report is not None and result.report["saved"]
         goes_on = "resumes from here" if saved else "resumes from its last checkpoint"
         if not saved and not resuming.has_checkpoint(layout):
-            goes_on = "begins anew, as it has no checkpoint yet"
+            goes_on = "begins anew, because it has no checkpoint yet"
         print(f"{layout.name} was stopped; it {goes_on}.")
     print_summary(layout, rollout.num_rollout, time.monotonic() - begun)
     return _exit_code(result)

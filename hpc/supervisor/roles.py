@@ -64,7 +64,7 @@ def unproven_end(trainers: list[RunningRole]) -> JobFailedError:
     """The error for trainers that ended as if they were done, without having written that the run is finished."""
     first = min(trainers, key=lambda role: role.handle.poll() is not None)  # one that has not even ended
     reason = next((end.reason for role in trainers if (end := role.handle.end()).reason), "")
-    text = f"{first.failed} {describe_exit(first.handle.poll())} before it had said that all steps are done"
+    text = f"{first.failed} {describe_exit(first.handle.poll())} before it reported that all steps are done"
     text += f" ({reason})" if reason else ""
     log = first.handle.failed_log()
     return JobFailedError(f"{text}. Its log, {log}, ends:\n{_tail(log)}", cause=Cause.UNKNOWN)

@@ -138,7 +138,8 @@ class SlurmSupervisor(Supervisor):
         if ending.state != "finished":
             _note(layout, "not_requeued", decision.reason)
             print(
-                f"not requeued: {decision.reason}. To go on: python -m hpc.resubmit {layout.root}", flush=True
+                f"not requeued: {decision.reason}. To continue: python -m hpc.resubmit {layout.root}",
+                flush=True,
             )
 
     def _requeue(self, job: CurrentJob, layout: RunLayout, reason: str) -> None:
@@ -297,7 +298,7 @@ def _end_attempt(layout: RunLayout, number: int, state: str, reason: str, begun:
         append_event(layout.events, attempt, "attempt_finished", fields)
         StatusFile(layout.status, attempt).update({**said, "phase": state})
     except OSError as error:
-        print(f"the end of the attempt can't be written down: {error}", flush=True)
+        print(f"the end of the attempt can't be recorded: {error}", flush=True)
 
 
 def _failed_ending(layout: RunLayout, error: JobFailedError) -> Ending:
@@ -345,7 +346,7 @@ def _ask_until_answered(ask: Callable[[], Answer]) -> Answer:
         except SlurmUnavailableError as error:
             if time.monotonic() > deadline:
                 raise
-            print(f"{error} It is asked again.", flush=True)
+            print(f"{error} Asking again.", flush=True)
             time.sleep(_ASK_AGAIN_SECONDS)
 
 

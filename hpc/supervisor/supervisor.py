@@ -201,7 +201,7 @@ def _finish(
         try:
             write()
         except OSError as error:  # the reason of the end must not be lost over this one
-            print(f"the end of the attempt could not be written down: {error}", file=sys.stderr, flush=True)
+            print(f"the end of the attempt could not be recorded: {error}", file=sys.stderr, flush=True)
 
 
 def _inherited_env() -> dict[str, str]:

@@ -141,5 +141,5 @@ def files_of(sample: Sample) -> dict[str, str]:
         raise ValueError("metadata files is not a dict of texts by path")
     for path in files:
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-            raise ValueError(f"metadata files: {path} leads out of the agent's home")
+            raise ValueError(f"metadata files: {path} is outside the agent's home")
     return files

@@ -84,7 +84,7 @@ async def _rollout(config: Config, sample: Sample, params: SamplingParams, act: 
                 return await _graded(config, session, sample, outcome)
             fault = session.fault or fault
     raise GenerationError(
-        f"no agent could be run in {agents.agent_retries + 1} tries, the last one with: {fault}"
+        f"no agent could be run in {agents.agent_retries + 1} tries; the last error: {fault}"
     )
 
 

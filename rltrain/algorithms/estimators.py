@@ -84,7 +84,7 @@ def generalized_advantages(
     """
     lengths = [len(each) for each in rewards]
     if lengths != [len(each) for each in values]:
-        raise ValueError("one value a token is needed, as many as rewards")
+        raise ValueError("one value per token is needed, as many as rewards")
     longest = max(lengths, default=0)
     padded_rewards, padded_values = (_align_ends(each, longest) for each in (rewards, values))
     advantages = np.zeros((len(lengths), longest))

@@ -77,7 +77,7 @@ def _per_group(
 ) -> list[float]:
     of: Sequence[Hashable] = range(len(rewards)) if rollout_ids is None else rollout_ids
     if any(each is not None and len(each) != len(rewards) for each in (group_indices, mask, of)):
-        raise ValueError("rewards, group_indices, mask and rollout_ids must have one entry a sample")
+        raise ValueError("rewards, group_indices, mask and rollout_ids must have one entry per sample")
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for i, group in enumerate(group_indices):
         if mask is None or mask[i]:

@@ -119,7 +119,7 @@ def add_passthrough_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "engine and router",
         "--sglang-FLAG hands --FLAG to every SGLang server, --router-FLAG to its router:"
-        " every flag of sglang.launch_server and sglang_router.launch_router is known.",
+        " every flag of sglang.launch_server and sglang_router.launch_router is accepted.",
     )
     for prefix, flags in engine_flags().items():
         for flag, kind in flags.items():

@@ -86,7 +86,7 @@ def configuration(argv: Sequence[str], not_ours: Collection[str] = ()) -> Config
 
 def to_toml(found: Configuration) -> str:
     """One value per line, with its source as a comment. Values that are not set are left out."""
-    lines = [f"# Megatron's flags are those of {flags_used()}"]
+    lines = [f"# Megatron's flags come from {flags_used()}"]
     lines += [f"# {remark}" for remark in found.remarks]
     for each in found.values:
         if each.value is not None and each.value != []:

@@ -104,15 +104,15 @@ def check_external(engines: Engines, weights: Weights) -> None:
         )
     if engines.sglang_config and (engines.are_external or engines.sglang_router_ip):
         raise UserError(
-            "--sglang-config describes engines and routers that the job starts itself: it goes together neither with"
-            " --rollout-external-engine-addrs (or -engines-file) nor with --sglang-router-ip."
+            "--sglang-config describes engines and routers that the job starts itself: it can't be combined with"
+            " --rollout-external-engine-addrs (or -engines-file) or --sglang-router-ip."
         )
     if engines.are_external and weights.update_weight_transport != "disk":
         raise UserError(
-            "external engines take their weights from the shared filesystem: --update-weight-transport disk is needed"
-            f" and not {weights.update_weight_transport}."
+            "external engines take their weights from the shared filesystem: --update-weight-transport disk is"
+            f" needed, not {weights.update_weight_transport}."
         )
     if engines.are_external and weights.update_weight_mode == "delta":
         raise UserError(
-            "external engines lack our loader, so they can't take changes only: leave out --update-weight-mode delta."
+            "external engines lack our loader, so they can't load changes only: leave out --update-weight-mode delta."
         )

@@ -91,7 +91,7 @@ def check_hf_config(config: dict[str, Any], parallel: Parallel, hf_checkpoint: s
         if count % size:
             raise UserError(
                 f"--tensor-model-parallel-size {size} does not divide {what} {count} of {hf_checkpoint}:"
-                " each tensor parallel rank takes an equal share of them. Use a size that divides all of"
+                " each tensor parallel rank takes an equal share. Use a size that divides all of"
                 f" {shape.num_heads} heads, {shape.num_kv_heads} key-value heads and {shape.ffn_hidden_size}."
             )
     if shape.experts and shape.experts.shared_size % size:
@@ -115,7 +115,7 @@ def _check_linear(linear: LinearAttention, parallel: Parallel, hf_checkpoint: st
     if parallel.context_parallel_size > 1:
         raise UserError(
             f"--context-parallel-size {parallel.context_parallel_size}: {hf_checkpoint} has layers with linear"
-            " attention, which read a sequence from its beginning, so that ranks can't share one. Use"
+            " attention, which read a sequence from its beginning, so ranks can't share one. Use"
             " --context-parallel-size 1, with more --tensor-model-parallel-size, or --recompute-granularity full."
         )
 
@@ -244,7 +244,7 @@ def _unrotated(config: Mapping[str, Any]) -> tuple[int, ...]:
     layers, rotated = config["num_hidden_layers"], config["no_rope_layers"]
     if read_rope(config, partial=False).kind == "yarn":
         raise UserError(
-            "the model's config.json has YaRN and layers without rotary embedding: not both are supported."
+            "the model's config.json has YaRN and layers without rotary embedding: only one of the two is supported."
         )
     if rotated is None:
         interval = whole_number(config, "no_rope_layer_interval")
@@ -273,7 +273,7 @@ def check_same_shape(config: Mapping[str, Any], standard: Mapping[str, Any], hf_
         shown = "; ".join(f"{name} {getattr(ours, name)} and {getattr(theirs, name)}" for name in different)
         raise UserError(
             f"{hf_checkpoint}/config.json means different models to the trainer and to transformers: {shown}. Let"
-            " transformers write it anew (`AutoConfig.from_pretrained(…).save_pretrained(…)`), and look at these."
+            " transformers write it again (`AutoConfig.from_pretrained(…).save_pretrained(…)`), and check these values."
         )
 
 
@@ -296,7 +296,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
     if config.get("model_type") != expected:
         raise UserError(
             f"the model's config.json has model_type {config.get('model_type')!r} with the architecture {names[0]},"
-            f" whose model_type is {expected!r}: transformers and SGLang would take one of them each."
+            f" whose model_type is {expected!r}: transformers would follow one of them and SGLang the other."
         )
     return names[0]
 
@@ -308,9 +308,9 @@ def _refuse_wrapper(config: Mapping[str, Any], names: list[str]) -> None:
     for name, family in FAMILIES.items():
         if family.model_type == kind:
             raise UserError(
-                f"the model's config.json is that of {', '.join(names) or 'a wrapper'}, a model of text and images. The"
-                f" trainer supports its text part, a {name}: give a directory with that alone. docs/adding_a_model.md"
-                " shows how to write the one of Qwen3.5."
+                f"the model's config.json belongs to {', '.join(names) or 'a wrapper'}, a model of text and images."
+                f" The trainer supports its text part, a {name}: give a directory with that part alone."
+                " docs/adding_a_model.md shows how to write Qwen3.5's."
             )
 
 

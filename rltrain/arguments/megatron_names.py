@@ -151,7 +151,7 @@ def refusal(name: str) -> str | None:
     else:
         return None
     if name == "fp16":
-        return "--fp16 is not supported: its gradients need a scale that this trainer does not keep. Train in --bf16."
+        return "--fp16 is not supported: its gradients need a scale, which this trainer does not keep. Train in --bf16."
     return f"--{name} is a flag of {owner} that this trainer does not support; remove it."
 
 
@@ -176,7 +176,7 @@ def add_config_flags(parser: argparse.ArgumentParser, more: Iterable[MegatronFla
     group = parser.add_argument_group(
         "megatron: configuration",
         "Further flags of Megatron that megatron-core's TransformerConfig, OptimizerConfig and"
-        " DistributedDataParallelConfig take as they are: docs/arguments.md.",
+        " DistributedDataParallelConfig take unchanged: docs/arguments.md.",
     )
     taken = parser._option_string_actions  # grows with every flag that is added
     for flag in (*_own_flags(), *snapshot(), *more):

@@ -195,8 +195,8 @@ def _contradiction(flag: str, shown: str, expected: Any, key: str, hf_checkpoint
         return f"{shown}: {key}, so the trainer's must be 0 too."
     return (
         f"{shown} contradicts {hf_checkpoint}/config.json, whose {key} makes it {expected}:"
-        " the weights would not fit. Leave the flag out and the shape comes from config.json, or give the"
-        " model that it is meant for."
+        " the weights would not fit. Leave the flag out to take the shape from config.json, or give the model that the"
+        " flag is meant for."
     )
 
 
@@ -215,8 +215,8 @@ def check_quantised(hf_config: Mapping[str, Any], config: Config) -> None:
     block = fp8_block(hf_config)
     if block is not None and not (config.checkpoint.load or config.checkpoint.ref_load):
         raise UserError(
-            f"--hf-checkpoint {config.model.hf_checkpoint}: config.json sets quantization_config, and quantised weights"
-            " can't be trained. Engines can have them: give the model's bf16 weights with --ref-load."
+            f"--hf-checkpoint {config.model.hf_checkpoint}: config.json sets quantization_config, and quantised"
+            " weights can't be trained. Only engines can use them: give the model's bf16 weights with --ref-load."
         )
     _check_quantising_engines(hf_config, config, is_quantised=block is not None)
 
@@ -255,9 +255,11 @@ def check_mtp(hf_config: Mapping[str, Any], mtp: Mtp, hf_checkpoint: str) -> Non
     shape = read_model_shape(hf_config)
     if shape.family.head is None:
         known = ", ".join(name for name, family in FAMILIES.items() if family.head is not None)
-        kept = " That of this model stays as it is in --hf-checkpoint." if shape.family.extra_heads else ""
+        kept = (
+            " This model's MTP layer stays as it is in --hf-checkpoint." if shape.family.extra_heads else ""
+        )
         raise UserError(
-            f"--enable-mtp-training: it is not there for {shape.architecture}, but for {known}.{kept} Leave the flag"
+            f"--enable-mtp-training: {shape.architecture} does not support it. Supported: {known}.{kept} Leave the flag"
             " out."
         )
     if (count := hf_config.get("num_nextn_predict_layers", 1)) != 1:
@@ -267,8 +269,8 @@ def check_mtp(hf_config: Mapping[str, Any], mtp: Mtp, hf_checkpoint: str) -> Non
         )
     if shape.window is not None:
         raise UserError(
-            "--enable-mtp-training: the model has layers with a sliding window, and which its layer for one token more"
-            " is, config.json does not say. Leave the flag out."
+            "--enable-mtp-training: the model has layers with a sliding window, and config.json does not say which"
+            " kind its MTP layer is. Leave the flag out."
         )
 
 
@@ -301,8 +303,9 @@ def _check_quantising_engines(hf_config: Mapping[str, Any], config: Config, *, i
     if method == "fp8" and can_reload and architecture in _FLASH_RL:
         return
     raise UserError(
-        f"--sglang-quantization {method}: SGLang repacks weights that it has quantised by itself, and can't load the"
-        " trainer's into them afterwards. It can with --sglang-quantization fp8 --sglang-load-format flash_rl, for"
+        f"--sglang-quantization {method}: SGLang repacks weights that it has quantised itself, and can't load the"
+        " trainer's weights into them afterwards. It can with --sglang-quantization fp8 --sglang-load-format flash_rl,"
+        " for"
         f" {' and '.join(_FLASH_RL)} and weights from a directory (this is {architecture}); or give --hf-checkpoint a"
         " directory in block FP8, and --ref-load the bf16 weights: docs/gpu.md."
     )

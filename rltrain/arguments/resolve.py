@@ -167,7 +167,7 @@ def _check_without_prompts(config: Config) -> None:
             " --rollout-function-path."
         )
     if config.rollout.num_rollout is None:
-        raise UserError(f"{flag}: without prompts there are no epochs. Give --num-rollout, not --num-epoch.")
+        raise UserError(f"{flag}: a run without prompts has no epochs. Give --num-rollout, not --num-epoch.")
 
 
 def _resolve_parallel(config: Config) -> Config:
@@ -188,13 +188,13 @@ def _resolve_engines(config: Config) -> Config:
         weights = replace(weights, update_weight_transport="disk")
     if weights.update_weight_mode == "delta" and weights.update_weight_transport == "tensor":
         raise UserError(
-            "--update-weight-mode delta saves nothing with --update-weight-transport tensor, which is for one machine:"
-            " leave one of them out."
+            "--update-weight-mode delta saves nothing with --update-weight-transport tensor, which works on one"
+            " machine only: leave one of them out."
         )
     if weights.update_weight_transport == "tensor" and config.parallel.actor_num_nodes > 1:
         raise UserError(
-            "--update-weight-transport tensor is for one machine, and --actor-num-nodes is"
-            f" {config.parallel.actor_num_nodes}: take distributed, or disk with --colocate."
+            "--update-weight-transport tensor works on one machine only, and --actor-num-nodes is"
+            f" {config.parallel.actor_num_nodes}: use distributed, or disk with --colocate."
         )
     check_external(engines, weights)
     if engines.sglang_config:
@@ -211,7 +211,7 @@ def _check_one_server(engines: Engines) -> None:
         if settings.get("tokenizer_worker_num", 1) > 1:
             raise UserError(
                 f"--sglang-tokenizer-worker-num {settings['tokenizer_worker_num']}: SGLang serves from several"
-                " processes only without an API key, which engines of a job have. Leave it out, or have more engines."
+                " processes only without an API key, and a job's engines have one. Leave it out, or have more engines."
             )
 
 
@@ -241,7 +241,7 @@ def _resolve_evaluation(config: Config) -> Config:
     ):
         raise UserError(
             "--eval-prompt-data needs engines, and --debug-train-only starts none. Only --loss-type sft_loss is"
-            " evaluated without: by its loss."
+            " evaluated without engines: by its loss."
         )
     return replace(config, evaluation=evaluation)
 
@@ -283,12 +283,10 @@ def _resolve_routing(config: Config) -> Config:
     ):
         if given and config.model.megatron.get("transformer", {}).get("moe_router_fusion"):
             raise UserError(
-                f"{flag}: the fused router of --moe-router-fusion takes no routes. Leave one out."
+                f"{flag}: the fused router of --moe-router-fusion can't replay routes. Leave one out."
             )
         if given and algorithm.loss_type == "sft_loss":
-            raise UserError(
-                f"{flag}: with --loss-type sft_loss nothing has been routed before. Leave it out."
-            )
+            raise UserError(f"{flag}: with --loss-type sft_loss no routes exist to replay. Leave it out.")
     if not algorithm.use_rollout_routing_replay:
         return config
     # What the engine did is replayed in all passes of the trainer: there is nothing left to record.
@@ -301,8 +299,8 @@ def _resolve_lora(config: Config) -> Config:
         return config
     refused = {
         "--advantage-estimator ppo: a critic is trained whole": use_critic(config.algorithm),
-        "--only-train-params-name-list: nothing but adapters is trained": config.training.only_train_params_name_list,
-        "--freeze-params-name-list: nothing but adapters is trained": config.training.freeze_params_name_list,
+        "--only-train-params-name-list: only adapters are trained": config.training.only_train_params_name_list,
+        "--freeze-params-name-list: only adapters are trained": config.training.freeze_params_name_list,
         "--custom-model-provider-path: adapters are for our own layers": config.functions.custom_model_provider_path,
         "--ckpt-format torch: adapters are saved as torch_dist": config.checkpoint.ckpt_format == "torch",
     }
@@ -317,11 +315,11 @@ def _check_mtp(config: Config) -> None:
         return
     parallel = config.parallel
     refused = {
-        f"--context-parallel-size {parallel.context_parallel_size}: its ranks share sequences out,"
-        " and the layer needs whole ones": parallel.context_parallel_size > 1,
-        "virtual pipeline stages: nobody has tried it": parallel.num_layers_per_virtual_pipeline_stage
+        f"--context-parallel-size {parallel.context_parallel_size}: its ranks split sequences, and the layer needs"
+        " whole ones": parallel.context_parallel_size > 1,
+        "virtual pipeline stages: the combination is untested": parallel.num_layers_per_virtual_pipeline_stage
         or parallel.num_virtual_stages_per_pipeline_rank,
-        f"--lora-rank {config.lora.lora_rank}: nothing but adapters is trained": config.lora.lora_rank,
+        f"--lora-rank {config.lora.lora_rank}: only adapters are trained": config.lora.lora_rank,
         "--custom-model-provider-path: the layer belongs to our own model": config.functions.custom_model_provider_path,
         "--ckpt-format torch: it is saved as torch_dist": config.checkpoint.ckpt_format == "torch",
         "--moe-token-dispatcher-type allgather: ranks have different numbers of tokens in the"
@@ -342,15 +340,15 @@ def why_separate(config: Config) -> str | None:
     if config.training.share_prompts is False:
         return "--no-share-prompts"
     if config.parallel.context_parallel_size > 1:
-        return "with --context-parallel-size every sequence is cut by itself"
+        return "--context-parallel-size splits every sequence separately"
     if not config.training.use_dynamic_batch_size and config.training.micro_batch_size == 1:
         return "a micro-batch is one sample, without --use-dynamic-batch-size"
     if config.functions.custom_model_provider_path:
-        return "a model of --custom-model-provider-path may not know of it"
+        return "a model of --custom-model-provider-path may not support it"
     if config.algorithm.use_routing_replay or config.algorithm.use_rollout_routing_replay:
-        return "with routing replay the same token has other experts in other samples"
+        return "with routing replay the same token has different experts in different samples"
     if flags := _counting(config.model):
-        return f"{flags[0]} counts tokens, and would count shared ones once"
+        return f"{flags[0]} counts tokens, and would count shared tokens once"
     return None
 
 

@@ -15,7 +15,7 @@ _OF_SLIMES_CI = (
     " norm of every gradient is in metrics.jsonl; leave it out"
 )
 _OF_SLIMES_BUFFER = (
-    "it is of slime's rollout buffer server. Programs that make rollouts are --agent-command or"
+    "it belongs to slime's rollout buffer server. Programs that make rollouts are --agent-command or"
     " --agent-function-path here, and a rollout function of your own may ask any server"
 )
 _OF_DISK_UPDATES = (
@@ -26,16 +26,16 @@ _OF_DISK_UPDATES = (
 REFUSED = {
     "use-stateless-adam": "megatron-core has no Adam without averages. --optimizer sgd keeps none, and"
     " --optimizer-cpu-offload keeps Adam's in host memory",
-    "use-checkpoint-opt-param-scheduler": "a resumed run keeps its own flags, schedule included, and a flag that is"
-    " given anew counts; leave it out",
-    "allgather-cp": "context parallelism exchanges what --cp-comm-type says",
+    "use-checkpoint-opt-param-scheduler": "a resumed run keeps its own flags, schedule included, and a flag"
+    " that is given again takes effect; leave it out",
+    "allgather-cp": "--cp-comm-type sets what context parallelism exchanges",
     "http-proxy": "requests to router and engines never go through a proxy. For those that your own functions"
     " send, export https_proxy before hpc.submit",
-    "multimodal-keys": "no model here takes images or sound",
-    "release-train": "trainer ranks stay from the first step to the last. --offload-train gives the engines"
+    "multimodal-keys": "models here take neither images nor sound",
+    "release-train": "trainer ranks run from the first step to the last. --offload-train gives the engines"
     " their GPU memory while they generate",
     "train-env-vars": "all processes of the job inherit the environment of hpc.submit: export the variables before it",
-    "custom-update-weight-post-write-path": "files of weights are only read by nodes that see the run directory."
+    "custom-update-weight-post-write-path": "only nodes that see the run directory read files of weights."
     " --update-weight-transport distributed needs no files",
     "update-weight-disk-dir": _OF_DISK_UPDATES,
     "update-weight-disk-keep-files": _OF_DISK_UPDATES,
@@ -102,20 +102,20 @@ _ALWAYS_ON = "it is always on"
 # Flag → why; a name that begins with `=` takes no value.
 _WHY = {
     "seq-length": "sequences are packed at their own lengths",
-    "max-position-embeddings": "rotary embeddings have no table; the limit is config.json's",
+    "max-position-embeddings": "rotary embeddings have no table; config.json sets the limit",
     "tokenizer-type": "the tokenizer is that of --hf-checkpoint",
     "tokenizer-model": "the tokenizer is that of --hf-checkpoint",
-    "train-iters": "the length of a run is --num-rollout or --num-epoch",
+    "train-iters": "--num-rollout or --num-epoch sets the length of a run",
     "eval-iters": "evaluation sets are evaluated whole",
     "log-interval": "every step is logged",
     "num-workers": "prompts are read by the rollout process",
-    "loss-mask-type": "the tokenizer's own chat template tells which turns are trained on",
+    "loss-mask-type": "the tokenizer's own chat template determines which turns are trained on",
     "train-backend": "there is one backend, Megatron",
-    "rotary-scaling-factor": "only multi-latent attention has it; Llama 3's factor is config.json's",
-    "spec": "layers are those of config.json's architecture; --custom-model-provider-path builds others",
+    "rotary-scaling-factor": "only multi-latent attention has it; Llama 3's factor comes from config.json",
+    "spec": "config.json's architecture sets the layers; --custom-model-provider-path builds others",
     "transformer-impl": "TransformerEngine is used if it and a GPU are present",
-    "data-pad-size-multiplier": "packed sequences are only padded as far as parallelism needs it",
-    "update-weight-delta-encoding": "changes replace what was there, element by element",
+    "data-pad-size-multiplier": "packed sequences are padded only as far as parallelism needs",
+    "update-weight-delta-encoding": "changes replace the old values, element by element",
     "update-weight-delta-checksum": "a sample of every tensor is always checked",
     "update-weight-local-checkpoint-dir": "engines keep the weights that a delta applies to in their TMPDIR",
     "=use-fault-tolerance": _ALWAYS_ON,
@@ -123,18 +123,18 @@ _WHY = {
     "=use-distributed-post": "one process sends all requests; perf/loop_lag_p99 shows whether it keeps up",
     "=disable-wandb-random-suffix": "a run has its own name in W&B, without a suffix",
     "=wandb-always-use-train-step": "all metrics have one axis in W&B: step, the number of the rollout",
-    "=use-mcore-models": "the models of megatron-core are the only ones here",
+    "=use-mcore-models": "only megatron-core's models exist here",
     "=use-flash-attn": "--attention-backend chooses",
-    "=no-create-attention-mask-in-dataloader": "no attention mask is ever made",
+    "=no-create-attention-mask-in-dataloader": "attention masks are never made",
     "=log-throughput": "throughput is always logged",
     "=auto-detect-ckpt-format": "the format of a checkpoint is always detected",
-    "=use-persistent-ckpt-worker": "--async-save uses one process a checkpoint",
-    "=override-opt-param-scheduler": "the flags of the present start always count",
+    "=use-persistent-ckpt-worker": "--async-save uses one process per checkpoint",
+    "=override-opt-param-scheduler": "the flags of the current start always apply",
     "=use-dist-ckpt": "--ckpt-format chooses",
     "=enable-experimental": "megatron-core asks for it itself",
     "=log-multi-turn": "every message and turn is in the rollout files",
     "=log-passrate": "pass rates are always logged",
-    "=recompute-loss-function": "the loss keeps nothing of the logits' size, and computes that again when it is needed",
+    "=recompute-loss-function": "the loss stores no tensor as large as the logits, and recomputes them when needed",
 }
 IGNORED = {name.removeprefix("="): why for name, why in _WHY.items()}
 _SWITCHES = {name[1:] for name in _WHY if name.startswith("=")}
@@ -169,11 +169,11 @@ def add_ignored_flags(parser: argparse.ArgumentParser) -> None:
 def _renamed(name: str) -> str:
     now = RENAMED[name.removeprefix("sglang-")]
     value = f" {now.value}" if now.value else ""
-    return f"--{name} is taken as --sglang-{now.name}{value}, which SGLang calls it since {now.since}"
+    return f"--{name} is taken as --sglang-{now.name}{value}, its name in SGLang since {now.since}"
 
 
 def _ignored(name: str) -> str:
-    verb = "changes nothing" if IGNORED[name] == _ALWAYS_ON else "is ignored"
+    verb = "has no effect" if IGNORED[name] == _ALWAYS_ON else "is ignored"
     return f"--{name} {verb}: {IGNORED[name]}"
 
 
@@ -184,11 +184,11 @@ def remarks(config: Config) -> list[str]:
     ]
     if saved := config.debug.save_debug_rollout_data:
         ignored.append(
-            f"--save-debug-rollout-data writes Parquet, with one row a sample, and not torch's format: {saved}"
+            f"--save-debug-rollout-data writes Parquet, one row per sample, not torch's format: {saved}"
         )
     ignored += idle_profiling(config.profiling)
     if config.rollout.num_epoch is not None and config.rollout.num_rollout is not None:
-        ignored.append("--num-epoch changes nothing: --num-rollout says how long the run is")
+        ignored.append("--num-epoch has no effect: --num-rollout sets the run's length")
     if (
         config.mtp.enable_mtp_training
         and config.engines.sglang.get("speculative_algorithm", "NGRAM") != "NGRAM"

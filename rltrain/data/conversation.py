@@ -99,8 +99,8 @@ def _start(text: str, messages: list[Message], turn: int, render: Render) -> int
     prompt = render(messages[:turn], True)
     if not text.startswith(prompt):
         raise UserError(
-            f"message {turn} of a conversation: the chat template shows what comes before it otherwise in the whole"
-            f" conversation ({text[:80]!r}…) than as its prompt ({prompt[:80]!r}…). Train on single turns instead:"
+            f"message {turn} of a conversation: the chat template renders the text before it differently in the whole"
+            f" conversation ({text[:80]!r}…) and as its prompt ({prompt[:80]!r}…). Train on single turns instead:"
             " a prompt with --label-key."
         )
     return len(prompt)
@@ -115,7 +115,8 @@ def _end(text: str, messages: list[Message], turn: int, render: Render) -> int:
     following = _common_prefix(*(render(_with_content(messages, turn + 1, each), False) for each in (_A, _B)))
     if not text[:following].endswith(between):
         raise UserError(
-            f"message {turn + 1} of a conversation: the chat template shows no end of the turn before it. Train on"
+            f"message {turn + 1} of a conversation: the chat template does not mark the end of the turn before it."
+            " Train on"
             " single turns instead: a prompt with --label-key."
         )
     return following - len(between) + len(mark)

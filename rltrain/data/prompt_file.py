@@ -67,7 +67,7 @@ def parse_line(line: str, where: str, keys: Keys) -> Prompt:
         row = json.loads(line)
     except ValueError as error:
         raise UserError(
-            f"{where}: not valid JSON ({error}). A prompt file has one JSON object a line."
+            f"{where}: not valid JSON ({error}). A prompt file has one JSON object per line."
         ) from None
     if "\\u" in line:
         _check_characters(row, where)
@@ -112,7 +112,7 @@ def _require(row: dict[str, Any], key: str, flag: str, where: str) -> Any:
     if key not in row:
         keys = ", ".join(map(repr, row)) or "none at all"
         raise UserError(
-            f"{where}: no key {key!r}; the keys of this line are {keys}. {flag} says which to read."
+            f"{where}: no key {key!r}; the keys of this line are {keys}. {flag} names the one to read."
         )
     return row[key]
 
@@ -162,13 +162,13 @@ class PromptFile:
         file, window = split_slice(path)
         if not file.is_file():
             what = "it is a directory" if file.is_dir() else "there is no such file"
-            raise UserError(f"prompt file {file}: {what}. Give a JSONL file: one JSON object a line.")
+            raise UserError(f"prompt file {file}: {what}. Give a JSONL file: one JSON object per line.")
         kinds: dict[str, type[_ParquetRows | _CsvRows]] = {".parquet": _ParquetRows, ".csv": _CsvRows}
         self._rows: _JsonLines | _ParquetRows | _CsvRows
         self._rows = kinds.get(file.suffix.lower(), _JsonLines)(file, window, keys)
         if not len(self._rows):
             where = f"{path}: no prompts in that slice" if path != str(file) else f"{file}: no prompts in it"
-            raise UserError(f"prompt file {where}. Give a JSONL file with one JSON object a line.")
+            raise UserError(f"prompt file {where}. Give a JSONL file with one JSON object per line.")
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -290,8 +290,8 @@ class RolloutDataSource:
         state: dict[str, Any] = json.loads(file.read_text())
         if state["num_prompts"] != len(self):
             print(
-                f"warning: an epoch has {len(self)} prompts now and had"
-                f" {state['num_prompts']} before the restart: some may come twice in this epoch, or not at all"
+                f"warning: an epoch has {len(self)} prompts now and had {state['num_prompts']} before the restart:"
+                " some may occur twice in this epoch, or not at all"
             )
         self._epoch, self._position = state["epoch"], state["position"]
         self._group_index, self._sample_index = state["group_index"], state["sample_index"]

@@ -83,7 +83,7 @@ def render(prompt: Prompt, tokenizer: Any, *, chat_template: bool, kwargs: dict[
         )
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            "--apply-chat-template: the model's tokenizer has no chat template. Take a model that has one, or"
+            "--apply-chat-template: the model's tokenizer has no chat template. Use a model that has one, or"
             " write the prompts as plain text and leave the flag out."
         )
     messages = (

@@ -285,7 +285,7 @@ class MegatronTrainActor:
         else:
             source = initial_source(self.config.checkpoint, self.config.model)
         if dist.get_rank() == 0:
-            print(f"the policy's weights are those of {source}", flush=True)
+            print(f"the policy's weights come from {source}", flush=True)
         checkpoint = continued_checkpoint(self.config.checkpoint, source)
         return resume(
             self.config.checkpoint, self.policy.full_state(), checkpoint

@@ -74,8 +74,8 @@ def own_device(env: Mapping[str, str], visible: int) -> int:
     if visible == 1:
         return 0
     raise UserError(
-        f"{ranks} trainer ranks on this machine, but only {visible} GPUs to be seen"
-        f" (CUDA_VISIBLE_DEVICES={env.get('CUDA_VISIBLE_DEVICES', 'unset')}): one GPU for each rank is needed."
+        f"{ranks} trainer ranks on this machine, but only {visible} visible GPUs"
+        f" (CUDA_VISIBLE_DEVICES={env.get('CUDA_VISIBLE_DEVICES', 'unset')}): each rank needs one GPU."
     )
 
 

@@ -171,7 +171,7 @@ def _reaches(engine: MemoryEngine, ask: Callable[[], object]) -> bool:
     try:
         ask()
     except (OSError, HttpError, TimeoutError) as error:
-        print(f"warning: the engine {engine.url} is asked for its GPU memory in vain: {error}", flush=True)
+        print(f"warning: the engine {engine.url} did not free its GPU memory: {error}", flush=True)
         return False
     return True
 

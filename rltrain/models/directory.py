@@ -77,8 +77,8 @@ def tensor_files(directory: Path) -> dict[str, str]:
         )
     if one_file.exists() and set(files.values()) != {ONE_FILE}:
         raise UserError(
-            f"{directory} has both {ONE_FILE} and {INDEX}, which names other files: transformers would read the"
-            " one and SGLang the other. Remove the one that is out of date."
+            f"{directory} has both {ONE_FILE} and {INDEX}, which names other files: transformers would read one and"
+            " SGLang the other. Remove the one that is out of date."
         )
     missing = sorted(file for file in set(files.values()) if not (directory / file).is_file())
     if missing:
@@ -123,7 +123,7 @@ def _download(directory: Path) -> str:
     owner, model = directory.parts[-2:]
     return (
         f" If {owner}/{model} is a model of the Hugging Face Hub, download it first: `hf download {owner}/{model}`"
-        f" puts it into the local cache, where it is found by this name; or, with `--local-dir models/{model}`, give"
+        f" downloads it into the local cache, where this name finds it; or, with `--local-dir models/{model}`, give"
         f" --hf-checkpoint models/{model}."
     )
 

@@ -100,8 +100,8 @@ def listed_experts(config: Mapping[str, Any]) -> Experts:
     dense = config.get("first_k_dense_replace")
     if dense is not None and layers != tuple(range(dense, count)):
         raise UserError(
-            f"the model's config.json has first_k_dense_replace {dense}, but by mlp_layer_types the layers with"
-            f" experts are {list(layers)}."
+            f"the model's config.json has first_k_dense_replace {dense}, but mlp_layer_types gives experts to the"
+            f" layers {list(layers)}."
         )
     whole_number(config, "num_key_value_heads")  # null is an error to transformers here
     return _sigmoid_experts(config, layers)
@@ -174,7 +174,7 @@ def _with_groups(experts: Experts) -> Experts:
     if experts.top_k // taken != 2:
         raise UserError(
             f"{said}. transformers compares groups by their best two experts, Megatron-core by as many as a token gets"
-            " of each group, so that the trainer supports two of each group only."
+            " from each group, so the trainer supports only two per group."
         )
     return experts
 

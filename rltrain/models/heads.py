@@ -43,8 +43,8 @@ def check_weights(head: Head, num_layers: int, directory: Path) -> None:
     projection = head.projection.format(num_layers)
     if projection not in names:
         raise UserError(
-            f"--enable-mtp-training: {directory} has no tensor {projection}: its weights came without the layer for"
-            " further tokens. Give the released ones, or leave the flag out."
+            f"--enable-mtp-training: {directory} has no tensor {projection}: its weights lack the MTP layer. Give the"
+            " released ones, or leave the flag out."
         )
 
 

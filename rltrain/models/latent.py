@@ -41,7 +41,7 @@ class LatentAttention:
             return None
         return Limit(
             self.chosen,
-            f"in sequences of more than {self.chosen} tokens (index_topk) an indexer chooses what is seen",
+            f"in sequences of more than {self.chosen} tokens (index_topk) an indexer chooses the visible tokens",
         )
 
     def weights(self, hidden: int, heads: int) -> tuple[int, int]:
@@ -68,13 +68,13 @@ def read_latent(config: Mapping[str, Any]) -> LatentAttention:
     if kv_heads not in (None, heads) or rotated % 2:
         raise UserError(
             f"the model's config.json has {heads} attention heads, num_key_value_heads {kv_heads} and qk_rope_head_dim"
-            f" {rotated}: latent attention has as many of both, and an even size."
+            f" {rotated}: latent attention needs equal numbers of heads, and an even size."
         )
     plain, value = whole_number(config, "qk_nope_head_dim"), whole_number(config, "v_head_dim")
     if value > plain + rotated:  # Megatron-core 0.19 pads values to the size of queries, or cuts them
         raise UserError(
             f"the model's config.json has v_head_dim {value}, more than qk_nope_head_dim {plain} and qk_rope_head_dim"
-            f" {rotated} together: Megatron-core has no attention for that."
+            f" {rotated} together: Megatron-core has no attention for these sizes."
         )
     rank = config["q_lora_rank"]
     return LatentAttention(

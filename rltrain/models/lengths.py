@@ -32,7 +32,7 @@ def check_engines_limit(limit: Limit | None, longest: int | None, hf_checkpoint:
     """
     if limit is not None and (longest is None or longest > limit.tokens):
         raise UserError(
-            f"{hf_checkpoint}/config.json: {limit.what}. The trainer has only what comes before. Give"
+            f"{hf_checkpoint}/config.json: {limit.what}. The trainer supports shorter sequences only. Give"
             f" --rollout-max-context-len {limit.tokens} or less."
         )
 

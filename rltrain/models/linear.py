@@ -99,8 +99,8 @@ def _layers(config: Mapping[str, Any]) -> tuple[int, ...]:
     listed = tuple(i for i, kind in enumerate(kinds) if kind == "linear_attention")
     if by_interval is not None and by_interval != listed:  # transformers reads the one and SGLang the other
         raise UserError(
-            f"the model's config.json has full_attention_interval {config['full_attention_interval']}, but by"
-            f" layer_types the layers with linear attention are {list(listed)}. Remove one of the two."
+            f"the model's config.json has full_attention_interval {config['full_attention_interval']}, but layer_types"
+            f" gives linear attention to the layers {list(listed)}. Remove one of the two."
         )
     return listed
 

@@ -42,7 +42,7 @@ def fp8_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
         advice = _FROM_MXFP4 if method == "mxfp4" else "Give the model's bf16 weights."
         raise UserError(
             f"the model's config.json sets quantization_config ({method or form}): quantised weights can't be trained,"
-            " and of engines' forms only block FP8 can be written (fp8, e4m3, dynamic, with weight_block_size and"
+            " and for engines only block FP8 can be written (fp8, e4m3, dynamic, with weight_block_size and"
             f" without scale_fmt). {advice}"
         )
     return block[0], block[1]

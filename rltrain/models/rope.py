@@ -19,10 +19,10 @@ _NEEDED = {
     "yarn": ("factor",),
 }
 _WHY_NOT = {
-    "longrope": " Of other architectures than Phi-3's it is not known here.",
+    "longrope": " It is supported for Phi-3 only.",
     "su": ' Its name is "longrope" now: write that.',
-    "dynamic": " transformers scales long sequences only, each by its own length, and SGLang all by one factor: engines"
-    " and trainer would be different models.",
+    "dynamic": " transformers scales long sequences only, each by its own length, and SGLang scales all by one factor:"
+    " engines and trainer would be different models.",
 }
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -85,11 +85,13 @@ def read_rope(
     given = {style: config[style] for style in _STYLES if config.get(style)}
     for style, value in given.items():
         if not isinstance(value, dict) or any(isinstance(each, dict) for each in value.values()):
-            raise UserError(f"the model's config.json has {style} {value}: one for all layers is supported.")
+            raise UserError(
+                f"the model's config.json has {style} {value}: only one for all layers is supported."
+            )
     if len(given) == 2 and given[_STYLES[0]] != given[_STYLES[1]]:
         raise UserError(
             f"the model's config.json has both rope_scaling {given['rope_scaling']} and rope_parameters"
-            f" {given['rope_parameters']}; transformers takes the first alone, with its default rope_theta. Write one"
+            f" {given['rope_parameters']}; transformers uses only the first, with its default rope_theta. Write one"
             " rope_parameters with all entries."
         )
     entries: Mapping[str, Any] = next(iter(given.values()), {})
@@ -142,7 +144,7 @@ def read_ropes(config: Mapping[str, Any], local_base: str) -> tuple[Rope, Rope]:
     nested = config.get("rope_parameters") or {}
     if not isinstance(nested, dict) or nested.keys() - {"full_attention", "sliding_attention"}:
         raise UserError(
-            f"the model's config.json has rope_parameters {nested}: they must be those of full_attention and of"
+            f"the model's config.json has rope_parameters {nested}: they must be for full_attention and"
             " sliding_attention."
         )
     if config.get("rope_scaling") and nested:
@@ -163,8 +165,8 @@ def _original(config: Mapping[str, Any], entries: Mapping[str, Any]) -> int:
     beside = config.get(_ORIGINAL, own)
     if beside != own:
         raise UserError(
-            f"the model's config.json has {_ORIGINAL} {beside} beside its rotary embedding, for which it is {own}."
-            " Write it into rope_parameters (or rope_scaling) alone."
+            f"the model's config.json has {_ORIGINAL} {beside} beside its rotary embedding, where it is {own}. Write"
+            " it only into rope_parameters (or rope_scaling)."
         )
     return int(number(own, _ORIGINAL))
 

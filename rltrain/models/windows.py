@@ -122,7 +122,7 @@ def check_engines(
     if window is None or rule is None or rule.in_sglang or (longest is not None and longest <= window.size):
         return
     raise UserError(
-        f"{hf_checkpoint}/config.json has attention with a sliding window of {window.size} tokens. SGLang knows no"
-        f" window for this architecture, so that beyond it engines and trainer would be different models. Give"
+        f"{hf_checkpoint}/config.json has attention with a sliding window of {window.size} tokens. SGLang has no"
+        " window for this architecture, so beyond it engines and trainer would be different models. Give"
         f" --rollout-max-context-len {window.size} or less."
     )

@@ -37,7 +37,7 @@ async def reward_func(args: argparse.Namespace, sample: Sample, **kwargs: Any) -
     if [entry[1] for entry in entries] != sample.tokens:
         raise RuntimeError(
             f"{args.rm_url} answered with log-probs of {len(entries)} tokens, not of the {len(sample.tokens)} sent:"
-            " is it /generate of an SGLang server, and has the teacher the same tokenizer?"
+            " is it /generate of an SGLang server, and does the teacher have the same tokenizer?"
         )
     return {_KEY: [entry[0] for entry in entries[sample.prompt_length :]]}
 

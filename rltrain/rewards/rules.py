@@ -50,13 +50,13 @@ def reward_function_path(functions: Functions, rewards: Rewards, sample: Sample 
     if plain not in RULES:
         where = "--rm-type" if name == rewards.rm_type else "metadata rm_type"
         raise UserError(
-            f"{where} {name}: there is no such reward; there are {', '.join(sorted(RULES))}, and each with"
-            f" {_BOXED} before it."
+            f"{where} {name}: there is no such reward; there are {', '.join(sorted(RULES))}, each also with {_BOXED}"
+            " before it."
         )
     if plain == "remote_rm" and not rewards.rm_url:
         raise UserError("--rm-type remote_rm needs --rm-url.")
     if plain == "dapo" and not rewards.reward_key:
-        raise UserError("--rm-type dapo returns a dict: say --reward-key score (or acc).")
+        raise UserError("--rm-type dapo returns a dict: give --reward-key score (or acc).")
     return "rltrain.rewards.rules.boxed" if name != plain else RULES[plain]
 
 

@@ -63,7 +63,7 @@ class Grader:
         def check(rewards: Any) -> list[Any]:
             if not isinstance(rewards, list | tuple) or len(rewards) != len(samples):
                 raise ValueError(
-                    f"the reward is {rewards!r}; expected a list of {len(samples)}, one a sample"
+                    f"the reward is {rewards!r}; expected a list of {len(samples)}, one per sample"
                 )
             return [checked(reward, self.args.reward_key) for reward in rewards]
 
@@ -171,7 +171,7 @@ async def _answer(
         Exception
     ) as error:  # what a function returned, or left in the metadata, can't be sent to another process
         failure = (
-            f"what the reward function returned or put into the metadata can't be pickled: {explain(error)}"
+            f"the reward function's result or the metadata that it set can't be pickled: {explain(error)}"
         )
         write_message(writer, (number, [Grade(None, failure, grade.seconds) for grade in answer]))
 

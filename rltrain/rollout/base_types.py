@@ -67,7 +67,7 @@ def _siblings(each: Any, path: str) -> list[Sample]:
     ids = {sample.rollout_id for sample in samples}
     if isinstance(each, list) and (len(ids) != 1 or None in ids):
         raise UserError(
-            f"{path} returned a list of samples in place of one whose rollout_id are"
+            f"{path} returned, in place of one sample, a list whose rollout_id are"
             f" {', '.join(str(sample.rollout_id) for sample in samples)}: give all of them the same."
         )
     return samples

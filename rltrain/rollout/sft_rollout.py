@@ -61,8 +61,8 @@ def _add_turns(sample: Sample, data: Data, tokenizer: Any) -> None:
     tokens, mask = tokens_and_mask(sample.prompt, tokenizer, tools=tools, **kwargs)
     if 1 not in mask:
         raise UserError(
-            f"prompt {sample.group_index}: no message of the assistant in it that is trained on; the messages are"
-            f" of {', '.join(str(message['role']) for message in sample.prompt)}."
+            f"prompt {sample.group_index}: it has no assistant message to train on; the messages come from"
+            f" {', '.join(str(message['role']) for message in sample.prompt)}."
         )
     first = max(1, mask.index(1))
     sample.tokens, sample.loss_mask = tokens, mask[first:]

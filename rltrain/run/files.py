@@ -248,7 +248,7 @@ def others_may_write(path: Path) -> str | None:
     above = (place.stat() for place in path.parents)
     if any(place.st_uid in trusted and not place.st_mode & 0o011 for place in above):
         return None
-    return f"{path} may be written by {'everybody' if found.st_mode & 0o002 else 'its group'}"
+    return f"{path} is writable by {'everybody' if found.st_mode & 0o002 else 'its group'}"
 
 
 def _is_private(gid: int) -> bool:
@@ -267,7 +267,7 @@ def own_file(path: Path) -> Path:
         UserError: others may have written it.
     """
     if why := others_may_write(path):
-        raise UserError(f"{why}, and reading it runs code that is in it. If you trust it: chmod go-w {path}")
+        raise UserError(f"{why}, and reading it runs the code in it. If you trust it: chmod go-w {path}")
     return path
 
 

@@ -152,7 +152,7 @@ class Registry:
             if answer["value"] is not None:
                 return answer["value"]
             if time.monotonic() >= deadline:
-                raise TimeoutError(f"nobody offered {name} within {timeout:.0f} s")
+                raise TimeoutError(f"no role offered {name} within {timeout:.0f} s")
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append an event to the run's `events.jsonl`."""
@@ -183,6 +183,6 @@ class Registry:
             return http.call(method, context.registry_url + path, context.token, body, _ANSWER_SECONDS)
         except OSError as error:
             raise NoSupervisorError(
-                f"the supervisor at {context.registry_url} does not answer: {error}. It is gone, or waits for the disk"
-                " of the run."
+                f"the supervisor at {context.registry_url} does not answer: {error}. It has ended, or it is waiting"
+                " for the run's disk."
             ) from error

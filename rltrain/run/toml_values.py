@@ -98,7 +98,7 @@ def _encoded(value: Any) -> Any:
         return {_TAG: ["bytes", base64.b64encode(value).decode()]}
     if isinstance(value, set):
         return {_TAG: ["set", [_encoded(each) for each in value]]}
-    raise TypeError(f"{value!r:.100} is a {type(value).__name__}, which no file of settings can hold")
+    raise TypeError(f"{value!r:.100} is a {type(value).__name__}, which a TOML file can't hold")
 
 
 def _decoded(value: Any) -> Any:

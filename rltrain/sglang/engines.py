@@ -130,7 +130,7 @@ def check_engine(model: Model, engine: HttpServerEngineAdapter) -> list[str]:
     elif differences := shape_differences(read_model_shape(ours), read_model_shape(theirs)):
         raise UserError(
             f"the engine {engine.url} serves {path}, which differs from the trainer's {model.hf_checkpoint}:"
-            f" {'; '.join(differences)}. Weights of the one do not fit the other: start the engine with that model."
+            f" {'; '.join(differences)}. The weights of one do not fit the other: start the engine with that model."
         )
     return notes + dtype_notes(model, engine)
 

@@ -47,7 +47,7 @@ class ExternalFleet:
             self._say("", str(error))
             return
         for url in set(self._joined) - set(named):
-            self._leave(router, url, "it is not named any more")
+            self._leave(router, url, "it is no longer named")
         for url, engine in named.items():
             try:
                 self._bring_up_to_date(router, engine)
@@ -62,7 +62,7 @@ class ExternalFleet:
         if not engine.makes_progress(_PROBE_SECONDS):
             raise TimeoutError("it does not answer, or hangs")
         if engine.get_weight_version() != str(weight_version(newest)):
-            self._leave(router, engine.url, "it has other weights than the trainer sent")
+            self._leave(router, engine.url, "its weights differ from the trainer's")
             check_engine(self._model, engine)
             load_from_disk(engine, newest)
         if find_worker(router.url, router.token, engine.url) is None:
@@ -77,7 +77,7 @@ class ExternalFleet:
                 return
             remove_worker(router.url, router.token, url)
         except _TROUBLE as error:
-            self._say(url, f"external engine {url} can't be taken off the router: {error}")
+            self._say(url, f"external engine {url} can't be removed from the router: {error}")
             return
         self._joined.pop(url, None)
         self._events.event("external_engine_left", url=url, reason=why)

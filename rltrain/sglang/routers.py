@@ -129,7 +129,7 @@ def add_worker(router_url: str, token: str, worker: dict[str, Any], timeout: flo
         worker = find_worker(router_url, token, worker_url)
         return worker is not None and worker["is_healthy"]
 
-    _wait(in_use, timeout, f"the router {router_url} did not take {worker_url} into use")
+    _wait(in_use, timeout, f"the router {router_url} did not start using {worker_url}")
 
 
 def remove_worker(router_url: str, token: str, worker_url: str, timeout: float = 60.0) -> None:

@@ -26,7 +26,7 @@ def model_args(argv: list[str], directory: Path) -> Config:
     config = arguments.parse([*unused, *argv, f"--hf-checkpoint={directory}"])
     path = directory / "config.json"
     if not path.is_file():
-        raise UserError(f"{directory}: there is no config.json in it, so it is not a Hugging Face model.")
+        raise UserError(f"{directory}: it has no config.json, so it is not a Hugging Face model.")
     hf_config = read_object(path)
     bf16 = (hf_config.get("dtype") or hf_config.get("torch_dtype")) == "bfloat16"
     # Converting only copies: it needs host memory, which a large model fits into, and no GPU, which it may not fit on.

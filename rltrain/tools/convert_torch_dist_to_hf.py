@@ -44,7 +44,7 @@ def main(argv: list[str]) -> Path:
     check_directories([given.input_dir.absolute()], trust=given.trust_load)
     checkpoint = usable_checkpoint(given.input_dir.absolute())
     if checkpoint is None:
-        raise UserError(f"--input-dir {given.input_dir}: there is no complete checkpoint in it.")
+        raise UserError(f"--input-dir {given.input_dir}: it holds no complete checkpoint.")
     shape = read_shape(config)
     if given.vocab_size not in (None, shape.vocab_size):
         raise UserError(
@@ -75,23 +75,30 @@ def _parser() -> argparse.ArgumentParser:
         "--input-dir",
         type=Path,
         required=True,
-        help="checkpoint, or a directory of which the newest is taken",
+        help="a checkpoint, or a directory whose newest checkpoint is used",
     )
-    add("--output-dir", type=Path, required=True, help="appears when it is complete")
+    add("--output-dir", type=Path, required=True, help="output directory; it appears when it is complete")
     add(
         "--origin-hf-dir",
         type=Path,
         required=True,
-        help="model that config.json and tokenizer are taken from",
+        help="model whose config.json and tokenizer are copied",
     )
     add("-f", "--force", action="store_true", help="replace --output-dir")
-    add("--chunk-size", type=int, default=2 * 1024**3, metavar="BYTES", help="of a file (default: 2 GiB)")
+    add(
+        "--chunk-size", type=int, default=2 * 1024**3, metavar="BYTES", help="bytes per file (default: 2 GiB)"
+    )
     add(
         "--trust-load",
         action="store_true",
-        help="convert a checkpoint that other users may have written: that runs code which is in it",
+        help="convert a checkpoint that other users may have written: that runs the code in it",
     )
-    add("--vocab-size", type=int, metavar="N", help="must be the one in config.json, which is taken anyway")
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="must equal the one in config.json, which is used in any case",
+    )
     return parser
 
 

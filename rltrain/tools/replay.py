@@ -87,13 +87,13 @@ def replay(options: Options) -> int:
             )
         else:
             print("the recorded log-probs are at temperature"
-                  f" {params['temperature']:g}, and those of given tokens at 1: not compared")  # fmt: skip
+                  f" {params['temperature']:g}, and log-probs of given tokens at 1: not compared")  # fmt: skip
         recorded = first_turn(
             as_recorded(sample).tokens, sample.rollout_log_probs or [], sample.loss_mask or []
         )
         if "sampling_seed" not in params and params["temperature"]:
             print(
-                "the sampling had no seed (--sglang-enable-deterministic-inference), so other tokens are to be expected"
+                "the sampling had no seed (--sglang-enable-deterministic-inference), so expect other tokens"
             )
         again = generate(url, token, sample, params, len(recorded.tokens))
         parted |= report("sampled again", recorded, again, config.engines, config.model)
@@ -238,13 +238,13 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--engine", metavar="URL", help="a running engine, or a router")
     where.add_argument(
         "--frozen", type=Path, nargs="?", metavar="DIR",
-        help="weights of an engine of our own: a Hugging Face directory or a checkpoint (default: those that wrote"
-        " the sample, if they are still there)",
+        help="weights for an engine that this command starts: a Hugging Face directory or a checkpoint (default:"
+        " the weights that generated the sample, if they still exist)",
     )  # fmt: skip
     parser.add_argument(
         "--trust-load",
         action="store_true",
-        help="take a checkpoint that other users may have written: that runs code which is in it",
+        help="accept a checkpoint that other users may have written: that runs the code in it",
     )
     return parser
 

@@ -78,7 +78,7 @@ def _convert(checkpoint: Path, origin: Path, output: Path, trust: bool) -> None:
         check=False,
     )
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        lines = done.stderr.strip().splitlines() or ["it printed nothing"]
         raise UserError(
             f"{checkpoint} is not a model, and its conversion failed: {lines[-1].removeprefix('error: ')}"
         )

@@ -128,7 +128,7 @@ class Channel:
                     if self._request.done():
                         self._request.result()  # raises, if it says why
                         raise ConnectionError(
-                            "the engine's ranks have not called: they can't reach the trainer"
+                            "the engine's ranks have not connected: they can't reach the trainer"
                         )
                     ready = {selected.fileobj for selected, _ in lines.select(_POLL_SECONDS)}
                     for line, caller in [*callers.items()]:
@@ -158,7 +158,7 @@ def _heard() -> Iterator[None]:
     try:
         yield
     except ConnectionError as error:
-        raise ConnectionError("the engine has hung up while it loaded weights") from error
+        raise ConnectionError("the engine closed the connection while it loaded weights") from error
 
 
 class _Caller:

@@ -108,7 +108,7 @@ def _load(model: Any, bucket: Bucket, buffer: Tensor) -> str:
     pieces = bucket.pieces
     for piece, digest, found in zip(pieces, bucket.digests, sample_digests(pieces, buffer), strict=True):
         if found != digest:
-            return f"{piece.name} has another checksum than the trainer's"
+            return f"{piece.name} has a checksum other than the trainer's"
     try:
         if bucket.keep is not None:
             _keep(bucket.keep, pieces, buffer)
@@ -139,6 +139,8 @@ def _tensor(model: Any, piece: Piece, buffer: Tensor) -> Tensor | None:
             kept.copy_(piece.of(buffer))
         return piece.of(buffer)
     if kept is None:
-        raise LookupError(f"only changes of {piece.name} came, and what they were made to is not known here")
+        raise LookupError(
+            f"only changes of {piece.name} arrived, and the values that they apply to are unknown here"
+        )
     apply(piece, buffer, kept)
     return kept

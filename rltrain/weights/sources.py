@@ -56,8 +56,8 @@ class Memory:
         path = Path(self.path)
         if not path.is_symlink() or self.name not in path.readlink().name:
             raise FileNotFoundError(
-                "the trainer's shared memory is not to be seen from here. --update-weight-transport tensor is for"
-                " engines on the trainer's machine: take distributed or disk"
+                "the trainer's shared memory is not visible from here. --update-weight-transport tensor is for engines"
+                " on the trainer's machine: use distributed or disk"
             )
         kept = _mapped.get(self.name)
         if kept is None or len(kept) < self.size:
@@ -118,7 +118,7 @@ class File:
         """The file, mapped."""
         if not Path(self.path).exists():
             raise FileNotFoundError(
-                f"{self.path} is not to be seen from here: is it on a file system that engines and trainer share?"
+                f"{self.path} is not visible from here: is it on a file system that engines and trainer share?"
             )
         return torch.from_file(self.path, shared=False, size=self.size, dtype=torch.uint8)
 

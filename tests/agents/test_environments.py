@@ -132,7 +132,9 @@ def test_evaluation_sets_that_can_t_be_right_are_refused(directory: Path, tmp_pa
     ours = (*LEGS, "--environment-args", '{"size": 3, "max_animals": 4}')
     own = ("--eval-prompt-data", "own", str(tmp_path / "own.jsonl"))
     tasks(configured(directory, *ours))
-    with pytest.raises(UserError, match=r"set own: its tasks would be those .* --eval-environment-args"):
+    with pytest.raises(
+        UserError, match=r"set own: it would use the training tasks .* --eval-environment-args"
+    ):
         prepare(configured(directory, *ours, *own))
     prepare(configured(directory, *ours, "--eval-prompt-data", "own", f"{directory}/tasks.jsonl@[0:1]"))
     (tmp_path / "own.jsonl").write_text('{"input": "x", "label": "y"}\n')
@@ -140,7 +142,7 @@ def test_evaluation_sets_that_can_t_be_right_are_refused(directory: Path, tmp_pa
         prepare(configured(directory, *ours, *own, "--eval-environment-args", '{"seed": 1}'))
     for text, message in (
         ('rm_type = "math"', "leave rm_type out"),
-        ('environment_args = "x"', "it is a table"),
+        ('environment_args = "x"', "it must be a table"),
         ('custom_generate_function_path = "a.b"\nenvironment = "reasoning_gym/x"', "function of its own"),
     ):
         (tmp_path / "sets.toml").write_text(f'[[eval.datasets]]\nname = "a"\npath = "a.jsonl"\n{text}\n')
@@ -239,7 +241,7 @@ def test_the_last_line_is_the_reward() -> None:
     assert good.reward == 0.5 and good.record()["metrics"] == {"turns": 2} and good.record()["stdout"] == "x"
     for said in ("", "done", "[]", '{"reward": NaN, "metrics": {}}', '{"reward": "a", "metrics": {}}'):
         bad = with_reward(Outcome(answer=said))
-        assert bad.reward == 0 and "said no reward" in bad.failure
+        assert bad.reward == 0 and "gave no reward" in bad.failure
     assert with_reward(Outcome(failure="exit code 1")) == Outcome(failure="exit code 1", reward=0.0)
 
 

@@ -127,7 +127,7 @@ def test_streams_choices_stop_words_and_lengths(talk: Any) -> None:
         assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == ("so ", "stop")
         assert engine.requests[-1]["sampling_params"]["temperature"] == 1.0
         events = [(event.kind, event.message) for event in session.record.events]
-        assert events == [("not followed", "temperature=0.3: no effect, the run's own sampling holds")]
+        assert events == [("not followed", "temperature=0.3: no effect, the run's own sampling applies")]
         assert [model.id async for model in client.models.list()] == [session.model]
         assert (await client.models.retrieve(session.model)).id == session.model
 

@@ -69,7 +69,7 @@ def test_gae_obeys_its_laws(responses: list[np.ndarray], gamma: float, random: o
 
 
 def test_gae_wants_one_value_a_token() -> None:
-    with pytest.raises(ValueError, match="one value a token"):
+    with pytest.raises(ValueError, match="one value per token"):
         generalized_advantages([np.zeros(2, np.float32)], [np.zeros(3, np.float32)], gamma=1, lambd=1)
 
 

@@ -53,7 +53,7 @@ def test_failed_samples_are_left_out() -> None:
 
 
 def test_lengths_must_fit() -> None:
-    with pytest.raises(ValueError, match="one entry a sample"):
+    with pytest.raises(ValueError, match="one entry per sample"):
         normalize_rewards([1.0], [0, 0])
 
 

@@ -89,7 +89,7 @@ def test_exit_codes_and_no_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"lr = 1e-05  # recipe @{recipe}" in done.stdout and "partition" not in done.stdout
     assert "# --hf-checkpoint /nowhere is not on this machine" in done.stdout
-    assert done.stdout.startswith("# Megatron's flags are those of megatron-core ")
+    assert done.stdout.startswith("# Megatron's flags come from megatron-core ")
     done = run("--hf-checkpoint", "/nowhere", *BASE, "--lrr", "1")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown flag --lrr: did you mean --lr?\n"

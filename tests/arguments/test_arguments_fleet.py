@@ -180,7 +180,7 @@ def test_an_external_router_is_not_started() -> None:
         (["--rollout-external-engine-addrs", "nowhere"], "'nowhere' is not the address"),
         (["--sglang-router-ip", "gate"], "give both or none"),
         (["--sglang-router-ip", "gate", "--sglang-router-port", "1", "--router-queue-size", "1"], "queue-size:"),
-        (["--rollout-external-engine-addrs", "a:1", "--update-weight-mode", "delta"], "can't take changes only"),
+        (["--rollout-external-engine-addrs", "a:1", "--update-weight-mode", "delta"], "can't load changes only"),
         (["--update-weight-transport", "tensor", "--update-weight-mode", "delta"], "leave one of them out"),
     ],
 )  # fmt: skip
@@ -323,7 +323,10 @@ def test_engines_with_several_servers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--actor-num-nodes", "2"], "is for one machine, and --actor-num-nodes is 2: take distributed"),
+        (
+            ["--actor-num-nodes", "2"],
+            "works on one machine only, and --actor-num-nodes is 2: use distributed",
+        ),
         (["--update-weight-mode", "delta"], "saves nothing with --update-weight-transport tensor"),
     ],
 )

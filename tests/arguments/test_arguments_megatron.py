@@ -67,7 +67,7 @@ def test_a_mixture_of_experts_launch_script_parses_unchanged() -> None:
     # The script has the name that its SGLang knew.
     assert args.engines.sglang["cuda_graph_bs_decode"] == [1, 2, 4, 8, 16, 24, 32]
     assert (
-        "--sglang-cuda-graph-bs is taken as --sglang-cuda-graph-bs-decode, which SGLang calls it since 0.5.14"
+        "--sglang-cuda-graph-bs is taken as --sglang-cuda-graph-bs-decode, its name in SGLang since 0.5.14"
         in arguments.remarks(args)
     )
     assert given(args.model, "optimizer") == {
@@ -106,7 +106,7 @@ def test_flags_without_effect_are_said_to_be_ignored() -> None:
     args = arguments.parse([*LEAST, "--seq-length", "4096", "--use-mcore-models"])
     assert arguments.remarks(args) == [
         "--seq-length is ignored: sequences are packed at their own lengths",
-        "--use-mcore-models is ignored: the models of megatron-core are the only ones here",
+        "--use-mcore-models is ignored: only megatron-core's models exist here",
     ]
     assert arguments.remarks(arguments.parse(LEAST)) == []
 
@@ -119,9 +119,7 @@ def test_old_names_of_sglangs_flags_are_taken_and_said(old: str) -> None:
     config = arguments.parse([*LEAST, f"--sglang-{old}", *values])
     wanted = {"bool": True, "int": 8, "ints": [8]}.get(kind, now.value or now.values.get("in-seq-split", "8"))
     assert config.engines.sglang == {now.name.replace("-", "_"): wanted}
-    said = (
-        f"--sglang-{now.name}{f' {now.value}' if now.value else ''}, which SGLang calls it since {now.since}"
-    )
+    said = f"--sglang-{now.name}{f' {now.value}' if now.value else ''}, its name in SGLang since {now.since}"
     assert arguments.remarks(config) == [f"--sglang-{old} is taken as {said}"]
 
 

@@ -137,7 +137,7 @@ def test_routers_that_megatron_has_not() -> None:
     whole = read_model_shape(glm | {"n_group": 2}).experts  # both groups are taken: no group counts
     assert whole and whole.groups == 1
     for change, message in (
-        ({"num_experts_per_tok": 3}, "n_group 4 and topk_group 2 .* two of each group only"),
+        ({"num_experts_per_tok": 3}, "n_group 4 and topk_group 2 .* only two per group"),
         ({"n_group": 3}, "groups must divide the experts"),
         ({"norm_topk_prob": False}, "norm_topk_prob to false"),
         ({"routed_scaling_factor": 0}, "routed_scaling_factor 0: it must be a number above 0"),

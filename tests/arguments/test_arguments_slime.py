@@ -39,7 +39,7 @@ def test_names_of_torch_files_stand_for_parquet_files_and_that_is_said() -> None
     config = arguments.parse([*LEAST, "--save-debug-rollout-data", "/data/{rollout_id}.pt"])
     assert config.debug.save_debug_rollout_data == "/data/{rollout_id}.parquet"
     assert arguments.remarks(config) == [
-        "--save-debug-rollout-data writes Parquet, with one row a sample, and not torch's format:"
+        "--save-debug-rollout-data writes Parquet, one row per sample, not torch's format:"
         " /data/{rollout_id}.parquet"
     ]
     loaded = arguments.parse([*LEAST, "--load-debug-rollout-data", "/data/{rollout_id}.pt"])
@@ -59,8 +59,8 @@ def test_a_flag_that_nobody_here_has_is_not_taken_for_another_one(flag: str) -> 
         ("temperature: -1", "temperature is -1: it must be at least 0"),
         ("temperature: .nan", "temperature is nan: a number is needed"),
         ("n_samples_per_eval_prompt: 0", "n_samples_per_eval_prompt is 0: it must be at least 1"),
-        ("max_response_len: 2.5", "max_response_len is 2.5; it is a number without a fraction"),
-        ("max_response_len: many", "max_response_len is 'many'; it is a number without a fraction"),
+        ("max_response_len: 2.5", "max_response_len is 2.5; it must be a number without a fraction"),
+        ("max_response_len: many", "max_response_len is 'many'; it must be a number without a fraction"),
     ],
 )
 def test_numbers_of_an_evaluation_set_have_the_limits_of_their_flags(
@@ -74,9 +74,7 @@ def test_numbers_of_an_evaluation_set_have_the_limits_of_their_flags(
 
 def test_epochs_beside_a_number_of_rollouts_change_nothing_and_that_is_said() -> None:
     config = arguments.parse([*LEAST, "--num-epoch", "2"])
-    assert arguments.remarks(config) == [
-        "--num-epoch changes nothing: --num-rollout says how long the run is"
-    ]
+    assert arguments.remarks(config) == ["--num-epoch has no effect: --num-rollout sets the run's length"]
 
 
 def test_settings_of_an_evaluation_set_that_no_flag_has(tmp_path: Path) -> None:
@@ -86,7 +84,7 @@ def test_settings_of_an_evaluation_set_that_no_flag_has(tmp_path: Path) -> None:
     (only,) = arguments.parse([*LEAST, "--eval-config", str(file)]).evaluation.eval_datasets
     assert (only["min_eval_samples"], only["metadata_overrides"]) == (3, {"split": "dev"})
     file.write_text(text % 0)
-    with pytest.raises(UserError, match="min_eval_samples is 0; it is a number of samples, at least 1"):
+    with pytest.raises(UserError, match="min_eval_samples is 0; it must be a number of samples, at least 1"):
         arguments.parse([*LEAST, "--eval-config", str(file)])
 
 
@@ -96,7 +94,7 @@ def test_flags_of_slimes_memory_are_refused_with_the_reason_or_said_to_be_ignore
     ):
         arguments.parse([*LEAST, "--use-stateless-adam"])
     (line,) = arguments.remarks(arguments.parse([*LEAST, "--recompute-loss-function"]))
-    assert "--recompute-loss-function is ignored: the loss keeps nothing of the logits' size" in line
+    assert "--recompute-loss-function is ignored: the loss stores no tensor as large as the logits" in line
 
 
 def test_engines_that_draft_are_said_to_keep_their_weights() -> None:
@@ -113,7 +111,7 @@ def test_megatrons_spelling_of_the_flags_of_the_schedule(scheduler: str) -> None
     """Megatron's own spelling has underscores inside: as in a launch script, and as in a recipe."""
     _, given = flags.split([f"--override-{scheduler}"])
     (line,) = arguments.remarks(arguments.parse([*LEAST, *flags.to_argv(given)]))
-    assert line == "--override-opt-param-scheduler is ignored: the flags of the present start always count"
+    assert line == "--override-opt-param-scheduler is ignored: the flags of the current start always apply"
     recipe = flags.from_toml(f"use-checkpoint-{scheduler} = true", "recipe.toml")
     with pytest.raises(UserError, match="a resumed run keeps its own flags, schedule included"):
         arguments.parse([*LEAST, *flags.to_argv(recipe)])

@@ -108,9 +108,9 @@ def test_numbers_that_are_too_large_or_none_are_refused() -> None:
 def test_flags_that_are_always_on_say_so() -> None:
     config = arguments.parse([*BASE, "--balance-data", "--use-fault-tolerance", "--seq-length", "5"])
     assert arguments.remarks(config) == [
-        "--balance-data changes nothing: it is always on",
+        "--balance-data has no effect: it is always on",
         "--seq-length is ignored: sequences are packed at their own lengths",
-        "--use-fault-tolerance changes nothing: it is always on",
+        "--use-fault-tolerance has no effect: it is always on",
     ]
 
 
@@ -129,5 +129,5 @@ def test_the_docs_name_our_own_flags() -> None:
         for each in declared(kind)
         if each.owner == "slurmlime" and each.flag.help
     }
-    section = DOCS.read_text().partition("## Flags of our own")[2].partition("\n## ")[0]
+    section = DOCS.read_text().partition("## Our own flags")[2].partition("\n## ")[0]
     assert set(re.findall(r"`(--[\w-]+)`", section)) == ours

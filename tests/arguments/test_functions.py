@@ -118,7 +118,7 @@ def test_those_that_have_no_counterpart_are_refused_at_once(flags: str, words: s
     ("file", "words"),
     [
         ("megatron/core/parallel_state.py", "only functions that run in the trainer can ask for them"),
-        ("megatron/training/global_vars.py", "Take the args that the function is given"),
+        ("megatron/training/global_vars.py", "Use the args that the function gets"),
     ],
 )
 def test_megatrons_state_is_the_trainers_alone(file: str, words: str) -> None:

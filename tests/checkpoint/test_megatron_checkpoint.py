@@ -164,7 +164,7 @@ def test_the_policy_starts_from_the_reference_where_load_has_nothing(
     config = make_config(model_dir, load=same, save=same, ref_load=str(tmp_path / "reference"))
     started = make_actor(config, tmp_path)
     assert (
-        f"the policy's weights are those of --ref-load {tmp_path}/reference/iter_0000001"
+        f"the policy's weights come from --ref-load {tmp_path}/reference/iter_0000001"
         in capsys.readouterr().out
     )
     assert torch.equal(weights_of(started), weights_of(trained))
@@ -172,7 +172,7 @@ def test_the_policy_starts_from_the_reference_where_load_has_nothing(
     started.train(0, make_batch(8))
     started.save(0)
     resumed = make_actor(config, tmp_path)
-    assert f"the policy's weights are those of --save {same}/iter_0000001" in capsys.readouterr().out
+    assert f"the policy's weights come from --save {same}/iter_0000001" in capsys.readouterr().out
     assert torch.equal(weights_of(resumed), weights_of(started)) and resumed.start_rollout_id == 1
 
     def source(**changes: Any) -> WeightSource:

@@ -54,21 +54,21 @@ def test_a_run_is_judged_by_its_files(tmp_path: Path) -> None:
     shutil.rmtree(layout.step_dir(3, 1))
     problems, kept = records.judge(layout, 6, layout)
     assert problems == [
-        "the reward of steps [3] is not that of their samples",
-        "the response_length of steps [3] is not that of their samples",
+        "the reward of steps [3] differs from their samples",
+        "the response_length of steps [3] differs from their samples",
         "batches were finished and generated again: {4: ['attempt=0', 'attempt=1']}",
         f"W&B: {layout.root} holds no W&B file.",
     ]
     assert kept.samples == GROUPS * GROUP_SIZE and kept.tokens > kept.samples
     shutil.rmtree(layout.step_dir(5, 1).parent)
     problems, _ = records.judge(layout, 6, None)
-    assert problems[0] == "steps have other numbers of samples than 16: {5: 0}"
+    assert problems[0] == "steps with a number of samples other than 16: {5: 0}"
 
 
 def test_batches() -> None:
     assert records.of_batches(frame(), STEPS, BATCH) == []
     assert records.of_batches(frame().iloc[:-1], STEPS, BATCH) == [
-        "steps have other numbers of samples than 2: {2: 1}",
+        "steps with a number of samples other than 2: {2: 1}",
         "samples were drawn and not trained: [5]",
     ]
     assert records.of_batches(frame(index=[0, 1, 2, 1, 4, 5]), STEPS, BATCH) == [
@@ -82,7 +82,7 @@ def test_metrics_are_those_of_the_samples() -> None:
     rows = pd.DataFrame({"step": range(STEPS), "rollout/reward": 0.5, "rollout/response_length": 2.0})
     assert records.of_metrics(frame(), rows) == []
     rows.loc[1, "rollout/reward"] = 0.75
-    assert records.of_metrics(frame(), rows) == ["the reward of steps [1] is not that of their samples"]
+    assert records.of_metrics(frame(), rows) == ["the reward of steps [1] differs from their samples"]
 
 
 def test_samples_are_those_of_an_undisturbed_run() -> None:

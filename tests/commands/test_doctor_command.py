@@ -52,7 +52,7 @@ def test_command_line_with_a_run_that_is_fine(
     assert checks["flags"]["message"] == "4 prompts × 2 samples = 1 optimizer step(s) of 8"
     assert checks["input files"]["level"] == "ok"
     assert "trainer rank: weights" in checks["memory"]["message"]
-    assert checks["model"]["message"] == "its config.json is the same model to transformers"
+    assert checks["model"]["message"] == "transformers reads the same model from its config.json"
 
     config = json.loads((tiny_tokenizer / "config.json").read_text())
     other = tmp_path / "other"

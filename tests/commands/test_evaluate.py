@@ -74,7 +74,7 @@ def test_what_can_not_be_evaluated_is_said(tmp_path: Path) -> None:
         evaluate("demo", step=60, runs_dir=tmp_path)
     with pytest.raises(UserError, match="the run has no evaluation sets: give --eval-prompt-data"):
         evaluate("demo", runs_dir=tmp_path)
-    with pytest.raises(UserError, match="no recipe is taken here"):
+    with pytest.raises(UserError, match="recipes are not accepted here"):
         evaluate("demo", flags=["@other.toml"], runs_dir=tmp_path)
     with pytest.raises(UserError, match="a run's name has letters"):
         evaluate("demo", flags=["--eval-prompt-data", "a", "a.jsonl"], name="a/b", runs_dir=tmp_path)

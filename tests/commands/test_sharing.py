@@ -131,11 +131,11 @@ def test_what_others_may_have_written_is_not_unpickled(monkeypatch: pytest.Monke
             place.chmod(0o755)
             file.chmod(mode)
             found = others_may_write(file)
-            assert found == (why and f"{file.resolve()} may be written by {why}")
+            assert found == (why and f"{file.resolve()} is writable by {why}")
             place.chmod(0o700)  # nobody comes this far
             assert own_file(file) == file
         place.chmod(0o755)
-        with pytest.raises(UserError, match=r"written by everybody.*runs code.*chmod go-w"):
+        with pytest.raises(UserError, match=r"writable by everybody.*runs the code.*chmod go-w"):
             own_file(file)
         file.chmod(0o664)
         assert others_may_write(file)

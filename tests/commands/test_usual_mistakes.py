@@ -88,7 +88,7 @@ def test_a_models_id_is_found_in_the_cache_or_told_how_to_get_there(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "cache"))
-    with pytest.raises(UserError, match=r"`hf download Qwen/Qwen3-0.6B` puts it into the local cache"):
+    with pytest.raises(UserError, match=r"`hf download Qwen/Qwen3-0.6B` downloads it into the local cache"):
         check_inputs(parse(model="Qwen/Qwen3-0.6B"))
     kept = place / "cache" / "models--Qwen--Qwen3-0.6B"
     shutil.copytree("demo/model", kept / "snapshots" / "abc")

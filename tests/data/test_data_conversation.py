@@ -144,5 +144,5 @@ def test_fine_tuning_takes_conversations_and_labels(tmp_path: Path, make_args: A
     file.write_text(json.dumps({"messages": talk("ab")}) + "\n")
     config = make_args(*flags, "--n-samples-per-prompt", "1", "--rollout-batch-size", "1")
     config = config.replace(label_key=None)
-    with pytest.raises(UserError, match=r"prompt 0: no message of the assistant .* are of user"):
+    with pytest.raises(UserError, match=r"prompt 0: it has no assistant message .* come from user"):
         generate_rollout(config.namespace, 0, RolloutDataSource(config.namespace))

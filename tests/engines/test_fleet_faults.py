@@ -206,7 +206,7 @@ def test_an_engine_refuses(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> Non
     assert told and told == told[: len(told) // 2] * 2  # everything was sent twice
     failed = fleet.events("weights_not_taken")[-1]
     assert failed["url"] == wrong
-    assert f"{told[0]} has another checksum than the trainer's" in failed["reason"]
+    assert f"{told[0]} has a checksum other than the trainer's" in failed["reason"]
     check_batch(fleet.generate(version), {str(version)})
     fleet.wait_until_whole(version)
     assert f"expelled by the trainer: {wrong}" in (fleet.layout.log_dir(0) / "engine-1.log").read_text()

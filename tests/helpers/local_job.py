@@ -56,7 +56,7 @@ def has_ipv6() -> bool:
 
 # What `submit` says of a run that leaves these flags out.
 ASSUMED = (
-    "chosen, as the trainer has no GPU: --no-bf16 --no-use-distributed-optimizer\n"
+    "chosen because the trainer has no GPU: --no-bf16 --no-use-distributed-optimizer\n"
     "--actor-num-gpus-per-node is not given: one trainer rank here (slime takes 8)\n"
 )
 

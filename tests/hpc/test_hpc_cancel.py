@@ -35,7 +35,7 @@ def test_orderly_stop_saves_and_can_be_resumed(job: Job) -> None:
 
     again = subprocess.run(command, cwd=job.directory, capture_output=True, text=True, timeout=120)
     assert again.returncode == 2
-    assert again.stderr == "error: job does not run: it is stopped.\n"
+    assert again.stderr == "error: job is not running: it is stopped.\n"
 
 
 @pytest.mark.parametrize("behaviour", ["train", "hang"])
@@ -89,14 +89,14 @@ def test_a_job_that_waits(tmp_path: Path) -> None:
     layout = submitted_to_slurm(make_run(tmp_path, "x"), "28")
     client = Slurm(squeue=[squeue_row("28", "PENDING")])
     message = cancel(layout.root, client=client)
-    assert "before it had begun" in message and "from the beginning: it has no checkpoint yet" in message
+    assert "before it began" in message and "from the beginning: it has no checkpoint yet" in message
     assert [call for call in client.calls if call[0] == "scancel"] == [("scancel", "28")]
 
 
 def test_nothing_to_cancel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = on_slurm(tmp_path, "28")
     client = Slurm(sacct=[sacct_row("28", "TIMEOUT")])
-    with pytest.raises(UserError, match="does not run"):
+    with pytest.raises(UserError, match="is not running"):
         cancel(layout.root, client=client)
     assert not any(call[0] == "scancel" for call in client.calls)
 
@@ -117,4 +117,6 @@ def test_runs_by_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["s.a", "s.b", "--runs-dir", str(tmp_path)]) == 0
     assert main(["s.*", "--runs-dir", str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert said.count("does not run") == 5 and "s.c does not run: it is lost" in said and "other" not in said
+    assert (
+        said.count("is not running") == 5 and "s.c is not running: it is lost" in said and "other" not in said
+    )

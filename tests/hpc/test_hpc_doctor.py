@@ -98,7 +98,7 @@ def test_the_trainer_does_not_start_on_a_gpu_that_torch_can_not_use(monkeypatch:
     monkeypatch.setattr("rltrain.packages.torch_cuda", lambda: (13, 0))
     monkeypatch.setattr("rltrain.packages.driver_cuda", lambda: (12, 8))
     with pytest.raises(
-        UserError, match=r"torch is built for CUDA 13.0, but the driver of this node runs CUDA 12.8"
+        UserError, match=r"torch is built for CUDA 13.0, but this node's driver supports CUDA 12.8"
     ):
         check_trainer()
 

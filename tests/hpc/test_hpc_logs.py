@@ -85,7 +85,7 @@ def test_a_single_log_is_shown_longer(layout: RunLayout) -> None:
     ("chosen", "message"),
     [
         ({"attempt": 7}, "no attempt 7: there are attempts 0, 1; attempts count from 0"),
-        ({"role": "router"}, "no log of router; there are: engine-0, engine-1"),
+        ({"role": "router"}, "no log of router; it has: engine-0, engine-1"),
         ({"role": "engine", "index": 2}, "no log of engine 2"),
     ],
 )

@@ -93,7 +93,7 @@ def test_options_are_taken_over_unless_given(stored: RunLayout) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["@demo"], "no recipe is taken here"),
+        (["@demo"], "recipes are not accepted here"),
         (["--tiem=1"], "did you mean --time"),
         (["1:00"], "unexpected argument"),
     ],

@@ -57,7 +57,7 @@ def test_state_from_files(tmp_path: Path, phase: str | None, attempts: int, stat
     record = read_run(make_run(tmp_path, "x", phase=phase, attempts=attempts))
     assert (record.state, record.attempts) == (state, attempts)
     if not attempts:
-        assert "sbatch has not taken it" in (record.reason or "")
+        assert "sbatch has not accepted it" in (record.reason or "")
         assert read_run(submitted_to_slurm(record.layout, "7")).state == "submitted"
 
 

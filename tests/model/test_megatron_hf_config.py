@@ -46,11 +46,11 @@ def check(config: dict[str, Any], tensor_parallel: int = 1, **changes: Any) -> N
         ({"num_key_value_heads": 3}, "3 key-value heads"),
         (
             {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
-            "rope_type 'dynamic'.* SGLang all by one factor",
+            "rope_type 'dynamic'.* SGLang scales all by one factor",
         ),
         (
             {"rope_scaling": {"type": "longrope", "factor": 4.0}},
-            "'longrope'.* other architectures than Phi-3's",
+            "'longrope'.* supported for Phi-3 only",
         ),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
@@ -111,7 +111,7 @@ def test_longrope_that_sglang_reads_otherwise_is_refused() -> None:
         ({"short_mscale": 1.0}, "short_mscale"),
         ({"short_factor": [1.0]}, "4 rotated dimensions need half as many"),
         ({"long_factor": None}, "long_factor None"),
-        ({"original_max_position_embeddings": 32}, "for which it is 32"),
+        ({"original_max_position_embeddings": 32}, "beside its rotary embedding, where it is 32"),
     ):
         with pytest.raises(UserError, match=message):
             read_model_shape(phi(**changes))
@@ -172,7 +172,7 @@ def test_layers_with_linear_attention_are_not_split_within_a_sequence() -> None:
         check(sizes, context_parallel_size=2)
     with pytest.raises(UserError, match="does not divide linear_num_key_heads 3"):
         check(sizes | {"linear_num_key_heads": 3, "linear_num_value_heads": 3}, tensor_parallel=2)
-    with pytest.raises(UserError, match="full_attention_interval 3, but by layer_types"):
+    with pytest.raises(UserError, match="full_attention_interval 3, but layer_types gives"):
         check(config | {"full_attention_interval": 3, "layer_types": ["full_attention", "linear_attention"]})
 
 

@@ -187,7 +187,7 @@ def test_an_engine_that_does_not_answer_does_not_keep_the_trainer_from_saving(
     assert [each for each in taken if not each.startswith("lost")] == [
         "a pauses", "a releases kv_cache", "a releases weights", "weights back", "state back",
     ]  # fmt: skip
-    assert f"warning: the engine lost is asked for its GPU memory in vain: {error}" in capsys.readouterr().out
+    assert f"warning: the engine lost did not free its GPU memory: {error}" in capsys.readouterr().out
 
 
 def test_weights_are_there_when_a_checkpoint_or_the_past_policies_are_made_of_them(

@@ -26,7 +26,7 @@ from rltrain.schema import samples_to_table, table_to_samples
             "--save-debug-rollout-data /tmp/all.parquet",
             "without {rollout_id} in it every rollout would replace",
         ),
-        ("--save-debug-rollout-data /tmp/{rollout_id}.pkl", "end in .parquet"),
+        ("--save-debug-rollout-data /tmp/{rollout_id}.pkl", "End the name in .parquet"),
         ("--save-debug-rollout-data /tmp/{step}.parquet", "only {rollout_id} may stand in braces"),
         ("--load-debug-rollout-data /tmp/{rollout_id:x}{.parquet", "only {rollout_id} may stand in braces"),
         ("--load-debug-rollout-data-subsample 0.5", "greater than 0 and at most 1, and it needs --load"),

@@ -127,8 +127,7 @@ def test_hooks_see_every_sample_in_turn(custom: Any, make_args: Any) -> None:
     _, samples = run_rollout(make_args(*GENERATE, "--rollout-sample-hook-path", path("bad_hook")))
     assert samples[3].failure.startswith("KeyError: 'in the hook' (custom_extensions.py:")
     assert (
-        samples[4].failure
-        == "custom_extensions.bad_hook returned a dict and not the sample that it was given"
+        samples[4].failure == "custom_extensions.bad_hook returned a dict, not the sample that it was given"
     )
     assert samples[5].failure is None
 
@@ -243,7 +242,7 @@ def test_another_data_source(custom: Any, make_args: Any) -> None:
 def test_samples_of_a_prompt_can_be_graded_together(custom: Any, make_args: Any) -> None:
     _, samples = run_rollout(make_args("--group-rm", "--custom-rm-path", path("group_reward")))
     assert [sample.reward for sample in samples] == [0, 1] * 4
-    with pytest.raises(RuntimeError, match=r"all 8 samples failed.*a list of 2, one a sample"):
+    with pytest.raises(RuntimeError, match=r"all 8 samples failed.*a list of 2, one per sample"):
         run_rollout(make_args("--group-rm", "--custom-rm-path", path("bad_group_reward")))
 
 

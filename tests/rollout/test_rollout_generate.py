@@ -178,7 +178,7 @@ def test_a_request_that_the_engine_refuses_fails_its_sample_only(make_args) -> N
 
 
 def test_when_all_fail_the_rollout_fails(make_args) -> None:
-    with pytest.raises(RuntimeError, match=r"all 8 samples failed, the first one with: .*400"):
+    with pytest.raises(RuntimeError, match=r"all 8 samples failed; the first error: .*400"):
         run_rollout(make_args(), faults=[400] * 8)
 
 
@@ -221,7 +221,7 @@ def test_custom_functions_fill_samples_or_fail_them_alone(custom, make_args) -> 
     failures = [samples[2 * group].failure for group in range(3)]
     assert failures[0] is not None and failures[0].startswith("KeyError: 'no such tool' (custom_rollout.py:")
     assert "in generate\n    raise KeyError" in failures[0]  # the traceback is in the record
-    assert failures[1] == "custom_rollout.generate returned a NoneType and not the sample that it was given"
+    assert failures[1] == "custom_rollout.generate returned a NoneType, not the sample that it was given"
     assert failures[2] == "custom_rollout.generate: loss_mask has 1 entries for 3 response tokens"
     good = samples[6]
     assert (good.reward, good.response, good.loss_mask) == (1.0, "train", [1, 1, 0])

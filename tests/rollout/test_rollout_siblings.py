@@ -154,12 +154,12 @@ def test_a_wrong_list_fails_its_rollout_and_names_function_sample_and_field(
         "custom_agents.wrong returned an empty list; expected one or more samples",
         "custom_agents.wrong: sample 1 of 2 is a str, not a Sample",
         "custom_agents.wrong: sample 1 of 2 is the same object as one before it: copy it",
-        "custom_agents.wrong: sample 1 of 2: rollout_id is 77; expected that of its prompt's sample, 3",
-        "custom_agents.wrong: sample 1 of 2: group_index is 77; expected that of its prompt's sample, 2",
+        "custom_agents.wrong: sample 1 of 2: rollout_id is 77; expected its prompt's, 3",
+        "custom_agents.wrong: sample 1 of 2: group_index is 77; expected its prompt's, 2",
         "custom_agents.wrong: sample 1 of 2: loss_mask has 1 entries for 2 response tokens",
         "custom_agents.wrong: sample 1 of 2: tokens is not a list of whole numbers ('float' object cannot be"
         " interpreted as an integer)",
-        "custom_agents.wrong returned a tuple and not the sample that it was given",
+        "custom_agents.wrong returned a tuple, not the sample that it was given",
     ]  # fmt: skip
     assert len(samples) == 8 + 2 * 2 and all(s.response_length == 0 for s in samples if s.failure)
 
@@ -170,7 +170,7 @@ def test_wrong_types_fail_their_sample_and_name_the_field(custom: None, make_arg
     expected = [
         "rollout_log_probs holds something that is not a finite number",
         "rollout_log_probs is not a list of numbers",
-        "loss_mask holds something else than 0 and 1",
+        "loss_mask holds values other than 0 and 1",
         "response is a NoneType; expected a text",
         "status is a str; expected a Sample.Status",
         "metadata is a NoneType; expected a dict",

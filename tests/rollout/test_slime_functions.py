@@ -178,7 +178,7 @@ def test_a_part_of_an_answer_leaves_the_status(make_args: Any) -> None:
 
 
 def test_images_are_refused_with_the_reason(make_args: Any) -> None:
-    with pytest.raises(GenerationError, match="multimodal_inputs is set, and models that take images"):
+    with pytest.raises(GenerationError, match="multimodal_inputs is set, but models that take images"):
         check_fields(make_args().rewards, Sample(multimodal_inputs={"images": ["a"]}), "mine")
 
 

@@ -64,7 +64,7 @@ def test_modes_without_a_trainer_or_engines() -> None:
 
 def test_too_few_gpus_are_refused_before_anything_starts() -> None:
     with pytest.raises(
-        UserError, match=r"has 2 GPUs to use \(0,3\), and the run takes 3: 1 for trainer ranks"
+        UserError, match=r"has 2 usable GPUs \(0,3\), and the run takes 3: 1 for trainer ranks"
     ):
         seen("0", "3")
 

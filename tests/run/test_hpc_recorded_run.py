@@ -179,7 +179,7 @@ def test_resubmit_writes_the_same_script(layout: RunLayout, tiny_tokenizer: Path
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_waiting_job_starts_the_roles(layout: RunLayout, tiny_model: Path, idle_cluster: Sandbox) -> None:
-    """The script and the payload as they are, in a Slurm of today; it begins anew, as it has no checkpoint."""
+    """The script and the payload as they are, in a Slurm of today; it begins anew, because it has no checkpoint."""
     path = f"{Path(sys.executable).parent}:{idle_cluster.env['PATH']}"
     env = {**idle_cluster.env, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     script = re.sub(r"#SBATCH --(cpus-per-task|dependency)=.*\n", "", layout.script.read_text())

@@ -91,7 +91,7 @@ def test_dry_run_prints_the_roles_and_writes_nothing(
     ]
     assert out.splitlines()[-1].endswith(f"LOCAL_WORLD_SIZE=1 {sys.executable} -m rltrain.train")
     assert err.splitlines() == [
-        "chosen, as the trainer has no GPU: --no-bf16 --no-use-distributed-optimizer",
+        "chosen because the trainer has no GPU: --no-bf16 --no-use-distributed-optimizer",
         "--actor-num-gpus-per-node is not given: one trainer rank here (slime takes 8)",
     ]
     assert list(tmp_path.iterdir()) == []

@@ -95,7 +95,7 @@ def test_engine_that_was_never_ready_is_not_started_again(job: Job) -> None:
 
 def test_exit_code_0_does_not_make_a_run_finished(job: Job) -> None:
     code, _, err = job.finish(trainer=["leave_early"], steps=3)
-    assert code == 1 and "trainer-0 exited with code 0 before it had said that all steps are done" in err
+    assert code == 1 and "trainer-0 exited with code 0 before it reported that all steps are done" in err
     [end] = job.events("attempt_finished")
     assert (end["state"], end["cause"]) == ("failed", "unknown") and job.phase() == "failed"
     code, out, err = job.finish(trainer=["leave_early"], steps=3)  # it is not refused, and goes on
@@ -187,7 +187,7 @@ def test_second_ctrl_c_stops_a_job_that_hangs(job: Job) -> None:
     out, _ = process.communicate(timeout=PATIENCE)
 
     assert process.returncode == 130
-    assert "it begins anew, as it has no checkpoint yet" in out
+    assert "it begins anew, because it has no checkpoint yet" in out
     assert job.living() == []
 
 

@@ -28,12 +28,12 @@ def decided(layout: RunLayout, *words: str, gpus: bool) -> tuple[bool, bool, str
 
 def test_gpus_decide_where_no_flag_does(tmp_path: Path) -> None:
     new = RunLayout(tmp_path / "new")
-    on = "chosen, as the trainer has GPUs: --bf16 --use-distributed-optimizer"
-    off = "chosen, as the trainer has no GPU: --no-bf16 --no-use-distributed-optimizer"
+    on = "chosen because the trainer has GPUs: --bf16 --use-distributed-optimizer"
+    off = "chosen because the trainer has no GPU: --no-bf16 --no-use-distributed-optimizer"
     assert decided(new, gpus=True) == (True, True, on)
     assert decided(new, gpus=False) == (False, False, off)
     assert decided(new, "--no-bf16", gpus=True) == (
-        *(False, True, "chosen, as the trainer has GPUs: --use-distributed-optimizer"),
+        *(False, True, "chosen because the trainer has GPUs: --use-distributed-optimizer"),
     )
     assert decided(new, "--bf16", "--no-use-distributed-optimizer", gpus=False) == (True, False, "")
 
@@ -50,7 +50,7 @@ def test_a_run_with_a_checkpoint_goes_on_as_it_was(tmp_path: Path) -> None:
     old = tomllib.loads(RECORDED.read_text())["train"]
     text = f"[train]\nbf16 = {str(old['bf16']).lower()}\nuse_distributed_optimizer = false\n"
     old_run = stored(RunLayout(tmp_path / "old"), text, saved=True)
-    so = "chosen, as the run began so: --no-bf16 --no-use-distributed-optimizer"
+    so = "chosen because the run began this way: --no-bf16 --no-use-distributed-optimizer"
     assert decided(old_run, gpus=True) == (False, False, so)
     assert decided(old_run, "--bf16", gpus=True)[:2] == (True, False)  # a flag counts more
     unsaved = stored(RunLayout(tmp_path / "unsaved"), text, saved=False)
@@ -103,5 +103,5 @@ def test_submit_says_what_it_chose(
     monkeypatch.setattr(sys, "argv", ["submit", "--dry-run", f"--runs-dir={tmp_path}", *FLAGS])
     assert main() == 0
     out, err = capsys.readouterr()
-    assert "chosen, as the trainer has GPUs: --bf16 --use-distributed-optimizer\n" in err
+    assert "chosen because the trainer has GPUs: --bf16 --use-distributed-optimizer\n" in err
     assert "engine-0: CUDA_VISIBLE_DEVICES=1" in out

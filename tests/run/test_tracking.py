@@ -104,7 +104,7 @@ def run_attempt(program: str, *words: object) -> str:
 
 @pytest.mark.slow
 def test_next_attempt_gives_wandb_what_it_lacks(layout: RunLayout) -> None:
-    assert "W&B takes no more metrics" in run_attempt(FIRST_ATTEMPT, layout.root)
+    assert "W&B accepts no more metrics" in run_attempt(FIRST_ATTEMPT, layout.root)
     done = max(newest_rows(read_lines(layout.metrics)))
     seen = json.loads(run_attempt(SECOND_ATTEMPT, layout.root, done))
     assert seen is None  # what the first attempt's W&B has written is not known, and is all logged again

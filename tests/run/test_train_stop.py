@@ -303,7 +303,7 @@ def test_metrics_are_kept_when_wandb_has_died(tmp_path: Path, capsys: pytest.Cap
     tracker.log(1, {"a": 2.0})
     tracker.finish()
     assert [row["a"] for row in lines_of(tmp_path / "metrics.jsonl")] == [1.0, 2.0]
-    assert capsys.readouterr().out.count("W&B takes no more metrics") == 1
+    assert capsys.readouterr().out.count("W&B accepts no more metrics") == 1
 
 
 def test_wandb_gets_an_evaluation_that_came_after_its_row_again(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_cancel_now_does_not_wait(idle_cluster: Sandbox, runs: Path, head: str) 
     assert wait_for(idle_cluster, job).state is JobState.CANCELLED
     assert (layout.root / "out").read_text().split() == ["ready"]
     again = verb(idle_cluster, "hpc.cancel", "x", "--runs-dir", runs)
-    assert again.returncode == 2 and "does not run" in again.stderr
+    assert again.returncode == 2 and "is not running" in again.stderr
 
 
 def test_doctor_asks_the_nodes(idle_cluster: Sandbox, runs: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_job_that_comes_up_after_its_submit_had_given_up_is_cancelled(
     wrapper.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@" >/dev/null\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
-    with pytest.raises(SlurmError, match="If one comes up later"):
+    with pytest.raises(SlurmError, match="If one appears later"):
         SlurmlimeExecutor(tmp_path, BatchScript(({**SMALL, "hold": True},), command="")).submit(
             make_task(), "x"
         )

@@ -100,14 +100,14 @@ def test_a_run_without_engines(flags: dict) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"nodes": 2, "actor_num_nodes": 2, "rollout_num_gpus": 8}, "that takes --nodes 3"),
+        ({"nodes": 2, "actor_num_nodes": 2, "rollout_num_gpus": 8}, "nodes of their own: give --nodes 3"),
         ({"nodes": 2, "actor_num_nodes": 2}, "--nodes 3"),
         ({"nodes": 2, "rollout_num_gpus": 16}, "2 nodes.*--nodes 3"),
         ({"nodes": 4, "colocate": True, "actor_num_nodes": 3}, "--nodes 3"),
         ({"nodes": 2, "actor_num_gpus_per_node": 9}, "no node there has more than 8"),
         ({"nodes": 2, "rollout_num_gpus": 7, "rollout_num_gpus_per_engine": 2}, "6 or 8 would be"),
         ({"nodes": 2, "rollout_num_gpus_per_engine": 16}, "engine 16, which takes 2 nodes.*--nodes 3"),
-        ({"nodes": 4, "actor_num_nodes": 1, "rollout_num_gpus_per_engine": 16}, "takes --nodes 3"),
+        ({"nodes": 4, "actor_num_nodes": 1, "rollout_num_gpus_per_engine": 16}, "give --nodes 3"),
         ({"nodes": 1, "rollout_num_gpus_per_engine": 16}, "takes 2 nodes.*--nodes 2, or at most .*engine 8"),
         ({"nodes": 2, "colocate": True, "rollout_num_gpus": 24}, "At most --rollout-num-gpus 16"),
         ({"nodes": 2, "colocate": True, "placement": "het"}, "contradicts"),
@@ -228,7 +228,7 @@ def test_plan_of_several_models_with_engines_that_differ() -> None:
 def test_an_engine_that_would_begin_on_one_node_and_end_on_the_next_is_refused() -> None:
     s = split(nodes=3, gpus=4, rollout_num_gpus_per_engine=1, rollout_num_gpus=8)
     kinds = [served("judge", ("regular", 3, 3)), served("actor", ("regular", 2, 2))]
-    with pytest.raises(UserError, match="would begin at GPU 3 of a node that has 4"):
+    with pytest.raises(UserError, match="would begin at GPU 3 of a node with 4"):
         plan_of(engine_args(8, 1, kinds), s)
 
 

@@ -279,7 +279,7 @@ def test_an_optimizer_in_host_memory_needs_a_gpu(model_dir: Path, tmp_path: Path
     [
         ({"only_train_params_name_list": ["nothing"]}, "no parameter matches 'nothing'; names look like"),
         ({"freeze_params_name_list": [""]}, "leaves no parameter"),
-        ({"freeze_params_name_list": ["("]}, "no regular expression"),
+        ({"freeze_params_name_list": ["("]}, "not a regular expression"),
         ({"freeze_params_name_list": ["a"], "only_train_params_name_list": ["b"]}, "give one of them"),
     ],
 )

@@ -156,9 +156,9 @@ def test_what_cannot_be_recorded_here_is_refused_before_anything(
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--use-pytorch-profiler", "--profile-step-start", "3", "--profile-step-end", "3"], "no rollout is from"),
-        (["--use-pytorch-profiler", "--debug-rollout-only"], "--use-pytorch-profiler is about the trainer"),
-        (["--record-memory-history", "--debug-rollout-only"], "--record-memory-history is about the trainer"),
+        (["--use-pytorch-profiler", "--profile-step-start", "3", "--profile-step-end", "3"], "no rollout is in"),
+        (["--use-pytorch-profiler", "--debug-rollout-only"], "--use-pytorch-profiler needs a trainer"),
+        (["--record-memory-history", "--debug-rollout-only"], "--record-memory-history needs a trainer"),
     ],
 )  # fmt: skip
 def test_profiles_that_cannot_be_made(flags: list[str], reason: str) -> None:

@@ -313,7 +313,9 @@ def test_checkpoints_exports_and_engines_get_what_was_trained(
     expected, found = (each.train(1, batch_with_shared_prompts()) for each in (actor, again))
     assert found == expected and "train/mtp_loss" in found
     # one that has it and one that lacks it
-    with pytest.raises(UserError, match="was trained with --enable-mtp-training, and this run is without"):
+    with pytest.raises(
+        UserError, match="was trained with --enable-mtp-training, and this run does not use it"
+    ):
         make_actor(config.replace(enable_mtp_training=False), tmp_path / "without")
     converted = to_torch_dist(
         [f"--hf-checkpoint={models[name]}", "--mtp-num-layers=1", f"--save={tmp_path / 'with'}"]
@@ -323,7 +325,7 @@ def test_checkpoints_exports_and_engines_get_what_was_trained(
         config.replace(save=None, load=str(converted.parent), finetune=True), tmp_path / "started"
     )
     assert started.start_rollout_id == 0
-    with pytest.raises(UserError, match="has no layer for further tokens"):
+    with pytest.raises(UserError, match="lacks the MTP layer"):
         make_actor(config.replace(save=None, load=str(lacking.parent), finetune=True), tmp_path / "lacks")
     # a reference never computes it
     compared = {"save": None, "finetune": True, "loss_type": "policy_loss", "use_kl_loss": True}
@@ -366,7 +368,9 @@ def test_models_that_have_none_are_named(models: dict[str, Path], tmp_path: Path
     model = models["MiMoForCausalLM"]
     mtp = config_of(model).mtp
     check_mtp(json.loads((model / "config.json").read_text()), mtp, str(model))
-    with pytest.raises(UserError, match=r"it is not there for Qwen3ForCausalLM, but for .*MiMoForCausalLM"):
+    with pytest.raises(
+        UserError, match=r"Qwen3ForCausalLM does not support it. Supported: .*MiMoForCausalLM"
+    ):
         check_mtp(tiny_config(), mtp, str(model))
     two = tiny_config("MiMoForCausalLM", num_nextn_predict_layers=2)
     with pytest.raises(UserError, match="num_nextn_predict_layers 2"):
@@ -385,6 +389,6 @@ def test_weights_that_lack_the_layer_are_refused_before_the_start(
     )
     check_inputs(config)
     with pytest.raises(
-        UserError, match=r"no tensor model.mtp_layers.0.input_proj.weight: its weights came without"
+        UserError, match=r"no tensor model.mtp_layers.0.input_proj.weight: its weights lack the MTP layer"
     ):
         check_inputs(config.replace(hf_checkpoint=str(directory / "whole")))

@@ -156,10 +156,10 @@ FLASH = [*FP8, "--sglang-load-format", "flash_rl"]
 @pytest.mark.parametrize(
     ("flags", "config", "reason"),
     [
-        ([], {"quantization_config": FORM}, "Engines can have them: .*--ref-load"),
+        ([], {"quantization_config": FORM}, "Only engines can use them: .*--ref-load"),
         (["--ref-load", "r"], {"quantization_config": FORM}, None),
         (["--ref-load", "r", *FP8], {"quantization_config": FORM}, None),
-        (["--ref-load", "r", *INT8], {"quantization_config": FORM}, "can't load the trainer's into them"),
+        (["--ref-load", "r", *INT8], {"quantization_config": FORM}, "can't load the trainer's weights into them"),
         (["--ref-load", "r"], {"quantization_config": {"quant_method": "awq"}}, "only block FP8"),
         (["--ref-load", "r"], {"quantization_config": FORM | {"scale_fmt": "ue8m0"}}, "without scale_fmt"),
         (INT8, {}, "--sglang-quantization w8a8_int8: SGLang repacks"),

@@ -295,7 +295,7 @@ def test_an_engine_that_fails_is_named_and_stays_paused_and_the_others_go_on() -
         "http://other: layer.5 to layer.5 can't be loaded: AssertionError: layer.5 has"
         in failures["http://other"]
     )
-    assert "hung up" in failures["http://dead"] or "died" in failures["http://dead"]
+    assert "closed the connection" in failures["http://dead"] or "died" in failures["http://dead"]
     # One that is there can be asked again; it does not generate with what it has.
     assert [engine.calls[-1] for engine in engines] == ["end_weight_update", "end_push 1", "update"]
     assert engines[1].ranks[0].loaded.keys() == {name for name, _ in named}
@@ -378,12 +378,12 @@ def test_what_is_wrong_is_said() -> None:
     model = Model({name: torch.Size([1]) for name, _ in named})
     wrong = "layer.0 to layer.6 can't be loaded: AssertionError: layer.0 has shape (5, 4)"
     assert wrong in str(report(model, bucket, memory.source))
-    unseen = "shared memory is not to be seen from here"
+    unseen = "shared memory is not visible from here"
     assert unseen in str(report(model, bucket, replace(memory.source, name="of-another-machine")))
     assert unseen in str(report(model, bucket, replace(memory.source, path="/proc/1/fd/999999")))
     model.shapes = {name: tensor.shape for name, tensor in named}
     other = replace(bucket, digests=[*bucket.digests[:-1], 7])
-    assert report(model, other, memory.source) == "layer.6 has another checksum than the trainer's"
+    assert report(model, other, memory.source) == "layer.6 has a checksum other than the trainer's"
     assert not model.loaded
     assert report(model, bucket, memory.source) == LOADED
     memory.close()
@@ -395,5 +395,5 @@ def test_changes_to_what_is_not_known_are_refused() -> None:
     assert part is not None and part.changed is not None
     engine = Engine("http://a", [("w", torch.zeros(100))])
     failures = push(2, [part], engine)
-    assert "only changes of w came, and what they were made to is not known" in failures["http://a"]
+    assert "only changes of w arrived, and the values that they apply to are unknown" in failures["http://a"]
     assert not engine.ranks[0].loaded

@@ -140,7 +140,7 @@ def _chat_harness() -> str:
 def _verifiers_tasks(name: str, args: dict[str, Any]) -> Iterator[tuple[int, str]]:
     tasks = _verifiers(name, args).taskset
     if not tasks.bounded:
-        sys.exit(f"--environment verifiers/{name} has tasks without end: its arguments must bound it.")
+        sys.exit(f"--environment verifiers/{name} has an endless set of tasks: its arguments must bound it.")
     for task in tasks:
         yield task.data.idx, task.data.prompt_text or task.data.name or f"task {task.data.idx}"
 

@@ -87,13 +87,12 @@ def _check(path: Path, asked: dict[str, Any], key: str, where: str) -> None:
     if not same:
         raise UserError(
             f"{where} {path} was not written for --environment {asked['name']} with the arguments"
-            f" {json.dumps(asked['args'])}."
-            " Name a file that does not exist: it is written then."
+            f" {json.dumps(asked['args'])}. Name a file that does not exist: it will be written."
         )
 
 
 def with_reward(outcome: Outcome) -> Outcome:
-    """What the environment said as the reward; 0 if it failed, with the reason."""
+    """The environment's reward; 0 if it failed, with the reason."""
     if outcome.failure:
         return replace(outcome, reward=0.0)
     try:
@@ -103,5 +102,5 @@ def with_reward(outcome: Outcome) -> Outcome:
         if not math.isfinite(reward):
             raise ValueError
     except (ValueError, KeyError, TypeError):
-        return replace(outcome, reward=0.0, failure=f"the environment said no reward: {outcome.answer:.200}")
+        return replace(outcome, reward=0.0, failure=f"the environment gave no reward: {outcome.answer:.200}")
     return replace(outcome, reward=reward, said={**(outcome.said or {}), "metrics": metrics})

@@ -120,7 +120,7 @@ def _read_thread(body: Mapping[str, Any]) -> tuple[bool, str | None]:
     previous = take(thread, "previous_message_id", str)
     if thread.get("type") != "continue" or not previous:
         raise bad("thread is neither a create nor a continue with its previous_message_id", "thread")
-    refuse(body, dict.fromkeys(("system", "tools"), ": a thread keeps those that it was created with"))
+    refuse(body, dict.fromkeys(("system", "tools"), ": a thread keeps the ones that it was created with"))
     return True, previous
 
 

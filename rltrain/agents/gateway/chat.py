@@ -40,7 +40,7 @@ _REFUSED = {
     "function_call": ": give tools",
     "audio": "",
     "web_search_options": "",
-    "top_logprobs": ": the log-probs of the sampled tokens are there with logprobs",
+    "top_logprobs": ": logprobs returns the log-probs of the sampled tokens",
 }
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _FINISH = {"stop_word": "stop"}

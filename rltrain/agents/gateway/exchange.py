@@ -189,7 +189,7 @@ def left_over(body: Mapping[str, Any], known: Collection[str], noted: Collection
         if name in known or value is None or value is False or value in ("", [], {}):
             continue
         if name not in noted:
-            raise bad(f"{name} can't be used here: nothing acts on it", name)
+            raise bad(f"{name} can't be used here: it has no effect", name)
         found[name] = value
     return found
 
@@ -210,6 +210,6 @@ def text_of(content: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> str
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in kinds:
-            raise bad(f"{where}[{i}] is of the type {kind!r}: the model takes text only", f"{where}[{i}]")
+            raise bad(f"{where}[{i}] has the type {kind!r}: the model takes text only", f"{where}[{i}]")
         texts.append(take(part, "refusal" if kind == "refusal" else "text", str, ""))
     return "".join(texts)

@@ -46,7 +46,7 @@ def read(body: Mapping[str, Any]) -> Ask:
     refuse(body, _REFUSED)
     if [each for each in take(body, "include", list, []) if each != "reasoning.encrypted_content"]:
         raise bad(
-            "include: only reasoning.encrypted_content is of use, and the reasoning is there anyway",
+            "include: only reasoning.encrypted_content is accepted, and the reasoning is always included",
             "include",
         )
     given = body.get("input")
@@ -167,7 +167,7 @@ def _read_item(item: Mapping[str, Any], kind: str, where: str) -> Message:
         parts = take(item, "content", list, [])
         thought = text_of(parts, f"{where}.content", ("reasoning_text",))
         return {"role": "assistant", "content": "", "reasoning_content": thought}
-    raise bad(f"{where} is of the type {kind!r}, which the model can't take", where)
+    raise bad(f"{where} has the type {kind!r}, which the model can't take", where)
 
 
 def _join(message: Message, more: Message) -> None:
@@ -184,7 +184,7 @@ def _read_tools(tools: list[Any] | None) -> list[dict[str, Any]] | None:
         kind = tool.get("type") if isinstance(tool, dict) else None
         if kind != "function" or not isinstance(tool.get("name"), str):
             raise bad(
-                f"tools[{i}] is of the type {kind!r}: only functions of the agent's own work here",
+                f"tools[{i}] has the type {kind!r}: only the agent's own functions work here",
                 f"tools[{i}]",
             )
         function = {

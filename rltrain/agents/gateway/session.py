@@ -132,7 +132,7 @@ class Session:
                 "rewritten", "the chat template, or the client, renders earlier turns differently"
             )
         for name, value in ask.not_followed.items():
-            self.record.note("not followed", f"{name}={value!r}: no effect, the run's own sampling holds")
+            self.record.note("not followed", f"{name}={value!r}: no effect, the run's own sampling applies")
         for name in self._shared.templates.without_effect(ask.template_kwargs):
             said = ask.template_kwargs[name]
             self.record.note("not followed", f"{name}={said!r}: the model's chat template does not know it")
@@ -197,7 +197,7 @@ class Session:
         self._shared.parsers.check_tools(ask.tools)
         turns, tokens = self._limits.turns, self._limits.tokens
         if turns is not None and self._begun + ask.n > turns:
-            raise self._refused(f"the session may have {turns} turns, and has had {self._begun}")
+            raise self._refused(f"the session may have {turns} turns, and has used {self._begun}")
         if tokens is not None and self._spent >= tokens:
             raise self._refused(f"the session may sample {tokens} tokens, and has sampled {self._spent}")
 

@@ -31,7 +31,7 @@ class Agents:
         False,
     )
     agent_command: str | None = flag(
-        "program that is run for each sample: JSON on its standard input, the API's URL and key in its environment",
+        "program to run for each sample: JSON on its standard input, the API's URL and key in its environment",
         metavar="COMMAND",
     )
     environment: str | None = flag(
@@ -46,7 +46,7 @@ class Agents:
         "the agent's own Python, which comes first in its PATH (default: the run's)", metavar="FILE"
     )
     agent_files: list[str] = flag(
-        "what the sandbox sees, read-only, beside the system and the folders of the command's files",
+        "paths that the sandbox sees, read-only, beside the system and the folders of the command's files",
         [],
         metavar="PATH",
     )
@@ -55,24 +55,26 @@ class Agents:
         metavar="FILE",
     )
     agent_sandbox: Literal["bubblewrap", "apptainer", "pyxis", "none"] = flag(
-        "what it runs in; none: plain processes, for code that is trusted (default: bubblewrap)", "bubblewrap"
+        "the agent's sandbox; none: plain processes, for trusted code (default: bubblewrap)", "bubblewrap"
     )
     agent_image: str | None = flag("image of Apptainer or pyxis", metavar="IMAGE")
     agent_timeout: int = flag("seconds that a session may take (default: 600)", 600, metavar="S", at_least=1)
-    agent_max_turns: int | None = flag("responses that a session may have", metavar="N", at_least=1)
-    agent_max_tokens: int | None = flag("tokens that a session may sample", metavar="N", at_least=1)
+    agent_max_turns: int | None = flag("maximum number of responses in a session", metavar="N", at_least=1)
+    agent_max_tokens: int | None = flag(
+        "maximum number of tokens sampled in a session", metavar="N", at_least=1
+    )
     agent_concurrency: int | None = flag(
         "sessions at a time (default: as many as samples are generated at a time)", metavar="N", at_least=1
     )
     agent_retries: int = flag(
-        "more tries when the sandbox or the engines fail, and not the agent (default: 2)",
+        "retries when the sandbox or the engines fail, not the agent (default: 2)",
         2,
         metavar="N",
         at_least=0,
     )
-    agent_memory: int = flag("MB of memory of a sandbox (default: 2048)", 2048, metavar="MB", at_least=16)
+    agent_memory: int = flag("memory of a sandbox in MB (default: 2048)", 2048, metavar="MB", at_least=16)
     agent_disk: int = flag(
-        "MB of a sandbox's home, and of its /tmp (default: 512)", 512, metavar="MB", at_least=1
+        "size of a sandbox's home, and of its /tmp, in MB each (default: 512)", 512, metavar="MB", at_least=1
     )
     agent_processes: int = flag(
         "processes and threads of a sandbox (default: 128)", 128, metavar="N", at_least=1
@@ -118,9 +120,7 @@ def resolve_agents(agents: Agents, functions: Functions) -> tuple[Agents, Functi
     needs_image = agents.agent_sandbox in ("apptainer", "pyxis")
     if agents.agent_command and needs_image != bool(agents.agent_image):
         missing = (
-            "needs --agent-image"
-            if needs_image
-            else "takes no --agent-image: that is for apptainer and pyxis"
+            "needs --agent-image" if needs_image else "takes no --agent-image: only apptainer and pyxis do"
         )
         raise UserError(f"--agent-sandbox {agents.agent_sandbox} {missing}.")
     way = RUN_COMMAND if agents.agent_command else RUN_FUNCTION

@@ -47,11 +47,11 @@ class Algorithm:
         option="--disable-compute-advantages-and-returns",
     )
     kl_coef: float = flag("weight of the KL to the reference, subtracted from the reward", 0.0, metavar="B")
-    use_kl_loss: bool = flag("KL to the reference as a term of the loss", False)
+    use_kl_loss: bool = flag("add the KL to the reference to the loss", False)
     kl_loss_coef: float = flag("weight of the KL loss (default: 0)", 0.0, metavar="B")
     kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = flag("estimator of the KL (default: k1)", "k1")
     ref_update_interval: int | None = flag(
-        "rollouts after which the reference is set to the current policy (default: never)",
+        "rollouts between updates of the reference to the current policy (default: never)",
         metavar="N",
         at_least=1,
     )
@@ -60,7 +60,7 @@ class Algorithm:
     keep_old_actor: bool = flag(
         "use the log-probs of the weights that generated the rollout as the old ones", False
     )
-    use_opsm: bool = flag("leave out bad responses that the policy has become unlikely to write", False)
+    use_opsm: bool = flag("leave out bad responses that the policy is now unlikely to write", False)
     opsm_delta: float = flag(
         "with --use-opsm: the mean log π_old − log π above which they are left out (default: 1e-4)",
         0.0001,
@@ -71,10 +71,10 @@ class Algorithm:
     tis_clip: float = flag("largest weight of --use-tis (default: 2)", 2.0, metavar="W")
     tis_clip_low: float = flag("smallest weight of --use-tis (default: 0)", 0.0, metavar="W")
     use_routing_replay: bool = flag(
-        "experts: training passes send tokens where the pass of the old log-probs sent them", False
+        "experts: training passes route tokens as the pass of the old log-probs did", False
     )
     use_rollout_routing_replay: bool = flag(
-        "experts: the trainer sends tokens where the engine sent them (R3)", False
+        "experts: the trainer routes tokens as the engine did (R3)", False
     )
     use_opd: bool = flag("on-policy distillation: a teacher grades every token", False)
     opd_type: Literal["sglang", "megatron"] | None = flag(
@@ -105,20 +105,18 @@ def resolve_algorithm(algorithm: Algorithm, functions: Functions) -> Algorithm:
     estimator = f"--advantage-estimator {algorithm.advantage_estimator}"
     if algorithm.kl_coef and algorithm.advantage_estimator not in _WITH_KL_IN_REWARD and not own:
         raise UserError(
-            f"--kl-coef {algorithm.kl_coef}: {estimator} takes the KL to the reference as a loss, not out of the"
-            f" reward. Use --use-kl-loss --kl-loss-coef instead, or one of {', '.join(_WITH_KL_IN_REWARD)}."
+            f"--kl-coef {algorithm.kl_coef}: {estimator} adds the KL to the reference to the loss, not to the reward."
+            f" Use --use-kl-loss --kl-loss-coef instead, or one of {', '.join(_WITH_KL_IN_REWARD)}."
         )
     for name, value in (("gamma", algorithm.gamma), ("lambd", algorithm.lambd)):
         if not 0 <= value <= 1:
             raise UserError(f"--{name} {value}: a discount is between 0 and 1.")
     if algorithm.gamma != 1 and algorithm.advantage_estimator not in _DISCOUNTING and not own:
         raise UserError(
-            f"--gamma {algorithm.gamma}: {estimator} discounts nothing; {' and '.join(_DISCOUNTING)} do."
+            f"--gamma {algorithm.gamma}: {estimator} does not discount; {' and '.join(_DISCOUNTING)} do."
         )
     if algorithm.lambd != 1 and algorithm.advantage_estimator != "ppo" and not own:
-        raise UserError(
-            f"--lambd {algorithm.lambd}: {estimator} has no critic to look ahead with; ppo has one."
-        )
+        raise UserError(f"--lambd {algorithm.lambd}: {estimator} has no critic; ppo has one.")
     if algorithm.use_unbiased_kl and not algorithm.use_kl_loss:
         raise UserError("--use-unbiased-kl changes the KL loss: it needs --use-kl-loss.")
     if algorithm.ref_update_interval is not None and not (algorithm.use_kl_loss or algorithm.kl_coef):
@@ -137,11 +135,11 @@ def _check_loss(algorithm: Algorithm, functions: Functions) -> None:
         raise UserError("--loss-type custom_loss and --custom-loss-function-path belong together.")
     if not algorithm.compute_advantages_and_returns and algorithm.loss_type == "policy_loss":
         raise UserError(
-            "--disable-compute-advantages-and-returns: only a custom loss or sft_loss can do without."
+            "--disable-compute-advantages-and-returns: only a custom loss or sft_loss works without them."
         )
     if algorithm.use_rollout_entropy and algorithm.loss_type == "sft_loss":
         raise UserError(
-            "--use-rollout-entropy: sft_loss computes nothing before training; train/entropy is logged anyway."
+            "--use-rollout-entropy: sft_loss has no pass before training; train/entropy is logged anyway."
         )
 
 
@@ -166,13 +164,13 @@ def _check_mismatch(algorithm: Algorithm, functions: Functions) -> None:
     if algorithm.use_tis and algorithm.use_rollout_logprobs:
         raise UserError(
             "--use-tis corrects for the engine's log-probs, and --use-rollout-logprobs takes them as the old"
-            " ones: with both the correction would count twice. Take one."
+            " ones: both would correct twice. Give one."
         )
     if functions.custom_tis_function_path and not (algorithm.use_tis or algorithm.get_mismatch_metrics):
         raise UserError("--custom-tis-function-path needs --use-tis (or --get-mismatch-metrics).")
     if algorithm.keep_old_actor and algorithm.use_rollout_logprobs:
         raise UserError(
-            "--keep-old-actor and --use-rollout-logprobs are two ways to know the old log-probs. Take one."
+            "--keep-old-actor and --use-rollout-logprobs are two sources of the old log-probs. Give one."
         )
     if algorithm.use_opsm and algorithm.advantage_estimator == "cispo":
         raise UserError("--use-opsm: CISPO keeps every token; leave it out.")

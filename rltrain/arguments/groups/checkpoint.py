@@ -23,7 +23,7 @@ class Checkpoint:
         "step of the checkpoint of --ref-load (default: the latest)", metavar="N"
     )
     finetune: bool = flag("load only the weights of --load, and begin at rollout 0", False, owner="Megatron")
-    save_interval: int | None = flag("rollouts between two checkpoints", metavar="N", at_least=1)
+    save_interval: int | None = flag("rollouts between checkpoints", metavar="N", at_least=1)
     save_hf: str | None = flag("also write Hugging Face weights at the end", metavar="DIR")
     no_save_optim: bool = flag("save no optimizer state", False)
     no_save_rng: bool = flag(
@@ -32,13 +32,13 @@ class Checkpoint:
     no_load_optim: bool = flag("ignore the optimizer state of --load", False, owner="Megatron")
     no_load_rng: bool = flag("do not restore the random number generators", False, owner="Megatron")
     trust_load: bool = flag(
-        "load checkpoints that other users may have written: that runs code which is in them",
+        "load checkpoints that other users may have written: loading runs the code in them",
         False,
         owner="slurmlime",
     )
-    async_save: bool = flag("write checkpoints while training goes on", False)
+    async_save: bool = flag("write checkpoints while training continues", False)
     ckpt_format: Literal["torch_dist", "torch"] = flag(
-        "torch_dist fits any parallel layout (default); torch only the one that it was saved with",
+        "torch_dist fits any parallel layout (default); torch only the layout that it was saved with",
         "torch_dist",
         owner="Megatron",
     )
@@ -74,14 +74,14 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
     if interval and retained and retained % interval:
         raise UserError(
             f"--save-retain-interval {retained} is not a multiple of --save-interval {interval}: no checkpoint is"
-            " written after such a rollout."
+            " written after those rollouts."
         )
     if checkpoint.ckpt_step is not None and load is None:
-        raise UserError("--ckpt-step says which checkpoint of --load to take: give --load.")
+        raise UserError("--ckpt-step selects a checkpoint of --load: give --load.")
     if checkpoint.ckpt_step is not None and load == save:
         raise UserError(
-            f"--ckpt-step {checkpoint.ckpt_step}: --load is where this run saves, and a restart has to go on from its"
-            " newest checkpoint. Give another --save."
+            f"--ckpt-step {checkpoint.ckpt_step}: this run saves to --load, and a restart must resume from its newest"
+            " checkpoint. Give another --save."
         )
     if checkpoint.ref_ckpt_step is not None and checkpoint.ref_load is None:
-        raise UserError("--ref-ckpt-step says which checkpoint of --ref-load to take: give --ref-load.")
+        raise UserError("--ref-ckpt-step selects a checkpoint of --ref-load: give --ref-load.")

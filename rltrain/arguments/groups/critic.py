@@ -41,7 +41,7 @@ class Critic:
         "warm-up of the critic, in optimizer steps (default: 0)", 0, metavar="N"
     )
     num_critic_only_steps: int = flag(
-        "first rollouts, which train only the critic (default: 0)", 0, metavar="N"
+        "number of first rollouts that train only the critic (default: 0)", 0, metavar="N"
     )
     value_clip: float = flag("how far a value may move in one rollout (default: 0.2)", 0.2, metavar="E")
     swap_critic: bool = flag(
@@ -105,8 +105,8 @@ def check_critic(critic: Critic, algorithm: Algorithm) -> None:
     for flag_name, value in given.items():
         if value:
             raise UserError(
-                f"{flag_name} {value}: there is no critic with --advantage-estimator {algorithm.advantage_estimator};"
-                " only ppo has one."
+                f"{flag_name} {value}: --advantage-estimator {algorithm.advantage_estimator} has no critic; only ppo"
+                " has one."
             )
 
 
@@ -154,7 +154,7 @@ def _checked(
 ) -> Any:
     if name not in values:
         near = nearest(name, values)
-        hint = f"did you mean {near}?" if near else "names are those of flags, with _ for -."
+        hint = f"did you mean {near}?" if near else "names are flags, with _ for -."
         raise UserError(f"{where}: unknown name {name!r}; {hint}")
     if name in _SHARED and value != values[name]:
         raise UserError(

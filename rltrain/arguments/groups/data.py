@@ -16,12 +16,13 @@ class Data:
 
     prompt_data: str | None = flag("JSONL, Parquet or CSV prompts; FILE@[a:b] takes a slice", metavar="FILE")
     prompt_data_mix: list[str] | None = flag(
-        "instead of --prompt-data: pairs of a file and how often its prompts occur in an epoch (0.5: half of them)",
+        "instead of --prompt-data: pairs of a file and its prompts' number of occurrences in an epoch (0.5: half of"
+        " them)",
         metavar="FILE WEIGHT",
         owner="slurmlime",
     )
     rollout_global_dataset: bool = flag(
-        "no prompts: samples begin empty, and a function of your own fills them",
+        "no prompts: samples begin empty, and your own function fills them",
         True,
         option="--disable-rollout-global-dataset",
     )
@@ -63,9 +64,7 @@ def _check_mix(data: Data) -> None:
     if mix and data.prompt_data:
         raise UserError("--prompt-data and --prompt-data-mix: give one of them.")
     if len(mix) % 2:
-        raise UserError(
-            f"--prompt-data-mix takes pairs of a file and a weight, but {len(mix)} words were given."
-        )
+        raise UserError(f"--prompt-data-mix takes pairs of a file and a weight, but got {len(mix)} words.")
     for word in mix[1::2]:
         try:
             positive = float(word) > 0

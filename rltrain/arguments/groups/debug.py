@@ -19,12 +19,12 @@ _RECORDED = "rltrain.rollout.train_data.replayed"
 class Tracking:
     """Tracking."""
 
-    use_wandb: bool = flag("log to Weights & Biases beside metrics.jsonl", False)
+    use_wandb: bool = flag("log to Weights & Biases, in addition to metrics.jsonl", False)
     wandb_mode: Literal["online", "offline", "disabled"] | None = flag(
         "mode of W&B (default: WANDB_MODE, else offline)"
     )
-    wandb_host: str | None = flag("URL of a W&B server of your own (default: WANDB_BASE_URL)", metavar="URL")
-    wandb_dir: str | None = flag("directory of W&B's files (default: the run directory)", metavar="DIR")
+    wandb_host: str | None = flag("URL of your own W&B server (default: WANDB_BASE_URL)", metavar="URL")
+    wandb_dir: str | None = flag("directory for W&B's files (default: the run directory)", metavar="DIR")
     wandb_team: str | None = flag("W&B entity", metavar="NAME")
     wandb_project: str = flag("default: slurmlime", "slurmlime", metavar="NAME")
     wandb_group: str | None = flag("default: none", metavar="NAME")
@@ -33,18 +33,20 @@ class Tracking:
         metavar="KEY",
     )
     wandb_run_id: str | None = flag(
-        "id of the W&B run (default: made once, kept for every attempt)", metavar="ID"
+        "id of the W&B run (default: generated once, kept for every attempt)", metavar="ID"
     )
     log_reward_category: str | None = flag(
         "entry of a dict reward whose values are counted: rollout/error_cat/VALUE, the share of samples",
         metavar="KEY",
     )
     log_correct_samples: bool = flag("log the lengths of the responses whose reward is at least 1", False)
-    use_tensorboard: bool = flag("also for TensorBoard: $TENSORBOARD_DIR, or tensorboard/ of the run", False)
+    use_tensorboard: bool = flag(
+        "log to TensorBoard, too: in $TENSORBOARD_DIR, or tensorboard/ of the run", False
+    )
     tb_project_name: str | None = flag("directory in tensorboard/ of the run", metavar="NAME")
     tb_experiment_name: str | None = flag("subdirectory of --tb-project-name", metavar="NAME")
     tensorboard_dir: str | None = flag(
-        "directory for TensorBoard: of --use-tensorboard's metrics, and of traces (default: in the run)",
+        "TensorBoard's directory, for --use-tensorboard's metrics and for traces (default: in the run)",
         metavar="DIR",
         owner="Megatron",
     )
@@ -68,7 +70,7 @@ class Profiling:
         ["train_overall"],
     )
     profile_step_start: int = flag(
-        "the first rollout that is traced, counted from the start of the trainer (default: 10)",
+        "first rollout to trace, counted from the start of the trainer (default: 10)",
         10,
         metavar="N",
         owner="Megatron",
@@ -77,7 +79,7 @@ class Profiling:
         "the rollout before which tracing ends (default: 12)", 12, metavar="N", owner="Megatron"
     )
     profile_ranks: list[int] | None = flag(
-        "the trainer ranks that write something (default: all)", metavar="RANK", owner="Megatron"
+        "trainer ranks that write a trace (default: all)", metavar="RANK", owner="Megatron"
     )
     record_memory_history: bool = flag(
         "record every allocation from the start, and write it when memory runs out, or at the end", False
@@ -87,7 +89,7 @@ class Profiling:
     )
     memory_snapshot_dir: str | None = flag("default: profile/ of the run", metavar="DIR")
     memory_snapshot_num_steps: int | None = flag(
-        "write it after so many rollouts, and stop recording", metavar="N", at_least=1
+        "number of rollouts after which it is written and recording stops", metavar="N", at_least=1
     )
 
 
@@ -110,7 +112,7 @@ def idle_profiling(profiling: Profiling) -> list[str]:
 class Debug:
     """Debug."""
 
-    debug_train_only: bool = flag("no engines: the rollout function makes the data by itself", False)
+    debug_train_only: bool = flag("no engines: the rollout function makes the data itself", False)
     debug_rollout_only: bool = flag(
         "no trainer: generate and grade with the weights of --hf-checkpoint", False
     )
@@ -166,8 +168,8 @@ def resolve_debug(debug: Debug, functions: Functions) -> tuple[Debug, Functions]
         )
     if debug.debug_rollout_only and debug.debug_train_only:
         raise UserError(
-            "--debug-rollout-only has no trainer, and --debug-train-only or --load-debug-rollout-data no engines:"
-            " leave one of them out."
+            "--debug-rollout-only runs without a trainer, and --debug-train-only or --load-debug-rollout-data without"
+            " engines: leave one of them out."
         )
     return debug, functions
 
@@ -181,14 +183,11 @@ def check_profiling(profiling: Profiling, debug: Debug) -> None:
     start, end = profiling.profile_step_start, profiling.profile_step_end
     if profiling.use_pytorch_profiler and not 0 <= start < end:
         raise UserError(
-            f"--profile-step-start {start} and --profile-step-end {end}: no rollout is from the first on and before the"
-            " second."
+            f"--profile-step-start {start} and --profile-step-end {end}: no rollout is in that range."
         )
     flag = "--use-pytorch-profiler" if profiling.use_pytorch_profiler else "--record-memory-history"
     if debug.debug_rollout_only and (profiling.use_pytorch_profiler or profiling.record_memory_history):
-        raise UserError(
-            f"{flag} is about the trainer, and --debug-rollout-only has none. Leave one of them out."
-        )
+        raise UserError(f"{flag} needs a trainer, and --debug-rollout-only has none. Leave one of them out.")
 
 
 def _with_details(debug: Debug) -> Debug:
@@ -213,8 +212,7 @@ def check_recorded(debug: Debug, num_rollout: int | None) -> None:
     """
     if num_rollout is None:
         raise UserError(
-            "--load-debug-rollout-data: recorded rollouts are counted, not passes over prompts. Give --num-rollout, not"
-            " --num-epoch."
+            "--load-debug-rollout-data: recorded rollouts have no epochs. Give --num-rollout, not --num-epoch."
         )
     template = debug.load_debug_rollout_data or ""
     for rollout_id in range(num_rollout):
@@ -260,8 +258,8 @@ def _check_template(flag: str, template: str) -> None:
         ) from None
     if not template.endswith(".parquet"):
         raise UserError(
-            f"{flag} {template}: rollouts are Parquet files here, and not torch's. Let the name end in .parquet; pandas"
-            " reads it, with one row a sample."
+            f"{flag} {template}: rollouts are Parquet files here, not torch's. End the name in .parquet; pandas reads"
+            " it, one row per sample."
         )
     if flag.startswith("--save") and len(names) == 1:
         raise UserError(

@@ -20,10 +20,10 @@ class Engines:
     rollout_num_gpus_per_engine: int = flag("tensor parallel size of an engine (default: 1)", 1, metavar="N")
     colocate: bool = flag("engines and trainer share the same GPUs", False)
     offload_train: bool = flag(
-        "the trainer gives up its GPU memory while the engines work (default: with --colocate)"
+        "the trainer frees its GPU memory while the engines work (default: with --colocate)"
     )
     offload_rollout: bool = flag(
-        "the engines give up their GPU memory while the trainer works (default: with --colocate)"
+        "the engines free their GPU memory while the trainer works (default: with --colocate)"
     )
     offload: bool = flag("--offload-train and --offload-rollout", False)
     sglang_server_concurrency: int = flag("requests in flight per engine", 512, metavar="N")

@@ -20,9 +20,9 @@ from rltrain.run.errors import UserError, nearest
 class Evaluation:
     """Evaluation."""
 
-    eval_interval: int | None = flag("rollouts between two evaluations", metavar="N", at_least=1)
+    eval_interval: int | None = flag("rollouts between evaluations", metavar="N", at_least=1)
     eval_prompt_data: list[str] | None = flag(
-        "one or more pairs of a name and a prompt file; or one file, whose set is named eval",
+        "one or more pairs of a name and a prompt file; or one file, for a set named eval",
         metavar="NAME FILE",
     )
     eval_config: str | None = flag(
@@ -43,7 +43,7 @@ class Evaluation:
     eval_max_prompt_len: int | None = flag("default: --rollout-max-prompt-len", metavar="N", at_least=1)
     eval_max_context_len: int | None = flag("default: --rollout-max-context-len", metavar="N", at_least=1)
     eval_min_new_tokens: int | None = flag(
-        "smallest length of a response, in tokens (default: 0)", metavar="N", at_least=0
+        "minimum length of a response, in tokens (default: 0)", metavar="N", at_least=0
     )
     eval_datasets: list[dict[str, Any]] = worked_out([])  # all sets, with every setting that is not None
 
@@ -109,9 +109,7 @@ def resolve_sets(evaluation: Evaluation, usual: Mapping[str, Any]) -> Evaluation
     if len(words) == 1:  # slime's older form: a file without a name
         words = [_ONLY_SET, words[0]]
     if len(words) % 2:
-        raise UserError(
-            f"--eval-prompt-data takes pairs of a name and a file, but {len(words)} words were given."
-        )
+        raise UserError(f"--eval-prompt-data takes pairs of a name and a file, but got {len(words)} words.")
     given = [{"name": name, "path": path} for name, path in zip(words[::2], words[1::2], strict=True)]
     if evaluation.eval_config:
         given += _read(evaluation.eval_config)
@@ -186,7 +184,9 @@ def _environment(each: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str,
     plain = each.get("custom_generate_function_path", usual_function) != usual_function
     if given and (plain or not usual["environment"]):
         why = (
-            "a generation function of its own" if plain else "no --environment: it is of the run that has one"
+            "a generation function of its own"
+            if plain
+            else "no --environment: that belongs to a run with one"
         )
         raise UserError(f"{where} has {' and '.join(given)}, and {why}.")
     if plain or not usual["environment"]:
@@ -203,7 +203,7 @@ def _environment(each: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str,
     )
     args = each.get("environment_args", args)
     if not isinstance(args, dict):
-        raise UserError(f"{where}: environment_args is {args!r}; it is a table of names and values.")
+        raise UserError(f"{where}: environment_args is {args!r}; it must be a table of names and values.")
     return {"environment": each.get("environment") or usual["environment"], "environment_args": args}
 
 
@@ -244,7 +244,7 @@ def _check_numbers(where: str, settings: Mapping[str, Any]) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
             raise UserError(
-                f"{where}: {name} is {value!r}; it is a number{' without a fraction' * (kind is int)}."
+                f"{where}: {name} is {value!r}; it must be a number{' without a fraction' * (kind is int)}."
             )
         check_range(f"{where}: {name}", value, of.flag)
 
@@ -252,7 +252,11 @@ def _check_numbers(where: str, settings: Mapping[str, Any]) -> None:
 def _check_own(where: str, settings: Mapping[str, Any]) -> None:
     least = settings.get("min_eval_samples")
     if least is not None and (not isinstance(least, int) or least < 1):
-        raise UserError(f"{where}: min_eval_samples is {least!r}; it is a number of samples, at least 1.")
+        raise UserError(
+            f"{where}: min_eval_samples is {least!r}; it must be a number of samples, at least 1."
+        )
     overrides = settings.get("metadata_overrides")
     if overrides is not None and not isinstance(overrides, dict):
-        raise UserError(f"{where}: metadata_overrides is {overrides!r}; it is a table of names and values.")
+        raise UserError(
+            f"{where}: metadata_overrides is {overrides!r}; it must be a table of names and values."
+        )

@@ -40,13 +40,13 @@ class Functions:
         coroutine=True,
     )
     agent_function_path: str | None = function(
-        "is an agent: speaks to session.base_url with session.api_key, and returns its answer, or the reward",
+        "an agent: calls session.base_url with session.api_key, and returns its answer, or the reward",
         positional=("session", "sample"),
         coroutine=True,
         owner="slurmlime",
     )
     custom_rm_path: str | None = function(
-        "returns the reward (with --group-rm: of a list of samples)",
+        "returns the reward (with --group-rm: the rewards of a list of samples)",
         positional=("args", "sample"),
         coroutine=None,
     )
@@ -54,11 +54,11 @@ class Functions:
         "says whether a graded group is kept", positional=("args", "samples")
     )
     buffer_filter_path: str | None = function(
-        "takes groups out of the buffer of those that were given back",
+        "takes groups from the buffer of groups that were given back",
         positional=("args", "rollout_id", "buffer", "num_samples"),
     )
     rollout_sample_filter_path: str | None = function(
-        "sets remove_sample of samples not to train on", positional=("args", "groups")
+        "sets remove_sample on samples not to train on", positional=("args", "groups")
     )
     rollout_sample_hook_path: list[str] = function(
         "sees each sample before its reward; repeatable",
@@ -69,7 +69,7 @@ class Functions:
         append=True,
     )
     rollout_all_samples_process_path: str | None = function(
-        "sees all groups, also those filtered out", positional=("args", "samples", "data_source")
+        "sees all groups, including filtered ones", positional=("args", "samples", "data_source")
     )
     rollout_data_postprocess_path: str | None = function(
         "changes the finished groups or, with arguments (args, rollout_id, rollout_data), a trainer rank's data",
@@ -77,13 +77,13 @@ class Functions:
         or_positional=("args", "rollout_id", "rollout_data"),
     )
     custom_reward_post_process_path: str | None = function(
-        "returns the rewards as graded and as trained on", positional=("args", "samples")
+        "returns the raw rewards and the rewards to train on", positional=("args", "samples")
     )
     custom_convert_samples_to_train_data_path: str | None = function(
-        "returns what is trained on, as a dict", positional=("args", "samples")
+        "returns the training data as a dict", positional=("args", "samples")
     )
     custom_rollout_log_function_path: str | None = function(
-        "makes the metrics of a batch; returns True to leave ours out",
+        "makes the metrics of a batch; returns True to replace ours",
         positional=("rollout_id", "args", "samples", "rollout_extra_metrics", "rollout_time"),
     )
     custom_eval_rollout_log_function_path: str | None = function(

@@ -16,10 +16,10 @@ class Rollout:
         "rollouts (steps of the loop) in the whole run; 0: only evaluate", metavar="N", at_least=0
     )
     num_epoch: int | None = flag(
-        "passes over the prompts, where --num-rollout is not given", metavar="N", at_least=1
+        "passes over the prompts, if --num-rollout is not given", metavar="N", at_least=1
     )
     start_rollout_id: int | None = flag(
-        "first rollout (default: the one after the checkpoint that is loaded)", metavar="N"
+        "first rollout (default: the one after the loaded checkpoint)", metavar="N"
     )
     rollout_batch_size: int = flag("prompts per rollout", metavar="N", at_least=1)
     n_samples_per_prompt: int = flag("responses per prompt (default: 1)", 1, metavar="N", at_least=1)
@@ -32,7 +32,7 @@ class Rollout:
         "prompt and response together, in tokens", metavar="N", at_least=1
     )
     rollout_max_prompt_len: int | None = flag(
-        "longer prompts are left out and counted", metavar="N", at_least=1
+        "longest prompt; longer ones are left out and counted", metavar="N", at_least=1
     )
     rollout_max_response_len: int = flag(
         "longest response, in tokens (default: 1024)", 1024, metavar="N", at_least=1
@@ -43,7 +43,9 @@ class Rollout:
     over_sampling_batch_size: int = flag(
         "prompts sampled at a time if a filter drops some (default: --rollout-batch-size)", metavar="N"
     )
-    partial_rollout: bool = flag("continue responses later that are stopped because the batch is full", False)
+    partial_rollout: bool = flag(
+        "continue responses later that were stopped because the batch was full", False
+    )
     mask_offpolicy_in_partial_rollout: bool = flag(
         "with --partial-rollout: do not train on tokens of an earlier rollout", False
     )
@@ -55,7 +57,7 @@ class Rollout:
     )
     rollout_seed: int = flag("seed of shuffling and sampling (default: 42)", 42, metavar="SEED")
     max_staleness: int = flag(
-        "versions by which a sample may be behind: rollouts run that far ahead (default: 0)",
+        "how many versions a sample's weights may be behind; rollouts run that far ahead (default: 0)",
         0,
         metavar="K",
         owner="slurmlime",
@@ -71,9 +73,9 @@ class Rewards:
 
     rm_type: str | None = flag("built-in reward; see docs/rewards.md", metavar="NAME")
     rm_url: str | None = flag("URL of the server of --rm-type remote_rm", metavar="URL")
-    reward_key: str | None = flag("entry of a dict reward that is trained on", metavar="KEY")
+    reward_key: str | None = flag("entry of a dict reward to train on", metavar="KEY")
     reward_timeout: float = flag(
-        "a reward slower than this fails its sample", 30.0, metavar="S", at_least=0, owner="slurmlime"
+        "seconds after which a reward fails its sample", 30.0, metavar="S", at_least=0, owner="slurmlime"
     )
     reward_num_workers: int = flag(
         "reward processes (default: 1)", 1, metavar="N", at_least=1, owner="slurmlime"
@@ -100,9 +102,7 @@ def resolve_rollout(rollout: Rollout) -> Rollout:
     if not 0 <= rollout.max_failed_fraction <= 1:
         raise UserError(f"--max-failed-fraction {rollout.max_failed_fraction}: it is between 0 and 1.")
     if rollout.max_staleness < 0:
-        raise UserError(
-            f"--max-staleness {rollout.max_staleness}: it must be at least 0, which is on-policy."
-        )
+        raise UserError(f"--max-staleness {rollout.max_staleness}: it must be at least 0 (on-policy).")
     return rollout
 
 

@@ -28,15 +28,15 @@ class Training:
         "tokens in a packed micro-batch where no gradient is needed", metavar="N"
     )
     log_probs_chunk_size: int = flag(
-        "positions whose log-probs are computed at a time: fewer take less memory, results are the same"
-        " (default: -1, as many as is best)",
+        "positions whose log-probs are computed at a time: fewer take less memory, with the same results (default: -1,"
+        " chosen automatically)",
         -1,
         metavar="N",
     )
     balance_by_flops: bool = flag("even shares of arithmetic, not of tokens: long samples cost more", False)
     share_prompts: bool | None = flag(
-        "what samples of a micro-batch have in common at their beginnings goes through the model once"
-        " (default: where it is exact; with TransformerEngine, where it saves a quarter of a rollout's tokens)",
+        "compute a prefix that samples of a micro-batch share only once (default: where it is exact; with"
+        " TransformerEngine, where it saves a quarter of a rollout's tokens)",
         owner="slurmlime",
     )
     only_train_params_name_list: list[str] | None = flag(
@@ -45,7 +45,7 @@ class Training:
     freeze_params_name_list: list[str] | None = flag(
         "train no parameter that matches one", metavar="REGEX", empty=True
     )
-    reset_optimizer_states: bool = flag("forget Adam's averages before every rollout", False)
+    reset_optimizer_states: bool = flag("reset Adam's averages before every rollout", False)
     max_skipped_steps: int = flag(
         "stop the run after so many optimizer steps in a row with a non-finite loss or gradient (default: 10)",
         10,
@@ -107,7 +107,7 @@ class Mtp:
         "number of MTP layers (only 1 is supported)", metavar="1", owner="Megatron"
     )
     mtp_loss_scaling_factor: float | None = flag(
-        "weight of its loss (default: 0.1)", metavar="W", owner="Megatron"
+        "weight of the MTP layer's loss (default: 0.1)", metavar="W", owner="Megatron"
     )
 
     @property
@@ -129,13 +129,14 @@ def check_mtp_flags(mtp: Mtp) -> None:
     if not mtp.enable_mtp_training:
         if flag := next((name for name, value in given.items() if value is not None), None):
             raise UserError(
-                f"{flag} {given[flag]}: layers for further tokens are not trained without --enable-mtp-training, and"
-                " stay as they are in --hf-checkpoint. Give that flag too, or leave this one out."
+                f"{flag} {given[flag]}: without --enable-mtp-training MTP layers are not trained and stay as they are"
+                " in --hf-checkpoint. Give that flag too, or leave this one out."
             )
         return
     if mtp.mtp_num_layers not in (None, 1):
         raise UserError(
-            f"--mtp-num-layers {mtp.mtp_num_layers}: one layer can be trained, the one for the next token but one."
+            f"--mtp-num-layers {mtp.mtp_num_layers}: only one layer can be trained, which predicts the token after the"
+            " next."
         )
     if mtp.scale <= 0:
         raise UserError(f"--mtp-loss-scaling-factor {mtp.scale:g} must be above 0.")
@@ -196,7 +197,7 @@ def resolve_training(training: Training, rollout: Rollout) -> Training:
     training = _resolve_steps(training, rollout)
     if training.log_probs_chunk_size < 1 and training.log_probs_chunk_size != -1:
         raise UserError(
-            f"--log-probs-chunk-size is {training.log_probs_chunk_size}: it is a number of positions, or -1."
+            f"--log-probs-chunk-size is {training.log_probs_chunk_size}: it must be a number of positions, or -1."
         )
     if training.use_dynamic_batch_size and training.max_tokens_per_gpu is None:
         raise UserError(
@@ -223,8 +224,8 @@ def resolve_lora(lora: Lora) -> Lora:
     targets = lora.lora_target_modules or ["all-linear"]
     if unknown := [name for name in targets if name not in (*LORA_MODULES, "all-linear")]:
         raise UserError(
-            f"--lora-target-modules {unknown[0]}: no such layer can have an adapter; there are"
-            f" {', '.join(LORA_MODULES)}, and all-linear for all that the model has of them."
+            f"--lora-target-modules {unknown[0]}: that layer can't have an adapter; {', '.join(LORA_MODULES)} can, and"
+            " all-linear stands for all of them in the model."
         )
     targets = [name for name in (*LORA_MODULES, "all-linear") if name in targets]  # checkpoints compare them
     alpha = 2.0 * lora.lora_rank if lora.lora_alpha is None else lora.lora_alpha

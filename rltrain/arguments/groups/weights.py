@@ -16,17 +16,15 @@ class Weights:
         "how weights reach the engines: files, shared memory, process groups (default: by layout)", "auto"
     )
     update_weight_mode: Literal["full", "delta"] = flag(
-        "delta: send only what has changed since the last push (default: full)", "full"
+        "delta: send only what changed since the last push (default: full)", "full"
     )
     update_weight_buffer_size: int = flag(
-        "of weights in transit at a time (default: 512 MiB); 32 MiB by shared memory or gloo",
+        "bytes of weights in transit at a time (default: 512 MiB; 32 MiB by shared memory or gloo)",
         536870912,
         metavar="BYTES",
         at_least=1,
     )
     check_weight_update_equal: bool = flag(
-        "check once that a push restores every tensor of engines that were filled with random numbers", False
+        "fill engines with random numbers, and check once that a push restores every tensor", False
     )
-    update_weights_interval: int = flag(
-        "rollouts between two pushes (default: 1)", 1, metavar="N", at_least=1
-    )
+    update_weights_interval: int = flag("rollouts between pushes (default: 1)", 1, metavar="N", at_least=1)

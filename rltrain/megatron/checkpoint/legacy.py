@@ -82,7 +82,7 @@ def load_legacy(checkpoint: Path, state: TrainState, *, load_rng: bool) -> int:
     differences = [_difference(content.get(key, {}), model.state_dict()) for key, model in chunks(state)]
     problem = first_problem(next((each for each in differences if each is not None), None))
     if problem is not None:
-        raise UserError(f"{checkpoint} is of another model than --hf-checkpoint: {problem}.")
+        raise UserError(f"{checkpoint} holds a different model from --hf-checkpoint: {problem}.")
     for key, model in chunks(state):
         load_weights(model, content[key])
     if state.optimizer is not None:

@@ -91,7 +91,7 @@ def _check_same_optimizer(checkpoint: Path, stored: str | None, wanted: str) -> 
         flag = "--use-distributed-optimizer" if had == "with" else "--no-use-distributed-optimizer"
         raise UserError(
             f"{checkpoint} was saved {had} --use-distributed-optimizer, and this run is {has} it: their states cannot"
-            f" be turned into each other. Give {flag} as it had, or --no-load-optim to take the weights only."
+            f" be converted into each other. Give {flag} as it had, or --no-load-optim to take the weights only."
         )
 
 
@@ -149,7 +149,7 @@ def _check_same_model(
     tensors = sorted(sharded_tensors(wanted), key=lambda each: each.key)
     problem = first_problem(_difference(tensors, stored))
     if problem is not None:
-        raise UserError(f"{checkpoint} is of another model than --hf-checkpoint: {problem}.")
+        raise UserError(f"{checkpoint} holds a different model from --hf-checkpoint: {problem}.")
 
 
 def _check_same_head(checkpoint: Path, state: TrainState, stored: Collection[str]) -> None:
@@ -161,13 +161,13 @@ def _check_same_head(checkpoint: Path, state: TrainState, stored: Collection[str
     has, had = state.has_head, any(key.startswith(HEAD) for key in stored)
     if has and not had:
         raise UserError(
-            f"{checkpoint} has no layer for further tokens, which --enable-mtp-training trains. Begin with the weights"
+            f"{checkpoint} lacks the MTP layer, which --enable-mtp-training trains. Begin with the weights"
             " of a Hugging Face directory, or convert it by rltrain.tools.convert_hf_to_torch_dist --mtp-num-layers 1."
         )
     if had and not has:
         raise UserError(
-            f"{checkpoint} was trained with --enable-mtp-training, and this run is without: its layer for further"
-            " tokens would be lost. Give the flag; or let python -m rltrain.tools.convert_torch_dist_to_hf write a"
+            f"{checkpoint} was trained with --enable-mtp-training, and this run does not use it: the checkpoint's MTP"
+            " layer would be lost. Give the flag; or let python -m rltrain.tools.convert_torch_dist_to_hf write a"
             " Hugging Face directory, and start from that."
         )
 

@@ -123,7 +123,7 @@ def usable_checkpoint(directory: Path, iteration: int | None = None) -> Path | N
         file = first_problem(damaged_file(checkpoint, dist.get_rank(), dist.get_world_size()))
         if file is None:
             return checkpoint
-        damaged[checkpoint] = f"{file} is damaged: its checksum is another"
+        damaged[checkpoint] = f"{file} is damaged: its checksum differs"
 
 
 def check_trusted(config: Config) -> None:
@@ -150,7 +150,7 @@ def check_directories(directories: Iterable[Path], *, trust: bool) -> None:
         found = next(filter(None, map(_foreign_file, directories)), None)
     if (why := first_problem(found)) is not None:
         raise UserError(
-            f"{why}, and loading a checkpoint runs code that is in it. If you trust it, give --trust-load;"
+            f"{why}, and loading a checkpoint runs the code in it. If you trust it, give --trust-load;"
             " if it is yours, `chmod -R go-w` its directory."
         )
 
@@ -237,7 +237,7 @@ def matching(directory: Path, iteration: int) -> Path:
     checkpoint = iteration_directory(directory, iteration)
     if (why := problem(checkpoint)) is not None:
         raise UserError(
-            f"{checkpoint} is missing or incomplete ({why}), and the policy's checkpoint of that step needs it. Bring"
-            " it back, or remove the policy's too, so that the run goes on from an earlier one."
+            f"{checkpoint} is missing or incomplete ({why}), and the policy's checkpoint of that step needs it."
+            " Restore it, or remove the policy's too, so that the run resumes from an earlier one."
         )
     return checkpoint

@@ -350,6 +350,6 @@ class CheckpointWriter:
 
     def _failed(self, iteration: int, error: CheckpointError) -> None:
         if dist.get_rank() == 0:
-            print(f"warning: {error}; older checkpoints are as they were, and the run goes on", flush=True)
+            print(f"warning: {error}; older checkpoints are unchanged, and the run continues", flush=True)
         self.unsaved = str(error)
         self._on_failed(iteration, self.unsaved)

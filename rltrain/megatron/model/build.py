@@ -196,7 +196,7 @@ def _window_config(shape: ModelShape, parallel: Parallel, model: Model) -> dict[
         raise UserError(
             f"--context-parallel-size {parallel.context_parallel_size}: {model.hf_checkpoint} has"
             f" attention with a sliding window of {window.size} tokens, which TransformerEngine's context parallelism"
-            " does not have. Use --context-parallel-size 1, with more --tensor-model-parallel-size."
+            " does not support. Use --context-parallel-size 1, with more --tensor-model-parallel-size."
         )
     return {
         "window_size": (window.size - 1, 0),  # tokens before and after a token's own

@@ -93,7 +93,7 @@ def _compiled(flag: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
         try:
             compiled.append(re.compile(pattern))
         except re.error as error:
-            raise UserError(f"{flag} {pattern}: no regular expression ({error}).") from None
+            raise UserError(f"{flag} {pattern}: not a regular expression ({error}).") from None
     return compiled
 
 

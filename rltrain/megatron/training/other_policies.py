@@ -106,7 +106,7 @@ def check_rollout(algorithm: Algorithm, share: RankShare) -> None:
     if algorithm.opd_type == "sglang" and share.batch.teacher_log_probs is None:
         raise ValueError(
             "--opd-type sglang, but the samples have no teacher_log_probs: the reward function or the generate"
-            " function has to set them, one a response token"
+            " function has to set them, one per response token"
         )
 
 

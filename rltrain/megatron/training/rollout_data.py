@@ -65,7 +65,7 @@ class RolloutData:
         given = self.lists.get(name)
         if not isinstance(given, list) or len(given) != len(self._responses):
             raise ValueError(
-                f"{path} must set rollout_data[{name!r}] to a list of {len(self._responses)} tensors, one a sample"
+                f"{path} must set rollout_data[{name!r}] to a list of {len(self._responses)} tensors, one per sample"
             )
         result = {}
         for (i, response), tensor in zip(self._responses.items(), given, strict=True):
@@ -108,8 +108,8 @@ def post_processed(
     given = data.lists["loss_masks"]
     if len(given) != len(masks) or not all(map(torch.equal, given, masks)):
         raise ValueError(
-            f"{_FLAG} {path} has changed loss_masks, by which the batch is already shared out: do it in a function"
-            " of (args, groups), which runs before."
+            f"{_FLAG} {path} has changed loss_masks after they were used to divide the batch: change them in a"
+            " function of (args, groups), which runs earlier."
         )
     names = [name for name in inputs.given() if name in _NAMES]
     changed = {name: flat(data.taken(path, _NAMES[name]), len(share.batch)) for name in names}

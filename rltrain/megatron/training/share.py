@@ -256,7 +256,7 @@ def kept_separate(config: Config, shape: ModelShape) -> str | None:
     if (reason := why_separate(config)) is not None:
         return reason
     if shape.linear is not None:
-        return "what linear attention has seen of a prompt can't go on to several samples"
+        return "linear attention's state after a prompt can't be shared by several samples"
     return None
 
 
@@ -282,7 +282,7 @@ def describe_sharing(config: Config, shape: ModelShape) -> str:
     """Whether prompts are shared, for the trainer's log."""
     reason = kept_separate(config, shape)
     if reason is None:
-        once = "prompts: what samples of a micro-batch have in common at their beginnings is computed once"
+        once = "prompts: a prefix that samples of a micro-batch share is computed once"
         if use_transformer_engine() and config.training.share_prompts is None:
             if _wants_kernels(config.model):
                 return "prompts: computed for every sample (flags ask for TransformerEngine's attention)"

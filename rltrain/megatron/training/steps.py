@@ -91,8 +91,8 @@ class SkippedSteps:
             return
         saved = self._save(rollout_id - 1)
         raise UserError(
-            f"rollout {rollout_id}, optimizer step {step}: the {what}'s {update.not_finite} is infinite or no"
-            f" number, and so it was in all of the last {count} steps (--max-skipped-steps). The weights before"
+            f"rollout {rollout_id}, optimizer step {step}: the {what}'s {update.not_finite} is infinite or not a"
+            f" number, as it was in all of the last {count} steps (--max-skipped-steps). The weights before"
             f" them are {f'saved in {saved}' if saved else 'lost, because there is no --save'}. Look at"
             " train/grad_norm and the rewards before that; a smaller --lr or --clip-grad may help."
         )

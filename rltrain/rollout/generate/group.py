@@ -250,7 +250,7 @@ def check_failures(rollout: Rollout, samples: list[Sample]) -> None:
     if not failed or (failed < len(samples) and failed <= rollout.max_failed_fraction * len(samples)):
         return
     if failed == len(samples):
-        raise RuntimeError(f"all {failed} samples failed, the first one with: {next(iter(failures))}")
+        raise RuntimeError(f"all {failed} samples failed; the first error: {next(iter(failures))}")
     reasons = "; ".join(f"{count} × {reason}" for reason, count in failures.most_common(3))
     raise RuntimeError(
         f"{failed} of {len(samples)} samples failed, more than --max-failed-fraction"

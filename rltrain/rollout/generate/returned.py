@@ -61,9 +61,7 @@ def check_sample(rewards: Rewards, result: Any, sample: Sample, name: str) -> Sa
         GenerationError: see `as_rollout`.
     """
     if result is not sample:
-        raise GenerationError(
-            f"{name} returned a {type(result).__name__} and not the sample that it was given"
-        )
+        raise GenerationError(f"{name} returned a {type(result).__name__}, not the sample that it was given")
     _check_finished(rewards, sample, name)
     return sample
 
@@ -86,7 +84,7 @@ def check_fields(rewards: Rewards, sample: Sample, where: str) -> None:
     for field in ("multimodal_inputs", "multimodal_train_inputs"):
         if getattr(sample, field):
             raise GenerationError(
-                f"{where}: {field} is set, and models that take images or sound can't be trained here: leave it None"
+                f"{where}: {field} is set, but models that take images or sound can't be trained here: leave it None"
             )
     _check_numbers(sample.tokens, "q", "whole numbers", f"{where}: tokens")
     if not 0 <= sample.response_length <= len(sample.tokens):
@@ -100,7 +98,7 @@ def check_fields(rewards: Rewards, sample: Sample, where: str) -> None:
                 f"{where}: {field} has {len(values)} entries for {sample.response_length} response tokens"
             )
     if sample.loss_mask is not None and not set(sample.loss_mask) <= {0, 1}:
-        raise GenerationError(f"{where}: loss_mask holds something else than 0 and 1")
+        raise GenerationError(f"{where}: loss_mask holds values other than 0 and 1")
     if sample.rollout_log_probs is not None:
         log_probs = _check_numbers(sample.rollout_log_probs, "d", "numbers", f"{where}: rollout_log_probs")
         if not math.isfinite(sum(log_probs)):
@@ -130,9 +128,7 @@ def _adopt(each: Sample, parent: Sample, k: int, where: str) -> None:
     for field, own in (("rollout_id", parent.rollout_key), ("group_index", parent.group_index)):
         value = getattr(each, field)
         if value is not None and value != own:
-            raise GenerationError(
-                f"{where}: {field} is {value!r}; expected that of its prompt's sample, {own!r}"
-            )
+            raise GenerationError(f"{where}: {field} is {value!r}; expected its prompt's, {own!r}")
         setattr(each, field, own)
     if parent.index is not None:
         each.index = parent.index % SIBLING_STRIDE + k * SIBLING_STRIDE

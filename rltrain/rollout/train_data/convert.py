@@ -83,7 +83,7 @@ def graded_reward(rewards: Rewards, sample: Sample) -> float | None:
     if isinstance(reward, dict):
         raise UserError(
             f"the reward is a dict with {', '.join(map(repr, reward))}: name one with --reward-key (--eval-reward-key"
-            " for evaluations), or make a number of it with --custom-reward-post-process-path."
+            " for evaluations), or turn it into a number with --custom-reward-post-process-path."
         )
     return float(reward)
 
@@ -181,7 +181,7 @@ def _numbers(values: Any, count: int, where: str) -> list[float | None]:
     """Numbers or None; a tensor or an array is taken too."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, list | tuple) or len(values) != count:
-        raise UserError(f"{where}: expected {count} rewards, one a sample, not {values!r:.200}.")
+        raise UserError(f"{where}: expected {count} rewards, one per sample, not {values!r:.200}.")
     try:
         return [None if value is None else float(value) for value in values]
     except (TypeError, ValueError):

@@ -150,7 +150,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     Codex (https://arxiv.org/abs/2107.03374, eq. 1).
     """
     if k > n:
-        raise ValueError(f"pass@{k} needs {k} samples, and there are {n}")
+        raise ValueError(f"pass@{k} needs {k} samples, but there are {n}")
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 

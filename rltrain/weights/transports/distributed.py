@@ -87,7 +87,7 @@ class DistributedTransport:
 
     def send(self, chunks: Sequence[Chunk], url: str) -> None:
         """See `Transport.send`."""
-        assert self._groups is not None, "engines have not been told of it"
+        assert self._groups is not None, "the engines do not know it"
         self._groups.broadcast(self._engines[url], chunks)
 
     def disconnect(self, urls: Iterable[str]) -> None:
