@@ -15,13 +15,10 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from rltrain import arguments
 from rltrain.run.errors import EXIT_NEVER_RESTART, EXIT_REQUEUE, run_main
 from rltrain.run.files import replace_text, sync_directory
 from rltrain.run.lifeline import end_without_supervisor
 from rltrain.run.role import Registry, RoleContext
-from rltrain.sglang.leftovers import NodeDirectory
-from rltrain.tracking import Tracker
 
 STEP_SECONDS = 0.1
 PATIENCE_SECONDS = 10.0  # with a supervisor that does not answer
@@ -45,6 +42,8 @@ def curve(steps: int) -> list[float]:
 
 def serve(context: RoleContext, registry: Registry) -> int:
     """Router, engine, rollout process: be ready until told to end. The first two have a directory on their node."""
+    from rltrain.sglang.leftovers import NodeDirectory
+
     directory = NodeDirectory() if context.role in ("router", "engine") else None
     try:
         _wait(registry)
@@ -71,6 +70,10 @@ def follow(context: RoleContext) -> int:
 
 def train(context: RoleContext, registry: Registry) -> int:
     """The trainer's first rank; returns 0 when all steps are done, 75 when it was asked to stop and has saved."""
+    # Only the first rank needs these, and an attempt starts six processes.
+    from rltrain import arguments
+    from rltrain.tracking import Tracker
+
     config = arguments.load(context.run_dir)
     steps, interval = config.rollout.num_rollout, config.checkpoint.save_interval
     assert steps is not None and interval is not None

@@ -26,9 +26,10 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_job_finishes(run: FakeRun, layout: str) -> None:
-    code, out, err = run.finish(*LAYOUTS[layout])
+def test_a_job_finishes_and_engines_and_router_clean_up_on_their_nodes(run: FakeRun, layout: str) -> None:
+    code, out, err = run.finish(*LAYOUTS[layout], engine=["clean_up"], router=["clean_up"])
     assert code == 0, err + run.output()
+    assert list(run.layout.root.glob("slurmlime-*")) == []
     assert "step 3/3" in out and "is completed" in out
     assert run.steps() == [0, 1, 2]
     (entry,) = run.entries()
@@ -43,12 +44,6 @@ def test_a_job_finishes(run: FakeRun, layout: str) -> None:
     assert job.result()["state"] == "finished" and job.state == "COMPLETED" and job.done()
     assert "Job completed successfully" in (job.stdout() or "") + (job.stderr() or "")
     assert {path.stem for path in run.layout.log_dir(0).glob("trainer-*.log")} == {"trainer-0", "trainer-1"}
-
-
-def test_engines_and_router_clean_up_on_their_nodes(run: FakeRun) -> None:
-    code, _, err = run.finish("--nodes=4", engine=["clean_up"], router=["clean_up"], steps=5)
-    assert code == 0, err + run.output()
-    assert list(run.layout.root.glob("slurmlime-*")) == []
 
 
 def test_role_that_dies_ends_the_job_in_seconds(run: FakeRun) -> None:
