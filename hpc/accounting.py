@@ -97,7 +97,7 @@ def attempts(run: str | Path | Iterable[str], client: SlurmClient | None = None)
 
 
 def submitted_jobs(run_dir: Path) -> list[SubmittedJob]:
-    """The Slurm jobs of a run: those of its events that have a `job_id` (and, if they say so, `components`).
+    """The Slurm jobs of a run, from its events with a `job_id` (and `components`, if given).
 
     Raises:
         UserError: there are none.

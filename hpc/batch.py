@@ -47,7 +47,7 @@ def exit_code(result: Any) -> int:
 
 
 def check_own(pickled: Path) -> None:
-    """See that nobody else may have written the job, which may be written only after it has begun.
+    """Check that nobody else can have written the job, whose file may appear only after it has begun.
 
     Raises:
         UserError: somebody may have.

@@ -2,7 +2,7 @@
 
 The checkpoint's weights are evaluated by a job of their own, as the run was submitted: on Slurm, or on this machine.
 The run itself is only read. Its `evals` then have the samples: `dataset` is NAME/SET, `step` is the checkpoint's.
-Flags given here override those of the run, such as `--eval-prompt-data NAME FILE` and `--eval-temperature 0`.
+Flags given here override the run's, such as `--eval-prompt-data NAME FILE` and `--eval-temperature 0`.
 An evaluation that was stopped resumes when you run the same command.
 """
 

@@ -27,7 +27,7 @@ def check_function(
     """Check, without running the module, that `path` names something that can be called as it will be.
 
     The module may need packages that only the job's machines have, so its source is read and not imported
-    (the packages above it are, because Python needs them to find it). Of what the module imports from
+    (the packages above it are, because Python needs them to find it). For names that the module imports from
     elsewhere, or assigns, only the name is checked.
 
     Args:

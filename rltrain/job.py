@@ -56,8 +56,8 @@ def make_room(
 ) -> None:
     """Where trainer and engines take turns on GPUs: wait for the engines, and have them give up their memory.
 
-    An engine takes its share of what is free when it starts, so it comes first, and the trainer's model is built in the
-    room that it leaves. Elsewhere both start side by side. All ranks call this together.
+    An engine takes its share of what is free when it starts, so it comes first, and the trainer's model is built in
+    the remaining room. Elsewhere both start side by side. All ranks call this together.
     """
     if not (memory.moves and use_cuda()):
         return

@@ -22,7 +22,7 @@ class Sample:
     """One response to one prompt. `tokens` holds prompt and response; the other lists only the response.
 
     `custom_rm_path`, `generate_function_path`: the sample's own reward and generation function, in place of the flags'.
-    `multimodal_inputs`, `multimodal_train_inputs`: must stay None, as no model here takes images or sound.
+    `multimodal_inputs`, `multimodal_train_inputs`: must stay None, because models here take neither images nor sound.
     `loss_mask`, `rollout_log_probs`, `teacher_log_probs`: one entry a response token (`response_length` of them),
     or None.
     `rollout_routed_experts`: the experts that the engine sent each token but the last to, an array [tokens − 1, layers,
@@ -141,7 +141,7 @@ class Sample:
             args: Not used: what slime's functions give.
             tokens: Ids; a tensor or an array is taken too.
             log_probs: One a token. Those of tokens that are not trained on may be None and count as 0.
-            trainable: False for tokens that the model did not write, as the output of a tool.
+            trainable: False for tokens that the model did not write, such as the output of a tool.
             meta_info: What the engine said of the request: weight versions, use of its cache, and how it ended.
             text: The tokens as text, appended to `response`.
             update_terminal_info: Whether `meta_info` sets `status`; False for a part of an answer that still comes.

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Looks like markup on purpose: whoever shows the demo shows that text of a model is never taken for it.
+# Looks like markup on purpose: the demo shows that a model's text is never treated as markup.
 HOSTILE = " <script>alert('x')</script> <img src=x onerror=alert(1)> \u202ereversed\u202c \x1b[31mred\x1b[0m"
 
 _PIECE = re.compile(r"<\|[a-z]+\|>| ?[A-Za-z]+|\d|\s|[^\w\s]|.", re.DOTALL)

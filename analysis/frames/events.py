@@ -11,7 +11,7 @@ from analysis.frames.steps import with_time
 
 EVENT_KEYS = ["time", "attempt", "kind", "role", "index"]
 
-# The columns of `attempts`: the same as those of `hpc.accounting.attempts`, so that either can be used.
+# The columns of `attempts`: the same as in `hpc.accounting.attempts`, so that either can be used.
 ATTEMPT_COLUMNS = {
     "job_id": "string",
     "component": "Int64",

@@ -191,7 +191,7 @@ class RunFrames:
         return tokens_frame(self.read_sample(sample), self.vocabulary)
 
     def messages(self, sample: pd.Series | int) -> pd.DataFrame:
-        """One row a message of the conversation: first the prompt's, then those of the model and its tools."""
+        """One row per message of the conversation: first the prompt's, then the model's and its tools'."""
         return messages_frame(self.read_sample(sample), self.vocabulary)
 
     def read_sample(self, sample: pd.Series | int) -> pd.Series:

@@ -107,7 +107,7 @@ def tokens_frame(sample: pd.Series, vocabulary: Vocabulary | None = None) -> pd.
 
 
 def messages_frame(sample: pd.Series, vocabulary: Vocabulary | None = None) -> pd.DataFrame:
-    """One row a message: those of the prompt, then the response, split where a tool wrote instead of the model.
+    """One row per message: the prompt's messages, then the response, split where a tool wrote instead of the model.
 
     The parts of a response that the loss mask leaves out are from a tool or an environment (role `tool`); splitting
     the text there needs the vocabulary. Columns: the keys of the sample, `turn`, `role`, `content`, `trained`,

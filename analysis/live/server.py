@@ -1,4 +1,4 @@
-"""The server of the live page: on loopback, for whoever knows its token, reading run directories only."""
+"""The server of the live page: on loopback, for anyone who knows its token; it reads run directories only."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _LATEST = 1e11  # Unix seconds
 def read_events(path: Path, *, strict: bool) -> list[dict[str, Any]]:
     """The events in `path` in file order; no such file is an empty list.
 
-    A last line without its newline is still being written: it is left out without a word. Any other line that is
+    A last line without its newline is still being written: it is left out silently. Any other line that is
     not a JSON object is named in a `DamagedFileWarning`.
 
     Raises:

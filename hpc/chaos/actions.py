@@ -114,7 +114,7 @@ class Weather:
         """Do a fault; returns what ends it, for one that lasts.
 
         Raises:
-            NobodyError: it meets nobody.
+            NobodyError: it has no target.
         """
         act: Callable[[Fault, str], Undo | None] = getattr(self, "_" + fault.kind.replace("-", "_"))
         return act(fault, job)

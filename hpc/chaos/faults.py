@@ -23,7 +23,7 @@ _WORD = re.compile(r"([a-z-]+)(?::([\w-]+))?@(\d+)(?:\+([\d.]+))?(?:~([\d.]+))?"
 
 
 class NobodyError(Exception):
-    """The fault meets nobody at the moment: its role, step or job is not there."""
+    """The fault has no target at the moment: its role, step or job does not exist."""
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def _disks_of_storms(process: Path) -> Iterator[Path]:
 
 
 class Stops:
-    """A disk stops, from now until `end`: nobody gets an error, but who writes waits, and can't even be killed.
+    """A disk stops, from now until `end`: there are no errors, but writers wait, and can't even be killed.
 
     Args:
         disk: a directory on it.

@@ -100,7 +100,7 @@ class Operator:
                         self._cluster.power_on(node)
 
     def _undrain(self) -> None:
-        """Slurm drains a node where it could not end a step, as its slurmstepd was dead."""
+        """Slurm drains a node where it could not end a step because its slurmstepd was dead."""
         for node in self._client.node_states():
             if node.state.startswith("drain") and node.reason == "Kill task failed":
                 self._cluster.run("scontrol", "update", f"nodename={node.name}", "state=resume")

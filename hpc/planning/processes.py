@@ -78,7 +78,7 @@ class JobPlan:
 
     @property
     def gpus(self) -> int | None:
-        """How many of this machine's GPUs the processes see; None for a Slurm job, of which Slurm knows it."""
+        """How many of this machine's GPUs the processes see; None for a Slurm job, because Slurm knows it."""
         if self.layout != "local":
             return None
         seen = {gpu for each in self.processes for gpu in each.env.get("CUDA_VISIBLE_DEVICES", "").split(",")}

@@ -52,7 +52,7 @@ class RunRecord:
 
     Attributes:
         state: `running`, `finished` (its trainer has proven that, see `rltrain.run.finished`), `stopped` (resumable),
-            `failed`, `lost` (it ended without a word: killed, or its machine died), or `submitted` (none has begun).
+            `failed`, `lost` (it ended without a message: killed, or its machine died), or `submitted` (none has begun).
         reason: why the last attempt ended, if it has; of one that runs, why its checkpoints can't be saved, if so.
         phase: what the run does, or did last.
         step: steps that are done.

@@ -72,7 +72,7 @@ class LogFile:
         return _decode(whole)
 
     def read_rest(self) -> list[str]:
-        """All new text, even a last line without its end. For a log that nobody writes any more."""
+        """All new text, even a last line without its end. For a log that is no longer written."""
         lines = self.read_new()
         with self.path.open("rb") as file:
             file.seek(self.offset)

@@ -44,7 +44,7 @@ class SandboxPaths:
 
     @property
     def database_socket(self) -> Path:
-        """MariaDB's, in a directory of mode 0700: whoever can reach it is the database's administrator."""
+        """MariaDB's, in a directory of mode 0700: anyone who can reach it is the database's administrator."""
         return self.run / "database" / "mariadb.sock"
 
     @property

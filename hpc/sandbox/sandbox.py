@@ -189,7 +189,7 @@ class Sandbox:
         self._request("join", node=node)
 
     def silence(self) -> None:
-        """Have slurmctld answer nobody, as one that is overloaded, until `speak`."""
+        """Stop slurmctld from answering, as if it were overloaded, until `speak`."""
         self._request("silence")
 
     def speak(self) -> None:

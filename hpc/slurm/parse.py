@@ -1,7 +1,7 @@
 """Parse the output of sacct, squeue, scontrol and sinfo into frozen dataclasses. Pure: `client.py` runs the commands.
 
-The options to ask with stand beside the parsers. Fields are separated by a control character, as job
-names, comments and paths may hold any other.
+The options to ask with stand beside the parsers. Fields are separated by a control character, because job names,
+comments and paths may hold any other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every state of a job that Slurm's commands print, and what it means for whoever waits for the job.
+"""Every state of a job that Slurm's commands print, and what it means for a program that waits for the job.
 
 Source of the words: JOB STATE CODES in squeue(1) and sacct(1), Slurm 22.05 to 25.05.
 """
@@ -122,5 +122,5 @@ def parse_state(text: str) -> JobState:
 
 
 def combined(states: Iterable[JobState]) -> JobState:
-    """State of a job from those of its components; UNKNOWN if there are none."""
+    """State of a job from its components' states; UNKNOWN if there are none."""
     return min(states, key=_PRECEDENCE.index, default=JobState.UNKNOWN)

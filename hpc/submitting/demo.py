@@ -27,7 +27,7 @@ def submit_demo(options: SubmitOptions, given: Flags) -> int:
 
     On one machine roles always share it, so `--colocate` (the only flag that may be `given`) is for Slurm.
 
-    On Slurm these are two jobs, of which the second waits for the first.
+    On Slurm these are two jobs; the second waits for the first.
     """
     data = options.runs_dir / "demo-data"
     first = dataclasses.replace(options, name=f"{options.name}-sft")

@@ -41,7 +41,7 @@ _SBATCH_SECONDS = 300.0  # for an answer of sbatch
 _LOOK_SECONDS = 60.0  # for a job whose sbatch gave no id
 _LOOK_AGAIN_SECONDS = 2.0
 _JOB_ID = re.compile(r"(\d+)(;\S+)?")
-LOST = ".lost"  # ending of a script that may have become a job nobody has the id of
+LOST = ".lost"  # ending of a script that may have become a job whose id is unknown
 
 
 class SlurmRefusalError(SlurmError):

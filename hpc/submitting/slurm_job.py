@@ -227,7 +227,7 @@ def _send(job: SlurmJob) -> str:
 
 
 def refuse_second_job(layout: RunLayout, must_know: bool = False) -> None:
-    """Raise a UserError if a job of the run is waiting or running. One that nobody knows of is cancelled.
+    """Raise a UserError if a job of the run is waiting or running. An unknown one is cancelled.
 
     Args:
         layout: of the run.

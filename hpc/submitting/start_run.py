@@ -233,7 +233,7 @@ def _run_here(options: SubmitOptions, rollout: Rollout, plan: JobPlan) -> int:
 
 
 def _unless_unseen(show: Callable[[], None]) -> None:
-    """Show something. Where nobody is left to see it, show nothing from now on.
+    """Show something. If no reader is left, show nothing from now on.
 
     A run must not die, unsaved, of a terminal that was closed or of a Ctrl-C that ended the `tee` behind it first.
     """

@@ -95,7 +95,7 @@ def _on_slurm(variants: Sequence[Variant], requests: Sequence[Request], parallel
 
 
 def _all_flags(request: Request) -> Flags:
-    """The flags, merged with those of an existing run of this name."""
+    """The flags, merged with the flags of an existing run of this name."""
     return flag_data.merge(run_dir.stored_flags(request.options.layout), request.train)
 
 

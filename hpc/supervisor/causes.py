@@ -1,4 +1,4 @@
-"""Why a role ended: the code, the cluster, or nobody knows. Pure functions of its exit code and of what srun said.
+"""Why a role ended: the code, the cluster, or unknown. Pure functions of its exit code and of srun's output.
 
 Only the code fails in the same way again. What Slurm did, and a SIGKILL that was not for memory, are tried again.
 """
@@ -65,7 +65,7 @@ def end_of_process(code: int, out_of_memory: bool | None) -> End:
 
     Args:
         code: exit code, or minus the signal that ended it.
-        out_of_memory: whether the out-of-memory killer ended it; None if nobody can tell.
+        out_of_memory: whether the out-of-memory killer ended it; None if unknown.
     """
     if code == -signal.SIGKILL and out_of_memory is not None:
         if out_of_memory:

@@ -24,7 +24,7 @@ class Said:
         self.fd: int | None = os.memfd_create(log.name)
         self._log, self._text, self._copied = log, b"", 0
         with suppress(OSError):
-            log.touch()  # whoever looks for it finds that nothing was said
+            log.touch()  # readers find that nothing was said
 
     def read(self, has_ended: bool) -> str:
         """All of it so far.

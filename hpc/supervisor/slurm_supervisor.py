@@ -94,7 +94,7 @@ class SlurmSupervisor(Supervisor):
         return report
 
     def after_kill(self, number: int, for_memory: bool | None, begun: float) -> bool:
-        """What `__call__` could not do, as a signal ended its process: the batch process outlives it.
+        """What `__call__` could not do because a signal ended its process: the batch process outlives it.
 
         Does not return if the job is requeued.
 
@@ -283,7 +283,7 @@ def _say_finished(layout: RunLayout) -> None:
 
 
 def _end_attempt(layout: RunLayout, number: int, state: str, reason: str, begun: float) -> None:
-    """Write down the end of an attempt of which the supervisor was killed, or that it has not even begun."""
+    """Record the end of an attempt whose supervisor was killed, even before it had begun."""
     marks = ("attempt_started", "attempt_finished", "never_begun")
     events = [event for event in read_lines(layout.events) if event.get("kind") in marks]
     if not events or events[-1]["kind"] != "attempt_started":
@@ -351,6 +351,6 @@ def _ask_until_answered(ask: Callable[[], Answer]) -> Answer:
 
 
 def _wait_for_the_end() -> NoReturn:
-    """Slurm ends this process; leave without a result, as there is going to be another attempt."""
+    """Slurm ends this process; leave without a result, because another attempt follows."""
     time.sleep(_ENDED_BY_US)
     sys.exit(EXIT_REQUEUE)

@@ -191,7 +191,7 @@ class _StepHandle:
     log: Path  # what srun says
     said: Said
     task_logs: list[Path]
-    cleans_up: bool = False  # its tasks end by themselves when they are told to
+    cleans_up: bool = False  # its tasks end by themselves on request
     _is_killed: bool = False
 
     @property

@@ -147,7 +147,7 @@ async def _called(
 
 
 async def _graded(config: Config, session: Session, sample: Sample, outcome: Outcome) -> list[Sample]:
-    """The session's samples with one reward: that of the answer."""
+    """The session's samples with one reward: the answer's."""
     samples = session.samples()
     if not samples:
         lone = copy.copy(sample)

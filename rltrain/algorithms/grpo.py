@@ -1,4 +1,4 @@
-"""Baselines from the group: how a reward compares with those of the other responses to the same prompt.
+"""Baselines from the group: how a reward compares with the other responses' rewards for the same prompt.
 
 On plain Python floats, because the rollout side has no torch. Groups are given by index, so they may have any
 size and order. A group of one rollout, and a group whose rewards are all equal, says nothing about which response is

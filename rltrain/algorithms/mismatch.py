@@ -113,7 +113,7 @@ def mis(
 
 
 def _bounds(low: float | None, high: float | None, usual: tuple[float, float]) -> tuple[float, float]:
-    """The bounds of the weights: those of slime's keys, or else the flags'."""
+    """The bounds of the weights: from slime's keys, or else from the flags."""
     if low is None:
         low = usual[0] if high is None else 1 / high
     high = usual[1] if high is None else high

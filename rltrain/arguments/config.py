@@ -83,7 +83,7 @@ class Config:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Config:
-        """From slime's `args`, as a function of a user hands them to one of ours; they stay its `namespace`."""
+        """From slime's `args`, which a user's function hands to one of ours; they stay its `namespace`."""
         config = cls.from_values(vars(args))
         config.__dict__["namespace"] = args
         return config

@@ -85,7 +85,7 @@ RENAMED = {
 
 @cache
 def engine_flags() -> dict[str, dict[str, str]]:
-    """`{"sglang": {flag: kind}, "router": {…}}`; kinds are those of `snapshot_engine_flags`."""
+    """`{"sglang": {flag: kind}, "router": {…}}`; kinds are as in `snapshot_engine_flags`."""
     flags: dict[str, dict[str, str]] = {"sglang": {}, "router": {}}
     for line in Path(__file__).with_name("engine_flags.txt").read_text().splitlines():
         prefix, flag, kind = line.split()

@@ -18,7 +18,7 @@ TOKEN_VARIABLE = "SLURMLIME_EXTERNAL_TOKEN"
 
 
 def external_urls(engines: Engines) -> list[str]:
-    """URLs of the present external engines: those of the flag, then those of the file, without repetitions.
+    """URLs of the present external engines: first the flag's, then the file's, without repetitions.
 
     Raises:
         UserError: an address can't be read; the message has the line of the file.

@@ -224,7 +224,7 @@ def _heads(config: Mapping[str, Any], latent: LatentAttention | None) -> tuple[i
 
 
 def _mlp_size(config: Mapping[str, Any], family: Family, experts: Experts | None) -> int:
-    """The width of dense MLPs; that of an expert, where every layer has experts and the entry is missing."""
+    """The width of dense MLPs; an expert's, if every layer has experts and the entry is missing."""
     if experts and config["intermediate_size"] is None and "intermediate_size" in family.defaults:
         return experts.ffn_hidden_size
     return whole_number(config, "intermediate_size")
@@ -257,7 +257,7 @@ def _unrotated(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def check_same_shape(config: Mapping[str, Any], standard: Mapping[str, Any], hf_checkpoint: str) -> None:
-    """Refuse a `config.json` of which transformers makes another model than we do.
+    """Refuse a `config.json` that means a different model to transformers.
 
     Args:
         standard: What transformers makes of `config`.

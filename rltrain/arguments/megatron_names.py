@@ -172,7 +172,7 @@ class _Store(argparse.Action):
 
 
 def add_config_flags(parser: argparse.ArgumentParser, more: Iterable[MegatronFlag] = ()) -> None:
-    """Add those of `HANDED_ON`, and `more`, that the parser does not have; they are not in `--help` one by one."""
+    """Add the flags of `HANDED_ON` and `more` that the parser lacks; they are not in `--help` one by one."""
     group = parser.add_argument_group(
         "megatron: configuration",
         "Further flags of Megatron that megatron-core's TransformerConfig, OptimizerConfig and"

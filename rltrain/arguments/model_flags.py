@@ -201,7 +201,7 @@ def _contradiction(flag: str, shown: str, expected: Any, key: str, hf_checkpoint
 
 
 def check_quantised(hf_config: Mapping[str, Any], config: Config) -> None:
-    """Refuse quantised engines that can't be given the trainer's weights, and a trainer that has none of its own.
+    """Refuse quantised engines that can't be given the trainer's weights, and a trainer without its own weights.
 
     Args:
         hf_config: The parsed `config.json` of --hf-checkpoint.
@@ -248,7 +248,7 @@ def check_mtp(hf_config: Mapping[str, Any], mtp: Mtp, hf_checkpoint: str) -> Non
     """Refuse --enable-mtp-training for a model without a layer for one token more, or with one that is not built here.
 
     Raises:
-        UserError: says of which models it can be trained.
+        UserError: lists the models for which it can be trained.
     """
     if not mtp.enable_mtp_training:
         return

@@ -70,7 +70,7 @@ def _read_utf8(path: Path) -> str:
 
 
 def _builtin() -> dict[str, Traversable]:
-    from importlib import resources  # late, as every process of a job imports this module
+    from importlib import resources  # imported late, because every process of a job imports this module
 
     package = resources.files("rltrain")
     return {

@@ -89,7 +89,7 @@ def our_path(path: str, flag: str) -> str:
     """The import path here of a function that comes with slime; other paths stay.
 
     Raises:
-        UserError: it comes with slime, and there is none here.
+        UserError: it comes with slime and has no counterpart here.
     """
     path = path.replace(":", ".") if path.startswith("slime.") else path
     for beginning, instead in _INSTEAD.items():

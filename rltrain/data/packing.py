@@ -23,7 +23,7 @@ Bin = tuple[int, ...]  # indices of the sequences of one micro-batch
 class StepPlan:
     """One optimizer step: `micro_batches[data_parallel_rank][i]` are the samples of a micro-batch.
 
-    Every rank has the same number of micro-batches, as collectives need. One can be empty when there are
+    Every rank has the same number of micro-batches, because collectives need it. One can be empty when there are
     fewer sequences than micro-batches.
     """
 

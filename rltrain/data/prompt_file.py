@@ -138,7 +138,7 @@ def _is_conversation(prompt: Any) -> bool:
     )
 
 
-_LONGEST = 1 << 30  # characters of a value in a CSV file; Python's own limit is for files that nobody knows
+_LONGEST = 1 << 30  # characters of a value in a CSV file; Python's own limit is for unknown files
 _BATCH = 128  # rows of a Parquet file that are in memory at a time
 
 
@@ -256,7 +256,7 @@ def _line_starts(descriptor: int, stop: int | None) -> array[int]:
 
 
 class _CsvRows:
-    """The rows of a CSV file, whose first row names the columns. Every value is text, as CSV knows nothing else."""
+    """The rows of a CSV file, whose first row names the columns. Every value is text: CSV has no other types."""
 
     def __init__(self, file: Path, window: slice, keys: Keys) -> None:
         self._file, self._keys = file, keys
@@ -366,7 +366,7 @@ class _ParquetRows:
                 writer = writer or pa.ipc.new_file(file.name, batch.schema)
                 writer.write_batch(batch)
                 self._starts.append(start)
-            assert writer is not None  # there is a row, or nobody could ask for one
+            assert writer is not None  # a row exists, or none could be requested
             writer.close()
             reader = pa.ipc.open_file(pa.memory_map(file.name))  # stays mapped when the name is gone
         self._batches = [reader.get_batch(k) for k in range(reader.num_record_batches)]

@@ -124,8 +124,7 @@ class PromptSet:
 
 
 class EmptyPrompts:
-    """In the place of a `PromptSet` with --disable-rollout-global-dataset: one prompt an epoch, of which nothing
-    is known.
+    """In the place of a `PromptSet` with --disable-rollout-global-dataset: one unknown prompt per epoch.
 
     Attributes:
         sizes: Prompts of each file.

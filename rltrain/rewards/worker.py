@@ -38,7 +38,7 @@ NUMBER = struct.Struct(">I")  # of a process
 
 @dataclass(frozen=True)
 class Grade:
-    """The result for one sample: its reward, or the reason why there is none."""
+    """The result for one sample: its reward, or the reason for its absence."""
 
     reward: float | dict[str, Any] | None
     failure: str | None

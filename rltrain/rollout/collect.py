@@ -133,7 +133,7 @@ class _Wave:
         _check_drops(self._config.functions, self._rollout, len(self.kept), self._dropped)
 
     def metrics(self, given_back: int) -> dict[str, float]:
-        """What was dropped, kept and, with --partial-rollout, gone on with and put aside."""
+        """What was dropped, kept and, with --partial-rollout, continued and set aside."""
         metrics = {f"rollout/dynamic_filter/drop_{reason}": float(n) for reason, n in self._dropped.items()}
         if self._keep is not None:
             total = len(self.kept) + self._dropped.total()
@@ -151,7 +151,7 @@ async def stop_early(
 ) -> list[list[Sample]]:
     """End what is being generated and return it with the tokens that it has; `running` is empty then.
 
-    Engines are told again until nothing runs any more: a generation function of several turns may have sent
+    The request to engines is repeated until nothing runs any more: a generation function of several turns may have sent
     a request in between.
     """
     runner.aborting = True

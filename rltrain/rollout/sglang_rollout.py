@@ -35,7 +35,7 @@ class GenerateState:
         args: As given.
         tokenizer: The model's.
         processor: None: no model here takes images or sound.
-        sampling_params: Those of the flags, for training rollouts.
+        sampling_params: The flags' values, for training rollouts.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:

@@ -206,7 +206,7 @@ def replace_link(link: Path, target: str) -> None:
 
 
 def share_like(directory: Path) -> None:
-    """From now on, those of its group may read what this process makes, if the group may read `directory`.
+    """From now on, the group may read files that this process makes, if it may read `directory`.
 
     Nobody else may write it, whatever the user's umask.
     """
@@ -236,8 +236,8 @@ def owner_of(path: Path) -> str:
 def others_may_write(path: Path) -> str | None:
     """Why a file may hold what another user put there: it is another's, or its group or all may write it. None if not.
 
-    Unpickling a file runs code that is in it, so it must not. Root is trusted. A directory of our own that nobody else
-    may enter keeps everybody from what is in it.
+    Unpickling a file runs code that is in it, so it must not. Root is trusted. A directory that only we may enter
+    keeps everybody else from its content.
     """
     path = path.resolve()
     trusted, found = {os.geteuid(), 0}, path.stat()

@@ -153,7 +153,7 @@ class RunLayout:
         return [each for each in found if name in (None, each[0])]
 
     def trainer_dir(self, step: int, attempt: int) -> Path:
-        """Directory of what the trainer saw of one step's tokens in one attempt: `part-0.parquet`."""
+        """Directory of the trainer's values for one step's tokens in one attempt: `part-0.parquet`."""
         return self.root / "rollouts_trainer" / f"step={step:06d}" / f"attempt={attempt}"
 
     def find_step(self, step: int) -> Path | None:

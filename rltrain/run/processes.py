@@ -58,7 +58,7 @@ def dying_with_us(death_signal: signal.Signals) -> Callable[[], None]:
 
 
 def become_subreaper() -> None:
-    """Orphans below this process become its children, not those of init."""
+    """Orphans below this process become its children, not init's."""
     if _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
 
@@ -150,7 +150,7 @@ def family_of(host: str) -> socket.AddressFamily:
 def reserve_port(host: str, wanted: int = 0) -> socket.socket:
     """A socket that is bound to a free port of `host`, to `wanted` if that is free, and never listens.
 
-    While it is open nobody is given the port by chance, and a server that sets SO_REUSEADDR, as servers do,
+    While it is open no process gets the port by chance, and a server that sets SO_REUSEADDR, as servers do,
     can still bind to it.
     """
     sock = socket.socket(family_of(host), socket.SOCK_STREAM)

@@ -143,7 +143,7 @@ class Registry:
         """The word that another process offers under `name`.
 
         Raises:
-            TimeoutError: nobody has within `timeout` seconds.
+            TimeoutError: no role has within `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         while True:

@@ -31,7 +31,7 @@ def unless_stopped(registry: Registry, call: Callable[[int], T], argument: int) 
 def ask(call: Callable[[int], T], argument: int) -> Future[T]:
     """Begin `call(argument)`, beside whatever this process does meanwhile."""
     answer: Future[T] = Future()
-    # A daemon: a request that nobody waits for any more must not keep this process alive.
+    # A daemon: a request that is no longer awaited must not keep this process alive.
     Thread(target=_fulfil, args=(answer, call, argument), daemon=True).start()
     return answer
 

@@ -95,7 +95,7 @@ def _hf_config(server_args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_soft_caps(server_args: Mapping[str, Any]) -> None:
-    """Refuse what SGLang's attention for CPUs leaves out without a word: engine and trainer were different models.
+    """Refuse settings that SGLang's attention for CPUs ignores silently: engine and trainer would be different models.
 
     Raises:
         UserError: the model has soft caps of attention's scores.
@@ -243,7 +243,7 @@ class Membership:
         self._outdated: str | None = None
 
     def join_after(self, version: str) -> None:
-        """Join as soon as the engine has other weights than those of this version, see `look`."""
+        """Join as soon as the engine has weights of another version than this, see `look`."""
         self._outdated = version
 
     def join(self) -> None:

@@ -109,7 +109,7 @@ def check_engine(model: Model, engine: HttpServerEngineAdapter) -> list[str]:
     Raises:
         UserError: the model has another shape or vocabulary; says what differs.
     """
-    # Late, as engines and the rollout process, which import this module, look at no shapes.
+    # Imported late: engines and the rollout process import this module and need no shapes.
     from rltrain.arguments.hf_config import read_model_shape
 
     info = engine.get_model_info()

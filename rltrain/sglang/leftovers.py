@@ -1,7 +1,7 @@
 """What a server leaves on its node: a directory for its sockets and files, and shared memory under names.
 
 Both are removed when the server ends. A role that was killed can't do that, so the next one that starts on the node
-does: a directory whose lock nobody holds is nobody's. The lock is the kernel's: it ends with the process.
+does: a directory whose lock is free has no owner. The lock is the kernel's: it ends with the process.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def _of(
 
 
 def _read_thread(body: Mapping[str, Any]) -> tuple[bool, str | None]:
-    """Whether the conversation is held under the response's id, and the id of the one that it goes on with."""
+    """Whether the conversation is held under the response's id, and the id of the one that it continues."""
     thread = take(body, "thread", dict)
     if thread is None:
         return False, None

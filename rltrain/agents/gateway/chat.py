@@ -125,7 +125,7 @@ def not_followed(body: Mapping[str, Any], known: Collection[str], choice: Any, f
     """What the request asks of sampling, where the run's own settings hold.
 
     Raises:
-        ApiError: it has a field that nobody here knows, or a `tool_choice` that does not exist.
+        ApiError: it has an unknown field, or a `tool_choice` that does not exist.
     """
     known = (*known, *HARMLESS, "tool_choice", "response_format", "parallel_tool_calls")
     asked = left_over(body, known, SAMPLING)

@@ -27,7 +27,7 @@ class Ask:
         max_tokens: of a response; None: as many as the run allows.
         stop: stop words beside the run's.
         template_kwargs: for the chat template, beside the run's.
-        not_followed: fields of the request that change nothing, and that whoever reads the run should know of.
+        not_followed: fields of the request that have no effect, which readers of the run should know.
         log_probs: whether the agent wants those of the tokens.
         kept: whether a later request may go on with the response by its id.
         thread: Anthropic's, in which the tools of the first request are those of all.
@@ -107,7 +107,7 @@ def arguments_of(text: Any, where: str) -> Any:
 
 
 class ApiError(Exception):
-    """What an agent is told in its protocol's own form.
+    """An answer to an agent, in its protocol's own form.
 
     Attributes:
         status: of HTTP.
@@ -182,7 +182,7 @@ def left_over(body: Mapping[str, Any], known: Collection[str], noted: Collection
         noted: fields that are accepted without effect.
 
     Raises:
-        ApiError: there is another field: nobody here knows what the response would have to be.
+        ApiError: there is another field: the response that it requires is unknown.
     """
     found = {}
     for name, value in body.items():
@@ -198,7 +198,7 @@ def text_of(content: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> str
     """The text of a message's content: a text, or a list of parts that are text.
 
     Raises:
-        ApiError: there is a part that isn't, as an image.
+        ApiError: there is a part that isn't, such as an image.
     """
     if content is None:
         return ""

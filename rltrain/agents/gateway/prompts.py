@@ -155,7 +155,7 @@ class Templates:
         return text
 
     def without_effect(self, kwargs: Mapping[str, Any]) -> list[str]:
-        """Those of the names that the template does not have; of the two ways to end thinking, one is enough."""
+        """The names that the template does not have; one of the two ways to end thinking is enough."""
         unknown = [name for name in kwargs if name not in str(self.tokenizer.chat_template)]
         ways = {"reasoning_effort", "enable_thinking"}
         if kwargs.get("reasoning_effort") == "none" and not ways <= set(unknown):
@@ -187,7 +187,7 @@ class Templates:
 
 
 def _keys(ask: Ask) -> list[bytes]:
-    """For every beginning of the conversation a key of what is said in it, the empty one included."""
+    """A key for the content of every beginning of the conversation, the empty one included."""
     key = _digest(b"", [ask.tools, ask.template_kwargs])
     keys = [key]
     for message in ask.messages:

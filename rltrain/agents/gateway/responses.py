@@ -26,7 +26,7 @@ _ACTS = (
     "input", "model", "instructions", "tools", "max_output_tokens", "stream", "stream_options", "reasoning",
     "previous_response_id", "chat_template_kwargs", "enable_thinking",
 )  # fmt: skip
-# The reasoning is in the response as it is, so nobody needs its summary, or it encrypted.
+# The reasoning is in the response in full, so a summary or an encrypted form is not needed.
 _HARMLESS = ("include", "max_tool_calls", "client_metadata")
 _NOTED = ("truncation", "context_management")
 _REFUSED = {

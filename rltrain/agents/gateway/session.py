@@ -161,7 +161,7 @@ class Session:
                 self._conversations.forget(answer.turn)
 
     def keep(self, response: str, ask: Ask, answer: Answer) -> None:
-        """Later requests may go on with this response by its id."""
+        """Later requests may continue this response by its id."""
         message = as_message(answer.content, answer.reasoning, answer.tool_calls)
         held = self._continued(ask)
         self._responses[response] = replace(held, messages=[*held.messages[ask.lead :], message])
@@ -245,7 +245,7 @@ class Session:
     def _hold(
         self, ask: Ask, prompt: Prompt, ids: list[int], response: Sample, stop: list[str], began: float
     ) -> Answer:
-        """The response becomes a turn, and what the agent is told of it."""
+        """Makes the response a turn, and returns the answer to the agent."""
         sampled = Sampled(
             response.tokens[len(ids) :],
             response.rollout_log_probs or [],

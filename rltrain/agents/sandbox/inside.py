@@ -1,4 +1,4 @@
-"""The first program in a sandbox: does what it is told through its standard input, and answers through its output.
+"""The first program in a sandbox: follows commands on its standard input, and answers through its output.
 
 It runs commands under their limits, reads and writes files, and leaves no process behind after a command. The sandbox's
 interpreter gets it as text through its standard input, and may be an older one: Python 3.8 must do.
@@ -48,7 +48,7 @@ class Control:
         return self._input
 
     def receive(self) -> tuple[dict[str, Any], bytes]:
-        """The next order. Raises EOFError when nobody gives any more."""
+        """The next order. Raises EOFError at the end of the input."""
         (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
         header = json.loads(self._exactly(length))
         return header, self._exactly(header.get("size", 0))
@@ -166,7 +166,7 @@ def run(
         while child.poll() is None and not reason:
             for key, _ in ready.select(0.02):
                 if key.fileobj is control:
-                    raise EOFError  # nobody waits for the answer any more
+                    raise EOFError  # the answer is no longer awaited
                 if key.fileobj is child.stdin:
                     given = _feed(ready, child.stdin, given)
                 else:

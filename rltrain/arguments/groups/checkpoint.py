@@ -57,7 +57,7 @@ class Checkpoint:
 
 
 def starts_elsewhere(checkpoint: Checkpoint) -> bool:
-    """Whether a run's first weights may be others than those of --hf-checkpoint, which its engines load."""
+    """Whether a run's first weights may differ from --hf-checkpoint's, which its engines load."""
     return bool(checkpoint.load or checkpoint.ref_load)
 
 

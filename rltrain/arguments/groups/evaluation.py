@@ -177,7 +177,7 @@ def _environment(each: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str,
     """Which environment plays a set, and with what arguments: none, if the set has a generation function of its own.
 
     Raises:
-        UserError: the set names one in a run that has none, or says something of its reward.
+        UserError: the set names an environment in a run without one, or sets its reward.
     """
     where, given = f"evaluation set {each['name']!r}", [name for name in _OF_ENVIRONMENT if each.get(name)]
     usual_function = usual["custom_generate_function_path"]

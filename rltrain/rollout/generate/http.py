@@ -23,7 +23,7 @@ try:
 except ImportError:
     orjson = None
 
-# How long a request may find nobody who answers: an engine that died is replaced within minutes.
+# How long a request may stay unanswered: an engine that died is replaced within minutes.
 RETRY_SECONDS = 300.0
 # A request that failed after so long was being served, and its patience starts over; not more often than engines die.
 _SERVED_SECONDS, _MOST_SERVED = 60.0, 3

@@ -95,7 +95,7 @@ class LookAhead(Generic[T]):
 def takes_all_at_once(functions: Functions, rollout: Rollout) -> bool:
     """Whether a rollout asks the data source for its prompts once, and gives none back.
 
-    Only then is it known, as soon as it has them, where the next rollout goes on. Rollouts of functions of the
+    Only when it has them is the next rollout's starting point known. Rollouts of functions of the
     user, and those that sample more than they keep, follow one another.
     """
     return (

@@ -15,7 +15,7 @@ def largest_age(rollout: Rollout, weights: Weights) -> float:
     """The age up to which samples are trained on; without --max-staleness nothing is too old."""
     if not rollout.max_staleness:
         return math.inf
-    # Between two pushes the trainer goes on with what the engines have.
+    # Between two pushes the trainer continues with the engines' weights.
     return max(rollout.max_staleness, weights.update_weights_interval - 1)
 
 

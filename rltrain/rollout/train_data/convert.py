@@ -129,7 +129,7 @@ def _post_processed(config: Config, samples: list[Sample]) -> TrainData:
 
 
 def _converted(config: Config, samples: list[Sample]) -> TrainData:
-    """What --custom-convert-samples-to-train-data-path returns, as samples again: it may change, drop or add."""
+    """The samples that --custom-convert-samples-to-train-data-path returns: it may change, drop or add some."""
     path = config.functions.custom_convert_samples_to_train_data_path
     where = f"--custom-convert-samples-to-train-data-path {path}"
     data = load_function(path, flag="--custom-convert-samples-to-train-data-path")(config.namespace, samples)

@@ -27,13 +27,13 @@ class NoPrompts:
         """Nothing to store."""
 
     def load(self, rollout_id: int | None = None) -> None:
-        """Nothing to go on with."""
+        """Nothing to continue."""
 
 
 def generate_rollout(
     args: argparse.Namespace, rollout_id: int, data_source: NoPrompts, evaluation: bool = False
 ) -> RolloutFnTrainOutput:
-    """The recorded groups, of which `--load-debug-rollout-data-subsample` takes the first part.
+    """The recorded groups; `--load-debug-rollout-data-subsample` takes the first part of them.
 
     Raises:
         UserError: there is no such file, or it does not hold a recorded rollout.
