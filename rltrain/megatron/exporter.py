@@ -42,7 +42,7 @@ class Exporter:
         tensors = self._formed(export_hf_weights(self._models, self._shape))
         if dist.get_rank() == 0:
             consume(tensors)
-        for _ in tensors:  # to the end, also where nobody wants them: other ranks are sending
+        for _ in tensors:  # to the end, even if they are not wanted: other ranks are sending
             pass
 
     def share(self, bucket_bytes: int, *, one_per_machine: bool, cut: bool = False) -> Iterator[list[Part]]:

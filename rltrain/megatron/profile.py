@@ -114,7 +114,7 @@ class Profiler:
 
 
 class MemoryRecorder(Protocol):
-    """Records until it is told to finish."""
+    """Records until `finish` is called."""
 
     def finish(self) -> Path:
         """Stop; returns the file."""

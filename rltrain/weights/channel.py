@@ -33,7 +33,7 @@ _POLL_SECONDS = 0.2
 _MOST_SECONDS = 1800.0  # for a round; an engine that dies or hangs is noticed by its role, which ends it
 _LENGTH_BYTES = 8
 _HELLO_SECONDS = (
-    120.0  # for a caller to say who it is: a rank may be stopped for a while, and nobody waits for others
+    120.0  # for a caller to identify itself: a rank may be stopped for a while, and others do not wait
 )
 _HELLO_BYTES = 1024
 
@@ -117,7 +117,7 @@ class Channel:
         self._pool.shutdown(wait=False)
 
     def _accept(self, server: socket.socket, size: int, key: str) -> list[socket.socket]:
-        """The calls of all ranks, in their order; strangers are sent away, and nobody waits for what they say."""
+        """The calls of all ranks, in their order; strangers are rejected without waiting for their message."""
         ranks: dict[int, socket.socket] = {}
         callers: dict[socket.socket, _Caller] = {}
         server.setblocking(False)

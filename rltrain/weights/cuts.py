@@ -1,6 +1,6 @@
 """Puts tensors together again that several ranks of the trainer have sent parts of.
 
-Ranks share a tensor so that nobody has more to send than the others (`rltrain.megatron.model.export`). Its parts come
+Ranks share a tensor so that no rank sends more than the others (`rltrain.megatron.model.export`). Its parts come
 one soon after the other, so that few tensors at a time wait for the rest of theirs.
 """
 

@@ -134,7 +134,7 @@ class Rounds:
         rounds: Iterable[Sequence[Part]],
         keep: str | None = None,
     ) -> dict[str, str]:
-        """Have every engine load the weights and report their version; running requests go on with them.
+        """Have every engine load the weights and report their version; running requests continue with them.
 
         Args:
             version: of the weights.
@@ -200,7 +200,7 @@ class Rounds:
         return FilledBuffer(slot, [Chunk(0, buffer[:nbytes])], Bucket(pieces, digests, name))
 
     def _round(self, session: Session, filled: FilledBuffer | None, is_last: bool) -> bool:
-        """Send the buckets of all ranks; returns whether this was the last round, in which nobody has one."""
+        """Send the buckets of all ranks; returns whether this was the last round, in which no rank has a bucket."""
         offers = self._ranks.gather(self._offer(filled, is_last))
         for url, problem in [each for offer in offers for each in offer.failures.items()]:
             session.leave_out(url, problem)
@@ -217,7 +217,7 @@ class Rounds:
         self._failures = self._send_buffer(filled) if filled else {}
         session.each(lambda engine: session.confirm(engine, left=1 if senders else 0))
         if not self._transport.sends:
-            self._ranks.broadcast(None)  # so that nobody fills a buffer while it is being read
+            self._ranks.broadcast(None)  # so that no buffer is filled while it is being read
         return is_over
 
     def _offer(self, filled: FilledBuffer | None, is_last: bool) -> Offer:

@@ -127,7 +127,7 @@ def usable_checkpoint(directory: Path, iteration: int | None = None) -> Path | N
 
 
 def check_trusted(config: Config) -> None:
-    """See that nobody else may have written the checkpoints that this run reads; all ranks together.
+    """Check that nobody else can have written the checkpoints that this run reads; all ranks together.
 
     Both formats hold pickled Python objects, and unpickling runs code that is in a file.
 
@@ -176,7 +176,7 @@ def load_source(
 ) -> None:
     """Fill a model (its chunks on this rank) that is not yet wrapped for data parallelism.
 
-    Weights that are not trained, those of a reference, may have a layer for further tokens or not.
+    Untrained weights, such as a reference's, may have an MTP layer or not.
     """
     reset_adapters(models)  # what the source does not have
     with nullcontext() if is_trained else without_head(models):

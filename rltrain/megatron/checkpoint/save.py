@@ -76,7 +76,7 @@ class SaveOptions:
 
     @classmethod
     def of_companion(cls, checkpoint: Checkpoint) -> SaveOptions:
-        """For a critic or a reference: one more stays, as the policy's checkpoint of that step is not yet there."""
+        """For a critic or a reference: one more stays, until the policy's checkpoint of that step exists."""
         options = cls.of(checkpoint)
         if options.keep_last is None and options.retain_interval is None:
             return options

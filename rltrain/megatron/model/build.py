@@ -355,7 +355,7 @@ def _build_chunk(
 
 
 def _mark_experts(models: list[GPTModel], config: TransformerConfig) -> None:
-    """Tell Megatron-core whether experts' gradients are added up over other ranks than those of all other weights.
+    """Tell Megatron-core whether experts' gradients are summed over other ranks than all other weights'.
 
     Its own layers say so only where experts are shared out, not where tensor parallel ranks hold them whole. And each
     rank's biases count in the gradient's norm: TransformerEngine's layers call them copies of the first rank's, which

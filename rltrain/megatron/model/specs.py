@@ -82,7 +82,7 @@ def decoder_spec(
         family: What its layers have beside the plain ones; None: nothing.
         linear: Which layers have linear attention, and its sizes.
         residual: What the outputs of attention and MLP are multiplied by before they are added.
-        soft_cap: Of attention's scores. TransformerEngine's attention has none, so that ours is taken.
+        soft_cap: Of attention's scores. TransformerEngine's attention has none, so ours is used.
     """
     if use_transformer_engine():
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
@@ -107,7 +107,7 @@ def decoder_spec(
 
 
 def _of_family(layer: ModuleSpec, config: TransformerConfig, family: Family, norm: Any) -> ModuleSpec:
-    """The layer with the family's attention and norms, of which `norm` is the kind."""
+    """The layer with the family's attention and norms of the kind `norm`."""
     if family.sinks:  # TransformerEngine has none for packed sequences
         attention = with_submodules(layer.submodules.self_attention, core_attention=PackedAttention)
         layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention))
@@ -172,7 +172,7 @@ def _backend() -> BackendSpecProvider:
 
 
 def _with_scaled_outputs(layer: ModuleSpec, factor: float) -> ModuleSpec:
-    """The same layer, of which attention and MLP add `factor` times their outputs."""
+    """The same layer, whose attention and MLP add `factor` times their outputs."""
 
     def scaled(training: bool, fused: bool) -> Callable[[Output, Tensor, float], Tensor]:
         added = get_bias_dropout_add(training, fused)

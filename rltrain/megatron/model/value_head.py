@@ -24,7 +24,7 @@ class ValueHead(torch.nn.Linear):
     """A linear layer to one output, the same on every tensor parallel rank; called as an output layer is."""
 
     def __init__(self, config: TransformerConfig, seed: int) -> None:
-        """Its first weights are those of `seed`, and leave all other random numbers alone."""
+        """Its first weights come from `seed`, and leave all other random numbers unchanged."""
         super().__init__(config.hidden_size, 1, device="cpu", dtype=config.params_dtype)
         self._sequence_parallel = config.sequence_parallel
         generator = torch.Generator().manual_seed(seed)
@@ -54,7 +54,7 @@ def build_critic(shape: ModelShape, config: Config) -> list[GPTModel]:
 
 @torch.no_grad()
 def copy_layers(source: Sequence[torch.nn.Module], target: Sequence[torch.nn.Module]) -> None:
-    """Give a critic the policy's weights, all but those of the output layer."""
+    """Give a critic the policy's weights, except the output layer's."""
     for policy, critic in zip(source, target, strict=True):
         weights = dict(policy.named_parameters())
         for name, weight in critic.named_parameters():

@@ -214,7 +214,7 @@ class TokenSplit:
 
 
 def computed_length(tokens: NDArray[np.int32]) -> int:
-    """Tokens of a sequence that go through the model: all but the last, whose logits nobody needs."""
+    """Tokens of a sequence that go through the model: all but the last, whose logits are not needed."""
     return len(tokens) - 1
 
 

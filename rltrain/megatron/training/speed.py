@@ -17,7 +17,7 @@ _PASSES, _PASSES_WITH_ADAPTERS = 3, 2
 def measure(share: RankShare, timers: Timers) -> dict[str, float]:
     """Metrics of time, speed and memory, the same on every rank.
 
-    Seconds are those of the slowest rank and memory that of the fullest. `perf/mfu`, where the device's peak is
+    Seconds are the slowest rank's, and memory is the fullest rank's. `perf/mfu`, where the device's peak is
     known, counts the policy's forward and backward passes, without recomputation. `perf/shared_tokens` are those of
     prompts that were computed for another sample of the micro-batch: in `perf/tokens_per_s_per_rank` they count.
     """

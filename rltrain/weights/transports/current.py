@@ -30,7 +30,7 @@ def weight_version(directory: Path) -> int:
 
 
 def load_from_disk(engine: ServerEngine, directory: Path) -> None:
-    """Have an engine load a version that a push has written; running requests go on with it."""
+    """Have an engine load a version that a push has written; running requests continue with it."""
     engine.pause_generation()
     try:
         engine.update_weights_from_disk(str(directory), str(weight_version(directory)))

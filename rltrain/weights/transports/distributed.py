@@ -36,7 +36,7 @@ class EngineGroups:
         self._groups: dict[str, tuple[dist.ProcessGroup, dist.Store]] = {}
 
     def source(self, chunks: Sequence[Chunk]) -> Source:
-        """What the ranks of every engine are told of broadcasts."""
+        """The announcement of broadcasts to the ranks of every engine."""
         ends = [(chunk.start, chunk.start + len(chunk.data)) for chunk in chunks]
         return Group(self._host, self._store.port, self._name, self._backend, self._rank, ends)
 

@@ -36,7 +36,7 @@ class SharedMemory:
             lock_pages(self.buffer)
 
     def close(self) -> None:
-        """Give the memory back once nobody has it mapped."""
+        """Free the memory once no process has it mapped."""
         unlock_pages(self.buffer)
         self.buffer = torch.empty(0, dtype=torch.uint8)
         os.close(self._descriptor)

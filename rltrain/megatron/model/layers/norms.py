@@ -108,7 +108,8 @@ def _parameter_device(config: TransformerConfig) -> torch.device:
 
 
 class PostNormLayer(TransformerLayer):
-    """A layer that normalises the outputs of attention and MLP too, before they are added to the residual, as GLM-4's.
+    """A layer that normalises the outputs of attention and MLP too, before they are added to the residual, like
+    GLM-4's.
 
     Megatron-core has no such layer. The two norms have the names that slime's Megatron gives them.
     """
