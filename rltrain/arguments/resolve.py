@@ -30,6 +30,7 @@ from rltrain.arguments.groups.training import (
     check_schedule,
     resolve_lora,
     resolve_training,
+    why_separate,
 )
 from rltrain.arguments.slime_names import our_path
 from rltrain.models.directory import cached_model
@@ -38,12 +39,6 @@ from rltrain.run.errors import UserError
 _PATHS = (
     "hf_checkpoint", "load", "ref_load", "save", "save_hf", "wandb_dir", "critic_load", "critic_save",
     "opd_teacher_load", "rollout_external_engines_file", "tensorboard_dir", "memory_snapshot_dir",
-)  # fmt: skip
-
-# Flags of Megatron with which what comes of a token depends on how many others there are.
-_DEPEND_ON_OTHERS = (
-    "moe_z_loss_coeff", "moe_expert_capacity_factor", "moe_input_jitter_eps", "moe_router_force_load_balancing",
-    "moe_router_bias_update_rate",
 )  # fmt: skip
 
 
@@ -335,37 +330,15 @@ def _absolute_paths(config: Config) -> Config:
     return config.replace(**{name: absolute(values[name]) for name in _PATHS if values[name] is not None})
 
 
-def why_separate(config: Config) -> str | None:
-    """Why every sample goes through the model by itself, in words, or None where prompts can be shared."""
-    if config.training.share_prompts is False:
-        return "--no-share-prompts"
-    if config.parallel.context_parallel_size > 1:
-        return "--context-parallel-size splits every sequence separately"
-    if not config.training.use_dynamic_batch_size and config.training.micro_batch_size == 1:
-        return "a micro-batch is one sample, without --use-dynamic-batch-size"
-    if config.functions.custom_model_provider_path:
-        return "a model of --custom-model-provider-path may not support it"
-    if config.algorithm.use_routing_replay or config.algorithm.use_rollout_routing_replay:
-        return "with routing replay the same token has different experts in different samples"
-    if flags := _counting(config.model):
-        return f"{flags[0]} counts tokens, and would count shared tokens once"
-    return None
-
-
 def _check_shared_prompts(config: Config) -> None:
     """Refuse --share-prompts where it cannot be.
 
     Raises:
         UserError: says why.
     """
-    reason = why_separate(config) if config.training.share_prompts else None
-    if reason is not None:
+    if not config.training.share_prompts:
+        return
+    if reason := why_separate(
+        config.training, config.parallel, config.model, config.algorithm, config.functions
+    ):
         raise UserError(f"--share-prompts: {reason}. Without the flag, prompts are shared where it is exact.")
-
-
-def _counting(model: Model) -> list[str]:
-    given = model.megatron.get("transformer", {})
-    names = [name for name in _DEPEND_ON_OTHERS if given.get(name)]
-    if model.moe_aux_loss_coeff:
-        names.append("moe_aux_loss_coeff")
-    return [f"--{name.replace('_', '-')}" for name in names]

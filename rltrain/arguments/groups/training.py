@@ -6,11 +6,20 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from rltrain.arguments.declare import Owner, flag
+from rltrain.arguments.groups.algorithm import Algorithm
+from rltrain.arguments.groups.functions import Functions
+from rltrain.arguments.groups.model import Model
+from rltrain.arguments.groups.parallel import Parallel
 from rltrain.arguments.groups.rollout import Rollout
 from rltrain.run.errors import UserError
 
 # Bytes that a GPU works on at a time where it makes log-probs of logits, unless --log-probs-chunk-size says.
 LOGITS_WORKSPACE = 256 * 2**20
+# Flags of Megatron with which what comes of a token depends on how many others there are.
+_DEPEND_ON_OTHERS = (
+    "moe_z_loss_coeff", "moe_expert_capacity_factor", "moe_input_jitter_eps", "moe_router_force_load_balancing",
+    "moe_router_bias_update_rate",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -268,6 +277,33 @@ def check_schedule(optimizer: Optimizer) -> None:
         raise UserError(
             "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine."
         )
+
+
+def why_separate(
+    training: Training, parallel: Parallel, model: Model, algorithm: Algorithm, functions: Functions
+) -> str | None:
+    """Why every sample goes through the model by itself, in words, or None where prompts can be shared."""
+    if training.share_prompts is False:
+        return "--no-share-prompts"
+    if parallel.context_parallel_size > 1:
+        return "--context-parallel-size splits every sequence separately"
+    if not training.use_dynamic_batch_size and training.micro_batch_size == 1:
+        return "a micro-batch is one sample, without --use-dynamic-batch-size"
+    if functions.custom_model_provider_path:
+        return "a model of --custom-model-provider-path may not support it"
+    if algorithm.use_routing_replay or algorithm.use_rollout_routing_replay:
+        return "with routing replay the same token has different experts in different samples"
+    if flags := _counting(model):
+        return f"{flags[0]} counts tokens, and would count shared tokens once"
+    return None
+
+
+def _counting(model: Model) -> list[str]:
+    given = model.megatron.get("transformer", {})
+    names = [name for name in _DEPEND_ON_OTHERS if given.get(name)]
+    if model.moe_aux_loss_coeff:
+        names.append("moe_aux_loss_coeff")
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 def _resolve_steps(training: Training, rollout: Rollout) -> Training:

@@ -14,8 +14,8 @@ from torch import Tensor
 from rltrain.algorithms.reduce import token_weights
 from rltrain.arguments.config import Config
 from rltrain.arguments.groups.model import Model
+from rltrain.arguments.groups.training import why_separate
 from rltrain.arguments.hf_config import ModelShape
-from rltrain.arguments.resolve import why_separate
 from rltrain.data.batch import Flat, TrainableTokens, TrainBatch, split_rows
 from rltrain.data.packing import Bin, StepPlan, pack_ranks, plan_step
 from rltrain.data.prefixes import Prefixes
@@ -253,7 +253,9 @@ class RankShare:
 
 def kept_separate(config: Config, shape: ModelShape) -> str | None:
     """Why no sample shares its prompt with others, in words; None where they do."""
-    if (reason := why_separate(config)) is not None:
+    if reason := why_separate(
+        config.training, config.parallel, config.model, config.algorithm, config.functions
+    ):
         return reason
     if shape.linear is not None:
         return "linear attention's state after a prompt can't be shared by several samples"
