@@ -43,7 +43,7 @@ from rltrain.megatron.training.forward_backward import (
     token_loss,
 )
 from rltrain.megatron.training.micro_batch import LossInputs, MicroBatch, computed_length
-from rltrain.megatron.training.other_policies import OtherPolicies, check_rollout, with_log_probs
+from rltrain.megatron.training.other_policies import OtherPolicies, check_rollout
 from rltrain.megatron.training.recording import SeenTokens, TokenWriter, token_columns, write_train_data
 from rltrain.megatron.training.rollout_data import post_processes
 from rltrain.megatron.training.share import RankShare
@@ -163,7 +163,7 @@ class MegatronTrainActor:
             if self.critic is None or rollout_id >= self.config.critic.num_critic_only_steps:
                 with timers("actor_train"), self._profiler.part("train_actor"):
                     metrics |= self._train_policy(rollout_id, share, inputs)
-        self.others.after_rollout(rollout_id, self.models)
+        self.others.after_rollout(rollout_id)
         return metrics | measure(share, timers)
 
     def save(self, rollout_id: int) -> Path | None:
@@ -190,7 +190,7 @@ class MegatronTrainActor:
         return self._checkpoints.unsaved
 
     def _save_companions(self, iteration: int) -> None:
-        self.others.save(iteration, self.models)
+        self.others.save(iteration)
         if self.critic is not None:
             with self.critic.in_place_of(self.policy):
                 self.critic.save(iteration)
@@ -277,7 +277,7 @@ class MegatronTrainActor:
         """Go on from this run's newest checkpoint; returns how many rollouts it was trained on."""
         own = own_checkpoint(self.config.checkpoint)
         iteration = iteration_of(own) if own else 0
-        self.others.resume(iteration, self.models)
+        self.others.resume(iteration)
         if self.critic is not None:
             self.critic.resume(iteration)
         if own:
@@ -298,17 +298,7 @@ class MegatronTrainActor:
         config, critic = self.config, self.critic
         check_rollout(config.algorithm, share)
         with self._profiler.part("train_log_probs"):
-            inputs = with_log_probs(
-                config.algorithm,
-                config.functions,
-                inputs,
-                share,
-                self.models,
-                self.log_probs_and_entropy,
-                self.others,
-                rollout_id,
-                timers,
-            )
+            inputs = self.others.add_log_probs(inputs, share, self.log_probs_and_entropy, rollout_id, timers)
         metrics = entropy_metrics(share, inputs)
         if critic is None:
             return with_advantages(config, share, inputs, rollout_id), metrics

@@ -4,7 +4,7 @@ The loss is flat over trainable tokens: the model computes logits at `rows` and 
 which have slime's signature, are given whole responses (`Responses`).
 
 The inputs of the loss are complete before the first optimizer step of a rollout. They come from the batch
-(`RankShare.loss_inputs`), other policies (`other_policies.with_log_probs`), the critic, and the advantages that are
+(`RankShare.loss_inputs`), other policies (`OtherPolicies.add_log_probs`), the critic, and the advantages that are
 made of all of them (`advantages.with_advantages`).
 """
 

@@ -41,7 +41,7 @@ class OtherPolicies:
         Raises:
             UserError: a flag names a directory that holds no weights.
         """
-        self._config = config
+        self._config, self._models = config, models
         self.reference = self.teacher = self.past = None
         if config.algorithm.loss_type == "sft_loss":
             return
@@ -54,21 +54,60 @@ class OtherPolicies:
         if config.algorithm.keep_old_actor:
             self.past = PastPolicies(config.rollout.max_staleness)
 
-    def after_rollout(self, rollout_id: int, models: list[GPTModel]) -> None:
+    def add_log_probs(
+        self,
+        inputs: LossInputs[Flat],
+        share: RankShare,
+        log_probs: LogProbs,
+        rollout_id: int,
+        timers: Timers,
+    ) -> LossInputs[Flat]:
+        """The inputs with the log-probs (and entropies) of these and the old ones, as far as the flags need them.
+
+        Args:
+            log_probs: Computes those of the weights that the models have then; it is given slime's prefix too.
+        """
+        algorithm, models = self._config.algorithm, self._models
+        reference = teacher = old = entropy = ref_entropy = None
+        if self.reference is not None:
+            with timers("ref_log_probs"), self.reference.in_place_of(models):
+                reference, ref_entropy = log_probs(share, "ref_")
+        if self.teacher is not None:
+            with timers("teacher_log_probs"), self.teacher.in_place_of(models):
+                teacher, _ = log_probs(share, "teacher_")
+        elif share.batch.teacher_log_probs is not None:
+            teacher = share.trainable.select(share.batch.teacher_log_probs)
+        past = self.past.that_generated(rollout_id) if self.past is not None else None
+        if past is not None and not algorithm.use_rollout_logprobs:
+            with timers("log_probs"), past.in_place_of(models):
+                old, entropy = log_probs(share, "")
+        elif _needs_own_log_probs(algorithm, self._config.functions, share.num_steps):
+            with timers("log_probs"):
+                old, entropy = log_probs(share, "")
+        return replace(
+            inputs,
+            ref_log_probs=reference,
+            teacher_log_probs=teacher,
+            old_log_probs=inputs.rollout_log_probs if algorithm.use_rollout_logprobs else old,
+            entropy=entropy,
+            ref_entropy=ref_entropy,
+        )
+
+    def after_rollout(self, rollout_id: int) -> None:
         """Every --ref-update-interval rollouts the reference becomes what the policy is now."""
         interval = self._config.algorithm.ref_update_interval
         if interval and self.reference is not None and (rollout_id + 1) % interval == 0:
-            self.reference.take(models)
+            self.reference.take(self._models)
 
-    def save(self, iteration: int, models: list[GPTModel]) -> None:
+    def save(self, iteration: int) -> None:
         """Write the reference, where it is no longer what the run started with."""
         directory = self._directory()
         if directory is not None and self.reference is not None:
-            with self.reference.in_place_of(models):
+            with self.reference.in_place_of(self._models):
                 options = SaveOptions.of_companion(self._config.checkpoint)
-                save_checkpoint(directory, iteration, TrainState(models), options)
+                save_checkpoint(directory, iteration, TrainState(self._models), options)
 
-    def resume(self, iteration: int, models: list[GPTModel]) -> None:
+    def resume(self, iteration: int) -> None:
         """Take up the reference that belongs to the policy's checkpoint.
 
         Raises:
@@ -78,9 +117,9 @@ class OtherPolicies:
         if not iteration or directory is None or self.reference is None:
             return
         checkpoint = matching(directory, iteration)
-        with self.reference.in_place_of(models):
-            load_checkpoint(checkpoint, TrainState(models))
-            self.reference.take(models)
+        with self.reference.in_place_of(self._models):
+            load_checkpoint(checkpoint, TrainState(self._models))
+            self.reference.take(self._models)
 
     def _directory(self) -> Path | None:
         save = self._config.checkpoint.save
@@ -108,48 +147,6 @@ def check_rollout(algorithm: Algorithm, share: RankShare) -> None:
             "--opd-type sglang, but the samples have no teacher_log_probs: the reward function or the generate"
             " function has to set them, one per response token"
         )
-
-
-def with_log_probs(
-    algorithm: Algorithm,
-    functions: Functions,
-    inputs: LossInputs[Flat],
-    share: RankShare,
-    models: list[GPTModel],
-    log_probs: LogProbs,
-    others: OtherPolicies,
-    rollout_id: int,
-    timers: Timers,
-) -> LossInputs[Flat]:
-    """The inputs with the log-probs (and entropies) of other policies and the old ones, as far as the flags need them.
-
-    Args:
-        log_probs: Computes those of the weights that the models have then; it is given slime's prefix too.
-    """
-    reference = teacher = old = entropy = ref_entropy = None
-    if others.reference is not None:
-        with timers("ref_log_probs"), others.reference.in_place_of(models):
-            reference, ref_entropy = log_probs(share, "ref_")
-    if others.teacher is not None:
-        with timers("teacher_log_probs"), others.teacher.in_place_of(models):
-            teacher, _ = log_probs(share, "teacher_")
-    elif share.batch.teacher_log_probs is not None:
-        teacher = share.trainable.select(share.batch.teacher_log_probs)
-    past = others.past.that_generated(rollout_id) if others.past is not None else None
-    if past is not None and not algorithm.use_rollout_logprobs:
-        with timers("log_probs"), past.in_place_of(models):
-            old, entropy = log_probs(share, "")
-    elif _needs_own_log_probs(algorithm, functions, share.num_steps):
-        with timers("log_probs"):
-            old, entropy = log_probs(share, "")
-    return replace(
-        inputs,
-        ref_log_probs=reference,
-        teacher_log_probs=teacher,
-        old_log_probs=inputs.rollout_log_probs if algorithm.use_rollout_logprobs else old,
-        entropy=entropy,
-        ref_entropy=ref_entropy,
-    )
 
 
 def _needs_own_log_probs(algorithm: Algorithm, functions: Functions, num_steps: int) -> bool:
