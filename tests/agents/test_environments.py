@@ -133,7 +133,7 @@ def test_evaluation_sets_that_can_t_be_right_are_refused(directory: Path, tmp_pa
     own = ("--eval-prompt-data", "own", str(tmp_path / "own.jsonl"))
     tasks(configured(directory, *ours))
     with pytest.raises(
-        UserError, match=r"set own: it would use the training tasks .* --eval-environment-args"
+        UserError, match=r"set own: it would use the training tasks.* --eval-environment-args"
     ):
         prepare(configured(directory, *ours, *own))
     prepare(configured(directory, *ours, "--eval-prompt-data", "own", f"{directory}/tasks.jsonl@[0:1]"))
