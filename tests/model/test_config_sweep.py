@@ -6,12 +6,13 @@ those of the configuration class, and those that the code of the model reads, so
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -31,6 +32,9 @@ from rltrain.models.families.family import Family
 from rltrain.models.lengths import check_sequences
 from rltrain.run.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 pytestmark = pytest.mark.slow
 
 # Rounding of either side, which every processor does in another order, is 2e-5 at most, of linear attention; an entry
@@ -42,50 +46,36 @@ EXPERTS = megatron.EXPERTS | {"mlp_only_layers": []}
 GROUPED_EXPERTS = megatron.GROUPED_EXPERTS | {"first_k_dense_replace": 0}
 INDEXER = {"index_topk": 64, "index_n_heads": 2, "index_head_dim": 8}
 LINEAR = megatron.LINEAR | {"layer_types": ["linear_attention"]}
+WINDOW = {"sliding_window": 9}
+SLIDING = {"use_sliding_window": True} | WINDOW
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 OF_FAMILY: dict[str, dict[str, Any]] = {
-    "MistralForCausalLM": {"sliding_window": 9},
-    "Qwen2ForCausalLM": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
-    "Qwen3ForCausalLM": {
-        "use_sliding_window": True,
-        "sliding_window": 9,
-        "layer_types": ["sliding_attention"],
-    },
+    "MistralForCausalLM": WINDOW,
+    "Qwen2ForCausalLM": SLIDING | {"max_window_layers": 0},
+    "Qwen3ForCausalLM": SLIDING | {"layer_types": ["sliding_attention"]},
     "GraniteForCausalLM": {
         "embedding_multiplier": 3.0,
         "attention_multiplier": 0.5,
         "residual_multiplier": 0.7,
         "logits_scaling": 2.0,
     },
-    "MiMoForCausalLM": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
-    "Phi3ForCausalLM": {
-        "sliding_window": 9,
-        "partial_rotary_factor": 0.5,
-        "original_max_position_embeddings": 64,
-    },
+    "MiMoForCausalLM": SLIDING | {"max_window_layers": 0},
+    "Phi3ForCausalLM": WINDOW | {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 64},
     "Gemma2ForCausalLM": {
         "query_pre_attn_scalar": 2,
         "sliding_window": 9,
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
     },
-    "Gemma3ForCausalLM": {
-        "query_pre_attn_scalar": 20,
-        "sliding_window": 9,
-        "layer_types": ["sliding_attention"],
-    },
+    "Gemma3ForCausalLM": WINDOW | {"query_pre_attn_scalar": 20, "layer_types": ["sliding_attention"]},
     "SmolLM3ForCausalLM": {"no_rope_layers": [1]},
-    "GptOssForCausalLM": {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "sliding_window": 9,
-        "swiglu_limit": 0.5,
-    },
+    "GptOssForCausalLM": LOCAL_EXPERTS | WINDOW | {"swiglu_limit": 0.5},
     "Qwen2MoeForCausalLM": EXPERTS | {"shared_expert_intermediate_size": 24},
     "Qwen3MoeForCausalLM": EXPERTS,
     "Qwen3NextForCausalLM": EXPERTS | LINEAR | {"shared_expert_intermediate_size": 24},
     "Qwen3_5ForCausalLM": LINEAR,
     "Qwen3_5MoeForCausalLM": EXPERTS | LINEAR | {"shared_expert_intermediate_size": 24},
-    "MiniMaxM2ForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "MiniMaxM2ForCausalLM": LOCAL_EXPERTS,
     "DeepseekV3ForCausalLM": LATENT | GROUPED_EXPERTS,
     "DeepseekV32ForCausalLM": LATENT | GROUPED_EXPERTS | INDEXER,
     "GlmMoeDsaForCausalLM": LATENT | GROUPED_EXPERTS | INDEXER | {"mlp_layer_types": ["sparse"]},
@@ -187,13 +177,8 @@ def one_rope_changed(config: Entries, style: str) -> Iterator[tuple[str, Entries
         yield f"{style} without {name}", config | {style: {k: v for k, v in rope.items() if k != name}}
         for other in changed(value):
             yield f"{style} {name} {other!r}", config | {style: rope | {name: other}}
-    for name in {
-        *RopeParameters.__annotations__,
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-        "type",
-    } - rope.keys():
+    own = {"mscale", "mscale_all_dim", "truncate", "type"}  # beside them
+    for name in (RopeParameters.__annotations__.keys() | own) - rope.keys():
         for other in (0.5, 3.0, 48, False, [1.0, 2.0, 3.0, 4.0], "yarn"):
             yield f"{style} {name} {other!r}", config | {style: rope | {name: other}}
             yield f"{name} {other!r} beside {style}", config | {name: other}
@@ -209,18 +194,23 @@ class Sweep:
     """Both sides, each computed once for what is the same to it."""
 
     def __init__(self, work: Path) -> None:
-        self._work, self._config = work, make_config(write_config(work / "base", tiny_config()))
+        self._work = work
+        self._config = make_config(write_config(work / "base", tiny_config())).replace(
+            hf_checkpoint=str(work / "asked")
+        )
         self._theirs: dict[str, tuple[Path, torch.Tensor]] = {}
         self._ours: dict[tuple[ModelShape, Path], torch.Tensor] = {}
+        self._read: PreTrainedConfig | None = None  # of the case, by transformers, for the trainer
         self.equal, self.refused = 0, 0
 
     def look(self, entries: Entries) -> str | None:
         """What is wrong with our treatment of a config.json; None if it is refused, or right."""
         from rltrain.megatron.model.build import read_shape
 
-        directory = write_config(self._work / "asked", entries)
+        self._written("asked", entries)
+        self._read = None
         try:
-            shape = read_shape(self._config.replace(hf_checkpoint=str(directory)))
+            shape = read_shape(self._config)
         except UserError:
             self.refused += 1
             return None
@@ -238,12 +228,30 @@ class Sweep:
         largest = float((ours - theirs).abs().max())
         return None if largest <= TOLERANCE else f"log-probs differ by {largest:.2g}"
 
+    def _written(self, name: str, entries: Entries) -> Path:
+        """A directory with this `config.json` alone, in a new file: to write one anew makes the disk wait."""
+        (self._work / name / "config.json").unlink(missing_ok=True)
+        return write_config(self._work / name, entries)
+
+    def keep_what_is_read(self, patch: pytest.MonkeyPatch) -> None:
+        """A case's `config.json`, which transformers has read for the trainer, is not read once more for itself."""
+        from transformers import AutoConfig
+
+        read = AutoConfig.from_pretrained
+
+        def reading(directory: Any, **options: Any) -> PreTrainedConfig:
+            self._read = read(directory, **options)
+            return self._read
+
+        patch.setattr(AutoConfig, "from_pretrained", reading)
+
     def _transformers(self, entries: Entries) -> tuple[Path, torch.Tensor]:
         """A directory with weights of the model, and its log-probs."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        known = write_config(self._work / "known", as_transformers_knows(entries))
-        config = AutoConfig.from_pretrained(known)
+        if (config := self._read) is None:
+            config = AutoConfig.from_pretrained(self._written("known", as_transformers_knows(entries)))
+        self._read = None
         # Some are read again when the model is made.
         beside = {
             name: entries.get(name) for name in ("original_max_position_embeddings", "partial_rotary_factor")
@@ -251,10 +259,9 @@ class Sweep:
         key = json.dumps([config.to_dict(), beside], sort_keys=True, default=str)
         if key not in self._theirs:
             # Its other kinds have kernels for some sizes only.
-            experts = (
-                {"experts_implementation": "eager"} if FAMILIES[entries["architectures"][0]].experts else {}
-            )
-            caps = {"attn_implementation": "eager"} if FAMILIES[entries["architectures"][0]].soft_caps else {}
+            family = FAMILIES[entries["architectures"][0]]
+            experts = {"experts_implementation": "eager"} if family.experts else {}
+            caps = {"attn_implementation": "eager"} if family.soft_caps else {}
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **experts, **caps).eval()
             generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
@@ -309,15 +316,22 @@ def hash_of(weights: dict[str, torch.Tensor]) -> int:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     init_single_process()
+    made = Sweep(tmp_path_factory.mktemp("sweep"))
     with pytest.MonkeyPatch.context() as patch:
+        made.keep_what_is_read(patch)
+        # All weights are written over.
+        patch.setattr(PreTrainedModel, "initialize_weights", lambda model: None, raising=False)
         # It compares itself with its defaults for a message of each reading that nobody sees: a fifth of the time.
         patch.setattr(PreTrainedConfig, "__repr__", lambda config: str(config.to_dict()))
-        yield Sweep(tmp_path_factory.mktemp("sweep"))
+        gc.collect()
+        gc.freeze()  # what torch and transformers consist of is not searched for garbage thousands of times
+        yield made
+        gc.unfreeze()
 
 
 def check(sweep: Sweep, cases: Iterator[tuple[str, Entries]]) -> tuple[int, int]:
@@ -366,9 +380,8 @@ def test_every_rotary_embedding(rope: str, style: str, sweep: Sweep) -> None:
         (
             "LlamaForCausalLM",
             [
-                {"rope_parameters": {"rope_theta": 300.0}},
-                {"rope_parameters": {"beta_fast": 8.0}},
-                {"rope_parameters": {"attention_factor": 1.5}},
+                {"rope_parameters": {name: value}}
+                for name, value in {"rope_theta": 300.0, "beta_fast": 8.0, "attention_factor": 1.5}.items()
             ],
         ),
         # Of those with the most rounding, what shows least.
