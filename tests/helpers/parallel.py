@@ -13,8 +13,6 @@ import re
 from pathlib import Path, PurePath
 
 import pytest
-from execnet import XSpec
-from forked_workers import Source
 from xdist.remote import Producer
 from xdist.scheduler import EachScheduling, LoadScopeScheduling
 
@@ -66,7 +64,6 @@ GROUPS = (
     ("test_gateway_newest",),
     ("test_rewards_pool",),
 )  # fmt: skip
-_HAS_GPU = Path("/dev/nvidiactl").exists()  # CUDA does not survive a fork, and an import may ask it something
 _ORDER = {name: index for index, group in enumerate(GROUPS) for name in group}
 
 # Where only quick tests run, every process imports what its own share of the files needs, and no more: importing torch,
@@ -161,17 +158,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """A process in another's place would have another share."""
     if _only_quick(config) and config.pluginmanager.has_plugin("xdist"):
         config.option.maxworkerrestart = "0"
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes(config: pytest.Config, specs: list[XSpec]) -> None:
-    """Where all tests run, the processes are forked from one that has imported what most of them need."""
-    if _only_quick(config) or _HAS_GPU:
-        return
-    source = Source()
-    config.add_cleanup(source.close)
-    for spec in specs:
-        spec.python = source.command
 
 
 @pytest.hookimpl(optionalhook=True)
