@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 import torch.distributed as dist
@@ -30,6 +30,9 @@ from rltrain.run.role import Registry, RoleContext
 from rltrain.run.waiting import Interrupted, answer_unless_interrupted, ask
 from rltrain.sglang.engines import ExternalEngine, JobEngine, check_engine, find_engines
 from rltrain.tracking import Tracker
+
+if TYPE_CHECKING:
+    from rltrain.megatron.actor import MegatronTrainActor
 
 T = TypeVar("T")
 Told = TypeVar("Told")
@@ -101,9 +104,24 @@ class Job:
         config, token = self._config, self._context.token
         return find_engines(config.engines, config.debug, self._registry, token)
 
-    def rollout(self, call: Callable[[RolloutClient], T]) -> T:
-        """The result of one call to the rollout process."""
-        return on_rank_0(lambda: call(self._rollout))  # type: ignore[arg-type]
+    def load(self, rollout_id: int) -> None:
+        """Have the rollout process put its data source where it stood before this rollout."""
+        on_rank_0(lambda: self._client.load(rollout_id))
+
+    def push_weights(self, actor: MegatronTrainActor, version: int) -> None:
+        """Give the engines the actor's weights as `version`: the number of rollouts that they were trained on."""
+        self.status("weights", version)
+        actor.update_weights(self.find_engines, version)
+        on_rank_0(lambda: self._client.weights(version))
+
+    def newcomers(self, actor: MegatronTrainActor, rollout_id: int) -> Newcomers:
+        """Engines that come back while a rollout is waited for, and what they are given."""
+
+        def give_weights() -> None:
+            self.push_weights(actor, version=rollout_id)
+            self.status("generating", rollout_id)
+
+        return Newcomers(lambda: actor.lacks_weights(self.find_engines), give_weights)
 
     def generate(
         self, rollout_id: int, newcomers: Newcomers = NOBODY

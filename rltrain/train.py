@@ -19,7 +19,7 @@ from rltrain.arguments import load
 from rltrain.arguments.config import Config
 from rltrain.data.batch import TrainBatch
 from rltrain.evaluation import Evaluation, is_due
-from rltrain.job import Job, Newcomers, make_room
+from rltrain.job import Job, make_room
 from rltrain.megatron.actor import MegatronTrainActor
 from rltrain.megatron.memory import EngineMemory
 from rltrain.megatron.model.specs import describe_layers
@@ -38,8 +38,8 @@ def train(config: Config, actor: MegatronTrainActor, job: Job) -> int:
     """Train until `--num-rollout`; returns the exit code: 0 done, 75 saved and wants to run again."""
     first = actor.start_rollout_id
     job.catch_up(first)
-    job.rollout(lambda client: client.load(first))
-    push_weights(actor, job, version=first)
+    job.load(first)
+    job.push_weights(actor, version=first)
     evaluation = Evaluation(job, config, validation(config, actor))
     evaluation.begin_if_owed(first)
     saved = first  # rollouts that the newest checkpoint was trained on
@@ -50,7 +50,7 @@ def train(config: Config, actor: MegatronTrainActor, job: Job) -> int:
 
         actor.offload.for_generating()
         job.status("generating", rollout_id)
-        newcomers = find_newcomers(actor, job, rollout_id)
+        newcomers = job.newcomers(actor, rollout_id)
         with timers("rollout"):
             batch = job.generate(rollout_id, newcomers)
         may_go_on = batch is not None and saved == rollout_id  # the next attempt can repeat it with these
@@ -84,7 +84,7 @@ def train(config: Config, actor: MegatronTrainActor, job: Job) -> int:
         eval_due = evaluation.is_due_after(rollout_id)
         if eval_due or is_due(config.weights.update_weights_interval, rollout_id):
             with timers("update_weights"):
-                push_weights(actor, job, version=rollout_id + 1)
+                job.push_weights(actor, version=rollout_id + 1)
         if eval_due:
             evaluation.begin(rollout_id + 1, timers)
         timers.stop_step()
@@ -107,23 +107,6 @@ def save(actor: MegatronTrainActor, job: Job, rollout_id: int) -> None:
     """Write a checkpoint of the weights after this rollout."""
     job.status("saving", rollout_id)
     actor.save(rollout_id)
-
-
-def push_weights(actor: MegatronTrainActor, job: Job, version: int) -> None:
-    """Give the engines the actor's weights as `version`: the number of rollouts that they were trained on."""
-    job.status("weights", version)
-    actor.update_weights(job.find_engines, version)
-    job.rollout(lambda client: client.weights(version))
-
-
-def find_newcomers(actor: MegatronTrainActor, job: Job, rollout_id: int) -> Newcomers:
-    """Engines that come back while a rollout is waited for, and what they are given."""
-
-    def give_weights() -> None:
-        push_weights(actor, job, version=rollout_id)
-        job.status("generating", rollout_id)
-
-    return Newcomers(lambda: actor.lacks_weights(job.find_engines), give_weights)
 
 
 def main() -> int:

@@ -36,7 +36,7 @@ def make_job(monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setattr(job_module, "Tracker", lambda *_: None)
 
     def make(generate: object, stop: str | None = None) -> Job:
-        registry = SimpleNamespace(stop_requested=lambda: stop)
+        registry = SimpleNamespace(stop_requested=lambda: stop, status=lambda *_: None)
         job = job_module.Job(None, SimpleNamespace(layout=None, attempt=1), registry)  # type: ignore[arg-type]
         job._rollout = SimpleNamespace(generate=generate, eval=generate)  # type: ignore[assignment]
         return job
@@ -74,18 +74,22 @@ def test_an_evaluation_goes_on_beside_a_rollout(make_job) -> None:
 
 
 def test_engines_that_come_back_meanwhile_are_given_the_weights(make_job) -> None:
-    from rltrain.job import Newcomers
-
     there, given = threading.Event(), threading.Event()
+    told: list[int] = []
 
     def answer_when_given(_: int) -> dict[str, float]:
         there.set()
         return {"given": float(given.wait(60))}
 
-    newcomers = Newcomers(there.is_set, lambda: (there.clear(), given.set()))
+    actor = SimpleNamespace(
+        lacks_weights=lambda find_engines: there.is_set(),
+        update_weights=lambda find_engines, version: (there.clear(), given.set()),
+    )
     job = make_job(answer_when_given)
     job._rollout.generate = lambda rollout_id: ("batch", answer_when_given(rollout_id))
-    assert job.generate(0, newcomers) == ("batch", {"given": 1.0})
+    job._rollout.weights = told.append
+    newcomers = job.newcomers(actor, 7)
+    assert job.generate(7, newcomers) == ("batch", {"given": 1.0}) and told == [7]
     given.clear()
     job.begin_evaluation(0)
     assert job.end_evaluation(newcomers)["given"] == 1.0
@@ -134,7 +138,7 @@ class FakeActorAndJob:
         assert "train/loss" in metrics
         self.kept = step
 
-    def update_weights(self, find_engines: object, version: int) -> None:
+    def push_weights(self, actor: object, version: int) -> None:
         self.did.append(f"push {version}")
 
     def begin_evaluation(self, trained: int) -> None:
@@ -154,11 +158,8 @@ class FakeActorAndJob:
     def has_evaluated(self, trained: int) -> bool:
         return trained in self.evaluated
 
-    def lacks_weights(self, find_engines: object) -> bool:
-        return False
-
-    def find_engines(self) -> list[object]:
-        return []
+    def newcomers(self, actor: object, rollout_id: int) -> None:
+        """No engine comes back."""
 
     def for_generating(self) -> None:
         """The offload's part of the loop: there is no memory to give back."""
@@ -169,8 +170,8 @@ class FakeActorAndJob:
     def catch_up(self, done: int) -> None:
         """W&B lacks nothing."""
 
-    def rollout(self, call: object) -> None:
-        """There is no rollout process to tell which weights the engines have."""
+    def load(self, rollout_id: int) -> None:
+        """There is no rollout process to go on with it."""
 
     def status(self, phase: str, step: int | None = None) -> None:
         """Nobody watches."""
