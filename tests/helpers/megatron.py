@@ -247,10 +247,12 @@ def split_anew(config: Config) -> None:
 def leave_groups() -> None:
     """Give up the groups of a layout before this one: each has threads, and a test of forty would have thousands.
 
-    They end with the last reference, and a model has references to itself.
+    They end with the last reference, and a model has references to itself. One with experts has some that no
+    collection sees: its dispatchers of tokens keep the last pass's graph, whose hooks keep the model.
     """
     import torch.distributed as dist
     from megatron.core import parallel_state
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
     from torch.distributed import distributed_c10d
 
     from rltrain.megatron.ranks import control_group
@@ -260,7 +262,10 @@ def leave_groups() -> None:
     for group in list(distributed_c10d._world.pg_map):
         if group not in (dist.group.WORLD, control_group()):
             dist.destroy_process_group(group)
-    gc.collect()
+    for dispatcher in (each for each in gc.get_objects() if issubclass(type(each), MoETokenDispatcher)):
+        vars(dispatcher).clear()
+    for _ in range(3):  # what one frees may have held more
+        gc.collect()
 
 
 def in_rounds(shares: Iterator[list[tuple[str, Any]]]) -> dict[str, np.ndarray]:

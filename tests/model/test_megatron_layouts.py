@@ -45,7 +45,7 @@ CP2, CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
 EP2, EP4 = {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}
 ETP1, ETP2 = {"expert_tensor_parallel_size": 1}, {"expert_tensor_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True}
-LAYOUTS_OF_A_GROUP = 17  # of which the results are kept in memory at a time
+LAYOUTS_OF_A_GROUP = 13  # of rank processes: they gather threads
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -164,7 +164,7 @@ OF_KIND: dict[str, dict[str, Any]] = {
 COMMON: dict[str, Any] = {
     "use_dynamic_batch_size": True,
     "max_tokens_per_gpu": 40,
-    "log_probs_max_tokens_per_gpu": 40,
+    "log_probs_max_tokens_per_gpu": 80,
     "advantage_estimator": "reinforce_plus_plus",
     "kl_coef": 0.1,
     "normalize_advantages": True,
@@ -216,8 +216,11 @@ def step(config: Config, work: Path) -> dict[str, Any]:
     actor = make_actor(config, Path(f"{config.model.hf_checkpoint}-run"))
     policy, shape = actor.policy, actor.shape
     share = RankShare(config, shape, make_batch(11, seed=0, masked=1))
+    compute, found = actor.log_probs_and_entropy, dict[str, Any]()
+    actor.log_probs_and_entropy = lambda *of: found.setdefault(of[1], compute(*of))  # by whose they are
     inputs, _ = actor._prepare(0, share, share.loss_inputs(), Timers())
-    log_probs = {i: each for i, each in enumerate(actor.log_probs(share)) if len(each)}
+    actor.log_probs_and_entropy = compute
+    log_probs = {i: each for i, each in enumerate(found[""][0]) if len(each)}
     attention, calls = policy.models[0].decoder.layers[0].self_attention.core_attention, []
     hook = attention.register_forward_pre_hook(lambda *inputs: calls.append(1))
     loss = custom_loss if config.algorithm.loss_type == "custom_loss" else token_loss
@@ -270,19 +273,17 @@ def on_four(
     wanted |= {RECOMPUTED[name][1] for name in wanted & RECOMPUTED.keys()}
     every = [(name, kind, changes) for kind, layouts in LAYOUTS.items() for name, changes in layouts.items()]
     every += [(name, kind, LAYOUTS[kind][plain] | more) for name, (kind, plain, more) in RECOMPUTED.items()]
-    configs = by_sizes(
-        {
-            name: layout_config(models, kind, {"actor_num_gpus_per_node": 4, **changes})
-            for name, kind, changes in every
-            if name in wanted
-        }
-    )
-    names, ranks = list(configs), [{} for _ in range(4)]  # type: list[str], list[dict[str, dict[str, Any]]]
+    configs = {
+        name: layout_config(models, kind, {"actor_num_gpus_per_node": 4, **changes})
+        for name, kind, changes in every
+        if name in wanted
+    }
+    ranks: list[dict[str, dict[str, Any]]] = [{} for _ in range(4)]
+    names = list(configs := by_sizes(configs))
     for first in range(0, len(names), LAYOUTS_OF_A_GROUP):
         some = {name: configs[name] for name in names[first : first + LAYOUTS_OF_A_GROUP]}
-        for rank, found in zip(
-            ranks, run_ranks(steps, some, tmp_path_factory.mktemp("four"), world_size=4), strict=True
-        ):
+        work = tmp_path_factory.mktemp("four")
+        for rank, found in zip(ranks, run_ranks(steps, some, work, world_size=4), strict=True):
             rank |= found
     return ranks
 

@@ -120,7 +120,7 @@ def pushes(
             configs = {}
             for layout, (changes, _) in LAYOUTS[kind].items():
                 for transport, flags in TRANSPORTS.items():
-                    size = {"actor_num_gpus_per_node": 4, "update_weight_buffer_size": 8000}
+                    size = {"actor_num_gpus_per_node": 4, "update_weight_buffer_size": 24_000}
                     name = f"{layout} {transport}"
                     config = make_config(model, **size, **changes, **flags)
                     configs[name] = replace(config, custom={"engine_url": engine.url})
