@@ -347,7 +347,10 @@ def of_head(name: str, directory: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["--mtp-num-layers", "1"], "--mtp-num-layers 1: without --enable-mtp-training MTP layers are not trained"),
+        (
+            ["--mtp-num-layers", "1"],
+            "--mtp-num-layers 1: without --enable-mtp-training MTP layers are not trained",
+        ),
         (["--enable-mtp-training", "--mtp-num-layers", "2"], "one layer can be trained"),
         (["--enable-mtp-training", "--mtp-loss-scaling-factor", "0"], "must be above 0"),
         (["--enable-mtp-training", "--lora-rank", "4"], "does not go with --lora-rank 4"),
