@@ -12,6 +12,7 @@ import sys
 from itertools import chain
 from pathlib import Path
 
+from rltrain.megatron.checkpoint.directory import find_checkpoint, is_checkpoint
 from rltrain.run.errors import UserError, run_main
 from rltrain.tools.conversion import model_args, start
 
@@ -28,6 +29,8 @@ def main(argv: list[str]) -> Path:
     if output.exists() and not given.force:
         raise UserError(f"--output-dir {output} exists already: give --force to replace it.")
     config = model_args([], origin)
+    if is_checkpoint(given.input_dir.absolute()):  # what it lacks is said before seconds go by in imports
+        find_checkpoint(given.input_dir.absolute())
     start(config.parallel, config.optimizer.seed)
     from megatron.core import dist_checkpointing
 

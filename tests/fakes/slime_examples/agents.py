@@ -63,7 +63,3 @@ async def run_agent_system(args, sample: Sample) -> list[Sample]:
     for each, reward in zip(samples, await batched_async_rm(args, samples), strict=False):
         each.reward = {**reward, "score": reward["score"] * args.incorrect_reward_weight}
     return samples
-
-
-async def reward_func(args, sample, **kwargs):
-    return {"score": sum(letter.isdigit() for letter in sample.response) / 8, "pred": ""}

@@ -14,6 +14,9 @@ async def generate(args, sample, sampling_params):
     return await function(args, sample, sampling_params)
 
 
+REWARD = {"search": "search.reward_func", "tools": "tools.reward_func", "agents": "digits.reward_func"}
+
+
 async def reward_func(args, sample, **kwargs):
-    function = load_function(f"fakes.slime_examples.{sample.metadata['task']}.reward_func")
+    function = load_function(f"fakes.slime_examples.{REWARD[sample.metadata['task']]}")
     return await function(args, sample, **kwargs)
