@@ -22,6 +22,7 @@ from rltrain.run.layout import RunLayout
 from rltrain.run.terminal import visible
 
 EXIT_OK, EXIT_FAIL = 0, 1
+_READER_HAS_GONE = 128 + signal.SIGPIPE
 EXIT_CODES = "exit codes: 0 done, 2 bad input, 130 interrupted"
 
 
@@ -83,20 +84,28 @@ def shown(path: Path) -> Path:
 
 def run_main(main: Callable[[list[str]], int]) -> int:
     """Run a verb with the words of the command line; a `UserError` becomes one line and exit code 2."""
-
-    def run() -> int:
-        try:
-            return main(sys.argv[1:])
-        finally:
-            sys.stdout.flush()
-
     try:
-        return errors.run_main(run)
+        code = errors.run_main(lambda: main(sys.argv[1:]))
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `… | head` has seen enough; Python would complain once more while exiting
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        code = _READER_HAS_GONE
+    except SystemExit as ended:  # argparse's
+        if isinstance(ended.code, str):
+            raise
+        code = ended.code or 0
+    return _end_output(code)
+
+
+def _end_output(code: int) -> int:
+    """Write what is still to be written; the exit code, which says if nobody reads: `… | head` has seen enough."""
+    try:
+        if sys.stdout is not None:  # as it is after `>&-`
+            sys.stdout.flush()
+    except BrokenPipeError:  # Python would complain of it once more while exiting
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return code or _READER_HAS_GONE
+    return code
 
 
 def print_json(value: Any) -> None:

@@ -66,7 +66,7 @@ def evaluate(
     from hpc.submitting.start_run import submit_run
 
     layout = find_run(run, Path(runs_dir))
-    stored = run_dir.stored_flags(layout)
+    stored = _read_flags(layout)
     step = _choose_step(layout, step)
     words = [*flags, f"--name={name}-step-{step}", f"--runs-dir={layout.evaluations}"]
     options, given = merge_options(layout, words, local)
@@ -109,6 +109,13 @@ def evaluation_flags(stored: Flags, given: Flags, checkpoints: Path, step: int) 
         )
     weights: Flags = {"load": [str(checkpoints)], "ckpt-step": [str(step)], "finetune": []}
     return flag_data.merge(flags, weights, {"start-rollout-id": [str(step)], "num-rollout": ["0"]})
+
+
+def _read_flags(layout: RunLayout) -> Flags:
+    try:
+        return run_dir.stored_flags(layout)
+    except OSError as error:
+        raise UserError(f"{layout.config} can't be read, so the run's flags are unknown: {error}.") from None
 
 
 def saved_steps(directory: Path) -> list[int]:

@@ -225,7 +225,7 @@ def _check_prompts(config: Config) -> Config:
         check_prompt_file(each["path"], each["input_key"], each.get("label_key"), each["metadata_key"])
     if rollout.num_rollout is None:
         num_rollout = max(1, (rollout.num_epoch or 0) * prompts // rollout.rollout_batch_size)
-        return replace(config, rollout=replace(rollout, num_rollout=num_rollout, num_epoch=None))
+        return replace(config, rollout=replace(rollout, num_rollout=num_rollout))
     return config
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,8 @@ class Sandbox:
                     f"{node} is not usable {timeout:.0f} s after it was powered on: it is {state}"
                 )
             if state.startswith("drain"):
-                self.run("scontrol", "update", f"nodename={node}", "state=resume")
+                with suppress(subprocess.CalledProcessError):  # somebody else has just resumed it
+                    self.run("scontrol", "update", f"nodename={node}", "state=resume")
             time.sleep(0.05)
 
     def _state(self, node: str) -> str:

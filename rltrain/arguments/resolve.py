@@ -32,7 +32,7 @@ from rltrain.arguments.groups.training import (
     resolve_training,
     why_separate,
 )
-from rltrain.arguments.slime_names import our_path
+from rltrain.arguments.slime_names import EPOCHS, our_path
 from rltrain.models.directory import cached_model
 from rltrain.run.errors import UserError
 
@@ -56,6 +56,8 @@ def resolve(config: Config) -> Config:
     config = _resolve_fine_tuning(replace(config, debug=debug, functions=functions, agents=agents))
     _check_environment(config)
     _check_required(config)
+    if config.rollout.num_epoch is not None and config.rollout.num_rollout is not None:
+        config = replace(config, ignored_flags=sorted({*config.ignored_flags, EPOCHS}))
     check_ranges([getattr(config, name) for name in ("rollout", "training", "checkpoint", "evaluation")])
     check_ranges([config.parallel, config.weights, config.algorithm, config.profiling, config.lora])
     check_ranges([config.optimizer, config.critic, config.rewards])

@@ -137,6 +137,7 @@ _WHY = {
     "=recompute-loss-function": "the loss stores no tensor as large as the logits, and recomputes them when needed",
 }
 IGNORED = {name.removeprefix("="): why for name, why in _WHY.items()}
+EPOCHS = "num-epoch"  # ignored beside --num-rollout
 _SWITCHES = {name[1:] for name in _WHY if name.startswith("=")}
 _SEVERAL = {"spec"}
 
@@ -173,6 +174,8 @@ def _renamed(name: str) -> str:
 
 
 def _ignored(name: str) -> str:
+    if name == EPOCHS:
+        return f"--{EPOCHS} has no effect: --num-rollout sets the run's length"
     verb = "has no effect" if IGNORED[name] == _ALWAYS_ON else "is ignored"
     return f"--{name} {verb}: {IGNORED[name]}"
 
@@ -187,8 +190,6 @@ def remarks(config: Config) -> list[str]:
             f"--save-debug-rollout-data writes Parquet, one row per sample, not torch's format: {saved}"
         )
     ignored += idle_profiling(config.profiling)
-    if config.rollout.num_epoch is not None and config.rollout.num_rollout is not None:
-        ignored.append("--num-epoch has no effect: --num-rollout sets the run's length")
     if (
         config.mtp.enable_mtp_training
         and config.engines.sglang.get("speculative_algorithm", "NGRAM") != "NGRAM"

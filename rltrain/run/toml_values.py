@@ -33,11 +33,12 @@ def read_table(
         missing: what a file without this table says; None: nothing, it is damaged.
 
     Raises:
-        UserError: the file can't be read, or is damaged.
+        UserError: the file is damaged.
+        OSError: it can't be read now, which may pass.
     """
     try:
         table = tomllib.loads(layout.config.read_text()).get(name, missing)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         table, why = None, str(error)
     else:
         why = f"it has no table [{name}]"

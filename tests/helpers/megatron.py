@@ -175,6 +175,19 @@ def log_probs_of(actor: Any, batch: TrainBatch) -> Any:
     return actor.log_probs(RankShare(actor.config, actor.shape, batch))
 
 
+def keep_log_probs(actor: Any) -> dict[str, Any]:
+    """Have an actor keep the log-probs that it computes, by the prefix of the policy; it may do so once for each."""
+    compute, kept = actor.log_probs_and_entropy, dict[str, Any]()
+
+    def keep(share: Any, prefix: str = "") -> Any:
+        assert prefix not in kept
+        kept[prefix] = compute(share, prefix)
+        return kept[prefix]
+
+    actor.log_probs_and_entropy = keep
+    return kept
+
+
 def make_batch(
     count: int = 8, *, seed: int = 0, longest: int = 12, vocab_size: int = VOCAB_SIZE, masked: int = 0
 ) -> TrainBatch:

@@ -11,6 +11,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-# Rounding of either side, which every processor does in another order, is 2e-5 at most, of linear attention; an entry
-# that is read wrongly makes a thousand times of this. In float64 the two sides differ by 2e-14.
+# Rounding of either side is 2e-5 at most, of linear attention, and differs between processors. An entry that is read
+# wrongly shows over a hundred times as much. In float64 the two sides differ by 2e-14.
 TOLERANCE = 5e-5
 LENGTHS = [23, 40]
 # With values that show in log-probs when they are multiplied.
@@ -208,7 +209,6 @@ class Sweep:
         from rltrain.megatron.model.build import read_shape
 
         self._written("asked", entries)
-        self._read = None
         try:
             shape = read_shape(self._config)
         except UserError:
@@ -230,6 +230,7 @@ class Sweep:
 
     def _written(self, name: str, entries: Entries) -> Path:
         """A directory with this `config.json` alone, in a new file: to write one anew makes the disk wait."""
+        self._read = None
         (self._work / name / "config.json").unlink(missing_ok=True)
         return write_config(self._work / name, entries)
 
@@ -240,8 +241,8 @@ class Sweep:
         read = AutoConfig.from_pretrained
 
         def reading(directory: Any, **options: Any) -> PreTrainedConfig:
-            self._read = read(directory, **options)
-            return self._read
+            self._read = deepcopy(found := read(directory, **options))  # the trainer may change its own
+            return found
 
         patch.setattr(AutoConfig, "from_pretrained", reading)
 
@@ -251,7 +252,6 @@ class Sweep:
 
         if (config := self._read) is None:
             config = AutoConfig.from_pretrained(self._written("known", as_transformers_knows(entries)))
-        self._read = None
         # Some are read again when the model is made.
         beside = {
             name: entries.get(name) for name in ("original_max_position_embeddings", "partial_rotary_factor")
@@ -297,6 +297,7 @@ class Sweep:
 
     def theirs(self, entries: Entries) -> torch.Tensor:
         """transformers' log-probs."""
+        self._read = None
         return self._transformers(entries)[1]
 
 

@@ -20,6 +20,7 @@ from helpers.megatron import (
     in_each_layout,
     in_rounds,
     init_single_process,
+    keep_log_probs,
     make_actor,
     make_batch,
     make_config,
@@ -164,7 +165,7 @@ OF_KIND: dict[str, dict[str, Any]] = {
 COMMON: dict[str, Any] = {
     "use_dynamic_batch_size": True,
     "max_tokens_per_gpu": 40,
-    "log_probs_max_tokens_per_gpu": 80,
+    "log_probs_max_tokens_per_gpu": 55,  # two micro-batches of each of two data parallel ranks
     "advantage_estimator": "reinforce_plus_plus",
     "kl_coef": 0.1,
     "normalize_advantages": True,
@@ -216,11 +217,10 @@ def step(config: Config, work: Path) -> dict[str, Any]:
     actor = make_actor(config, Path(f"{config.model.hf_checkpoint}-run"))
     policy, shape = actor.policy, actor.shape
     share = RankShare(config, shape, make_batch(11, seed=0, masked=1))
-    compute, found = actor.log_probs_and_entropy, dict[str, Any]()
-    actor.log_probs_and_entropy = lambda *of: found.setdefault(of[1], compute(*of))  # by whose they are
+    computed = keep_log_probs(actor)
     inputs, _ = actor._prepare(0, share, share.loss_inputs(), Timers())
-    actor.log_probs_and_entropy = compute
-    log_probs = {i: each for i, each in enumerate(found[""][0]) if len(each)}
+    del actor.log_probs_and_entropy  # the method itself again
+    log_probs = {i: each for i, each in enumerate(computed[""][0]) if len(each)}
     attention, calls = policy.models[0].decoder.layers[0].self_attention.core_attention, []
     hook = attention.register_forward_pre_hook(lambda *inputs: calls.append(1))
     loss = custom_loss if config.algorithm.loss_type == "custom_loss" else token_loss
@@ -233,7 +233,7 @@ def step(config: Config, work: Path) -> dict[str, Any]:
     weights = {name: t.float().clone().numpy() for name, t in export_hf_weights(policy.models, shape)}
     share_of_export = in_rounds(export_own_share(policy.models, shape, bucket_bytes=10_000))
     share_of_few = in_rounds(export_own_share(policy.models, shape, bucket_bytes=10_000, takers=[3]))
-    metrics = {"first_grad_norm": grad_norm, **actor.train(1, make_batch(6, seed=1, masked=1))}
+    metrics = {"first_grad_norm": grad_norm, **actor.train(1, make_batch(8, seed=1, masked=1))}
     return {"metrics": metrics, "log_probs": log_probs, "gradients": gradients, "weights": weights,
             "share_of_export": share_of_export, "share_of_few": share_of_few,
             "attention_calls": len(calls)}  # fmt: skip

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,17 @@ from rltrain.run.layout import RunLayout
 
 ROOT = Path(__file__).parents[2]
 FLAGS = [*LEAST[:-1], "5"]  # rollouts
+FAILING = """
+import sys
+from hpc import cli
+from rltrain.run.errors import UserError
+
+def main(argv):
+    print("a line")
+    raise UserError("sbatch refused")
+
+sys.exit(cli.run_main(main))
+"""
 HEAVY = {"torch", "pandas", "pyarrow", "wandb", "submitit", "rich", "numpy", "transformers"}
 
 
@@ -65,6 +77,16 @@ def test_a_reader_that_has_seen_enough_of_a_dry_run(monkeypatch: pytest.MonkeyPa
     with os.fdopen(os.dup(nobody), "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert submit(monkeypatch, "--dry-run", *FLAGS) == 128 + signal.SIGPIPE
+
+
+def test_an_error_is_said_although_nobody_reads_the_output(nobody: int) -> None:
+    command = [sys.executable, "-c", FAILING]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    run = partial(subprocess.run, cwd=ROOT, env=buffered, stderr=subprocess.PIPE, text=True, timeout=120)
+    unread = run(command, stdout=nobody)
+    assert (unread.stderr, unread.returncode) == ("error: sbatch refused\n", 2)
+    closed = run(command, preexec_fn=lambda: os.close(1))
+    assert (closed.stderr, closed.returncode) == ("error: sbatch refused\n", 2)
 
 
 def test_an_interrupt_before_anything_was_started_is_said(

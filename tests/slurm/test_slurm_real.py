@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,11 @@ def curve(layout: RunLayout) -> list[tuple]:
     return [tuple(record[name] for name in names) for record in lines_of(layout.metrics)]
 
 
+@pytest.fixture
+def runs(idle_cluster: Sandbox, tmp_path: Path, tiny_model: Path, prompt_file: Path) -> Iterator[Runs]:
+    yield Runs(tmp_path, idle_cluster, tiny_model, prompt_file)
+
+
 STEPS = 12
 LAYOUTS = {
     "het": ["--nodes=4"],
@@ -77,24 +83,17 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def whole(
     slurm_cluster: Sandbox, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
-) -> tuple[RunLayout, Path]:
-    """A run that nothing has happened to, of one engine that spans two nodes, and its prompts."""
+) -> tuple[list[tuple], Path]:
+    """The curve of a run that nothing has happened to, and its prompts."""
     directory = tmp_path_factory.mktemp("whole")
     prompts = directory / "prompts.jsonl"
     rows = [{"input": f"{i}+{i % 7}=", "label": str(i + i % 7)} for i in range(20)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = Runs(directory, slurm_cluster, tiny_model, prompts)
-    size = ("--partition=gpu", *LAYOUTS["het"], "--rollout-num-gpus-per-engine=2")
-    return runs.finish("whole", *size, f"--num-rollout={STEPS}"), prompts
-
-
-def test_engine_that_spans_two_nodes(whole: tuple[RunLayout, Path]) -> None:
-    layout, _ = whole
+    layout = runs.finish("whole", "--partition=gpu", *LAYOUTS["het"], f"--num-rollout={STEPS}")
     assert [record["step"] for record in lines_of(layout.metrics)] == list(range(STEPS))
     assert all(record["train/logprob_abs_diff"] < 1e-4 for record in lines_of(layout.metrics))
-    logs = [layout.log_dir(0) / name for name in ("engine-0.log", "engine-0.node1.log")]
-    assert ["TP0]" in log.read_text() for log in logs] == [True, False]
-    assert ["TP1]" in log.read_text() for log in logs] == [False, True]
+    return curve(layout), prompts
 
 
 # The others differ for the supervisor only; test_slurm_job.py preempts them too.
@@ -102,10 +101,9 @@ def test_engine_that_spans_two_nodes(whole: tuple[RunLayout, Path]) -> None:
     "kind", ["het", *(pytest.param(kind, marks=pytest.mark.learning) for kind in ("plain", "colocated"))]
 )
 def test_preempted_run_equals_an_uninterrupted_one(
-    kind: str, whole: tuple[RunLayout, Path], idle_cluster: Sandbox, tmp_path: Path, tiny_model: Path
+    kind: str, whole: tuple[list[tuple], Path], idle_cluster: Sandbox, tmp_path: Path, tiny_model: Path
 ) -> None:
-    """Not even the size of its engines shows in the curve: here are two, of a node each, behind a router."""
-    uninterrupted, prompts = whole
+    expected, prompts = whole
     runs = Runs(tmp_path, idle_cluster, tiny_model, prompts)
     flags = ("--partition=lowgrace", *LAYOUTS[kind], f"--num-rollout={STEPS}")
     process, layout = runs.start("preempted", *flags)
@@ -117,4 +115,14 @@ def test_preempted_run_equals_an_uninterrupted_one(
 
     attempts = [record["attempt"] for record in lines_of(layout.metrics)]
     assert attempts[0] == 0 and attempts[-1] == 1 and attempts == sorted(attempts)
-    assert curve(layout) == curve(uninterrupted)
+    assert curve(layout) == expected
+
+
+def test_engine_that_spans_two_nodes(runs: Runs) -> None:
+    size = ("--rollout-num-gpus-per-engine=2", "--nodes=3", "--num-rollout=2")
+    layout = runs.finish("spanning", "--partition=gpu", *size)
+    assert [record["step"] for record in lines_of(layout.metrics)] == [0, 1]
+    assert all(record["train/logprob_abs_diff"] < 1e-4 for record in lines_of(layout.metrics))
+    logs = [layout.log_dir(0) / name for name in ("engine-0.log", "engine-0.node1.log")]
+    assert ["TP0]" in log.read_text() for log in logs] == [True, False]
+    assert ["TP1]" in log.read_text() for log in logs] == [False, True]

@@ -37,7 +37,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 COMMON: dict[str, Any] = {
     "advantage_estimator": "ppo", "gamma": 0.9, "lambd": 0.8, "kl_coef": 0.1, "critic_lr": 2e-3, "lr": 2e-3,
     "normalize_advantages": True, "num_steps_per_rollout": 2, "adam_eps": 1e-3, "use_opsm": True,
-    "use_dynamic_batch_size": True, "max_tokens_per_gpu": 45, "log_probs_max_tokens_per_gpu": 60,
+    "use_dynamic_batch_size": True, "max_tokens_per_gpu": 30, "log_probs_max_tokens_per_gpu": 40,
     "ref_update_interval": 1, "keep_old_actor": True, "debug_train_only": True, "use_tis": True,
     "use_rollout_entropy": True,
 }  # fmt: skip
