@@ -273,5 +273,5 @@ def test_the_device_of_a_rank(rank: int, ranks: int, visible: int, expected: int
 
 def test_ranks_without_a_gpu_of_their_own_are_refused() -> None:
     env = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "0,1"}
-    with pytest.raises(UserError, match=r"4 trainer ranks .* only 2 GPUs .*CUDA_VISIBLE_DEVICES=0,1"):
+    with pytest.raises(UserError, match=r"4 trainer ranks .* only 2 visible GPUs .*CUDA_VISIBLE_DEVICES=0,1"):
         own_device(env, 2)

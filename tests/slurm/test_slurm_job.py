@@ -95,7 +95,7 @@ def test_ctrl_c_only_stops_looking(run: FakeRun) -> None:
     until(lambda: run.steps(), 120, "the first step")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=240)
-    assert process.returncode == 0 and "goes on" in out and "hpc.cancel" in out
+    assert process.returncode == 0 and "keeps running" in out and "hpc.cancel" in out
     code, _, err = run.finish("--nodes=4")
     assert code == 2 and "which is RUNNING" in err
     run.go_on()
