@@ -148,6 +148,9 @@ def test_evaluation_sets_that_can_t_be_right_are_refused(directory: Path, tmp_pa
         (tmp_path / "sets.toml").write_text(f'[[eval.datasets]]\nname = "a"\npath = "a.jsonl"\n{text}\n')
         with pytest.raises(UserError, match=message):
             configured(directory, *ours, "--eval-config", str(tmp_path / "sets.toml"))
+    (tmp_path / "sets.toml").write_text('[[eval.datasets]]\nname="a"\npath="a.jsonl"\nenvironment="x/y"\n')
+    with pytest.raises(UserError, match="has environment, but the run has no --environment: give it"):
+        configured(directory, "--eval-config", str(tmp_path / "sets.toml"))
     # A set that is not the environment's has its own way to be generated and graded.
     text = 'custom_generate_function_path = "rltrain.rollout.generate.single_turn.generate"\nrm_type = "math"'
     (tmp_path / "sets.toml").write_text(f'[[eval.datasets]]\nname = "a"\npath = "a.jsonl"\n{text}\n')

@@ -9,6 +9,7 @@ import argparse
 import ast
 import importlib
 import importlib.util
+import inspect
 import itertools
 import os
 import re
@@ -110,9 +111,8 @@ def commands() -> Iterator[tuple[str, str]]:
     for page in PAGES:
         text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
         name = str(page.relative_to(ROOT))
-        yield from (
-            (name, found) for found in re.findall(r"[`(](python -m [^`)]+|make [a-z][a-z0-9-]+)[`)]", text)
-        )
+        found = re.findall(r"[`(](python\s+-m\s+[^`)]+|make\s+[a-z][a-z0-9-]+)[`)]", text)
+        yield from ((name, " ".join(each.split())) for each in found)  # a line may end within one
 
 
 COMMANDS = sorted({text: place for place, text in commands()}.items())
@@ -228,6 +228,31 @@ def check_flags(words: list[str]) -> None:
     request = read_request(words)
     least = flags.split(LEAST)[1]
     arguments.parse(flags.to_argv(flags.merge(least, request.train)))
+
+
+def calls() -> list[str]:
+    """The calls in the table of functions of docs/cli.md."""
+    table = re.search(r"^\| verb \| function \|.*?\n\n", (ROOT / "docs/cli.md").read_text(), re.M | re.S)
+    assert table is not None
+    return re.findall(r"`(hpc\.[^`]+\))`", table[0])
+
+
+CALLS = calls()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_documented_function_is_there_and_takes_what_is_shown(call: str) -> None:
+    node = ast.parse(call, mode="eval").body
+    assert isinstance(node, ast.Call)
+    module, _, name = ast.unparse(node.func).rpartition(".")
+    function = getattr(importlib.import_module(module), name)
+    inspect.signature(function).bind(*node.args, **{str(each.arg): each.value for each in node.keywords})
+
+
+def test_the_table_names_a_function_of_every_verb_that_is_one() -> None:
+    assert [call.split(".")[1] for call in CALLS] == [
+        *("submit", "status", "logs", "logs", "cancel", "resubmit", "evaluate", "doctor", "accounting")
+    ]
 
 
 PYTHON = [block for block in blocks() if block.language == "python"]

@@ -25,10 +25,11 @@ def serve(context: RoleContext, registry: Registry) -> int:
 
 
 def clean_up(context: RoleContext, registry: Registry) -> int:
-    """Be ready, and leave a mark on the node that is removed when told to end; on Slurm that is SIGUSR1."""
+    """Be ready, with a mark on the node that the log names; remove it when told to end, which is SIGUSR1 on Slurm."""
     from rltrain.sglang.leftovers import NodeDirectory
 
     directory = NodeDirectory(context.run_dir)
+    print("mark:", directory.path)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
     registry.register("http://127.0.0.1:1")

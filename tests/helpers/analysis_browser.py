@@ -45,6 +45,12 @@ class Page:
         self.call("Page.navigate", url=url)
         self.wait("document.body && document.body.dataset.ready === 'yes'")
 
+    def leave(self) -> None:
+        """Show an empty page, so that no script of the last one asks for anything; its complaints are forgotten."""
+        self.call("Page.navigate", url="about:blank")
+        self.wait("location.href === 'about:blank'")
+        self.errors.clear()
+
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression; promises are awaited."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)

@@ -51,7 +51,7 @@ def server(recorded_runs: Path, tmp_path: Path) -> Iterator[LiveServer]:
 def site(recorded_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """One for all tests with a browser, which compiles Plotly once: two seconds for each address.
 
-    A test lets only runs of its own grow, and takes them away again.
+    A test lets only a run of its own grow: `own_run`.
     """
     with serving(recorded_runs, tmp_path_factory.mktemp("site") / "runs") as started:
         yield started
@@ -229,9 +229,27 @@ def test_the_command_says_where_the_page_is_and_ends_with_ctrl_c(tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
+def chromium() -> Iterator[Page]:
     with browser() as opened:
         yield opened
+
+
+@pytest.fixture
+def page(chromium: Page) -> Page:
+    """The module's one page, empty and without complaints of an earlier test."""
+    chromium.leave()
+    return chromium
+
+
+@pytest.fixture
+def own_run(site: LiveServer, page: Page, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A run of this test alone: a copy of `baseline` under the given name, removed when no page asks for it."""
+    run = site.live.runs_dir / request.param
+    try:
+        yield shutil.copytree(site.live.runs_dir / "baseline", run)
+        page.leave()
+    finally:
+        shutil.rmtree(run)
 
 
 def address(site: LiveServer, fragment: str = "") -> str:
@@ -264,23 +282,21 @@ def test_every_view_fits(site: LiveServer, page: Page, width: int, dark: bool) -
 
 @needs_chromium
 @pytest.mark.slow
-def test_charts_overlay_runs_and_follow_them(site: LiveServer, page: Page) -> None:
-    grows = site.live.runs_dir / "grows"
-    shutil.copytree(site.live.runs_dir / "baseline", grows)
+@pytest.mark.parametrize("own_run", ["grows"], indirect=True)
+def test_charts_overlay_runs_and_follow_them(site: LiveServer, page: Page, own_run: Path) -> None:
     page.open(site.url)
     page.open(address(site, "run=grows&run=fast&metric=rollout%2Freward&tab=charts"))
     traces = "document.querySelector('.plot').data"
     assert page.evaluate(f"{traces}.map((trace) => trace.name)") == ["grows", "fast"]
     count = page.evaluate(f"{traces}[0].x.length")
     row = {"step": count, "attempt": 1, "time": 2e9, "rollout/reward": 0.5}
-    with (grows / "metrics.jsonl").open("a") as file:
+    with (own_run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     page.wait(f"{traces}[0].x.length === {count + 1}")
     page.evaluate("$('metric').value = 'train/loss'; $('metric').dispatchEvent(new Event('change'))")
     page.wait("document.querySelectorAll('.plot').length === 2")
     assert "metric=train%2Floss" in page.evaluate("location.hash")
     assert page.errors == []
-    shutil.rmtree(grows)
 
 
 @needs_chromium
@@ -321,11 +337,11 @@ def test_a_finding_shows_its_samples(site: LiveServer, page: Page) -> None:
 
 @needs_chromium
 @pytest.mark.slow
-def test_names_and_texts_of_runs_are_never_markup(site: LiveServer, page: Page) -> None:
-    name = "<img src=x onerror='window.hacked=1'>"
-    shutil.copytree(site.live.runs_dir / "fast", site.live.runs_dir / name)
-    with (site.live.runs_dir / name / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"time": 2e9, "kind": "<b onclick=1>", "attempt": 0, "reason": name}) + "\n")
+@pytest.mark.parametrize("own_run", ["<img src=x onerror='window.hacked=1'>"], indirect=True, ids=["img"])
+def test_names_and_texts_of_runs_are_never_markup(site: LiveServer, page: Page, own_run: Path) -> None:
+    said = {"time": 2e9, "kind": "<b onclick=1>", "attempt": 0, "reason": own_run.name}
+    with (own_run / "events.jsonl").open("a") as file:
+        file.write(json.dumps(said) + "\n")
     page.open(site.url)
     for tab in ("charts", "events"):
         page.evaluate(
@@ -335,4 +351,3 @@ def test_names_and_texts_of_runs_are_never_markup(site: LiveServer, page: Page) 
     assert (
         page.evaluate("window.hacked") is None and page.evaluate("document.querySelector('main img')") is None
     )
-    shutil.rmtree(site.live.runs_dir / name)

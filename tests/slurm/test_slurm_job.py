@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -29,6 +30,9 @@ LAYOUTS = {
 def test_a_job_finishes_and_engines_and_router_clean_up_on_their_nodes(run: FakeRun, layout: str) -> None:
     code, out, err = run.finish(*LAYOUTS[layout], engine=["clean_up"], router=["clean_up"])
     assert code == 0, err + run.output()
+    logs = [run.layout.log_dir(0) / f"{name}.log" for name in ("engine-0", "engine-1", "router-0")]
+    marks = [Path(mark) for log in logs for mark in re.findall(r"^mark: (.+)$", log.read_text(), re.M)]
+    assert len(set(marks)) == 3 and {mark.parent for mark in marks} == {run.layout.root}
     assert list(run.layout.root.glob("slurmlime-*")) == []
     assert "step 3/3" in out and "is completed" in out
     assert run.steps() == [0, 1, 2]

@@ -66,9 +66,8 @@ def _put_off(name: str) -> None:
 
 
 def _gym(name: str, args: dict[str, Any]) -> Any:
-    _put_off(
-        "cellpylib"
-    )  # two data sets of a hundred use it, and it brings Matplotlib: a third of each start
+    # Two data sets of a hundred use it, and it brings Matplotlib: a third of each start.
+    _put_off("cellpylib")
     import reasoning_gym
 
     try:

@@ -79,7 +79,9 @@ class Profiling:
         "the rollout before which tracing ends (default: 12)", 12, metavar="N", owner="Megatron"
     )
     profile_ranks: list[int] | None = flag(
-        "trainer ranks that write a trace (default: all)", metavar="RANK", owner="Megatron"
+        "trainer ranks that write traces and memory histories (default: all)",
+        metavar="RANK",
+        owner="Megatron",
     )
     record_memory_history: bool = flag(
         "record every allocation from the start, and write it when memory runs out, or at the end", False

@@ -182,13 +182,12 @@ def _environment(each: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str,
     where, given = f"evaluation set {each['name']!r}", [name for name in _OF_ENVIRONMENT if each.get(name)]
     usual_function = usual["custom_generate_function_path"]
     plain = each.get("custom_generate_function_path", usual_function) != usual_function
-    if given and (plain or not usual["environment"]):
-        why = (
-            "a generation function of its own"
-            if plain
-            else "no --environment: that belongs to a run with one"
+    if given and plain:
+        raise UserError(f"{where} has {' and '.join(given)}, and a generation function of its own.")
+    if given and not usual["environment"]:
+        raise UserError(
+            f"{where} has {' and '.join(given)}, but the run has no --environment: give it, or leave this out."
         )
-        raise UserError(f"{where} has {' and '.join(given)}, and {why}.")
     if plain or not usual["environment"]:
         return dict.fromkeys(_OF_ENVIRONMENT)
     if own := [name for name in ("rm_type", "custom_rm_path") if each.get(name)]:

@@ -44,7 +44,7 @@ class Training:
     )
     balance_by_flops: bool = flag("even shares of arithmetic, not of tokens: long samples cost more", False)
     share_prompts: bool | None = flag(
-        "compute a prefix that samples of a micro-batch share only once (default: where it is exact; with"
+        "compute only once a prefix that samples of a micro-batch share (default: where it is exact; with"
         " TransformerEngine, where it saves a quarter of a rollout's tokens)",
         owner="slurmlime",
     )

@@ -19,7 +19,7 @@ class Weights:
         "delta: send only what changed since the last push (default: full)", "full"
     )
     update_weight_buffer_size: int = flag(
-        "bytes of weights in transit at a time (default: 512 MiB; 32 MiB by shared memory or gloo)",
+        "bytes of weights in transit at a time (default: 512 MiB); at most 32 MiB except over NCCL",
         536870912,
         metavar="BYTES",
         at_least=1,
