@@ -93,7 +93,7 @@ def run_main(main: Callable[[list[str]], int]) -> int:
     except SystemExit as ended:  # argparse's
         if isinstance(ended.code, str):
             raise
-        code = ended.code or 0
+        sys.exit(_end_output(ended.code or 0))
     return _end_output(code)
 
 
