@@ -31,8 +31,12 @@ class NodeDirectory:
         parent = parent or Path(tempfile.gettempdir())
         sweep(parent)
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        self._owner = os.open(self.path / _OWNER, os.O_RDWR | os.O_CREAT, 0o600)
+        new = (
+            self.path / f"{_OWNER}.new"
+        )  # has its name once it is locked: another role may sweep at this moment
+        self._owner = os.open(new, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(self._owner, fcntl.LOCK_EX)
+        new.rename(self.path / _OWNER)
         self._shared: set[str] = set()
 
     def note_shared_memory(self, server: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -41,6 +42,22 @@ def test_a_killed_process_leaves_nothing_to_the_next(tmp_path: Path, monkeypatch
     assert {path.name for path in shared.iterdir()} == {"other"} and (tmp_path / "precious").exists()
     own.remove()
     assert list(tmp_path.glob("slurmlime-*")) == []
+
+
+def test_a_directory_that_is_being_made_is_not_taken_for_a_left_one(tmp_path: Path, monkeypatch) -> None:
+    """Another role of the node starts in the moment before the lock is taken."""
+    lock = fcntl.flock
+
+    def swept_before(descriptor: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        assert sweep(tmp_path) == []
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", swept_before)
+    own = NodeDirectory(tmp_path)
+    assert own.path.is_dir() and sweep(tmp_path) == []
+    own.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_not_ours_stays(tmp_path: Path) -> None:
