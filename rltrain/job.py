@@ -22,7 +22,7 @@ from rltrain.arguments.groups.debug import Debug
 from rltrain.arguments.groups.engines import Engines
 from rltrain.megatron.device import use_cuda
 from rltrain.megatron.memory import CACHE, WEIGHTS, EngineMemory
-from rltrain.megatron.ranks import first_problem, on_rank_0, table_of_rank_0
+from rltrain.megatron.ranks import first_problem, on_rank_0
 from rltrain.rollout.service.client import RolloutClient
 from rltrain.run.errors import UserError
 from rltrain.run.files import read_lines
@@ -131,6 +131,9 @@ class Job:
         metrics = self._await(answer, newcomers, lambda batch: batch[1])
         if metrics is None:
             return None
+        # Imported late: Megatron-core comes with it, and must come after what hides W&B from it.
+        from rltrain.megatron.training.share import table_of_rank_0
+
         return table_of_rank_0(None if answer is None else answer.result()[0]), metrics
 
     def begin_evaluation(self, trained: int) -> None:

@@ -16,10 +16,8 @@ from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
 from rltrain.arguments.groups.parallel import Parallel
 from rltrain.megatron import device
@@ -154,34 +152,6 @@ def on_rank_0(call: Callable[[], T]) -> T:
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(result, src=0, group=group)
     return result[0]  # type: ignore[return-value]
-
-
-def table_of_rank_0(table: pa.Table | None) -> pa.Table:
-    """Rank 0's table on every rank: sent as Arrow's bytes, which the other ranks' arrays then lie in.
-
-    Args:
-        table: On rank 0; ignored on the others.
-    """
-    if dist.get_world_size() == 1:
-        assert table is not None
-        return table
-    group = control_group()
-    content = torch.from_numpy(_arrow_bytes(table)) if dist.get_rank() == 0 else None
-    size = torch.tensor([0 if content is None else len(content)])
-    dist.broadcast(size, src=0, group=group)
-    if content is None:
-        content = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(content, src=0, group=group)
-    return table if dist.get_rank() == 0 else pa.ipc.open_stream(pa.py_buffer(content.numpy())).read_all()
-
-
-def _arrow_bytes(table: pa.Table) -> NDArray[np.uint8]:
-    """The table as an Arrow stream."""
-    stream = pa.BufferOutputStream()
-    with pa.ipc.new_stream(stream, table.schema) as writer:
-        writer.write_table(table)
-    # A copy: torch takes no memory that may not be written to.
-    return np.frombuffer(stream.getvalue(), np.uint8).copy()
 
 
 def on_last_stage(call: Callable[[], T]) -> T:

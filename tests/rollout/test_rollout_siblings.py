@@ -12,8 +12,8 @@ from fakes.engine_server import FakeEngine
 from helpers.rollout import manager, run_rollout, with_engine
 
 from rltrain.data.batch import TrainBatch
-from rltrain.rollout.base_types import as_train_output, count_rollouts
 from rltrain.rollout.generate.returned import SIBLING_STRIDE
+from rltrain.rollout.service.manager import as_train_output, count_rollouts
 from rltrain.run.errors import UserError
 from rltrain.sample import Sample
 from rltrain.schema import read_metrics

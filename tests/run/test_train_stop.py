@@ -31,7 +31,7 @@ def make_job(monkeypatch: pytest.MonkeyPatch) -> object:
 
     monkeypatch.setattr(waiting, "_ASK_SECONDS", 0.05)
     monkeypatch.setattr(job_module, "on_rank_0", lambda call: call())
-    monkeypatch.setattr(job_module, "table_of_rank_0", lambda table: table)
+    monkeypatch.setattr("rltrain.megatron.training.share.table_of_rank_0", lambda table: table)
     monkeypatch.setattr(job_module.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(job_module, "Tracker", lambda *_: None)
 

@@ -50,7 +50,8 @@ def receive(config: Config, work: Path) -> tuple[bool, dict[str, Any], list[int]
     from torch.distributed import distributed_c10d
 
     from rltrain.data.packing import plan_step
-    from rltrain.megatron.ranks import control_group, table_of_rank_0
+    from rltrain.megatron.ranks import control_group
+    from rltrain.megatron.training.share import table_of_rank_0
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a batch was pickled")

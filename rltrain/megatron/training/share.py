@@ -1,4 +1,4 @@
-"""A rollout as one rank trains on it: its samples, in optimizer steps and micro-batches."""
+"""A rollout as one rank trains on it: how it gets there, and its samples, in optimizer steps and micro-batches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from numpy.typing import NDArray
 from torch import Tensor
@@ -22,6 +25,7 @@ from rltrain.data.prefixes import Prefixes
 from rltrain.megatron.device import device
 from rltrain.megatron.model.build import uniform_micro_batches
 from rltrain.megatron.model.specs import use_transformer_engine
+from rltrain.megatron.ranks import control_group
 from rltrain.megatron.routing_replay import Routes, by_layer
 from rltrain.megatron.training.flops import sequence_flops
 from rltrain.megatron.training.micro_batch import (
@@ -35,6 +39,34 @@ from rltrain.models.lengths import check_sequences
 
 # Of a rollout's tokens, with TransformerEngine: its attention takes less time a token than the one that shares.
 _LEAST_SHARE = 0.25
+
+
+def table_of_rank_0(table: pa.Table | None) -> pa.Table:
+    """Rank 0's table on every rank: sent as Arrow's bytes, which the other ranks' arrays then lie in.
+
+    Args:
+        table: On rank 0; ignored on the others.
+    """
+    if dist.get_world_size() == 1:
+        assert table is not None
+        return table
+    group = control_group()
+    content = torch.from_numpy(_arrow_bytes(table)) if dist.get_rank() == 0 else None
+    size = torch.tensor([0 if content is None else len(content)])
+    dist.broadcast(size, src=0, group=group)
+    if content is None:
+        content = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(content, src=0, group=group)
+    return table if dist.get_rank() == 0 else pa.ipc.open_stream(pa.py_buffer(content.numpy())).read_all()
+
+
+def _arrow_bytes(table: pa.Table) -> NDArray[np.uint8]:
+    """The table as an Arrow stream."""
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table)
+    # A copy: torch takes no memory that may not be written to.
+    return np.frombuffer(stream.getvalue(), np.uint8).copy()
 
 
 class RankShare:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import pyarrow as pa
 
 from rltrain.arguments.config import Config
 from rltrain.functions import load_function, takes
-from rltrain.rollout.base_types import as_eval_output, as_train_output
+from rltrain.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput
 from rltrain.rollout.collect import abort_lock
 from rltrain.rollout.generate.look_ahead import OneTake, takes_all_at_once
 from rltrain.rollout.generate.staleness import age_metrics, largest_age
 from rltrain.rollout.train_data.convert import TrainData, check_samples, to_train_data
 from rltrain.rollout.train_data.metrics import batch_metrics, category_metrics, correct_metrics, eval_metrics
+from rltrain.run.errors import UserError
 from rltrain.run.layout import RunLayout
 from rltrain.run.plain import plain_metrics
 from rltrain.sample import Sample, age
@@ -101,7 +102,7 @@ class RolloutManager:
         if directory is None:
             return None
         table = read_table(directory)
-        rollouts = _count_rollouts(table)
+        rollouts = _rollouts_in(table)
         if (
             rollouts != self._batch_size
             and not self._config.functions.custom_convert_samples_to_train_data_path
@@ -184,7 +185,7 @@ class RolloutManager:
         return metrics | {name if "/" in name else f"rollout/{name}": value for name, value in own.items()}
 
 
-def _count_rollouts(table: pa.Table) -> int:
+def _rollouts_in(table: pa.Table) -> int:
     """Rollouts in a batch; where files of older versions do not say, every sample is one."""
     column = table["rollout_id"] if "rollout_id" in table.column_names else None
     return table.num_rows if column is None or column.null_count else len(column.unique())
@@ -208,3 +209,70 @@ def _line(rollout_id: int, count: int, metrics: dict[str, float], seconds: float
         + (f", {length:.1f} tokens each" if length is not None else "")
         + (f", reward {reward:.3f}" if reward is not None else "")
     )
+
+
+def as_train_output(output: Any, path: str, count: int | None) -> RolloutFnTrainOutput:
+    """Check what the rollout function at `path` returned; its groups are flat in the result.
+
+    Raises:
+        UserError: it is not a batch of `count` rollouts (None: of any number) in groups.
+    """
+    if not isinstance(output, RolloutFnTrainOutput):
+        output = RolloutFnTrainOutput(output)
+    groups = output.samples
+    if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
+        raise UserError(
+            f"{path} returned {_kind(groups)}; expected a list of groups, each a list of samples."
+        )
+    flat = [[sample for each in group for sample in _siblings(each, path)] for group in groups]
+    found = count_rollouts([sample for group in flat for sample in group])
+    if count is not None and found != count:
+        raise UserError(
+            f"{path} returned {found} samples; expected --rollout-batch-size × --n-samples-per-prompt ="
+            f" {count}. Samples that share a rollout_id count as one."
+        )
+    return RolloutFnTrainOutput(flat, output.metrics)
+
+
+def count_rollouts(samples: Sequence[Sample]) -> int:
+    """Number of rollouts that these samples come from: samples that share a `rollout_id` come from one."""
+    siblings = [sample.rollout_id for sample in samples if sample.rollout_id is not None]
+    return len(samples) - len(siblings) + len(set(siblings))
+
+
+def _siblings(each: Any, path: str) -> list[Sample]:
+    """The sample, or the samples in its place."""
+    samples = each if isinstance(each, list) else [each]
+    stranger = next((sample for sample in samples if not isinstance(sample, Sample)), None)
+    if stranger is not None:
+        raise UserError(f"{path} returned a group that holds {_kind(stranger)}; expected a Sample.")
+    ids = {sample.rollout_id for sample in samples}
+    if isinstance(each, list) and (len(ids) != 1 or None in ids):
+        raise UserError(
+            f"{path} returned, in place of one sample, a list whose rollout_id are"
+            f" {', '.join(str(sample.rollout_id) for sample in samples)}: give all of them the same."
+        )
+    return samples
+
+
+def as_eval_output(output: Any, path: str) -> RolloutFnEvalOutput:
+    """Check what the evaluation function at `path` returned.
+
+    Raises:
+        UserError: it is not a dict of sets, or a set lacks rewards or samples, or their numbers differ.
+    """
+    if not isinstance(output, RolloutFnEvalOutput):
+        output = RolloutFnEvalOutput(output)
+    if not isinstance(output.data, dict):
+        raise UserError(f"{path} returned {_kind(output.data)}; expected a dict of evaluation sets.")
+    for name, result in output.data.items():
+        if not isinstance(result, dict) or not {"rewards", "samples"} <= result.keys():
+            raise UserError(f"{path}: set {name!r} is {_kind(result)} without 'rewards' and 'samples'.")
+        rewards, samples = result["rewards"], result["samples"]
+        if len(rewards) != len(samples):
+            raise UserError(f"{path}: set {name!r} has {len(rewards)} rewards for {len(samples)} samples.")
+    return output
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"
