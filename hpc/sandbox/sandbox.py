@@ -158,8 +158,10 @@ class Sandbox:
         requeued or fails) follows now.
         """
         self._request("power_off", node=node)
-        if notice:
+        for _ in range(_TELLS if notice else 0):
             self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=power_off")
+            if self._state(node).partition(" ")[0] not in _USABLE:
+                break
 
     def power_on(self, node: str, timeout: float = 30.0) -> None:
         """Start a node again; returns when jobs may run on it. One that was drained, too, for whatever reason.
@@ -266,6 +268,7 @@ class Sandbox:
 
 
 _USABLE = {"idle", "mixed", "allocated", "completing"}
+_TELLS = 20  # what a node said before its end may reach slurmctld after this, which then takes the node back
 
 
 def _make_directories(layout: SandboxPaths) -> None:
