@@ -12,10 +12,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 from hpc.keeper import ChildEnd, keep
 from hpc.signals import hold_warning, release_warning
@@ -95,19 +93,6 @@ def _release_warning_in_time() -> None:
     setattr(DelayedSubmission, "result", result)  # noqa: B010 – mypy lets nobody assign to a method
 
 
-def _process_job() -> Callable[[str], None]:
-    """submitit's function. Its module imports NumPy as a precaution, which a supervisor starts sooner without; a job
-    that needs NumPy imports it by itself."""
-    loaded = sys.modules.get("numpy")
-    sys.modules["numpy"] = cast(ModuleType, loaded)  # None: it is not to be found
-    try:
-        from submitit.core.submission import process_job
-    finally:
-        if loaded is None:
-            del sys.modules["numpy"]
-    return process_job
-
-
 def main() -> NoReturn:
     """Run the job."""
     hold_warning()
@@ -115,6 +100,7 @@ def main() -> NoReturn:
     if ended is not None and not ended.was_killed:
         sys.exit(ended.code)
     from submitit.core.job_environment import JobEnvironment  # these take seconds on a busy disk
+    from submitit.core.submission import process_job
     from submitit.core.utils import pickle_load
 
     os.environ["SUBMITIT_FOLDER"] = sys.argv[1]  # as submitit sets it, too late for us
@@ -128,7 +114,7 @@ def main() -> NoReturn:
         sys.exit(f"error: {error}")
     if not _takes_warnings(paths.submitted_pickle):
         _release_warning_in_time()
-    _process_job()(sys.argv[1])
+    process_job(sys.argv[1])
     outcome, result = pickle_load(own_file(paths.result_pickle))
     sys.exit(exit_code(result) if outcome == "success" else 1)
 
