@@ -141,7 +141,7 @@ def _choose_step(layout: RunLayout, wanted: int | None) -> int:
 def _check_same(options: SubmitOptions, flags: Flags) -> None:
     """An evaluation that is there goes on only as it began."""
     own = options.layout
-    if changed := resuming.check_resume(options, run_dir.stored_flags(own), flags):
+    if changed := resuming.check_resume(options, _read_flags(own), flags):
         raise UserError(
             f"there is an evaluation in {own.root} already, with other flags ({', '.join(changed)}). Give this one"
             " another --name."

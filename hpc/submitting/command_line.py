@@ -180,7 +180,8 @@ def stored_options(layout: RunLayout) -> SubmitOptions:
     """The options that a run was last submitted with.
 
     Raises:
-        UserError: there is no such run, or its configuration is damaged.
+        UserError: its configuration is damaged.
+        OSError: there is no such run, or it can't be read.
     """
     table = read_table(layout, "submit", missing={})
     slurm = table.pop("slurm", {})
