@@ -195,7 +195,7 @@ def traces(cluster: Sandbox) -> Traces:
     shared, mounts = {}, {"this machine": _mounts("self", cluster)}
     for node, pid in _slurmds(cluster).items():
         with suppress(OSError):  # it has just lost its power
-            shared[node] = frozenset(path.name for path in Path(f"/proc/{pid}/root/dev/shm").iterdir())
+            shared[node] = frozenset(path.name for path in Path("/proc", str(pid), "root/dev/shm").iterdir())
             mounts[node] = _mounts(str(pid), cluster)
     return Traces(shared, mounts)
 

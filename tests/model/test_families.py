@@ -19,7 +19,6 @@ from helpers.megatron import (
     LATENT,
     LINEAR_AND_FULL,
     as_transformers_knows,
-    by_sizes,
     gradient_of,
     in_each_layout,
     init_single_process,
@@ -206,7 +205,7 @@ def add_head(directory: Path) -> None:
 
 
 def all_families(configs: dict[str, Config], work: Path) -> dict[str, Any]:
-    return in_each_layout(numbers, by_sizes(configs), work)
+    return in_each_layout(numbers, configs, work)
 
 
 @pytest.fixture(scope="module")
